@@ -2,5 +2,18 @@
 
 from ._op import BackendUnavailable, backend_report, backends, use_backend
 from .bias_act import bias_act
+from .mmd import mmd2
+from .penalty import gradient_penalty, interpolate, path_length_penalty, r1_penalty
 
-__all__ = ["BackendUnavailable", "backend_report", "backends", "bias_act", "use_backend"]
+__all__ = [
+    "BackendUnavailable",
+    "backend_report",
+    "backends",
+    "bias_act",
+    "gradient_penalty",
+    "interpolate",
+    "mmd2",
+    "path_length_penalty",
+    "r1_penalty",
+    "use_backend",
+]

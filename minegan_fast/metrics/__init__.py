@@ -1,0 +1,9 @@
+"""Metrics of generated images on features [N, D], x of the fakes, y of the reals: tensors or arrays in, floats out."""
+
+from .bootstrap import bootstrap
+from .features import FeatureExtractor
+from .frechet import fid
+from .kernel import kid, kmmd
+from .spread import diversity, mean_variance, nearest
+
+__all__ = ["FeatureExtractor", "bootstrap", "diversity", "fid", "kid", "kmmd", "mean_variance", "nearest"]
