@@ -1,0 +1,114 @@
+"""Pictures of a run: sample grids, labelled rows, loss curves. Every file is whole or not there."""
+
+import math
+import os
+from collections.abc import Sequence
+from numbers import Real
+
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from minegan_fast._files import atomic_path
+from minegan_fast.training.images import to_pil
+
+_GAP = 2
+_SMALL = 64  # pixels: smaller images are enlarged to about this
+METRICS = ("fid", "kid", "kmmd", "mv", "diversity")
+
+
+def image_grid(images: Tensor, columns: int | None = None, *, scale: int | None = None) -> Image.Image:
+    """images [N, C, H, W], C 1 or 3, floating point in [-1, 1] or uint8 -> one RGB picture, row by row.
+
+    columns: None makes it about square. scale: every pixel becomes scale x scale; None enlarges images below 64 pixels.
+    """
+    if images.ndim != 4 or len(images) == 0:
+        raise ValueError(f"a grid needs images [N, C, H, W] with N > 0, got {list(images.shape)}")
+    columns = min(len(images), columns or math.ceil(math.sqrt(len(images))))
+    height, width = images.shape[2:]
+    scale = scale or max(1, _SMALL // max(height, width))
+    height, width = height * scale, width * scale
+    rows = math.ceil(len(images) / columns)
+    grid = Image.new("RGB", (columns * (width + _GAP) - _GAP, rows * (height + _GAP) - _GAP), "white")
+    for number, image in enumerate(images.detach().cpu()):
+        row, column = divmod(number, columns)
+        tile = to_pil(image).resize((width, height), Image.Resampling.NEAREST)
+        grid.paste(tile, (column * (width + _GAP), row * (height + _GAP)))
+    return grid
+
+
+def save_grid(path: str | os.PathLike, images: Tensor, columns: int | None = None, *, scale: int | None = None) -> None:
+    """Writes `image_grid(images, columns)` to `path`; the suffix names the format."""
+    grid = image_grid(images, columns, scale=scale)
+    with atomic_path(path) as temporary:
+        grid.save(temporary)
+
+
+def labelled_rows(path: str | os.PathLike, rows: Sequence[tuple[str, Tensor]], columns: int = 10) -> None:
+    """Writes one picture: per (label, images [N, C, H, W]) the label on the left and the images beside it.
+
+    Images as for `image_grid`, which may differ in size between rows; more than `columns` of them wrap below.
+    """
+    if not rows:
+        raise ValueError("labelled_rows needs at least one (label, images)")
+    grids = [image_grid(images, columns) for _, images in rows]
+    font = ImageFont.load_default(18)
+    margin, between = 10, 8
+    left = 2 * margin + math.ceil(max(font.getlength(label) for label, _ in rows))
+    width = left + max(grid.width for grid in grids) + margin
+    height = 2 * margin + sum(grid.height for grid in grids) + between * (len(grids) - 1)
+    picture = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(picture)
+    top = margin
+    for (label, _), grid in zip(rows, grids, strict=True):
+        draw.text((margin, top + grid.height / 2), label, fill="black", font=font, anchor="lm")
+        picture.paste(grid, (left, top))
+        top += grid.height + between
+    with atomic_path(path) as temporary:
+        picture.save(temporary)
+
+
+def loss_curves(path: str | os.PathLike, history: Sequence[dict], metrics: Sequence[str] = METRICS) -> None:
+    """Plots a run's history, rows {"step": int, "stage": str, name: float, ...}, over the steps.
+
+    Names that begin with "loss" share the upper axes; those that begin with one of `metrics`, where there are any, the
+    lower ones, logarithmic. A row may lack any field; a new stage is marked by a vertical line.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    series: dict[str, tuple[list[int], list[float]]] = {}
+    stages: list[tuple[int, str]] = []
+    for row in history:
+        if "stage" in row and (not stages or stages[-1][1] != row["stage"]):
+            stages.append((row["step"], row["stage"]))
+        for name, value in row.items():
+            if isinstance(value, Real) and math.isfinite(value):
+                steps, values = series.setdefault(name, ([], []))
+                steps.append(row["step"])
+                values.append(float(value))
+    losses = [name for name in series if name.lower().startswith("loss")]
+    measured = [name for name in series if name.lower().startswith(tuple(metrics))]
+
+    count = 1 + bool(measured)
+    figure = Figure(figsize=(8, 3.5 * count), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0]
+    for axis, (label, names) in zip(axes, (("loss", losses), ("metric", measured)), strict=False):
+        for name in names:
+            steps, values = series[name]
+            sparse = len(steps) <= 30  # few points are hard to see as a line, one not at all
+            axis.plot(steps, values, label=name, linewidth=1, marker="o" if sparse else None, markersize=3)
+        for step, stage in stages:
+            axis.axvline(step, color="grey", linewidth=0.8, linestyle=":")
+            axis.text(step, 1, f" {stage}", transform=axis.get_xaxis_transform(), va="bottom", fontsize=8)
+        axis.set_ylabel(label)
+        axis.grid(alpha=0.3)
+        if names:
+            axis.legend(fontsize=8, loc="upper right")
+    if measured and all(min(series[name][1]) > 0 for name in measured):
+        axes[1].set_yscale("log")
+    elif measured:
+        axes[1].set_yscale("symlog", linthresh=1e-2)  # KID and KMMD are unbiased and may fall below 0
+    axes[-1].set_xlabel("step")
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=120)
