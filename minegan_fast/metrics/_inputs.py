@@ -3,13 +3,14 @@
 import torch
 from torch import Tensor
 
-from ..ops.mmd import check_features
+from ..ops.mmd import check_features, check_finite
 
 
 def as_features(x, name: str, least: int = 1) -> Tensor:
     """x [N, D] as float64 without gradient, on the device where it lies; ValueError for fewer than `least` rows."""
     x = torch.as_tensor(x)
     check_features(x, name)
+    check_finite(x, name)
     if len(x) < least:
         raise ValueError(f"{name} has {len(x)} sample(s), this metric needs at least {least}")
     return x.detach().double()

@@ -113,7 +113,8 @@ class FeatureExtractor:
         self._check(images)
         tensors = chain(self.module.parameters(), self.module.buffers())
         anchor = next((t for t in tensors if t.is_floating_point()), images.new_empty(0, dtype=torch.float32))
-        modes = [(module, module.training) for module in self.module.modules()]
+        # A frozen TorchScript module has no flag.
+        modes = [(module, getattr(module, "training", False)) for module in self.module.modules()]
         self.module.eval()
         try:
             # Ambient autocast would make features depend on the caller's precision.

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pdist
 
-__all__ = ["check_features", "median_distance", "mmd2"]
+__all__ = ["check_features", "check_finite", "median_distance", "mmd2"]
 
 _TILE = 1 << 21  # elements of the largest temporary, 16 MiB in float64
 _MEDIAN_ROWS = 4096  # 8.4 million pairs
@@ -128,7 +128,7 @@ def _sum_diagonal(kernel, a):
 
 
 def check_features(x: Tensor, name: str) -> None:
-    """Raise unless x is a finite floating-point tensor [rows >= 1, dimensions >= 1]; names the first bad row."""
+    """Raise unless x is a floating-point tensor [samples >= 1, dimensions >= 1]."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor of features, not {type(x).__name__}")
     if not x.is_floating_point():
@@ -137,6 +137,10 @@ def check_features(x: Tensor, name: str) -> None:
         )
     if x.dim() != 2 or x.numel() == 0:
         raise ValueError(f"{name} must be [samples, dimensions] with at least one of each, got {list(x.shape)}")
+
+
+def check_finite(x: Tensor, name: str) -> None:
+    """Raise if x [samples, dimensions] holds NaN or inf, with the first row that does."""
     finite = x.isfinite().all(1)
     if not finite.all():
         bad = (~finite).nonzero().flatten()
@@ -202,6 +206,8 @@ def mmd2(x: Tensor, y: Tensor, kernel: str = "gaussian", bandwidth=None, unbiase
         raise ValueError(
             f"the unbiased estimate needs at least 2 samples each, got {N} and {M}; unbiased=False takes 1"
         )
+    check_finite(x, "x")
+    check_finite(y, "y")
 
     a, b = x.double(), y.double()
     if kernel != "polynomial":

@@ -141,8 +141,8 @@ def path_length_penalty(
         gradient flows as in the public StyleGAN2 implementations.
     generator: makes n reproducible; it may live on another device.
 
-    Returns (penalty, a, lengths [B]), the last two detached, in float32 or wider under autocast too; the generator's own
-    graph keeps the precision that it was recorded in.
+    Returns (penalty, a, lengths [B]), the last two detached, in float32 or wider under autocast too; the generator's
+    own graph keeps the precision that it was recorded in.
     Raises ValueError or TypeError for shapes that do not match and for images that do not depend on the latents.
     """
     _check_images(images, "images")
