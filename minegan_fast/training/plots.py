@@ -70,7 +70,7 @@ def labelled_rows(path: str | os.PathLike, rows: Sequence[tuple[str, Tensor]], c
 def loss_curves(path: str | os.PathLike, history: Sequence[dict], metrics: Sequence[str] = METRICS) -> None:
     """Plots a run's history, rows {"step": int, "stage": str, name: float, ...}, over the steps.
 
-    Names that begin with "loss" share the upper axes; those that begin with one of `metrics`, where there are any, the
+    Names that hold "loss" share the upper axes; those that begin with one of `metrics`, where there are any, the
     lower ones, logarithmic. A row may lack any field; a new stage is marked by a vertical line.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -86,7 +86,7 @@ def loss_curves(path: str | os.PathLike, history: Sequence[dict], metrics: Seque
                 steps, values = series.setdefault(name, ([], []))
                 steps.append(row["step"])
                 values.append(float(value))
-    losses = [name for name in series if name.lower().startswith("loss")]
+    losses = [name for name in series if "loss" in name.lower()]
     measured = [name for name in series if name.lower().startswith(tuple(metrics))]
 
     count = 1 + bool(measured)

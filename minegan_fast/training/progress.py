@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-_DRAW_EVERY = 0.1  # seconds, at least: drawing may also take no more than a fiftieth of the time
+_DRAW_EVERY = (0.1, 1.0)  # seconds; between the two, drawing takes a fiftieth of the time
 _LINE_EVERY = 10.0
 _SAMPLE_EVERY = 0.25  # with _SAMPLES: the speed is that of the last half minute, or longer where steps are slow
 _SAMPLES = 120
@@ -101,7 +101,8 @@ class Progress:
             return
         if self._live:
             self._draw()
-            self._next_draw = now + max(_DRAW_EVERY, 50 * (time.monotonic() - now))
+            fastest, slowest = _DRAW_EVERY
+            self._next_draw = now + min(max(fastest, 50 * (time.monotonic() - now)), slowest)
         else:
             self._print(f"{self._stages[-1].name if self._stages else 'run'}: {self._status()}")
             self._next_draw = now + _LINE_EVERY

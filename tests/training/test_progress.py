@@ -1,4 +1,5 @@
 import io
+import itertools
 import os
 import re
 import sys
@@ -138,20 +139,22 @@ def test_terminal_is_drawn_ten_times_a_second_and_tensors_are_read_only_then(clo
     assert 9 <= len(reads) <= 12  # one second, and the last picture
 
 
-def test_slow_drawing_takes_a_fiftieth_of_the_time(clock, monkeypatch):
+@pytest.mark.parametrize(("cost", "interval"), [(0.0, 0.1), (0.01, 0.5), (0.4, 1.0)])
+def test_slow_drawing_is_done_less_often(clock, monkeypatch, cost, interval):
     draws = []
 
     def draw(self):
         draws.append(clock.now)
-        clock.now += 0.5
+        clock.now += cost
 
     monkeypatch.setattr(Progress, "_draw", draw)
-    with Progress(100, console=terminal()) as progress:
-        progress.stage("mining", 100)
-        for step in range(1, 101):
-            clock.now += 1
+    with Progress(1000, console=terminal()) as progress:
+        progress.stage("mining", 1000)
+        for step in range(1, 1001):
+            clock.now += 0.01
             progress.update(step)
-    assert len(draws) == 1 + 100 // 25 + 1 - 1
+    gaps = [later - earlier for earlier, later in itertools.pairwise(draws[:-1])]
+    assert gaps == pytest.approx([interval] * len(gaps), abs=0.011)
 
 
 def test_graphs_are_not_kept():
