@@ -1,8 +1,8 @@
 """One op, several backends: registration, choice, forcing, and the bridge to torch.compile.
 
-An op is a reference in plain PyTorch plus any number of implementations with the same signature. A CUDA tensor takes `cuda`, else `triton`,
-else `reference`; a CPU tensor takes `cpp`, else `reference`. `use_backend(name)` and the environment variable `MINEGAN_BACKEND` force one,
-and an op that cannot follow raises instead of answering with another.
+An op is a reference in plain PyTorch plus any number of implementations of the same function. A CUDA tensor takes
+`cuda`, else `triton`, else `reference`; a CPU tensor takes `cpp`, else `reference`. `use_backend(name)` and the
+environment variable MINEGAN_BACKEND force one, and an op that cannot follow raises instead of answering with another.
 """
 
 import functools
@@ -11,28 +11,34 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from pathlib import Path
 from types import ModuleType
 
 import torch
 
 BACKENDS = ("reference", "cpp", "triton", "cuda")
-FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # DType in csrc/common.h
 
-_AUTOMATIC = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
+# Triton, too, reads this when it is imported: its kernels then run in Python, on CPU tensors as well.
+_INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") == "1"
+_AUTOMATIC = {"cpu": ("cpp",), "cuda": ("cuda",) if _INTERPRETING else ("cuda", "triton")}  # and then the reference
+_DEVICES = {"cpp": ("cpu",), "triton": ("cpu", "cuda") if _INTERPRETING else ("cuda",), "cuda": ("cuda",)}
+
 _forced: ContextVar[str | None] = ContextVar("minegan_backend", default=os.environ.get("MINEGAN_BACKEND") or None)
 _ops: dict[str, list["Op"]] = {}
 
 
-class BackendUnavailable(RuntimeError):
+class BackendUnavailable(RuntimeError):  # noqa: N818
     """A backend was asked for that is missing here or does not take these tensors."""
 
 
 @contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
-    """Forces every op inside the block to one backend: "reference", "cpp", "triton" or "cuda"; None chooses automatically again.
+    """Forces every op inside the block to "reference", "cpp", "triton" or "cuda"; None chooses automatically again.
 
-    Holds for the current thread (or async task) only, and for the backward of what ran forward inside the block. An op that the backend
-    cannot run raises `BackendUnavailable` (a RuntimeError). Raises ValueError for an unknown name.
+    Holds in the current thread (or async task), and for the backward of whatever ran forward inside the block. An op
+    that the backend cannot run raises a RuntimeError that says which can and why the rest cannot. An unknown name is a
+    ValueError.
     """
     if name is not None and name not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, got {name!r}")
@@ -44,72 +50,44 @@ def use_backend(name: str | None) -> Iterator[None]:
 
 
 def forced_backend() -> str | None:
-    """The backend forced here and now, or None. Backward passes may run in another thread: an op takes it along from its forward."""
+    """The backend forced here and now. Autograd may run a backward in another thread: its forward hands this on."""
     return None if torch.compiler.is_compiling() else _forced.get()
 
 
-@functools.cache
-def native() -> ModuleType:
-    """The compiled module `minegan_fast._C`. Raises BackendUnavailable with the reason where it is missing or broken."""
-    try:
-        return importlib.import_module("minegan_fast._C")
-    except ImportError as error:
-        raise BackendUnavailable(f"the native module minegan_fast._C is missing or broken ({error})") from error
-
-
-def interpreting() -> bool:
-    """Whether Triton kernels run in its interpreter (TRITON_INTERPRET=1), on CPU tensors too."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
-
-
-@functools.cache
-def _missing(backend: str) -> str | None:
-    """Why no op at all can use the backend in this process; None where it can be used."""
-    if backend == "reference":
-        return None
-    if backend == "triton":
-        try:
-            importlib.import_module("triton")
-        except Exception as error:
-            return f"triton cannot be imported ({type(error).__name__}: {error}); pip install triton"
-        if interpreting() or torch.cuda.is_available():
-            return None
-        return "Triton needs a CUDA GPU (or TRITON_INTERPRET=1, slow, for tests)"
-    try:
-        module = native()
-    except BackendUnavailable as error:
-        return str(error)
-    if backend == "cuda" and not module.cuda_version:
-        return "the native module was built without CUDA (no working nvcc was found at install time)"
-    if backend == "cuda" and not torch.cuda.is_available():
-        return "torch sees no CUDA device"
-    return None
+def device_and_stream(x: torch.Tensor) -> tuple[int, int]:
+    """What a native launch needs to join PyTorch's work on x: the device's index and its current stream's handle."""
+    return x.device.index, torch.cuda.current_stream(x.device).cuda_stream
 
 
 class Op:
-    """The function `reference` and its faster implementations. Used as a decorator of the reference.
+    """A decorator: makes of a reference function an op that faster implementations can be registered for.
 
-    All implementations take the reference's arguments, the first being the tensor whose device and dtype decide; they return new tensors
-    laid out like the reference's. The op's family (the stem under which `backends()` lists it) is the module of the reference.
+    The first argument is the tensor whose device decides. All implementations return new tensors, laid out in memory as
+    the reference's are. The module that defines an op names its family: `backends()` lists it under that name, and its
+    Triton kernels are in `minegan_fast.kernels.<family>`.
     """
 
     def __init__(self, reference: Callable):
         functools.update_wrapper(self, reference)
         self.name = reference.__name__
-        self.family = reference.__module__.rsplit(".", 1)[-1]
-        self._implementations: dict[str, tuple[Callable | str, tuple[torch.dtype, ...]]] = {
-            "reference": (reference, FLOATS)
-        }
-        self._choices: dict[tuple[str, torch.dtype], Callable] = {}
-        self.library = torch.library.custom_op(
-            f"minegan_fast::{self.name}", self._run, mutates_args=(), schema=_schema(reference)
-        )
+        self.family = reference.__module__.rpartition(".")[2]
+        self._launchers: dict[str, Callable] = {}
+        self._chosen: dict[tuple[str | None, str], Callable] = {}
+        self.reference = reference
+        # Its calls cost several times the kernel of a small tensor: only the compiler and fake tensors go through it.
+        schema = torch.library.infer_schema(reference, mutates_args=())
+        self.library = torch.library.custom_op(f"minegan_fast::{self.name}", self._run, mutates_args=(), schema=schema)
         self.library.register_fake(reference)
         _ops.setdefault(self.family, []).append(self)
 
-    def register(self, backend: str, implementation: Callable | str, dtypes: tuple[torch.dtype, ...] = FLOATS) -> None:
-        """Adds an implementation: a callable, or "module:name", imported at its first use. `dtypes` are those of the first tensor."""
-        self._implementations[backend] = (implementation, dtypes)
+    def register(self, backend: str) -> Callable[[Callable], Callable]:
+        """Decorator of a launcher: gets the module with the backend's code, then the reference's arguments."""
+
+        def add(launcher: Callable) -> Callable:
+            self._launchers[backend] = launcher
+            return launcher
+
+        return add
 
     def __call__(self, *args, backend: str | None = None):
         if torch.compiler.is_compiling() or type(args[0]) not in (torch.Tensor, torch.nn.Parameter):
@@ -117,87 +95,89 @@ class Op:
         return self._run(*args, backend=backend)
 
     def _run(self, *args, backend: str | None = None):
-        x = args[0]
-        name = backend or _forced.get()
-        if name is not None:
-            return self._get(name, x.device.type, x.dtype)(*args)
-        key = (x.device.type, x.dtype)
-        choice = self._choices.get(key)
-        if choice is None:
-            choice = self._choices[key] = self._choose(*key)
-        return choice(*args)
+        key = (backend or _forced.get(), args[0].device.type)
+        chosen = self._chosen.get(key)
+        if chosen is None:
+            chosen = self._chosen[key] = self._choose(*key)
+        return chosen(*args)
 
-    def _choose(self, device: str, dtype: torch.dtype) -> Callable:
-        for name in _AUTOMATIC.get(device, ("reference",)):
-            if self.unavailable(name, device, dtype) is None:
-                break
-        return self._get(name, device, dtype)
-
-    def _get(self, name: str, device: str, dtype: torch.dtype) -> Callable:
-        reason = self.unavailable(name, device, dtype)
-        if reason is None:
-            return _resolve(self._implementations[name][0])
-        others = {other: self.unavailable(other, device, dtype) for other in BACKENDS if other != name}
-        usable = [other for other, why in others.items() if why is None]
-        rest = "".join(f"; {other}: {why}" for other, why in others.items() if why is not None)
+    def _choose(self, forced: str | None, device: str) -> Callable:
+        for name in (forced,) if forced else (*_AUTOMATIC.get(device, ()), "reference"):
+            if name == "reference":
+                return self.reference
+            if self.lacks(name, device) is None:
+                return functools.partial(self._launchers[name], self._code(name))
+        reasons = {name: self.lacks(name, device) for name in BACKENDS}
         raise BackendUnavailable(
-            f"{self.name} cannot use the backend {name!r} for {dtype} on {device}: {reason}. Usable here: {', '.join(usable)}{rest}"
+            f"{self.name} cannot use the backend {forced!r} for a {device} tensor: {self.lacks(forced, device)}. "
+            f"Usable: {', '.join(name for name, reason in reasons.items() if reason is None)}. Not usable: "
+            + "; ".join(f"{name} ({reason})" for name, reason in reasons.items() if reason is not None)
         )
 
-    def unavailable(self, backend: str, device: str | None = None, dtype: torch.dtype | None = None) -> str | None:
-        """Why `backend` cannot run this op (on that device and dtype, where given); None where it can."""
+    def lacks(self, backend: str, device: str | None = None) -> str | None:
+        """Why `backend` cannot run this op (on that type of device, where given); None where it can."""
+        if backend == "reference":
+            return None
         if backend not in BACKENDS:
-            return f"no such backend, there are {', '.join(BACKENDS)}"
-        if backend not in self._implementations:
+            return f"there is no such backend, only {', '.join(BACKENDS)}"
+        if backend not in self._launchers:
             return f"{self.name} has no {backend} implementation"
         reason = _missing(backend)
         if reason is not None:
             return reason
-        implementation, dtypes = self._implementations[backend]
+        if device is not None and device not in _DEVICES[backend]:
+            return f"it takes {' and '.join(_DEVICES[backend])} tensors"
         try:
-            _resolve(implementation)
+            self._code(backend)
         except Exception as error:
-            return f"its code cannot be imported ({type(error).__name__}: {error})"
-        if device is not None and backend in ("cpp", "cuda", "triton"):
-            devices = (
-                ("cpu",)
-                if backend == "cpp"
-                else ("cuda", "cpu")
-                if backend == "triton" and interpreting()
-                else ("cuda",)
-            )
-            if device not in devices:
-                return f"it takes {' and '.join(devices)} tensors only"
-        if dtype is not None and backend != "reference" and dtype not in dtypes:
-            return f"it takes {', '.join(str(d).removeprefix('torch.') for d in dtypes)} only"
+            return f"its code cannot be imported: {type(error).__name__}: {error}"
         return None
+
+    def _code(self, backend: str) -> ModuleType:
+        return importlib.import_module(
+            f"minegan_fast.kernels.{self.family}" if backend == "triton" else "minegan_fast._C"
+        )
 
 
 @functools.cache
-def _resolve(implementation: Callable | str) -> Callable:
-    if callable(implementation):
-        return implementation
-    module, name = implementation.split(":")
-    return getattr(importlib.import_module(module), name)
+def _missing(backend: str) -> str | None:
+    """Why no op at all can use the backend in this process."""
+    if backend == "triton":
+        try:
+            importlib.import_module("triton")
+        except Exception as error:
+            return f"triton cannot be imported: {type(error).__name__}: {error}"
+        if _INTERPRETING or torch.cuda.is_available():
+            return None
+        return "it needs a CUDA GPU, or TRITON_INTERPRET=1 (slow: for tests)"
+    try:
+        native = importlib.import_module("minegan_fast._C")
+    except Exception as error:
+        return f"the native module cannot be imported: {type(error).__name__}: {error}{_build_notes()}"
+    if backend == "cuda" and not native.cuda_version:
+        return f"the native module has no CUDA kernels{_build_notes()}"
+    if backend == "cuda" and not torch.cuda.is_available():
+        return "torch sees no CUDA GPU"
+    return None
 
 
-def _schema(reference: Callable) -> str:
-    return torch.library.infer_schema(reference, mutates_args=())
+def _build_notes() -> str:
+    path = Path(__file__).parents[1] / "_build.txt"
+    notes = path.read_text().splitlines() if path.exists() else []
+    return f" (the installation noted: {'; '.join(notes)})" if notes else ""
 
 
 def backends() -> dict[str, list[str]]:
-    """For every op the backends that can run it in this process."""
-    return {
-        family: [name for name in BACKENDS if not any(op.unavailable(name) for op in ops)]
-        for family, ops in _ops.items()
-    }
+    """For every op the backends that can run it in this process, `reference` always among them."""
+    return {family: [b for b in BACKENDS if not any(op.lacks(b) for op in ops)] for family, ops in _ops.items()}
 
 
 def backend_report() -> dict[str, tuple[bool, str]]:
-    """For every backend: whether any op can use it in this process, and what it lacks or has (one line)."""
+    """For every backend: whether any op can use it in this process, and if not, why."""
     report = {}
-    for name in BACKENDS:
-        reasons = {op.unavailable(name) for ops in _ops.values() for op in ops if name in op._implementations}
-        reason = None if None in reasons else "; ".join(sorted(reasons)) or _missing(name) or "no op has it"
-        report[name] = (reason is None, reason or "available")
+    for backend in BACKENDS:
+        reasons = [op.lacks(backend) for ops in _ops.values() for op in ops if backend in (*op._launchers, "reference")]
+        available = None in reasons
+        reason = "available" if available else _missing(backend) or "; ".join(dict.fromkeys(reasons))
+        report[backend] = (available, reason)
     return report

@@ -1,0 +1,72 @@
+// The only file that knows Python. Pointers come as integers, 0 for none; the GIL is released while a function runs.
+#include <pybind11/pybind11.h>
+
+#include "ops.h"
+
+namespace py = pybind11;
+using minegan::Axis;
+using minegan::DType;
+
+namespace {
+
+void* at(uintptr_t address) { return reinterpret_cast<void*>(address); }
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  using Address = uintptr_t;
+  const py::call_guard<py::gil_scoped_release> no_gil;
+
+  m.def("cpu_isa", [] { return int(minegan::current_isa()); }, "0: baseline, 1: AVX2 + FMA, 2: AVX-512");
+  m.def(
+      "set_cpu_isa",
+      [](int isa) {
+        if (isa < 0 || isa > int(minegan::best_isa()))
+          throw std::invalid_argument("this CPU has no such instruction set");
+        minegan::current_isa() = minegan::Isa(isa);
+      },
+      "For tests: makes the CPU loops run as compiled for a lesser instruction set.");
+
+  m.def(
+      "bias_act_cpu",
+      [](int dtype, Address x, Address b, Address y, Address out, int64_t outer, int64_t C, int64_t inner, double slope,
+         double gain, int threads) {
+        minegan::bias_act_cpu(DType(dtype), at(x), at(b), at(y), at(out), Axis{outer, C, inner}, slope, gain, threads);
+      },
+      no_gil);
+  m.def(
+      "bias_act_backward_cpu",
+      [](int dtype, Address dy, Address y, Address dx, Address db, int64_t outer, int64_t C, int64_t inner,
+         double slope, double gain, int threads) {
+        minegan::bias_act_backward_cpu(DType(dtype), at(dy), at(y), at(dx), at(db), Axis{outer, C, inner}, slope, gain,
+                                       threads);
+      },
+      no_gil);
+
+#ifdef MINEGAN_CUDA
+  m.attr("cuda_version") = MINEGAN_CUDA_VERSION;
+  m.attr("cuda_architectures") = MINEGAN_CUDA;
+  m.def(
+      "bias_act_cuda",
+      [](int dtype, Address x, Address b, Address y, Address out, int64_t outer, int64_t C, int64_t inner, double slope,
+         double gain, int device, Address stream) {
+        minegan::bias_act_cuda(DType(dtype), at(x), at(b), at(y), at(out), Axis{outer, C, inner}, slope, gain, device,
+                               stream);
+      },
+      no_gil);
+  m.def(
+      "bias_act_backward_cuda",
+      [](int dtype, Address dy, Address y, Address dx, Address db, Address partial, int64_t outer, int64_t C,
+         int64_t inner, double slope, double gain, int device, Address stream) {
+        minegan::bias_act_backward_cuda(DType(dtype), at(dy), at(y), at(dx), at(db), at(partial), Axis{outer, C, inner},
+                                        slope, gain, device, stream);
+      },
+      no_gil);
+  m.def("bias_act_backward_splits", [](int64_t outer, int64_t C, int64_t inner) {
+    return minegan::bias_act_backward_splits(Axis{outer, C, inner});
+  });
+#else
+  m.attr("cuda_version") = "";
+  m.attr("cuda_architectures") = "";
+#endif
+}

@@ -1,0 +1,140 @@
+"""Triton kernels of bias_act. A tensor is read as it lies in memory: [outer, C, inner], the bias running along C."""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+_TILE = 2048  # elements, 16 a thread: wider spills, narrower keeps too few bytes in flight
+
+
+@triton.jit
+def _activate(v, side, slope, gain):
+    # A slope of 0 gives 0 below the kink, also for an infinite v; a NaN side lets v's NaN through.
+    below = tl.where((slope == 0) & (side <= 0), 0.0, v * (slope * gain))
+    return tl.where(side > 0, v * gain, below)
+
+
+@triton.jit
+def _tile(o0, c0, i0, outer, C, inner, BO: tl.constexpr, BC: tl.constexpr, BI: tl.constexpr):
+    """Offset of the tile (64 bits), offsets in it (32 bits), their mask; channels [1, BC, 1] and their mask."""
+    o = tl.arange(0, BO)[:, None, None]
+    c = tl.arange(0, BC)[None, :, None]
+    i = tl.arange(0, BI)[None, None, :]
+    exists = c0 + c < C
+    mask = (o0 + o < outer) & exists & (i0 + i < inner)
+    return (o0 * C + c0) * inner + i0, (o * C + c) * inner + i, mask, c0 + c, exists
+
+
+@triton.jit
+def bias_act_kernel(
+    x_ptr,
+    b_ptr,
+    y_ptr,
+    out_ptr,
+    outer,
+    C,
+    inner,
+    slope: tl.float64,
+    gain: tl.float64,
+    HAS_B: tl.constexpr,
+    HAS_Y: tl.constexpr,
+    WIDE: tl.constexpr,
+    BO: tl.constexpr,
+    BC: tl.constexpr,
+    BI: tl.constexpr,
+):
+    pid = tl.program_id(0).to(tl.int64)
+    tiles_i, tiles_c = tl.cdiv(inner, BI), tl.cdiv(C, BC)
+    i0, c0, o0 = pid % tiles_i * BI, pid // tiles_i % tiles_c * BC, pid // tiles_i // tiles_c * BO
+    base, offsets, mask, channels, exists = _tile(o0, c0, i0, outer, C, inner, BO, BC, BI)
+    v = tl.load(x_ptr + base + offsets, mask).to(WIDE)
+    if HAS_B:
+        v += tl.load(b_ptr + channels, exists).to(WIDE)
+    if HAS_Y:
+        side = tl.load(y_ptr + base + offsets, mask).to(WIDE)
+    else:
+        side = v
+    out = _activate(v, side, tl.full((), slope, WIDE), tl.full((), gain, WIDE))
+    tl.store(out_ptr + base + offsets, out.to(out_ptr.dtype.element_ty), mask)
+
+
+@triton.jit
+def bias_act_backward_kernel(
+    dy_ptr,
+    y_ptr,
+    dx_ptr,
+    partial_ptr,
+    outer,
+    C,
+    inner,
+    slope: tl.float64,
+    gain: tl.float64,
+    WIDE: tl.constexpr,
+    BO: tl.constexpr,
+    BC: tl.constexpr,
+    BI: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    """A program takes STEPS tiles of the same BC channels and leaves their sum in a row of partial [splits, C]."""
+    pid = tl.program_id(0).to(tl.int64)
+    tiles_i, tiles_c = tl.cdiv(inner, BI), tl.cdiv(C, BC)
+    c0, split = pid % tiles_c * BC, pid // tiles_c
+    slope, gain = tl.full((), slope, WIDE), tl.full((), gain, WIDE)
+    total = tl.zeros((BO, BC, BI), WIDE)
+    for step in range(STEPS):
+        tile = split * STEPS + step
+        base, offsets, mask, _, _ = _tile(tile // tiles_i * BO, c0, tile % tiles_i * BI, outer, C, inner, BO, BC, BI)
+        dy = tl.load(dy_ptr + base + offsets, mask, other=0.0).to(WIDE)
+        y = tl.load(y_ptr + base + offsets, mask, other=0.0).to(WIDE)
+        dx = _activate(dy, y, slope, gain)
+        tl.store(dx_ptr + base + offsets, dx.to(dx_ptr.dtype.element_ty), mask)
+        total += dx
+    c = tl.arange(0, BC)
+    tl.store(partial_ptr + split * C + c0 + c, tl.sum(tl.sum(total, 2), 0), c0 + c < C)
+
+
+def _blocks(outer: int, C: int, inner: int) -> dict[str, int]:
+    """A tile that is as contiguous in memory as the axis allows: first along inner, then along C, then along outer."""
+    BI = min(_TILE, triton.next_power_of_2(inner))
+    BC = min(_TILE // BI, 256, triton.next_power_of_2(C))
+    BO = min(_TILE // (BI * BC), triton.next_power_of_2(outer))
+    while BO > 1 and BO * C * inner >= 2**31:
+        BO //= 2
+    return {"BO": BO, "BC": BC, "BI": BI}
+
+
+def _wide(x: torch.Tensor) -> tl.dtype:
+    return tl.float64 if x.dtype == torch.float64 else tl.float32
+
+
+def bias_act(x, b, y, axis: tuple[int, int, int], slope: float, gain: float) -> torch.Tensor:
+    out = torch.empty_like(x)
+    if x.numel() == 0:
+        return out
+    blocks = _blocks(*axis)
+    tiles = math.prod(triton.cdiv(size, block) for size, block in zip(axis, blocks.values(), strict=True))
+    flags = {"HAS_B": b is not None, "HAS_Y": y is not None, "WIDE": _wide(x)}
+    with torch.cuda.device_of(x):
+        bias_act_kernel[(tiles,)](x, b, y, out, *axis, slope, gain, **flags, **blocks)
+    return out
+
+
+def bias_act_backward(dy, y, axis: tuple[int, int, int], slope: float, gain: float) -> tuple[torch.Tensor, ...]:
+    outer, C, inner = axis
+    dx = torch.empty_like(dy)
+    if dy.numel() == 0:
+        return dx, dy.new_zeros(C)
+    blocks = _blocks(*axis)
+    tiles_c = triton.cdiv(C, blocks["BC"])
+    tiles = triton.cdiv(outer, blocks["BO"]) * triton.cdiv(inner, blocks["BI"])
+    # Some 1024 programs fill a large GPU. The shape alone decides: the order of the sums does not depend on the GPU.
+    steps = min(triton.next_power_of_2(triton.cdiv(tiles * tiles_c, 1024)), triton.next_power_of_2(tiles))
+    splits = triton.cdiv(tiles, steps)
+    partial = torch.empty(splits, C, dtype=torch.promote_types(dy.dtype, torch.float32), device=dy.device)
+    with torch.cuda.device_of(dy):
+        bias_act_backward_kernel[(tiles_c * splits,)](
+            dy, y, dx, partial, *axis, slope, gain, WIDE=_wide(dy), STEPS=steps, **blocks
+        )
+    return dx, (partial[0] if splits == 1 else partial.sum(0)).to(dy.dtype)

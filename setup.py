@@ -1,0 +1,80 @@
+"""Builds minegan_fast._C with CMake and notes in minegan_fast/_build.txt what it could not. Never imports torch."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+
+
+class BuildNative(build_ext):
+    """Tries with CUDA, then without; a machine that can do neither gets the package without its native module."""
+
+    def run(self):
+        self.notes = []
+        super().run()
+        library = Path(self.get_ext_fullpath("minegan_fast._C"))
+        library.parent.mkdir(parents=True, exist_ok=True)
+        library.with_name("_build.txt").write_text("".join(f"{note}\n" for note in self.notes))
+
+    def build_extension(self, ext):
+        missing = [tool for tool in ("cmake", "ninja") if shutil.which(tool) is None]
+        if "ninja" in missing and shutil.which("make"):
+            missing.remove("ninja")
+        if missing:
+            self.note(f"no native module: {' and '.join(missing)} not found on PATH")
+            return
+        if shutil.which("nvcc") is None and "CUDACXX" not in os.environ:
+            self.note("no CUDA kernels: nvcc not found on PATH")
+        elif self.compile(ext, cuda=True):
+            return
+        if not self.compile(ext, cuda=False):
+            self.note("no native module: CMake or the C++ compiler failed, see above")
+
+    def compile(self, ext, cuda):
+        import pybind11
+
+        folder = Path(self.build_temp).resolve() / ("cuda" if cuda else "cpp")
+        shutil.rmtree(folder, ignore_errors=True)
+        output = Path(self.get_ext_fullpath(ext.name)).resolve()
+        configure = [
+            "cmake", "-S", str(ROOT), "-B", str(folder),
+            "-G", "Ninja" if shutil.which("ninja") else "Unix Makefiles",
+            "-DCMAKE_BUILD_TYPE=Release",
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={output.parent}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DMINEGAN_CUDA={'ON' if cuda else 'OFF'}",
+            f"-DMINEGAN_CUDA_ARCHITECTURES={os.environ.get('MINEGAN_CUDA_ARCHITECTURES', '')}",
+        ]  # fmt: skip
+        for command in (configure, ["cmake", "--build", str(folder), "--parallel"]):
+            done = subprocess.run(
+                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+            )
+            print(done.stdout)
+            lines = [line.strip() for line in done.stdout.splitlines()]
+            for line in lines:
+                if line.startswith("minegan_fast: "):
+                    self.note(line.removeprefix("minegan_fast: "))
+            if done.returncode:
+                errors = [line for line in lines if "error" in line.lower()] or ["no message"]
+                self.note(f"{'CUDA' if cuda else 'C++'} build failed: {errors[0]}")
+                return False
+        return True
+
+    def note(self, text):
+        print(f"minegan_fast: {text}", file=sys.stderr)
+        self.notes.append(text)
+
+
+setup(
+    packages=[*find_packages(include=["minegan_fast", "minegan_fast.*"]), "minegan_fast.kernels"],
+    package_dir={"minegan_fast.kernels": "kernels"},
+    ext_modules=[Extension("minegan_fast._C", sources=[], optional=True)],
+    cmdclass={"build_ext": BuildNative},
+)
