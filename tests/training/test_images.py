@@ -40,7 +40,7 @@ def load_pair(folder, resolution=8, channels=3):
         (solid("RGBA", (10, 100, 200, 255)), "png", (10, 100, 200)),
         (solid("RGBA", (0, 0, 0, 51)), "png", (204, 204, 204)),
         (solid("LA", (0, 51)), "png", (204, 204, 204)),
-        (Image.fromarray(np.full((8, 8), 257 * 99, np.uint16)), "png", (99, 99, 99)),
+        (Image.fromarray(np.full((8, 8), 257 * 200, np.uint16)), "png", (200, 200, 200)),
         (Image.fromarray(np.full((8, 8), 65535, np.uint16)), "png", (255, 255, 255)),
         (solid("CMYK", (0, 255, 255, 0)), "jpg", (255, 0, 0)),
         (solid("L", 77), "jpeg", (77, 77, 77)),
@@ -322,6 +322,7 @@ def test_split_is_a_partition_that_the_seed_decides():
     assert (len(train), len(held_out)) == (15, 5)
     assert sorted(train.names + held_out.names) == sorted(whole.names)
     for part in (train, held_out):
+        assert part.names == sorted(part.names, key=int)
         assert torch.equal(part.images, whole.images[[int(name) for name in part.names]])
     assert whole.split(0.25, seed=3)[1].names == held_out.names
     assert whole.split(0.25, seed=4)[1].names != held_out.names

@@ -224,6 +224,14 @@ def test_a_broken_pipe_leaves_standard_output_alone(after, mode, monkeypatch, ca
     assert capfd.readouterr().out == "alive"
 
 
+def test_the_exit_that_rich_makes_of_a_broken_pipe_is_not_taken():
+    class ExitingConsole(Console):
+        def on_broken_pipe(self):
+            raise SystemExit(1)
+
+    assert run_ten_steps(ExitingConsole(file=BrokenFile(BrokenPipeError(), 1), force_terminal=True)) == 10
+
+
 def test_ascii_terminals_and_closed_files():
     ascii_file = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     closed = io.StringIO()
