@@ -1,0 +1,147 @@
+"""KID and KMMD against torchmetrics' estimator, brute force, and what their definitions promise."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+from minegan_fast.metrics import kid, kmmd
+from minegan_fast.ops import mmd2
+
+
+def features(n, d=8, seed=0, shift=0.0):
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + shift
+
+
+def brute_polynomial_mmd2(x, y):
+    x, y = x.numpy(), y.numpy()
+    k = [(a @ b.T / x.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y))]
+    within = [(m.sum() - np.trace(m)) / (len(m) * (len(m) - 1)) for m in k[:2]]
+    return sum(within) - 2 * k[2].mean()
+
+
+def test_kid_of_whole_samples_equals_torchmetrics():
+    poly_mmd = pytest.importorskip("torchmetrics.image.kid").poly_mmd
+    x, y = features(60), features(60, seed=1, shift=0.3)
+    mean, std = kid(x, y, subsets=7, subset_size=60)
+    assert mean == pytest.approx(poly_mmd(x, y).item(), rel=1e-10)
+    assert std == 0.0
+
+
+def test_kid_is_mean_and_population_deviation_over_seeded_subsets():
+    x, y = features(40), features(30, seed=1, shift=0.3)
+    generator = torch.Generator().manual_seed(5)
+    values = []
+    for _ in range(9):
+        rows, columns = (torch.randperm(n, generator=generator)[:12] for n in (40, 30))
+        values.append(brute_polynomial_mmd2(x[rows], y[columns]))
+    mean, std = kid(x, y, subsets=9, subset_size=12, seed=5)
+    assert mean == pytest.approx(np.mean(values), rel=1e-10)
+    assert std == pytest.approx(np.std(values), rel=1e-10)
+    assert kid(x, y, 9, 12, seed=5) == (mean, std)
+    assert kid(x, y, 9, 12, seed=6)[0] != mean
+
+
+def test_kid_subsets_are_drawn_without_replacement():
+    # All kernels are 1 but that of the odd row with itself, which is on the diagonal unless the row is drawn twice.
+    x, y = torch.zeros(5, 1), torch.zeros(5, 1)
+    x[4] = 10
+    assert kid(x, y, subsets=50, subset_size=4) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize(("n", "m"), [(20, 50), (50, 20)])
+def test_subset_size_falls_to_the_smaller_sample_with_a_warning(n, m):
+    x, y = features(n), features(m, seed=1)
+    with pytest.warns(UserWarning, match="subset_size 1000 is more than the smaller sample has: 20 is used"):
+        value = kid(x, y, subsets=5)
+    assert value == kid(x, y, subsets=5, subset_size=20)
+    assert value[1] > 0
+
+
+def test_kid_is_unbiased_and_grows_with_the_distance():
+    values = [kid(features(30, seed=s), features(30, seed=s + 900), subset_size=30)[0] for s in range(100)]
+    assert abs(np.mean(values)) < 4 * np.std(values) / 10
+    x = features(200)
+    far = [kid(x, features(200, seed=1, shift=shift), 5, 100)[0] for shift in (0.0, 0.3, 0.6, 1.2)]
+    assert far == sorted(far)
+    assert far[3] > 1
+
+
+def brute_kmmd(x, y, sigma):
+    median = np.median([np.linalg.norm(y[i] - y[j]) for i in range(len(y)) for j in range(i + 1, len(y))])
+    k = [np.exp(-((a[:, None] - b) ** 2).sum(2) / (2 * (sigma * median) ** 2)) for a, b in ((x, x), (y, y), (x, y))]
+    within = [(m.sum() - np.trace(m)) / (len(m) * (len(m) - 1)) for m in k[:2]]
+    return sum(within) - 2 * k[2].mean()
+
+
+@pytest.mark.parametrize("sigma", [0.5, 1.0, 3])
+def test_kmmd_matches_brute_force(sigma):
+    x, y = features(17, shift=0.5), 2 * features(12, seed=1)
+    value = kmmd(x, y, sigma)
+    assert isinstance(value, float)
+    assert value == pytest.approx(brute_kmmd(x.numpy(), y.numpy(), sigma), rel=1e-10)
+    # The bandwidth is of the reals: the order of the arguments matters.
+    assert kmmd(y, x, sigma) != pytest.approx(value, rel=1e-3)
+
+
+def test_kmmd_does_not_depend_on_units_or_origin():
+    x, y = features(20, shift=0.5), features(25, seed=1)
+    assert kmmd(100 * x + 7, 100 * y + 7) == pytest.approx(kmmd(x, y), rel=1e-9)
+
+
+def test_kmmd_is_the_mmd2_of_its_bandwidth():
+    x, y = features(20), features(30, seed=1)
+    median = torch.nn.functional.pdist(y)
+    median = (median.sort().values[[217, 217]]).mean().item()
+    assert kmmd(x, y, 2.0) == pytest.approx(mmd2(x, y, bandwidth=2 * median).item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("convert", [torch.Tensor.float, torch.Tensor.numpy, lambda x: x.float().numpy()])
+def test_tensors_and_arrays_of_any_float_type(convert):
+    x, y = features(20), features(30, seed=1, shift=0.5)
+    for metric in (kmmd, lambda a, b: kid(a, b, 3, 10)[0]):
+        value = metric(convert(x), convert(y))
+        assert type(value) is float
+        assert value == pytest.approx(metric(x, y), rel=1e-5)
+
+
+def test_no_gradient_is_kept():
+    x = features(20).requires_grad_()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert type(kmmd(x, features(20, seed=1))) is float
+
+
+X = features(4)
+
+
+@pytest.mark.parametrize("metric", [kid, kmmd])
+@pytest.mark.parametrize(
+    ("x", "y", "error", "message"),
+    [
+        (X[:1], X, ValueError, r"x has 1 sample\(s\), this metric needs at least 2"),
+        (X, X[:1], ValueError, r"y has 1 sample\(s\), this metric needs at least 2"),
+        (X, X[:, :3], ValueError, "same number of dimensions, got 8 and 3"),
+        (X[:0], X, ValueError, "x must be"),
+        (X.view(2, 2, 8), X, ValueError, r"x must be \[samples, dimensions\]"),
+        (torch.zeros(4, 8, dtype=torch.uint8), X, TypeError, "images go through a feature extractor first"),
+        (X, X.numpy().astype(int), TypeError, "y holds torch.int64"),
+        (X, torch.full((4, 8), float("nan")), ValueError, "y holds NaN or inf in 4 of 4 rows, the first is row 0"),
+    ],
+)
+def test_wrong_features_are_named(metric, x, y, error, message):
+    with pytest.raises(error, match=message):
+        metric(x, y)
+
+
+def test_wrong_options_are_named():
+    with pytest.raises(ValueError, match="subsets >= 1 and subset_size >= 2, got 0 and 1000"):
+        kid(X, X, subsets=0)
+    with pytest.raises(ValueError, match="subset_size >= 2, got 100 and 1"):
+        kid(X, X, subset_size=1)
+    for sigma in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="sigma must be a finite number > 0"):
+            kmmd(X, X, sigma)
+    with pytest.raises(ValueError, match="median distance is 0"):
+        kmmd(X, torch.zeros(5, 8))
