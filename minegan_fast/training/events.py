@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minegan_fast.training.plots import image_grid
+from .plots import image_grid
 
 
 class EventWriter:

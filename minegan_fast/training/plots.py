@@ -8,8 +8,8 @@ from numbers import Real
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from minegan_fast._files import atomic_path
-from minegan_fast.training.images import to_pil
+from .._files import atomic_path
+from .images import to_pil
 
 _GAP = 2
 _SMALL = 64  # pixels: smaller images are enlarged to about this
