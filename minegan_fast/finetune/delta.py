@@ -1,0 +1,154 @@
+"""Deltas: the trained rows of a network as a small file, to be put onto its base, scaled, combined and taken off."""
+
+import json
+import os
+import weakref
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .._files import atomic_path
+from .distributed import unwrap
+from .hashing import dense_parameters, fingerprint
+from .neurons import compact
+
+FORMAT, VERSION = "minegan_fast.delta", "1"
+
+
+class _Loaded:
+    """What load_delta changed in one model: the base's fingerprint and the base values of every row it touched."""
+
+    def __init__(self, base: str):
+        self.base = base
+        self.rows: dict[str, tuple[int, Tensor, Tensor]] = {}  # {parameter: (axis, sorted rows, base values)}
+
+
+_loaded: "weakref.WeakKeyDictionary[nn.Module, _Loaded]" = weakref.WeakKeyDictionary()
+
+
+def save_delta(ft, path: str | os.PathLike):
+    """Writes every row of `ft.model` that was trained since `ft` was built, and added parameters of the model.
+
+    safetensors. Per layer `<layer>:rows` int64 [k]; per parameter `<parameter>` [k, ...], the rows in front. Metadata:
+    format, version, `base` (fingerprint of the untrained model), `layers` as JSON {layer: [[parameter, axis], ...]}.
+    """
+    tensors, layers = {}, {}
+    parameters = dict(dense_parameters(ft.model))
+
+    def store(layer, rows, members):
+        tensors[f"{layer}:rows"] = rows
+        layers[layer] = members
+        for name, axis in members:
+            value = parameters[name].detach()
+            values = compact(value, axis, rows.to(value.device)).cpu()
+            tensors[name] = values.clone(memory_format=torch.contiguous_format)
+
+    for layer in ft.layers:
+        if layer.name in ft.held.ever:
+            rows = ft.held.ever[layer.name].nonzero().flatten()
+            store(layer.name, rows, [(m.name, m.axis) for m in layer.members])
+    added = {id(p) for group in ft.param_groups[1:] for p in group["params"]}
+    for name, parameter in parameters.items():
+        if id(parameter) in added:
+            store(name, torch.arange(parameter.shape[0] if parameter.ndim else 1), [(name, 0)])
+    if not tensors:
+        raise RuntimeError("nothing has been trained yet, so there is no delta; select() first")
+    metadata = {"format": FORMAT, "version": VERSION, "base": ft.held.base, "layers": json.dumps(layers)}
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata)
+
+
+def _read(path) -> tuple[dict, dict[str, Tensor]]:
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    except SafetensorError as error:
+        raise ValueError(f"{os.fspath(path)!r} is not a delta: {error}; write one with save_delta()") from None
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{os.fspath(path)!r} holds no delta; write one with save_delta()")
+    if metadata["version"] != VERSION:
+        raise ValueError(
+            f"{os.fspath(path)!r} has delta version {metadata['version']}, this library reads {VERSION}; update it"
+        )
+    return metadata, tensors
+
+
+@torch.no_grad()
+def load_delta(model: nn.Module, path: str | os.PathLike, scale: float = 1.0, strict: bool = True):
+    """Adds scale·(trained - base) to the rows of a delta, in place; with scale 1 on bare rows it copies the bits.
+
+    Several deltas may be loaded; rows that are in more than one add up. ValueError, with the model unchanged, where the
+    file is no delta, its base is another model (unless strict=False: then the present rows count as the base) or a
+    tensor does not fit.
+    """
+    metadata, tensors = _read(path)
+    model = unwrap(model)
+    parameters = dict(dense_parameters(model))
+    layers = json.loads(metadata["layers"])
+    loaded = _loaded.get(model)
+    base = loaded.base if loaded is not None else fingerprint(model)
+    for name, axis in (member for members in layers.values() for member in members):
+        if name not in parameters:
+            raise ValueError(
+                f"{os.fspath(path)!r} changes {name!r}, which the model does not have; it is of another model"
+            )
+        shape = parameters[name].shape
+        one = list(compact(torch.empty(shape, device="meta"), axis).shape[1:]) if axis < max(len(shape), 1) else None
+        if list(tensors[name].shape[1:]) != one:
+            raise ValueError(
+                f"{name!r} has rows of shape {list(tensors[name].shape[1:])} in the delta, {one} in the model"
+            )
+    for layer, members in layers.items():
+        name, axis = members[0]
+        rows, n = tensors[f"{layer}:rows"], parameters[name].shape[axis] if parameters[name].ndim else 1
+        if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < n:
+            raise ValueError(f"the delta changes rows of {layer!r} beyond its {n}; it is of another model")
+    if strict and base != metadata["base"]:
+        raise ValueError(
+            f"{os.fspath(path)!r} was trained on another base: its fingerprint is {metadata['base'][:12]}, the model's "
+            f"is {base[:12]}; load the model that it was trained from, or pass strict=False"
+        )
+    loaded = _loaded.setdefault(model, _Loaded(base))
+    for layer, members in layers.items():
+        for name, axis in members:
+            _add(parameters[name], loaded, name, axis, tensors[f"{layer}:rows"], tensors[name], scale)
+
+
+def _add(parameter, loaded, name, axis, rows, trained, scale):
+    """Adds one tensor's rows and remembers the base values of those that were bare until now."""
+    rows, trained = rows.to(parameter.device), trained.to(parameter.device, parameter.dtype)
+    current = compact(parameter.detach(), axis, rows).clone()
+    _, known, values = loaded.rows.get(name, (axis, rows[:0], current[:0]))
+    known, values = known.to(rows.device), values.to(rows.device)
+    bare = ~torch.isin(rows, known)
+    known, order = torch.cat([known, rows[bare]]).sort()
+    values = torch.cat([values, current[bare]])[order]
+    loaded.rows[name] = axis, known, values
+    base = values[torch.searchsorted(known, rows)]
+    new = current + scale * (trained - base)
+    if scale == 1:
+        new[bare] = trained[bare]
+    _put(parameter, axis, rows, new)
+
+
+def _put(parameter: nn.Parameter, axis: int, rows: Tensor, values: Tensor):
+    if parameter.ndim == 0:
+        parameter.copy_(values.reshape(()))
+    else:
+        parameter.index_copy_(axis, rows, values.movedim(0, axis))
+
+
+@torch.no_grad()
+def unload_delta(model: nn.Module):
+    """Takes all deltas off: every row that one changed has its base's bits again. RuntimeError where none is loaded."""
+    model = unwrap(model)
+    loaded = _loaded.pop(model, None)
+    if loaded is None:
+        raise RuntimeError("no delta is loaded into this model")
+    parameters = dict(dense_parameters(model))
+    for name, (axis, rows, values) in loaded.rows.items():
+        parameter = parameters[name]
+        _put(parameter, axis, rows.to(parameter.device), values.to(parameter.device))

@@ -1,0 +1,28 @@
+"""The exponential moving average of what trains, as a model."""
+
+import copy
+
+import torch
+from torch import nn
+
+from .hashing import dense_parameters
+from .leaves import Linked
+
+
+@torch.no_grad()
+def ema_model(ft, module: nn.Module) -> nn.Module:
+    """A plain deep copy of `module` in which the rows and parameters that `ft` trains have their EMA's values."""
+    average = copy.deepcopy(module)
+    live = dict(dense_parameters(module))
+    for name, parameter in average.named_parameters():
+        source = live[name]
+        trained = source.link.leaf if isinstance(source, Linked) else source
+        mean = ft.state[trained].get("ema") if trained in ft.state else None
+        if mean is None:
+            continue
+        if not isinstance(source, Linked) or parameter.ndim == 0:
+            parameter.copy_(mean.view_as(parameter))
+        else:
+            link = source.link
+            parameter.index_copy_(link.axis, link.rows.to(mean.device), mean.movedim(0, link.axis))
+    return average

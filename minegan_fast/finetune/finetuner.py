@@ -1,0 +1,390 @@
+"""`SparseFinetuner`: an optimizer that finds the neurons that matter for a target, and trains only them."""
+
+import copy
+import os
+from collections.abc import Iterable, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from . import delta, distributed, ema, report
+from .holding import Held
+from .leaves import Linked
+from .neurons import filter_layers, find_layers
+from .scores import CRITERIA, WITHOUT_EVIDENCE, BufferCopy, Evidence
+from .scoring import collect
+from .selection import Selection, rank, selection_by_hand
+from .update import OPTIMIZERS, carry, update
+
+
+class SparseFinetuner(torch.optim.Optimizer):
+    """Trains the fraction `density` of a network's neurons and leaves all other parameters as they are, to the bit.
+
+    A neuron is an output unit of a layer (see neurons.py). As a drop-in for `Adam(model.parameters(), lr)`, the first
+    `score_steps` calls of `step()` move nothing: they score the neurons by the gradients that they are given, and the
+    last of them selects. Or score by hand, `with ft.scoring(): loss.backward()` once per sample, then `select()`.
+
+    Before the selection `param_groups[0]` holds the dense weights, afterwards in the same list the compact leaf
+    parameters [k, ...] of the trained rows. What is excluded, was not trainable or is not selected is frozen from the
+    selection on; parameters of other modules, or excluded ones, train densely once `add_param_group` has them.
+
+    Args:
+        model: any nn.Module; a wrapper of DataParallel, DDP or torch.compile is looked through.
+        lr, betas, eps, weight_decay, momentum: of the optimizer; "adam" | "adamw" | "sgd", equal to torch.optim's.
+        density: fraction that trains, 0 < density <= 1, of the neurons or the parameters as `budget` says.
+        criterion: "fisher" | "gradient" | "saliency" | "movement" | "magnitude" | "random"; equations in scores.py.
+        scope: "global": one ranking over all layers | "layer": the same fraction of every layer.
+        policy: "train_top" | "freeze_top": the lowest-scored fraction trains.
+        include, exclude: fnmatch patterns on names of modules; one that matches a module holds for what is inside.
+        score_steps: steps that score in drop-in use; a step without any gradient does not count.
+        ema_decay: e += (1 - ema_decay) (w - e) after every step, for the trained neurons and added parameters.
+        seed: of criterion "random".
+        process_group: where given, `step()` averages the gradients over it, which a model under DDP does not need;
+            `select()` always agrees over it, or over the default group where torch.distributed is initialised.
+
+    ValueError/TypeError where an argument is out of range or no neuron is left to train.
+    """
+
+    # GradScaler then leaves unscaling and the skip at inf to step(), which can make it one decision of all ranks.
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float = 2e-3,
+        betas: tuple[float, float] = (0.0, 0.99),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        momentum: float = 0.0,
+        optimizer: str = "adam",
+        density: float = 0.05,
+        budget: str = "neurons",
+        criterion: str = "fisher",
+        scope: str = "global",
+        policy: str = "train_top",
+        include: str | Iterable[str] | None = None,
+        exclude: str | Iterable[str] | None = None,
+        score_steps: int = 16,
+        ema_decay: float | None = None,
+        seed: int = 0,
+        process_group=None,
+    ):
+        for name, value, allowed in (
+            ("optimizer", optimizer, OPTIMIZERS),
+            ("budget", budget, ("neurons", "parameters")),
+            ("criterion", criterion, CRITERIA),
+            ("scope", scope, ("global", "layer")),
+            ("policy", policy, ("train_top", "freeze_top")),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+        for name, value, fits, what in (
+            ("density", density, 0 < density <= 1, "above 0 and at most 1"),
+            ("lr", lr, lr >= 0, "at least 0"),
+            ("betas", betas, all(0 <= beta < 1 for beta in betas), "two numbers in [0, 1)"),
+            ("eps", eps, eps >= 0, "at least 0"),
+            ("weight_decay", weight_decay, weight_decay >= 0, "at least 0"),
+            ("momentum", momentum, momentum >= 0, "at least 0"),
+            ("score_steps", score_steps, score_steps >= 1, "at least 1"),
+            ("ema_decay", ema_decay, ema_decay is None or 0 <= ema_decay < 1, "in [0, 1) or None"),
+        ):
+            if not fits:
+                raise ValueError(f"{name} must be {what}, got {value!r}")
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"model must be an nn.Module, got {type(model).__name__}; pass the model, not its parameters"
+            )
+        self.model = distributed.unwrap(model)
+        self.layers = filter_layers(find_layers(self.model), include, exclude)
+        self.held = Held(self.model, self.layers)
+        self.optimizer, self.density, self.budget, self.scope, self.policy = optimizer, density, budget, scope, policy
+        self.score_steps, self.ema_decay, self.process_group = score_steps, ema_decay, process_group
+        self.evidence = Evidence(criterion, self.layers, seed)
+        self._evidence_used = self._scoring = self._released = False
+        # drop-in "movement" gives the buffers of now back, not those after the first forward
+        self._buffers = BufferCopy(self.model) if criterion == "movement" else None
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "momentum": momentum}
+        super().__init__(self._candidates(), defaults)
+
+    def _candidates(self) -> list[nn.Parameter]:
+        return [m.parameter for layer in self.layers for m in layer.members]
+
+    @property
+    def criterion(self) -> str:
+        return self.evidence.criterion
+
+    @property
+    def selection(self) -> Selection | None:
+        """What trains, None while nothing is selected."""
+        return self.held.selection
+
+    @contextmanager
+    def scoring(self):
+        """Every backward() inside is one piece of evidence; no weight moves and no gradient stays.
+
+        The gradient that a backward() brings is one piece: with one sample in each loss, "fisher" is exact per sample;
+        with a batch it is the squared gradient of the batch. For "movement" every backward() is one dense step, and
+        leaving the block gives parameters and buffers their old bits back. Evidence of several blocks adds up until a
+        selection uses it.
+        """
+        self._check_usable("scoring()")
+        if self._scoring:
+            raise RuntimeError("scoring() is already open; leave the outer block first")
+        if self._evidence_used:
+            self.evidence.clear()
+            self._evidence_used = False
+        self._scoring = True
+        try:
+            with collect(self):
+                yield self
+        finally:
+            self._scoring = False
+
+    def scores(self) -> dict[str, Tensor]:
+        """{layer: float32 [neurons]} on the CPU, from the evidence so far. RuntimeError where there is none."""
+        return self.evidence.scores()
+
+    def select(self, selection: Selection | Mapping[str, object] | None = None) -> Selection:
+        """Chooses the neurons that train from now on, by the scores, or those of `selection` or {layer: rows}.
+
+        At a later selection kept neurons keep their moments and EMA, new ones start at zero, dropped ones keep their
+        trained values and stop. Collective where torch.distributed is initialised: every rank selects the same.
+
+        RuntimeError without evidence or inside scoring(); ValueError where scores are not finite or a given selection
+        does not fit the model. The model is unchanged then.
+        """
+        self._check_usable("select()")
+        if self._scoring:
+            raise RuntimeError("select() inside scoring(): leave the block first, its evidence is complete then")
+        if selection is None:
+            if distributed.active(self.process_group) and not self._evidence_used:
+                self.evidence.reduce(self.process_group)
+            scores = distributed.agree(self.scores(), self.process_group)
+            selection = rank(scores, self.layers, self.density, self.budget, self.scope, self.policy)
+            self._evidence_used = True
+        else:
+            selection = selection_by_hand(selection, self.layers, self.budget)
+            distributed.check_equal(selection, self.process_group)
+        self._apply(selection)
+        self.held.record()
+        return selection
+
+    def _apply(self, selection: Selection):
+        """Holds the model by `selection`, moves the state, and swaps the entries of the first group in place."""
+        added = {id(p) for group in self.param_groups[1:] for p in group["params"]}
+        leaves = []
+        for before, rows, leaf in self.held.apply(selection, added):
+            if leaf is not None:
+                leaves.append(leaf)
+            if leaf is not before:
+                state = self.state.pop(before, None)
+                if state and rows is not None and leaf is not None:
+                    self.state[leaf] = carry(state, rows, leaf.link.rows, leaf)
+        self.param_groups[0]["params"][:] = leaves
+
+    def step(self, closure=None):
+        """One step: scores while nothing is selected, trains the selected rows afterwards.
+
+        Parameters of added groups train in either case. A step that `torch.amp.GradScaler` marks by inf does nothing
+        and does not count. RuntimeError inside scoring().
+        """
+        self._check_usable("step()")
+        if self._scoring:
+            raise RuntimeError("step() inside scoring(): gradients are evidence there; leave the block to train")
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self._unscale():
+            return loss
+        if self.process_group is not None:
+            distributed.average_gradients(self.param_groups, self.process_group)
+        if self.selection is None:
+            self._score_step()
+        else:
+            links = [p.link for p in self.param_groups[0]["params"]]
+            for link in links:
+                link.sync()
+            self._update(self.param_groups[0], per_row=True)
+            for link in links:
+                link.write()
+        for group in self.param_groups[1:]:
+            self._update(group)
+        if self.selection is None and self.evidence.count >= self.score_steps:
+            self._finish_movement()
+            self.select()
+        return loss
+
+    @torch.no_grad()
+    def _unscale(self) -> bool:
+        """Applies what a GradScaler left for this step; True where it found inf."""
+        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if found_inf is not None:
+            if self.process_group is not None:
+                torch.distributed.all_reduce(found_inf, torch.distributed.ReduceOp.MAX, group=self.process_group)
+            if found_inf.item():
+                return True
+        if scale is not None:
+            inverse = scale.double().reciprocal().float()
+            for p in self.parameters():
+                if p.grad is not None:
+                    p.grad.mul_(inverse.to(p.grad.device))
+        return False
+
+    def _score_step(self):
+        graded = [(layer, m) for layer in self.layers for m in layer.members if m.parameter.grad is not None]
+        if not graded and self.criterion not in WITHOUT_EVIDENCE:
+            return
+        if self.criterion == "movement":
+            if not self.evidence.start:
+                self.evidence.begin_movement()
+                if self._buffers.outdated(self.model):
+                    self._buffers = BufferCopy(self.model)
+            for _, member in graded:
+                self.dense_step(member.parameter, self.state[member.parameter])
+        for layer, member in graded:
+            self.evidence.add(layer, member, member.parameter.grad)
+        self.evidence.count += 1
+
+    def _finish_movement(self):
+        if self.evidence.start:
+            self.evidence.end_movement()
+            self._buffers.restore(self.model)
+
+    @torch.no_grad()
+    def _update(self, group: dict, per_row: bool = False):
+        for p in group["params"]:
+            if self.ema_decay is not None and "ema" not in self.state[p]:
+                self.state[p]["ema"] = p.detach().clone()
+            if p.grad is not None:
+                update(self.optimizer, p.detach(), p.grad, self.state[p], group, per_row)
+            if self.ema_decay is not None:
+                self.state[p]["ema"].lerp_(p.detach(), 1 - self.ema_decay)
+
+    def dense_step(self, parameter: nn.Parameter, state: dict):
+        """One ordinary step of a whole candidate parameter, as criterion "movement" measures it."""
+        update(self.optimizer, parameter.detach(), parameter.grad, state, self.param_groups[0], per_row=False)
+
+    def add_param_group(self, param_group: dict):
+        """Adds plain parameters, a miner's say, that train densely from the first step.
+
+        They may be parameters of the model if they are none of its candidates: excluded, or frozen at construction.
+        """
+        if self.param_groups:
+            params = param_group["params"]
+            params = [params] if isinstance(params, Tensor) else list(params)
+            param_group = {**param_group, "params": params}
+            plain = [p[1] if isinstance(p, tuple) else p for p in params]
+            names = {id(m.parameter): m.name for layer in self.layers for m in layer.members}
+            for p in plain:
+                if id(p) in names:
+                    raise ValueError(f"{names[id(p)]!r} is a candidate of this optimizer; exclude its module to add it")
+            for p in plain:
+                if isinstance(p, Linked):
+                    self.held.thaw(p)
+        super().add_param_group(param_group)
+        if self.selection is not None:
+            distributed.rebuild_reducers(self.model)
+
+    def state_dict(self) -> dict:
+        """Optimizer state, selection, evidence, EMA and hashes: all that a run needs to go on as if never stopped."""
+        state = super().state_dict()
+        selection = self.selection
+        state["neurons"] = {
+            "selection": selection and {"rows": dict(selection.rows), "sizes": dict(selection.sizes)},
+            "evidence": self.evidence.state_dict(),
+            "evidence_used": self._evidence_used,
+            "buffers": dict(self._buffers.copies) if self.evidence.start else None,
+            "ever": dict(self.held.ever),
+            "hashes": dict(self.held.hashes),
+            "base": self.held.base,
+        }
+        return state
+
+    def load_state_dict(self, state_dict: dict):
+        """Goes on where the state was saved. A selection in it is adopted where this optimizer has none.
+
+        ValueError where the state is of another selection, another model or another kind of optimizer; nothing is
+        changed then. The model's weights are its own state dict's affair, loaded before or after.
+        """
+        self._check_usable("load_state_dict()")
+        if "neurons" not in state_dict:
+            raise ValueError("this state dict is not a SparseFinetuner's; load it into the optimizer that it came from")
+        saved = state_dict["neurons"]["selection"]
+        if saved is not None:
+            saved = Selection(saved["rows"], {n: tuple(s) for n, s in saved["sizes"].items()}, self.budget)
+            saved = selection_by_hand(saved, self.layers, self.budget)
+        if self.selection is not None and saved != self.selection:
+            raise ValueError(
+                "the state dict has another selection than this optimizer; load it into a new SparseFinetuner, or "
+                "select(...) its neurons first"
+            )
+        evidence = state_dict["neurons"]["evidence"]
+        if evidence["criterion"] != self.criterion:
+            raise ValueError(
+                f"the state dict was scored by {evidence['criterion']!r}, this optimizer by {self.criterion!r}; "
+                "build it with the same criterion"
+            )
+        groups = state_dict["param_groups"]
+        if len(groups) != len(self.param_groups):
+            raise ValueError(
+                f"the state dict has {len(groups)} parameter groups, this optimizer has {len(self.param_groups)}; "
+                "add the same groups before you load it"
+            )
+        if saved is not None and self.selection is None:
+            self._apply(saved)
+        # torch's own keeps tensors of the given state where they fit: two optimizers would then share their moments
+        state = copy.deepcopy({name: state_dict[name] for name in ("state", "param_groups", "neurons")})
+        neurons = state.pop("neurons")
+        super().load_state_dict(state)
+        self.evidence.load_state_dict(neurons["evidence"])
+        if neurons["buffers"] is not None:
+            self._buffers.copies = neurons["buffers"]
+        self._evidence_used = neurons["evidence_used"]
+        self.held.ever, self.held.hashes, self.held.base = neurons["ever"], neurons["hashes"], neurons["base"]
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What trains: the compact leaves [k, ...] (before a selection the dense weights) and added parameters."""
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def summary(self) -> str:
+        """A table: layer, neurons trained/all, parameters trained/all, how its gradient is computed."""
+        return report.summary(self)
+
+    def verify(self):
+        """Raises FrozenNeuronsChanged if a frozen value of a parameter differs from its bits at the selection.
+
+        By 64-bit hashes of the rows. Buffers, such as batch-norm statistics, are no parameters. RuntimeError before a
+        selection.
+        """
+        self.held.verify()
+
+    def memory(self) -> dict[str, dict[str, int]]:
+        """Bytes of dense training and of this: {"dense" | "sparse": {"weights", "gradients", "optimizer_state", "ema",
+        "undo"}}. Sparse weights are the dense ones and the leaves; undo is what verify() and "movement" keep."""
+        return report.memory(self)
+
+    def ema_model(self, module: nn.Module | None = None) -> nn.Module:
+        """A plain deep copy with the EMA of the trained neurons and added parameters, and the live model's buffers.
+
+        module: what to copy, the finetuned model by default; a module around it, or one of added parameters alone, a
+        miner say, is possible too. RuntimeError without ema_decay.
+        """
+        if self.ema_decay is None:
+            raise RuntimeError("there is no EMA; build the optimizer with ema_decay, 0.998 say")
+        return ema.ema_model(self, self.model if module is None else module)
+
+    def save_delta(self, path: str | os.PathLike):
+        """Writes every row trained since construction as safetensors, atomically; see `load_delta`."""
+        delta.save_delta(self, path)
+
+    def release(self):
+        """Gives the plain model back: trained values in place, every parameter trainable as before."""
+        if not self._released:
+            self.held.release()
+            self._released = True
+
+    def _check_usable(self, what: str):
+        if self._released:
+            raise RuntimeError(f"{what} after release(): the model is plain again; build a new SparseFinetuner")

@@ -1,0 +1,150 @@
+"""Which neurons train: the `Selection`, and how a ranking of scores becomes one."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .._files import atomic_path
+from .neurons import Layer
+
+FORMAT = "minegan_fast.selection"
+
+
+@dataclass(eq=False)
+class Selection:
+    """The trained neurons of a model.
+
+    rows: {layer: int64 [k], sorted}, only layers with any. sizes: {layer: (neurons, parameters per neuron)} of every
+    candidate layer. budget: what `density` counts, "neurons" or "parameters".
+    """
+
+    rows: dict[str, Tensor]
+    sizes: dict[str, tuple[int, int]] = field(repr=False)
+    budget: str = "neurons"
+
+    @property
+    def density(self) -> float:
+        """The fraction of the candidates that trains, in neurons or parameters as `budget` says."""
+        weigh = (lambda size: 1) if self.budget == "neurons" else (lambda size: size[1])
+        trained = sum(len(rows) * weigh(self.sizes[name]) for name, rows in self.rows.items())
+        return trained / sum(size[0] * weigh(size) for size in self.sizes.values())
+
+    def counts(self) -> dict[str, tuple[int, int]]:
+        """{layer: (trained, all)} of every candidate layer."""
+        return {name: (len(self.rows.get(name, ())), n) for name, (n, _) in self.sizes.items()}
+
+    def __eq__(self, other) -> bool:
+        if not isinstance(other, Selection):
+            return NotImplemented
+        return self.sizes == other.sizes and {n: r.tolist() for n, r in self.rows.items()} == {
+            n: r.tolist() for n, r in other.rows.items()
+        }
+
+    def save(self, path: str | os.PathLike):
+        """Writes the selection as safetensors, atomically."""
+        metadata = {"format": FORMAT, "version": "1", "budget": self.budget, "sizes": json.dumps(self.sizes)}
+        with atomic_path(path) as temporary:
+            save_file({name: rows.cpu().contiguous() for name, rows in self.rows.items()}, temporary, metadata)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "Selection":
+        """Reads what `save` wrote. ValueError where the file is something else."""
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                rows = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        except SafetensorError as error:
+            raise ValueError(
+                f"{os.fspath(path)!r} is not a selection: {error}; write one with Selection.save()"
+            ) from None
+        if metadata.get("format") != FORMAT:
+            raise ValueError(f"{os.fspath(path)!r} holds no selection; write one with Selection.save()")
+        sizes = {name: tuple(size) for name, size in json.loads(metadata["sizes"]).items()}
+        return cls(rows, sizes, metadata["budget"])
+
+
+def sizes_of(layers: list[Layer]) -> dict[str, tuple[int, int]]:
+    return {layer.name: (layer.neurons, layer.cost) for layer in layers}
+
+
+def rank(scores: Mapping[str, Tensor], layers, density, budget, scope, policy) -> Selection:
+    """The selection that the scores {layer: [neurons]} ask for.
+
+    "train_top" trains the highest scores, "freeze_top" the lowest; ties go by (name, row). scope "global" ranks all
+    neurons together and trains the first max(1, round(density·n)), or with budget "parameters" the first ones until
+    they hold density times the parameters: fewer than one neuron's parameters too many. scope "layer" trains the first
+    max(1, round(density·n)) of each layer; the neurons of a layer are equally large, so both budgets mean the same.
+    ValueError where a score is not finite.
+    """
+    bad = [name for name, score in scores.items() if not score.isfinite().all()]
+    if bad:
+        raise ValueError(
+            f"the scores of {', '.join(bad)} are not finite: a gradient was inf or NaN; nothing was selected. "
+            "Lower the loss scale or leave out the bad batch, and score again"
+        )
+    sizes = sizes_of(layers)
+    names = sorted(sizes)
+    descending = policy == "train_top"
+    rows = {}
+    if scope == "layer":
+        for name in names:
+            order = scores[name].argsort(descending=descending, stable=True)
+            rows[name] = order[: max(1, round(density * len(order)))].sort().values
+        return Selection(rows, sizes, budget)
+    order = torch.cat([scores[name] for name in names]).argsort(descending=descending, stable=True)
+    cost = torch.cat([torch.full((sizes[name][0],), sizes[name][1]) for name in names])[order]
+    if budget == "parameters":
+        # a target that rounding error alone lifts above a whole number of parameters is that number
+        target = density * int(cost.sum()) * (1 - 1e-12)
+        taken = int(torch.searchsorted(cost.cumsum(0).double(), torch.tensor(target, dtype=torch.float64))) + 1
+    else:
+        taken = max(1, round(density * len(order)))
+    chosen = torch.zeros(len(order), dtype=torch.bool)
+    chosen[order[:taken]] = True
+    for name, mask in zip(names, chosen.split([sizes[name][0] for name in names]), strict=True):
+        if mask.any():
+            rows[name] = mask.nonzero().flatten()
+    return Selection(rows, sizes, budget)
+
+
+def selection_by_hand(rows: Mapping[str, object] | Selection, layers: list[Layer], budget: str) -> Selection:
+    """A checked selection from {layer: row numbers or boolean mask}, or one that was saved.
+
+    ValueError/TypeError where a name or a row does not fit the layers, or nothing is selected.
+    """
+    sizes = sizes_of(layers)
+    if isinstance(rows, Selection):
+        if any(sizes.get(name) != rows.sizes[name] for name in rows.rows):
+            raise ValueError("the selection is of another model: its layers have other names or sizes; select anew")
+        rows = rows.rows
+    followers = {m.name: layer.name for layer in layers for m in layer.members[1:]}
+    checked = {}
+    for name, given in rows.items():
+        if name not in sizes:
+            hint = (
+                f"it follows the neurons of {followers[name]!r}" if name in followers else f"there are {sorted(sizes)}"
+            )
+            raise ValueError(f"{name!r} is no layer of neurons; {hint}")
+        given = torch.as_tensor(given).cpu()
+        n = sizes[name][0]
+        if given.dtype == torch.bool and given.shape == (n,):
+            given = given.nonzero().flatten()
+        if given.numel() == 0:
+            continue
+        if given.ndim != 1 or given.is_floating_point() or given.is_complex() or given.dtype == torch.bool:
+            raise TypeError(f"the rows of {name!r} must be a list of integers or a boolean mask of {n}")
+        given = given.long().sort().values
+        if given[0] < 0 or given[-1] >= n:
+            raise ValueError(f"rows {given[0]} to {given[-1]} of {name!r} are out of range; it has rows 0 to {n - 1}")
+        if (given[1:] == given[:-1]).any():
+            raise ValueError(f"the rows of {name!r} hold duplicates; name each row once")
+        checked[name] = given
+    if not checked:
+        raise ValueError("the selection is empty; name at least one row")
+    return Selection(checked, sizes, budget)
