@@ -89,19 +89,24 @@ class _ManhattanDistanceBackward(torch.autograd.Function):
         return dg, None, None
 
 
+def _average(kernel, bandwidths):
+    first, *rest = (kernel(s) for s in bandwidths)
+    return sum(rest, first) / len(bandwidths) if rest else first
+
+
 def _gaussian(a, b, bandwidths):
     # Not clamped at 0: the Hessian of exp(-d2/2s^2) at coincident points is -I/s^2, and a clamp would drop it.
-    d2 = a.square().sum(1, keepdim=True) + b.square().sum(1) - 2 * (a @ b.T)
-    return sum(torch.exp(d2 * (-0.5 / s**2)) for s in bandwidths) / len(bandwidths)
+    d2 = torch.addmm(b.square().sum(1), a, b.T, alpha=-2) + a.square().sum(1, keepdim=True)
+    return _average(lambda s: torch.exp(d2 * (-0.5 / s**2)), bandwidths)
 
 
 def _laplacian(a, b, bandwidths):
     distance = _ManhattanDistance.apply(a, b)
-    return sum(torch.exp(distance / -s) for s in bandwidths) / len(bandwidths)
+    return _average(lambda s: torch.exp(distance / -s), bandwidths)
 
 
 def _polynomial(a, b, bandwidths):
-    base = (a @ b.T) / a.shape[1] + 1
+    base = torch.addmm(a.new_ones(()), a, b.T, alpha=1 / a.shape[1])
     return base * base * base
 
 
