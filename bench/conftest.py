@@ -1,0 +1,89 @@
+"""`pytest bench --benchmark-only [--record]` runs the benchmarks; without --record no file changes."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from clock import Provider, keep_pages, measure_ceilings
+from machine import ROOT, describe_run, merge
+from measure import OURS, PASSES, Case, check, run_case
+
+from minegan_fast.ops import use_backend
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("minegan_fast benchmarks")
+    group.addoption("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU, else cpu")
+    group.addoption("--budget", type=float, default=None, help="seconds of timing a case (1.5; on a GPU 1)")
+    group.addoption(
+        "--record", nargs="?", type=Path, const=ROOT / "bench" / "results", metavar="FOLDER",
+        help="merge the rows into FOLDER/<machine>.json (default: bench/results)",
+    )  # fmt: skip
+
+
+def pytest_configure(config):
+    config.addinivalue_line("filterwarnings", "default")  # a compiler's warning is no error here, as it is in the tests
+
+
+def pytest_collect_file(file_path, parent):
+    if file_path.match("bench_*.py") and not parent.session.isinitpath(file_path):
+        return pytest.Module.from_parent(parent, path=file_path)
+
+
+def pytest_generate_tests(metafunc):
+    """A benchmark module says its cases as data: SHAPES by device, DTYPES."""
+    if "which" in metafunc.fixturenames:
+        device = device_of(metafunc.config)
+        cases = [
+            pytest.param(shape, dtype, which, id=f"{which}-{'x'.join(map(str, shape))}-{str(dtype).split('.')[-1]}")
+            for shape in metafunc.module.SHAPES[device]
+            for dtype in metafunc.module.DTYPES
+            for which in PASSES
+        ]
+        metafunc.parametrize(("shape", "dtype", "which"), cases)
+
+
+def device_of(config) -> str:
+    return config.getoption("--device") or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="session")
+def device(pytestconfig) -> str:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.exit("unset TRITON_INTERPRET: times of Triton's interpreter mean nothing", returncode=2)
+    return device_of(pytestconfig)
+
+
+@pytest.fixture(scope="session")
+def recorder(pytestconfig, device):
+    """The rows of this session and the ceilings measured at its start; kept at its end where --record asks for it."""
+    keep_pages()
+    session = {
+        "ceilings": measure_ceilings(device) if not pytestconfig.getoption("benchmark_disable") else {},
+        "rows": [],
+    }
+    yield session
+    folder = pytestconfig.getoption("--record")
+    if folder and session["rows"]:
+        path = merge(folder, describe_run(device, session["ceilings"]), session["rows"])
+        print(f"\n{len(session['rows'])} rows in {path}")
+
+
+@pytest.fixture
+def compare(benchmark, device, recorder, pytestconfig):
+    """compare(case, providers): checks all, times all, records all; with --benchmark-disable it only checks."""
+
+    def run(case: Case, providers: list[Provider]) -> None:
+        if benchmark.disabled:
+            check(case, providers)
+            return
+        budget = pytestconfig.getoption("--budget") or {"cpu": 1.5, "cuda": 1.0}[device]
+        rows = run_case(case, providers, device, recorder["ceilings"], budget)
+        recorder["rows"] += rows
+        benchmark.extra_info |= {"rows": rows, "ceilings": recorder["ceilings"]}
+        automatic = next(provider for provider in providers if provider.name == OURS)
+        with use_backend(None):
+            benchmark.pedantic(lambda call: call(), setup=lambda: ((automatic.make(),), {}), rounds=3)
+
+    return run

@@ -1,0 +1,161 @@
+"""What every benchmark calls: `run_case` checks implementations of a computation, times them, compares them.
+
+A wrong result is refused before anything is timed. Times are of one call; what it needs first (its forward pass, say)
+is not timed. `clock` says how, `machine` where.
+"""
+
+import math
+import statistics
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from clock import Call, Provider, Samples, graph_time, interleave, peak_bytes
+from machine import gpu_state
+
+from minegan_fast.ops import BackendUnavailable, use_backend
+
+PASSES = ("forward", "backward", "double backward")
+OURS = "minegan_fast"
+COLD_FROM = 1 << 20  # below this many bytes a call is overhead, and a flush would only add noise
+
+
+class WrongResultError(AssertionError):
+    """A provider's result is further from float64 than rounding explains."""
+
+
+@dataclass
+class Case:
+    """What is computed. `bytes` is the least that must move, `flops` is given where arithmetic can be the limit.
+
+    `expected` is in float64; the error of the provider named `yardstick` is the measure of everyone's.
+    """
+
+    op: str
+    which: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    bytes: int
+    expected: Sequence[torch.Tensor]
+    flops: int = 0
+    yardstick: str = "eager"
+
+    @property
+    def key(self) -> dict:
+        return {"op": self.op, "pass": self.which, "shape": list(self.shape), "dtype": str(self.dtype).split(".")[-1]}
+
+
+def make_pass(which: str, function: Callable, inputs: tuple, dy: torch.Tensor, cotangents: tuple) -> Callable[[], Call]:
+    """A `make` for one pass of function(*inputs) -> tensor. All need a gradient; cotangents belong to the gradients."""
+
+    def forward():
+        return lambda: (function(*inputs),)
+
+    def backward():
+        y = function(*inputs)
+        return lambda: torch.autograd.grad(y, inputs, dy)
+
+    def double_backward():
+        gradients = torch.autograd.grad(function(*inputs), inputs, dy, create_graph=True)
+        return lambda: torch.autograd.grad(gradients, dy, cotangents)
+
+    return dict(zip(PASSES, (forward, backward, double_backward), strict=True))[which]
+
+
+def clone_of(bytes_moved: int, device: str) -> Provider:
+    """The lower bound of a memory-bound op: `torch.clone` of a tensor so large that it moves as many bytes."""
+    source = torch.randn(max(1, bytes_moved // 8), device=device)
+    return Provider("clone", lambda: lambda: (source.clone(),), floor=True)
+
+
+def run_case(case: Case, providers: list[Provider], device: str, ceilings: dict, budget: float) -> list[dict]:
+    """One row a provider that can run here, and one with a note a competitor that cannot.
+
+    Raises WrongResultError, before anything is timed, where a provider is wrong.
+    """
+    errors, notes = check(case, providers)
+    runnable = [provider for provider in providers if provider.floor or provider.label in errors]
+    cold = device == "cuda" or case.bytes >= COLD_FROM
+    samples = interleave(runnable, device, cold, budget)
+    state = gpu_state() if device == "cuda" else {}
+    rows = []
+    for provider in runnable:
+        row = case.key | {"provider": provider.name, "backend": provider.backend}
+        row |= _rates(samples[provider.label], case, cold, ceilings)
+        if device == "cuda" and case.which == "forward":
+            seconds = graph_time(provider, budget / 10)
+            row["graph_us"] = seconds and round(seconds * 1e6, 3)
+        row |= {"peak_bytes": peak_bytes(provider, device), "error": errors.get(provider.label)} | state
+        rows.append(row)
+    competitors = [row for row in rows if row["provider"] != OURS]
+    for row in rows:
+        if row["provider"] == OURS:
+            row["ratio"] = {r["provider"]: round(r["median_us"] / row["median_us"], 3) for r in competitors}
+    return rows + [case.key | {"provider": name, "backend": "", "note": note} for name, note in notes.items()]
+
+
+def check(case: Case, providers: list[Provider]) -> tuple[dict[str, float], dict[str, str]]:
+    """The error of every provider that can run, and why a competitor cannot.
+
+    Allowed are twice the yardstick's error and one rounding of the dtype; for a competitor, who sums in an order of its
+    own, 64 roundings: that much shows that it computes the same. More raises WrongResultError.
+    """
+    errors, notes = {}, {}
+    for provider in providers:
+        if provider.floor:
+            continue
+        try:
+            with use_backend(provider.backend or None), poisoned() if provider.name == OURS else nullcontext():
+                errors[provider.label] = relative_error(provider.make()(), case.expected)
+        except BackendUnavailable:
+            continue
+        except RuntimeError as error:
+            refused = "double backward" in str(error) or "create_graph" in str(error)
+            if not (refused and provider.name == "torch.compile" and case.which == "double backward"):
+                raise
+            notes[provider.name] = "not supported by torch.compile"
+    rounding = torch.finfo(case.dtype).eps
+    for label, error in errors.items():
+        allowed = 2 * errors[case.yardstick] + rounding if label.startswith(OURS) else 64 * rounding
+        if not error <= allowed:
+            raise WrongResultError(
+                f"{case.key}: {label} is off by {error:.2e} of the largest entry, allowed {allowed:.2e}"
+            )
+    return errors, notes
+
+
+def relative_error(outputs: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
+    """The largest |output - expected| over the largest |expected|, of the worst tensor; infinite for NaN."""
+    worst = 0.0
+    for output, reference in zip(outputs, expected, strict=True):
+        if output.shape != reference.shape:
+            return math.inf
+        error = (output.detach().double() - reference).abs().max() / reference.abs().max().clamp_min(1e-300)
+        worst = max(worst, float(error) if torch.isfinite(error) else math.inf)
+    return worst
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Fills what `torch.empty` gives with NaN, so that an element that nothing wrote shows."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def _rates(samples: Samples, case: Case, cold: bool, ceilings: dict) -> dict:
+    """Median, quartiles and rates; a percentage of the copy bandwidth only where the data came from memory."""
+    low, median, high = statistics.quantiles(samples.seconds, n=4, method="inclusive")
+    row = {"median_us": median * 1e6, "q1_us": low * 1e6, "q3_us": high * 1e6, "samples": len(samples.seconds)}
+    row |= {"host_us": statistics.median(samples.host) * 1e6, "bytes": case.bytes, "gb_s": case.bytes / median / 1e9}
+    row |= {"cold": cold, "percent_of_copy": 100 * row["gb_s"] / ceilings["copy_gb_s"] if cold else None}
+    if case.flops:
+        row |= {"flops": case.flops, "tflop_s": case.flops / median / 1e12}
+    return {name: round(value, 3) if isinstance(value, float) else value for name, value in row.items()}
