@@ -1,0 +1,14 @@
+"""Networks of the paper and their files."""
+
+from .checkpoint import export_rosinality, has_discriminator, load_discriminator, load_generator, save_model
+from .stylegan2 import StyleGAN2Discriminator, StyleGAN2Generator
+
+__all__ = [
+    "StyleGAN2Discriminator",
+    "StyleGAN2Generator",
+    "export_rosinality",
+    "has_discriminator",
+    "load_discriminator",
+    "load_generator",
+    "save_model",
+]

@@ -1,0 +1,435 @@
+"""StyleGAN2 (Karras et al. 2020, arXiv 1912.04958): skip generator and residual discriminator.
+
+A generator layer scales the input channels by the style s, convolves, divides by the expected norm of the output
+(demodulation, eq. 3), adds noise, and applies bias and leaky ReLU:
+
+    y_o = lrelu( d_o · Σ_i W_oi * (s_i x_i) + noise + b_o ) · √2,      d_o = 1 / √( Σ_i Σ_k (s_i W_oik)² + 1e-8 )
+
+Scaling activations instead of weights keeps one convolution for the whole batch. Weights are stored as N(0, 1) and
+scaled by 1 / √fan-in in the forward (equalised learning rate). Parameter names and shapes are those of the public
+rosinality layout, so its checkpoints load by name.
+"""
+
+import itertools
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..ops import bias_act
+
+SQRT2 = math.sqrt(2.0)
+
+
+def channel_table(resolution: int, base: int, maximum: int, override: dict[int, int] | None) -> dict[int, int]:
+    """Channels at every resolution from 4 up: min(base / r, maximum), or `override[r]` where given."""
+    if not isinstance(resolution, int) or resolution < 8 or resolution & (resolution - 1):
+        raise ValueError(f"resolution must be a power of two >= 8, got {resolution!r}")
+    table = {2**i: max(1, min(base // 2**i, maximum)) for i in range(2, resolution.bit_length())}
+    override = {int(r): int(c) for r, c in (override or {}).items()}
+    if unknown := sorted(override.keys() - table.keys()):
+        raise ValueError(f"channels names the resolutions {unknown}; at {resolution} there are {list(table)}")
+    table |= override
+    if min(table.values()) < 1:
+        raise ValueError(f"every resolution needs at least one channel, got {table}")
+    return table
+
+
+class Blur(nn.Module):
+    """Low-pass filter (1, 3, 3, 1) ⊗ (1, 3, 3, 1) of sum `gain` over every channel, zero-padded."""
+
+    def __init__(self, padding: int, gain: float = 1.0):
+        super().__init__()
+        taps = torch.tensor((1.0, 3.0, 3.0, 1.0))
+        self.register_buffer("kernel", torch.outer(taps, taps) / 64 * gain)
+        self.padding = padding
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.kernel.flip(0, 1).to(x.dtype).expand(x.shape[1], 1, -1, -1)
+        return F.conv2d(x, weight, padding=self.padding, groups=x.shape[1])
+
+
+class Upsample(Blur):
+    """Twice the size: zeros between the pixels, then the filter; in one step, a transposed convolution."""
+
+    def __init__(self):
+        super().__init__(padding=1, gain=4.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.kernel.to(x.dtype).expand(x.shape[1], 1, -1, -1)
+        return F.conv_transpose2d(x, weight, stride=2, padding=self.padding, groups=x.shape[1])
+
+
+class PixelNorm(nn.Module):
+    def forward(self, z: Tensor) -> Tensor:
+        return z * torch.rsqrt(z.square().mean(1, keepdim=True) + 1e-8)
+
+
+class FusedLeakyReLU(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return bias_act(x, self.bias, act="lrelu", gain=SQRT2)
+
+
+class EqualLinear(nn.Module):
+    """Linear layer that learns `lr_mul` times as fast as the others; `activate` adds a leaky ReLU."""
+
+    def __init__(self, cin: int, cout: int, bias: float = 0.0, lr_mul: float = 1.0, activate: bool = False):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(cout, cin) / lr_mul)
+        self.bias = nn.Parameter(torch.full((cout,), float(bias)))
+        self.scale, self.lr_mul, self.activate = lr_mul / math.sqrt(cin), lr_mul, activate
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.weight * self.scale)
+        bias = self.bias * self.lr_mul
+        return bias_act(y, bias, act="lrelu", gain=SQRT2) if self.activate else y + bias.to(y.dtype)
+
+
+class EqualConv2d(nn.Module):
+    def __init__(self, cin: int, cout: int, kernel: int, stride: int, padding: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(cout, cin, kernel, kernel))
+        self.scale = 1 / math.sqrt(cin * kernel * kernel)
+        self.stride, self.padding = stride, padding
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight * self.scale, stride=self.stride, padding=self.padding)
+
+
+class ModulatedConv2d(nn.Module):
+    """The convolution of eq. 1-3: x [B, in, H, W], style [B, style_dim] -> [B, out, H or 2H, W or 2W]."""
+
+    def __init__(self, cin: int, cout: int, kernel: int, style_dim: int, demodulate=True, upsample=False):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(1, cout, cin, kernel, kernel))
+        self.modulation = EqualLinear(style_dim, cin, bias=1.0)
+        self.scale = 1 / math.sqrt(cin * kernel * kernel)
+        self.demodulate, self.padding = demodulate, kernel // 2
+        self.blur = Blur(padding=1, gain=4.0) if upsample else None
+
+    def forward(self, x: Tensor, style: Tensor) -> Tensor:
+        s = self.modulation(style)
+        weight = self.weight[0] * self.scale
+        x = x * s[:, :, None, None].to(x.dtype)
+        if self.blur is None:
+            y = F.conv2d(x, weight, padding=self.padding)
+        else:
+            y = self.blur(F.conv_transpose2d(x, weight.transpose(0, 1), stride=2))
+        if self.demodulate:
+            # Squares overflow float16, and bfloat16 has too few digits for their sum.
+            with torch.autocast(x.device.type, enabled=False):
+                squares = F.linear(s.to(weight.dtype).square(), weight.square().sum((2, 3)))
+            y = y * torch.rsqrt(squares + 1e-8)[:, :, None, None].to(y.dtype)
+        return y
+
+
+class NoiseInjection(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor, noise: Tensor | None) -> Tensor:
+        return x if noise is None else x + self.weight.to(x.dtype) * noise.to(x.dtype)
+
+
+class ConstantInput(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.input = nn.Parameter(torch.randn(1, channels, 4, 4))
+
+    def neuron_parameters(self) -> list:
+        return [[("input", 1)]]
+
+    def forward(self, batch: int) -> Tensor:
+        return self.input.expand(batch, -1, -1, -1)
+
+
+class StyledConv(nn.Module):
+    def __init__(self, cin: int, cout: int, style_dim: int, upsample: bool = False):
+        super().__init__()
+        self.conv = ModulatedConv2d(cin, cout, 3, style_dim, upsample=upsample)
+        self.noise = NoiseInjection()
+        self.activate = FusedLeakyReLU(cout)
+
+    def neuron_parameters(self) -> list:
+        return [[("conv.weight", 1), ("activate.bias", 0)]]
+
+    def forward(self, x: Tensor, style: Tensor, noise: Tensor | None) -> Tensor:
+        return self.activate(self.noise(self.conv(x, style), noise))
+
+
+class ToRGB(nn.Module):
+    """Adds this resolution's contribution to the image of the one below, `skip`."""
+
+    def __init__(self, cin: int, image_channels: int, style_dim: int, upsample: bool = True):
+        super().__init__()
+        self.upsample = Upsample() if upsample else None
+        self.conv = ModulatedConv2d(cin, image_channels, 1, style_dim, demodulate=False)
+        self.bias = nn.Parameter(torch.zeros(1, image_channels, 1, 1))
+
+    def neuron_parameters(self) -> list:
+        return [[("conv.weight", 1), ("bias", 1)]]
+
+    def forward(self, x: Tensor, style: Tensor, skip: Tensor | None) -> Tensor:
+        y = self.conv(x, style) + self.bias.to(x.dtype)
+        return y if skip is None else y + self.upsample(skip)
+
+
+class StyleGAN2Generator(nn.Module):
+    """StyleGAN2 generator with skip connections: z [B, latent_dim] -> images [B, image_channels, R, R], about [-1, 1].
+
+    Args:
+        resolution: output size R, a power of two >= 8.
+        latent_dim: size of z.
+        channel_base, channel_max: channels at resolution r are min(channel_base / r, channel_max); 32768 and 512 are
+            "config-f".
+        mapping_layers: depth of the mapping network z -> w, >= 1.
+        style_dim: size of w; None takes latent_dim.
+        image_channels: 3 for RGB, 1 for grey.
+        channels: {resolution: channels} where a network departs from the rule.
+
+    Attributes: `latent_dim`, `style_dim`, `resolution`, `image_channels`, `num_classes` (0), `num_layers` (the number L
+    of w vectors that the synthesis reads), `config` (the constructor's arguments).
+    """
+
+    family = "stylegan2"
+    num_classes = 0
+
+    def __init__(
+        self,
+        resolution: int,
+        latent_dim: int = 512,
+        channel_base: int = 32768,
+        channel_max: int = 512,
+        mapping_layers: int = 8,
+        style_dim: int | None = None,
+        image_channels: int = 3,
+        channels: dict[int, int] | None = None,
+    ):
+        super().__init__()
+        style_dim = latent_dim if style_dim is None else style_dim
+        widths = channel_table(resolution, channel_base, channel_max, channels)
+        self.config = {
+            "resolution": resolution,
+            "latent_dim": latent_dim,
+            "channel_base": channel_base,
+            "channel_max": channel_max,
+            "mapping_layers": mapping_layers,
+            "style_dim": style_dim,
+            "image_channels": image_channels,
+            "channels": {str(r): c for r, c in widths.items()},
+        }
+        for name in ("latent_dim", "mapping_layers", "style_dim", "image_channels"):
+            if self.config[name] < 1:
+                raise ValueError(f"{name} must be at least 1, got {self.config[name]}")
+        self.resolution, self.latent_dim, self.style_dim = resolution, latent_dim, style_dim
+        self.image_channels = image_channels
+
+        sizes = list(widths)
+        self.num_layers = 2 * len(sizes)
+        dims = [latent_dim] + [style_dim] * mapping_layers
+        self.style = nn.Sequential(
+            PixelNorm(),
+            *(EqualLinear(i, o, lr_mul=0.01, activate=True) for i, o in itertools.pairwise(dims)),
+        )
+        self.input = ConstantInput(widths[4])
+        self.conv1 = StyledConv(widths[4], widths[4], style_dim)
+        self.to_rgb1 = ToRGB(widths[4], image_channels, style_dim, upsample=False)
+        self.convs, self.to_rgbs, self.noises = nn.ModuleList(), nn.ModuleList(), nn.Module()
+        self.noises.register_buffer("noise_0", torch.randn(1, 1, 4, 4))
+        for low, high in itertools.pairwise(sizes):
+            self.convs.append(StyledConv(widths[low], widths[high], style_dim, upsample=True))
+            self.convs.append(StyledConv(widths[high], widths[high], style_dim))
+            self.to_rgbs.append(ToRGB(widths[high], image_channels, style_dim))
+            for k in (len(self.convs) - 1, len(self.convs)):
+                self.noises.register_buffer(f"noise_{k}", torch.randn(1, 1, high, high))
+
+    def mapping(self, z: Tensor) -> Tensor:
+        """z [B, latent_dim] -> w [B, style_dim]."""
+        if z.ndim != 2 or z.shape[1] != self.latent_dim:
+            raise ValueError(f"z must have shape [B, {self.latent_dim}], got {list(z.shape)}")
+        return self.style(z)
+
+    @torch.no_grad()
+    def mean_latent(self, samples: int = 4096, seed: int = 0) -> Tensor:
+        """Mean of w over `samples` seeded draws of z: [1, style_dim], the centre of truncation."""
+        z = torch.randn(samples, self.latent_dim, generator=torch.Generator().manual_seed(seed))
+        return self.mapping(z.to(self.input.input)).mean(0, keepdim=True)
+
+    def synthesis(self, w: Tensor, noise: str | list[Tensor] = "random") -> Tensor:
+        """w [B, L, style_dim] -> images.
+
+        noise: "random" (a new normal map per sample and layer), "constant" (the buffers in `noises`), "none", or L - 1
+        maps [1 or B, 1, r, r], one per styled convolution: r = 4, 8, 8, 16, 16, ...
+        """
+        if w.ndim != 3 or w.shape[1:] != (self.num_layers, self.style_dim):
+            raise ValueError(f"w must have shape [B, {self.num_layers}, {self.style_dim}], got {list(w.shape)}")
+        maps = self._noise_maps(noise, w)
+        x = self.conv1(self.input(w.shape[0]), w[:, 0], maps[0])
+        image = self.to_rgb1(x, w[:, 1], None)
+        for i, to_rgb in zip(range(0, len(self.convs), 2), self.to_rgbs, strict=True):
+            x = self.convs[i](x, w[:, i + 1], maps[i + 1])
+            x = self.convs[i + 1](x, w[:, i + 2], maps[i + 2])
+            # The next block's first convolution reads this w as well.
+            image = to_rgb(x, w[:, i + 3], image)
+        return image
+
+    def _noise_maps(self, noise: str | list[Tensor], w: Tensor) -> list[Tensor | None]:
+        constant = [getattr(self.noises, f"noise_{k}") for k in range(self.num_layers - 1)]
+        if isinstance(noise, str):
+            if noise == "random":
+                return [w.new_empty(w.shape[0], *buffer.shape[1:]).normal_() for buffer in constant]
+            if noise in ("constant", "none"):
+                return constant if noise == "constant" else [None] * len(constant)
+            raise ValueError(f'noise must be "random", "constant", "none" or a list of maps, got {noise!r}')
+        if len(noise) != len(constant):
+            raise ValueError(f"noise must hold {len(constant)} maps, one per styled convolution, got {len(noise)}")
+        for k, (given, buffer) in enumerate(zip(noise, constant, strict=True)):
+            if given.ndim != 4 or given.shape[1:] != buffer.shape[1:] or given.shape[0] not in (1, w.shape[0]):
+                expected = f"[1 or {w.shape[0]}, 1, {buffer.shape[2]}, {buffer.shape[3]}]"
+                raise ValueError(f"noise map {k} must have shape {expected}, got {list(given.shape)}")
+        return list(noise)
+
+    def forward(
+        self,
+        z: Tensor | tuple[Tensor, Tensor],
+        *,
+        truncation: float = 1.0,
+        crossover: int | None = None,
+        noise: str | list[Tensor] = "random",
+        latents: bool = False,
+        return_latents: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Images of z.
+
+        Args:
+            z: [B, latent_dim]; a pair of them mixes styles: the second takes over at layer `crossover`.
+            truncation: ψ in w = mean + ψ (w - mean); 1 leaves w alone, 0 gives the mean image.
+            crossover: first layer of the second style, 0..L; None draws one in 1..L-1 for the whole batch.
+            noise: "random" | "constant" | "none" | list of maps, as in `synthesis`.
+            latents: z is already w, [B, style_dim] or [B, L, style_dim].
+            return_latents: return (images, w [B, L, style_dim]) instead of images.
+
+        Raises:
+            ValueError: a shape, crossover or noise that is not as above.
+        """
+        first, second = z if isinstance(z, (tuple, list)) else (z, None)
+        w = self._layer_styles(first, latents)
+        if second is not None:
+            other = self._layer_styles(second, latents)
+            if crossover is None:
+                crossover = int(torch.randint(1, self.num_layers, ()))
+            if not 0 <= crossover <= self.num_layers or other.shape != w.shape:
+                raise ValueError(
+                    f"mixing takes two z of one shape and crossover in 0..{self.num_layers}, "
+                    f"got {list(first.shape)}, {list(second.shape)} and {crossover}"
+                )
+            w = torch.cat((w[:, :crossover], other[:, crossover:]), 1)
+        elif crossover is not None:
+            raise ValueError(f"crossover={crossover} needs a pair of z to mix: G((z1, z2), crossover=...)")
+        if truncation != 1.0:
+            center = self.mean_latent().to(w.dtype)
+            w = center + truncation * (w - center)
+        image = self.synthesis(w, noise)
+        return (image, w) if return_latents else image
+
+    def _layer_styles(self, z: Tensor, latents: bool) -> Tensor:
+        w = z if latents else self.mapping(z)
+        return w[:, None].expand(-1, self.num_layers, -1) if w.ndim == 2 else w
+
+
+class ConvLayer(nn.Sequential):
+    """[blur,] convolution [, bias and leaky ReLU]; `downsample` halves the size."""
+
+    def __init__(self, cin: int, cout: int, kernel: int, downsample: bool = False, activate: bool = True):
+        stride, padding = (2, 0) if downsample else (1, kernel // 2)
+        super().__init__(
+            *([Blur(padding=(kernel + 1) // 2)] if downsample else []),
+            EqualConv2d(cin, cout, kernel, stride, padding),
+            *([FusedLeakyReLU(cout)] if activate else []),
+        )
+
+    def neuron_parameters(self) -> list:
+        conv = int(isinstance(self[0], Blur))
+        return [[(f"{conv}.weight", 0)] + [(f"{conv + 1}.bias", 0)] * (len(self) > conv + 1)]
+
+
+class ResBlock(nn.Module):
+    def __init__(self, cin: int, cout: int):
+        super().__init__()
+        self.conv1 = ConvLayer(cin, cin, 3)
+        self.conv2 = ConvLayer(cin, cout, 3, downsample=True)
+        self.skip = ConvLayer(cin, cout, 1, downsample=True, activate=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.conv2(self.conv1(x)) + self.skip(x)) / SQRT2
+
+
+def minibatch_stddev(x: Tensor, group: int = 4) -> Tensor:
+    """Appends one channel to x [B, C, H, W]: the mean standard deviation over groups of samples.
+
+    A group holds `group` samples, or the largest divisor of B below that; sample i is in group i mod (B / group).
+    """
+    b, c, h, w = x.shape
+    size = next(g for g in range(min(group, b), 0, -1) if b % g == 0)
+    y = x.reshape(size, b // size, c, h, w)
+    y = y.to(torch.promote_types(x.dtype, torch.float32))
+    std = (y.var(0, unbiased=False) + 1e-8).sqrt().mean((1, 2, 3))
+    return torch.cat((x, std.to(x.dtype).repeat(size)[:, None, None, None].expand(b, 1, h, w)), 1)
+
+
+class StyleGAN2Discriminator(nn.Module):
+    """StyleGAN2 residual discriminator: images [B, image_channels, R, R] in [-1, 1] -> logits [B].
+
+    Args: as the generator's; `config` holds them.
+    """
+
+    family = "stylegan2"
+    num_classes = 0
+
+    def __init__(
+        self,
+        resolution: int,
+        channel_base: int = 32768,
+        channel_max: int = 512,
+        image_channels: int = 3,
+        channels: dict[int, int] | None = None,
+    ):
+        super().__init__()
+        widths = channel_table(resolution, channel_base, channel_max, channels)
+        if image_channels < 1:
+            raise ValueError(f"image_channels must be at least 1, got {image_channels}")
+        self.config = {
+            "resolution": resolution,
+            "channel_base": channel_base,
+            "channel_max": channel_max,
+            "image_channels": image_channels,
+            "channels": {str(r): c for r, c in widths.items()},
+        }
+        self.resolution, self.image_channels = resolution, image_channels
+        sizes = list(widths)[::-1]
+        self.convs = nn.Sequential(
+            ConvLayer(image_channels, widths[resolution], 1),
+            *(ResBlock(widths[high], widths[low]) for high, low in itertools.pairwise(sizes)),
+        )
+        self.final_conv = ConvLayer(widths[4] + 1, widths[4], 3)
+        self.final_linear = nn.Sequential(
+            EqualLinear(widths[4] * 16, widths[4], activate=True), EqualLinear(widths[4], 1)
+        )
+
+    def features(self, x: Tensor, group: int = 4) -> Tensor:
+        """Activations before the last layer: [B, channels at 4x4]. With group=1 no sample sees its batch."""
+        expected = (self.image_channels, self.resolution, self.resolution)
+        if x.ndim != 4 or x.shape[1:] != expected or not len(x):
+            shape = "[B >= 1, {}, {}, {}]".format(*expected)
+            raise ValueError(f"images must have shape {shape}, got {list(x.shape)}")
+        x = self.final_conv(minibatch_stddev(self.convs(x), group))
+        return self.final_linear[0](x.flatten(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.final_linear[1](self.features(x))[:, 0]
