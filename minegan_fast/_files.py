@@ -18,6 +18,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     path = Path(path)
     temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.tmp{path.suffix}")
     try:
+        temporary.touch()  # with the permissions of the user's umask, whatever the writer would choose
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())

@@ -28,20 +28,23 @@ class _Loaded:
 _loaded: "weakref.WeakKeyDictionary[nn.Module, _Loaded]" = weakref.WeakKeyDictionary()
 
 
-def save_delta(ft, path: str | os.PathLike):
+def save_delta(ft, path: str | os.PathLike, ema: bool = False):
     """Writes every row of `ft.model` that was trained since `ft` was built, and added parameters of the model.
+
+    ema: the averaged values instead of the live ones.
 
     safetensors. Per layer `<layer>:rows` int64 [k]; per parameter `<parameter>` [k, ...], the rows in front. Metadata:
     format, version, `base` (fingerprint of the untrained model), `layers` as JSON {layer: [[parameter, axis], ...]}.
     """
     tensors, layers = {}, {}
     parameters = dict(dense_parameters(ft.model))
+    values_of = dict(ft.ema_model().named_parameters()) if ema else parameters
 
     def store(layer, rows, members):
         tensors[f"{layer}:rows"] = rows
         layers[layer] = members
         for name, axis in members:
-            value = parameters[name].detach()
+            value = values_of[name].detach()
             values = compact(value, axis, rows.to(value.device)).cpu()
             tensors[name] = values.clone(memory_format=torch.contiguous_format)
 

@@ -375,9 +375,9 @@ class SparseFinetuner(torch.optim.Optimizer):
             raise RuntimeError("there is no EMA; build the optimizer with ema_decay, 0.998 say")
         return ema.ema_model(self, self.model if module is None else module)
 
-    def save_delta(self, path: str | os.PathLike):
-        """Writes every row trained since construction as safetensors, atomically; see `load_delta`."""
-        delta.save_delta(self, path)
+    def save_delta(self, path: str | os.PathLike, ema: bool = False):
+        """Writes every row trained since construction, or its average, as safetensors, atomically; see `load_delta`."""
+        delta.save_delta(self, path, ema)
 
     def release(self):
         """Gives the plain model back: trained values in place, every parameter trainable as before."""

@@ -1,0 +1,8 @@
+"""The recipe: data, augmentation, losses, the two stages, snapshots and evaluation."""
+
+from .config import TransferConfig, load_config
+from .estimate import DoesNotFit
+from .execution import TrainingDiverged, TransferResult
+from .recipe import dry_run, transfer
+
+__all__ = ["DoesNotFit", "TrainingDiverged", "TransferConfig", "TransferResult", "dry_run", "load_config", "transfer"]

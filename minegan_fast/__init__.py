@@ -1,0 +1,33 @@
+"""Adapts a pretrained GAN to a few images by mining and sparse finetuning (MineGAN++, arXiv 2104.13742)."""
+
+from . import metrics, models
+from .finetune import FrozenNeuronsChanged, Selection, SparseFinetuner, load_delta, unload_delta
+from .mining import Mined, Miner
+from .models import load_discriminator, load_generator, save_model
+from .ops import backends, gradient_penalty, interpolate, mmd2, path_length_penalty, r1_penalty, use_backend
+from .training import transfer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FrozenNeuronsChanged",
+    "Mined",
+    "Miner",
+    "Selection",
+    "SparseFinetuner",
+    "backends",
+    "gradient_penalty",
+    "interpolate",
+    "load_delta",
+    "load_discriminator",
+    "load_generator",
+    "metrics",
+    "mmd2",
+    "models",
+    "path_length_penalty",
+    "r1_penalty",
+    "save_model",
+    "transfer",
+    "unload_delta",
+    "use_backend",
+]

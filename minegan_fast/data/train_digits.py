@@ -1,0 +1,172 @@
+"""Makes every file of this folder from MNIST: `python -m minegan_fast.data.train_digits --mnist mnist.npz`.
+
+The archive holds uint8 arrays train_images [60000, 28, 28], train_labels, test_images and test_labels. The source GAN
+never sees a nine. On one thread the same torch on the same processor repeats the weights bit for bit.
+"""
+
+import argparse
+import json
+import platform
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+
+from ..models import StyleGAN2Discriminator, StyleGAN2Generator, load_generator, save_model
+from ..ops import r1_penalty
+from ..training.augment import diff_augment
+from ..training.losses import critic_loss, generator_loss
+from . import CLASSIFIER, CRITIC, FOLDER, GENERATOR, DigitClassifier
+
+SEED = 9
+GAN = {"resolution": 32, "channel_base": 1024, "channel_max": 96, "image_channels": 1}
+BATCH, LR, BETAS, R1_GAMMA, R1_EVERY, EMA_HALF_LIFE = 32, 2.5e-3, (0.0, 0.99), 0.3, 16, 350.0
+AUGMENT = "translation"
+
+
+def read(archive: str) -> dict[str, torch.Tensor]:
+    with np.load(archive) as arrays:
+        data = {name: torch.from_numpy(arrays[name]) for name in arrays}
+    for split in ("train", "test"):
+        data[f"{split}_images"] = F.pad(data[f"{split}_images"], (2, 2, 2, 2))[:, None]
+    return data
+
+
+def to_float(images: torch.Tensor) -> torch.Tensor:
+    return images.float() / 127.5 - 1
+
+
+def train_classifier(data: dict[str, torch.Tensor], epochs: int) -> tuple[DigitClassifier, float]:
+    torch.manual_seed(SEED)
+    model = DigitClassifier()
+    steps = epochs * len(data["train_images"]) // 128
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+    for step in range(steps):
+        index = torch.randint(len(data["train_images"]), (128,))
+        images = diff_augment(to_float(data["train_images"][index]), "translation")
+        loss = F.cross_entropy(model.logits(images), data["train_labels"][index].long())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if step % 200 == 0:
+            print(f"classifier {step}/{steps} loss {loss.item():.3f}", flush=True)
+    model.eval()
+    with torch.no_grad():
+        model.rms.copy_(model(to_float(data["train_images"][:10000])).square().mean().sqrt())
+        predicted = torch.cat([model.logits(to_float(x)).argmax(1) for x in data["test_images"].split(1000)])
+    return model, (predicted == data["test_labels"]).float().mean().item()
+
+
+def train_gan(images: torch.Tensor, steps: int):
+    torch.manual_seed(SEED)
+    generator = StyleGAN2Generator(latent_dim=64, style_dim=96, mapping_layers=3, **GAN)
+    critic = StyleGAN2Discriminator(**GAN)
+    average = StyleGAN2Generator(**generator.config)
+    average.load_state_dict(generator.state_dict())
+    optimizers = [torch.optim.Adam(m.parameters(), LR, betas=BETAS, fused=True) for m in (generator, critic)]
+    schedules = [torch.optim.lr_scheduler.LinearLR(o, 1.0, 0.2, steps) for o in optimizers]
+    decay = 0.5 ** (1 / EMA_HALF_LIFE)
+    start = time.monotonic()
+
+    for step in range(steps):
+        with torch.autocast("cpu", torch.bfloat16):
+            fake = generator(torch.randn(BATCH, generator.latent_dim))
+            loss_g = generator_loss("nonsaturating", critic(diff_augment(fake, AUGMENT)))
+        optimizers[0].zero_grad()
+        loss_g.backward()
+        optimizers[0].step()
+
+        real = to_float(images[torch.randint(len(images), (BATCH,))])
+        with torch.autocast("cpu", torch.bfloat16):
+            # Two passes: the minibatch standard deviation must not mix real images with generated ones.
+            on_real, on_fake = (critic(diff_augment(x, AUGMENT)) for x in (real, fake.detach().float()))
+            loss_d = critic_loss("nonsaturating", on_real, on_fake)
+        if step % R1_EVERY == 0:
+            loss_d = loss_d + R1_GAMMA / 2 * R1_EVERY * r1_penalty(critic, diff_augment(real, AUGMENT))
+        optimizers[1].zero_grad()
+        loss_d.backward()
+        optimizers[1].step()
+
+        with torch.no_grad():
+            for a, p in zip(average.parameters(), generator.parameters(), strict=True):
+                a.lerp_(p, 1 - min(decay, (step + 1) / (step + 10)))
+        for schedule in schedules:
+            schedule.step()
+        if step % 100 == 0:
+            rate = (step + 1) / (time.monotonic() - start)
+            print(f"gan {step}/{steps} G {loss_g.item():.3f} D {loss_d.item():.3f} {rate:.2f}/s", flush=True)
+    return average.eval(), critic.eval()
+
+
+def write_nines(data: dict[str, torch.Tensor], folder: Path) -> None:
+    own = data["train_images"][data["train_labels"] == 9]
+    order = torch.randperm(len(own), generator=torch.Generator().manual_seed(SEED))
+    (folder / "nines").mkdir(exist_ok=True)
+    for i, k in enumerate(order[:100].tolist()):
+        Image.fromarray(own[k, 0].numpy()).save(folder / "nines" / f"{i:03d}.png", optimize=True)
+    np.savez_compressed(
+        folder / "nines.npz",
+        validation=own[order[100:400]].numpy(),
+        floor=own[order[400:1409]].numpy(),
+        test=data["test_images"][data["test_labels"] == 9].numpy(),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--mnist", required=True, help="npz with train_images, train_labels, test_images, test_labels")
+    parser.add_argument("--out", type=Path, default=FOLDER)
+    parser.add_argument("--parts", nargs="+", default=["nines", "classifier", "gan"])
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--epochs", type=int, default=3)
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    data = read(arguments.mnist)
+    record_file = arguments.out / "record.json"
+    record = json.loads(record_file.read_text()) if record_file.exists() else {}
+    record |= {"seed": SEED, "torch": torch.__version__, "machine": f"{platform.machine()}, 1 thread"}
+
+    if "nines" in arguments.parts:
+        write_nines(data, arguments.out)
+    if "classifier" in arguments.parts:
+        judge, accuracy = train_classifier(data, arguments.epochs)
+        state = {name: tensor.contiguous() for name, tensor in judge.state_dict().items()}
+        save_file(state, arguments.out / CLASSIFIER.name)
+        record["classifier"] = {"epochs": arguments.epochs, "test_accuracy": round(accuracy, 4)}
+    if "gan" in arguments.parts:
+        start = time.monotonic()
+        source, critic = train_gan(data["train_images"][data["train_labels"] != 9], arguments.steps)
+        save_model(arguments.out / GENERATOR.name, source)
+        save_model(arguments.out / CRITIC.name, critic)
+        record["gan"] = {
+            "steps": arguments.steps,
+            "batch": BATCH,
+            "lr": LR,
+            "betas": BETAS,
+            "r1_gamma": R1_GAMMA,
+            "r1_every": R1_EVERY,
+            "ema_half_life_steps": EMA_HALF_LIFE,
+            "augment": AUGMENT,
+            "precision": "bf16 autocast",
+            "minutes": round((time.monotonic() - start) / 60, 1),
+        }
+    judge = DigitClassifier()
+    judge.load_state_dict(load_file(arguments.out / CLASSIFIER.name))
+    source = load_generator(arguments.out / GENERATOR.name)
+    with torch.no_grad():
+        torch.manual_seed(SEED)
+        predicted = judge.logits(source(torch.randn(1000, source.latent_dim))).argmax(1)
+    record["source_samples_classified"] = torch.bincount(predicted, minlength=10).tolist()
+    record_file.write_text(json.dumps(record, indent=2) + "\n")
+    print(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main()

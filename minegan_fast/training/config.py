@@ -1,0 +1,154 @@
+"""Every setting of a run: its default, its meaning, its check, and its file in the run's folder."""
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .._files import atomic_path
+from .augment import parse_policy
+from .losses import LOSSES
+
+CRITIC_TRAINING = ("all", "sparse", "freezed")
+PRECISIONS = ("fp32", "bf16", "fp16")
+METRICS = ("fid", "kid", "kmmd", "mv", "diversity")
+# May differ when a run is resumed: they do not change what is computed at a step that both runs make.
+FREE_ON_RESUME = ("device", "mining_steps", "finetune_steps", "patience", "keep", "log_every")
+
+
+def setting(default: Any, help: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclass
+class TransferConfig:
+    """Settings of `transfer`. None means: chosen from the other settings, or from the networks."""
+
+    source: str | None = None
+    images: str | None = None
+    critic: str | None = setting(None, "Checkpoint of the critic; default: the source file's discriminator.")
+    mining_steps: int = setting(1000, "Steps of stage 1: miner and critic train, the generator is frozen.")
+    finetune_steps: int = setting(2000, "Steps of stage 2: the selected neurons of the generator train too.")
+    density: float = setting(0.05, "Fraction of the generator's neurons that train in stage 2.")
+    batch: int = setting(16, "Images a step.")
+    lr: float = setting(2e-3, "Learning rate: the critic's; the miner's is twice, the generator's half of it.")
+    loss: str = setting("nonsaturating", f"Adversarial loss: {', '.join(LOSSES)}.")
+    device: str | None = setting(None, "cpu, cuda, cuda:1, ...; default: a GPU where there is one.")
+    seed: int = setting(0, "Seed of everything random.")
+    snapshot_every: int = setting(500, "Steps between snapshots, each with metrics and a sample grid.")
+    metrics: tuple[str, ...] = setting(("fid", "kid", "kmmd", "mv"), f"Metrics of a snapshot: {', '.join(METRICS)}.")
+    budget: str = setting("neurons", "What density counts: neurons, parameters.")
+    criterion: str = setting("fisher", "Neurons' score: fisher, gradient, saliency, movement, magnitude, random.")
+    scope: str = setting("global", "One ranking over all layers (global), or the same fraction of every layer (layer).")
+    policy: str = setting("train_top", "train_top: the highest scored train; freeze_top: the lowest scored.")
+    score_samples: int = setting(64, "Generated images that score the neurons.")
+    train_critic: str = setting("all", "What of the critic trains: all, sparse (as the generator), freezed (FreezeD).")
+    freeze_blocks: int = setting(3, "Blocks nearest to the image that FreezeD freezes.")
+    miner_depth: int = setting(2, "Linear layers of the miner.")
+    miner_width: int | None = setting(None, "Width of the miner; default: the latent size.")
+    miner_lr: float | None = setting(None, "Learning rate of the miner.")
+    generator_lr: float | None = setting(None, "Learning rate of the generator's neurons.")
+    critic_lr: float | None = setting(None, "Learning rate of the critic.")
+    beta1: float = setting(0.0, "Adam's first moment decay.")
+    beta2: float = setting(0.99, "Adam's second moment decay.")
+    r1_gamma: float = setting(1.0, "Weight of R1, halved in the loss; 0 turns it off.")
+    r1_every: int = setting(16, "Lazy R1: every so many steps, weighted accordingly.")
+    path_length_weight: float | None = setting(None, "Weight of path length in stage 2; default 2 for StyleGAN2.")
+    path_length_every: int = setting(4, "Lazy path length: every so many steps, weighted accordingly.")
+    gradient_penalty_weight: float | None = setting(None, "Weight of WGAN-GP; default 10 for wgan, else 0.")
+    augment: str = setting("color,translation,cutout", "DiffAugment: color, translation, cutout, flip; empty: none.")
+    ema_decay: float = setting(0.998, "Decay of the averages of miner and selected neurons.")
+    precision: str = setting("fp32", "fp32, bf16 or fp16 (autocast; penalties stay in fp32).")
+    held_out: float | str = setting(0.1, "Fraction of the images set aside (from 20 on), or a folder of other images.")
+    features: str | None = setting(None, "Features of the metrics: critic, pixels, digits, or a TorchScript file.")
+    eval_samples: int = setting(1000, "Generated images that the metrics see.")
+    patience: int = setting(0, "Stop after so many snapshots without a gain in held-out KID; 0: never.")
+    keep: int = setting(2, "Newest snapshots that stay on the disk.")
+    grid: int = setting(64, "Images in a sample grid.")
+    log_every: int = setting(10, "Steps between rows of history.jsonl.")
+
+    def __post_init__(self):
+        self.metrics = tuple(self.metrics)
+        if self.gradient_penalty_weight is None:
+            self.gradient_penalty_weight = 10.0 if self.loss == "wgan" else 0.0
+        self.miner_lr = 2 * self.lr if self.miner_lr is None else self.miner_lr
+        self.generator_lr = self.lr / 2 if self.generator_lr is None else self.generator_lr
+        self.critic_lr = self.lr if self.critic_lr is None else self.critic_lr
+        self._check()
+
+    @property
+    def total_steps(self) -> int:
+        return self.mining_steps + self.finetune_steps
+
+    def _check(self) -> None:
+        for name, low in (
+            ("mining_steps", 0), ("finetune_steps", 0), ("batch", 1), ("snapshot_every", 1), ("score_samples", 1),
+            ("miner_depth", 1), ("r1_every", 1), ("path_length_every", 1), ("eval_samples", 2), ("patience", 0),
+            ("keep", 1), ("grid", 1), ("log_every", 1), ("freeze_blocks", 1),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < low:
+                raise ValueError(f"{name} must be a whole number >= {low}, got {value!r}")
+        for name in ("lr", "miner_lr", "generator_lr", "critic_lr"):
+            _positive(name, getattr(self, name))
+        for name in ("r1_gamma", "gradient_penalty_weight"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                raise ValueError(f"{name} must be a number >= 0, got {getattr(self, name)!r}")
+        if self.total_steps == 0:
+            raise ValueError("mining_steps and finetune_steps are both 0: nothing would train")
+        if not 0 < self.density <= 1:
+            raise ValueError(
+                f"density is the fraction of neurons that train, above 0 and at most 1; got {self.density!r}"
+            )
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay!r}")
+        for name, known in (("loss", LOSSES), ("train_critic", CRITIC_TRAINING), ("precision", PRECISIONS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        for metric in self.metrics:
+            if metric not in METRICS:
+                raise ValueError(f"metrics are {', '.join(METRICS)}, got {metric!r}")
+        if isinstance(self.held_out, float) and not 0 <= self.held_out < 1:
+            raise ValueError(f"held_out is a fraction in [0, 1) or a folder, got {self.held_out!r}")
+        parse_policy(self.augment)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def save(self, path: Path) -> None:
+        with atomic_path(path) as temporary:
+            temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+
+    def differences(self, other: "TransferConfig") -> list[str]:
+        """ "name: mine -> theirs" for every setting in which the two would compute something else."""
+        return [
+            f"{field.name}: {mine!r} -> {theirs!r}"
+            for field in dataclasses.fields(self)
+            if field.name not in FREE_ON_RESUME
+            and (mine := getattr(self, field.name)) != (theirs := getattr(other, field.name))
+        ]
+
+
+def load_config(path: str | Path) -> dict[str, Any]:
+    """The settings in a configuration file, for `TransferConfig(**settings)`. ValueError: not JSON, unknown names."""
+    path = Path(path)
+    if path.is_dir():
+        path = path / "config.json"
+    try:
+        settings = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no configuration at {path}; a run writes its own as config.json") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a JSON configuration: {error}") from None
+    known = [field.name for field in dataclasses.fields(TransferConfig)]
+    unknown = [name for name in settings if name not in known] if isinstance(settings, dict) else ["(not an object)"]
+    if unknown:
+        raise ValueError(f"{path} has settings that do not exist: {', '.join(unknown)}; known: {', '.join(known)}")
+    return settings
+
+
+def _positive(name: str, value: float) -> None:
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} must be a positive number, got {value!r}")

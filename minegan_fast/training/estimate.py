@@ -1,0 +1,138 @@
+"""What a run will need, before it starts: memory from one counted sample, time from a few real steps."""
+
+import contextlib
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import r1_penalty
+from .config import TransferConfig
+from .losses import generator_loss
+from .trainer import DTYPES, Trainer
+
+# Gradients of activations, workspaces and the allocator's rounding come on top of what is saved for backward.
+HEADROOM = 2.0
+
+
+class DoesNotFit(RuntimeError):
+    """The run needs more memory than there is."""
+
+
+@dataclass
+class Estimate:
+    """Bytes: `networks` (weights, gradients, moments, averages), `per_sample` of a batch, `available` on the device."""
+
+    networks: int
+    per_sample: int
+    available: int
+
+    def needed(self, batch: int) -> int:
+        return self.networks + batch * self.per_sample
+
+    def largest_batch(self) -> int:
+        return max(0, (self.available - self.networks) // max(1, self.per_sample))
+
+    def check(self, batch: int) -> None:
+        """DoesNotFit where the run would not; it says which batch would."""
+        if self.needed(batch) <= self.available:
+            return
+        advice = f"batch {self.largest_batch()} would fit" if self.largest_batch() else "no batch would fit"
+        raise DoesNotFit(
+            f"the run needs about {_gb(self.needed(batch))} at batch {batch}, but {_gb(self.available)} are free: "
+            + advice
+        )
+
+
+def estimate_memory(config: TransferConfig, generator: nn.Module, critic: nn.Module) -> Estimate:
+    """Counts what steps at batch 1 and 2 save for their backward, and what networks and optimizers will hold.
+
+    The networks are on the device of the run already: what they occupy is not counted again.
+    """
+    sizes = [sum(p.numel() * p.element_size() for p in net.parameters()) for net in (generator, critic)]
+    # Generator: the dense gradient before the selection, a copy for evaluation, then density x (values, gradient, two
+    # moments, average). Critic: gradient and two moments.
+    networks = int(sizes[0] * (2 + 5 * config.density) + sizes[1] * 3)
+    one, two = (_saved_bytes(config, generator, critic, batch) for batch in (1, 2))
+    per_sample = max(1, two - one)
+    fixed = max(0, one - per_sample)
+    available = available_memory(next(generator.parameters()).device)
+    return Estimate(networks + fixed, int(HEADROOM * per_sample), available)
+
+
+def _saved_bytes(config: TransferConfig, generator: nn.Module, critic: nn.Module, batch: int) -> int:
+    """The larger of what the generator's step and the critic's step with R1 save for backward."""
+    device = next(generator.parameters()).device
+    dtype = DTYPES[config.precision]
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with _counting() as generator_step, torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            fake = generator(torch.randn(batch, generator.latent_dim, device=device, requires_grad=True))
+            generator_loss(config.loss, critic(fake))
+        with _counting() as critic_step:
+            r1_penalty(critic, fake.detach().float())
+    return max(generator_step.total, critic_step.total)
+
+
+class _Count:
+    def __init__(self):
+        self.storages: dict[int, int] = {}
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        self.storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    @property
+    def total(self) -> int:
+        return sum(self.storages.values())
+
+
+@contextlib.contextmanager
+def _counting():
+    count = _Count()
+    with torch.autograd.graph.saved_tensors_hooks(count.pack, lambda tensor: tensor):
+        yield count
+
+
+def available_memory(device: torch.device) -> int:
+    """Free bytes on the device; on the CPU what the system would give without swapping, within the control group."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    try:
+        with open("/proc/meminfo") as file:
+            free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 1 << 62
+    with contextlib.suppress(OSError, ValueError):
+        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
+        free = min(free, limit - used)
+    return free
+
+
+def estimate_seconds(trainer: Trainer, steps: int = 3) -> tuple[float, float]:
+    """Measured seconds of a mining step and of a finetuning step. Trains `trainer`: give one that is thrown away."""
+    config = trainer.config
+
+    def timed(first: int) -> float:
+        trainer.step(first)
+        trainer.finite.item()
+        start = time.perf_counter()
+        for number in range(first + 1, first + 1 + steps):
+            trainer.step(number)
+        trainer.finite.item()  # waits for a GPU
+        return (time.perf_counter() - start) / steps
+
+    mining = timed(1)
+    if config.finetune_steps == 0:
+        return mining, 0.0
+    trainer.begin_finetuning()
+    trainer.select()
+    return mining, timed(1)
+
+
+def _gb(count: float) -> str:
+    return f"{count / 2**30:.1f} GiB"

@@ -1,0 +1,102 @@
+"""How good is a run: metrics between generated and real images on features of the user's choice."""
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .. import metrics as m
+from .images import to_float
+from .randomness import derived_seed
+
+
+class CriticFeatures(nn.Module):
+    """The penultimate activations of a source's critic: what the source knows of images, without a download."""
+
+    def __init__(self, critic: nn.Module):
+        super().__init__()
+        self.critic = critic
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.critic.features(x, group=1)
+
+
+class PixelFeatures(nn.Module):
+    """Images averaged down to 8x8 and flattened: for networks whose critic gives no features."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.adaptive_avg_pool2d(x, 8).flatten(1)
+
+
+class Features:
+    """images uint8 or float [N, C, R, R] -> features [N, D], in units of their RMS over the reference images.
+
+    Without the scaling the polynomial kernel of KID gives values in the thousands on features that are not Inception's.
+    """
+
+    def __init__(self, module: nn.Module | m.FeatureExtractor, name: str, reference: Tensor | None = None):
+        self.name = name
+        self.extract = module if isinstance(module, m.FeatureExtractor) else m.FeatureExtractor(module)
+        self.scale = 1.0
+        if reference is not None:
+            self.scale = float(self(reference).square().mean().sqrt().clamp_min(1e-12))
+
+    def __call__(self, images: Tensor) -> Tensor:
+        if images.dtype == torch.uint8:
+            images = to_float(images)
+        return self.extract(images).double() / self.scale
+
+
+def choose_features(choice, critic: nn.Module | None, reference: Tensor, device) -> Features:
+    """Features for metrics.
+
+    choice: None ("critic" where the source's critic has them, else "pixels"), "critic", "pixels", "digits" (the
+    embedded classifier, 32x32 grey), a path of a TorchScript file, an nn.Module or a FeatureExtractor. The first three
+    are scaled by their RMS over `reference`, uint8 [N, C, R, R].
+    """
+    if choice is None:
+        choice = "critic" if hasattr(critic, "features") else "pixels"
+    if choice == "critic":
+        if not hasattr(critic, "features"):
+            raise ValueError('features="critic" needs a source critic with a features() method; use "pixels" or a path')
+        return Features(CriticFeatures(critic).to(device), "critic", reference)
+    if choice == "pixels":
+        return Features(PixelFeatures().to(device), "pixels", reference)
+    if choice == "digits":
+        from ..data import classifier
+
+        return Features(classifier().to(device), "digits")
+    if isinstance(choice, (str, Path)):
+        return Features(m.FeatureExtractor(choice, device=device), str(choice))
+    return Features(choice, type(choice).__name__)
+
+
+@torch.no_grad()
+def generate(sampler, count: int, seed: int, batch: int = 64) -> Tensor:
+    """`count` images of `sampler.sample`, float [count, C, R, R] on the CPU; the same for the same seed and batch."""
+    generator = torch.Generator().manual_seed(derived_seed(seed, "generate"))
+    parts = [min(batch, count - first) for first in range(0, count, batch)]
+    return torch.cat([sampler.sample(size, generator=generator).float().cpu() for size in parts]).clamp(-1, 1)
+
+
+def _kid(fake: Tensor, real: Tensor) -> float:
+    return m.kid(fake, real, subset_size=min(1000, len(fake), len(real)))[0]
+
+
+MEASURES: dict[str, Callable[[Tensor, Tensor], float]] = {
+    "fid": m.fid,
+    "kid": _kid,
+    "kmmd": m.kmmd,
+    "mv": lambda fake, real: m.mean_variance(fake),
+    "diversity": lambda fake, real: m.diversity(fake),
+}
+
+
+def measure(fake: Tensor, real: Tensor, names) -> dict[str, float]:
+    """The named metrics of features fake [N, D] against real [M, D], without the warnings of small samples."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return {name: MEASURES[name](fake, real) for name in names}

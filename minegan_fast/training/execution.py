@@ -1,0 +1,185 @@
+"""A run while it goes on: the loop, the snapshots, the search for the best."""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from ..mining import Mined, Miner, load_miner, save_miner
+from .evaluation import generate, measure
+from .events import EventWriter
+from .folder import RunFolder, read_generator, write_generator
+from .plots import loss_curves, save_grid
+from .progress import Progress
+from .randomness import derived_seed
+
+
+class TrainingDiverged(RuntimeError):
+    """A loss became NaN or infinite."""
+
+
+@dataclass
+class TransferResult:
+    """What a run gives back.
+
+    generator, miner: averaged weights of the best snapshot by held-out KID, or of the last where nothing is held out.
+    step: the step they are of. history: rows of history.jsonl. metrics: those of that step. folder: where all of it is.
+    """
+
+    generator: nn.Module
+    miner: Miner
+    step: int
+    history: list[dict]
+    metrics: dict[str, float]
+    folder: Path
+
+    def sample(self, n: int, seed: int = 0) -> Tensor:
+        """n images [n, C, R, R] in [-1, 1] on the CPU; the same for the same seed."""
+        return generate(Mined(self.generator, self.miner), n, seed)
+
+
+class Execution:
+    """A run while it goes on: the loop, the snapshots, the search for the best."""
+
+    def __init__(self, run, folder: RunFolder, resume: bool, progress: bool):
+        self.prepared, self.config, self.folder = run, run.config, folder
+        self.trainer = run.trainer()
+        self.fingerprint = run.target.fingerprint()
+        self.step, self.best_kid, self.best_step, self.waited = 0, float("inf"), 0, 0
+        self.history: list[dict] = []
+        restored = folder.load_snapshot() if resume else None
+        if restored:
+            self._restore(*restored)
+        folder.write_history(self.history)
+        self.resumed = bool(restored)
+        self.progress = Progress(self.config.total_steps, enabled=progress, done=self.step)
+        self.real = run.features(run.reference)
+
+    def run(self) -> TransferResult:
+        config = self.config
+        events = EventWriter(self.folder.events, first_step=self.step if self.resumed else None)
+        with self.progress, events, open(self.folder.history, "a") as self.log:
+            self.events = events
+            for note in self.prepared.notes:
+                self.progress.log(note)
+            if self.resumed:
+                self.progress.log(f"resumed at step {self.step}")
+            else:
+                self._snapshot()
+            if self.step < config.mining_steps:
+                self.progress.stage("mining", config.mining_steps, first=0)
+                self._steps(config.mining_steps)
+            if config.finetune_steps and self.trainer.finetuner is None:
+                self.progress.log("scoring the neurons on the target")
+                self.trainer.begin_finetuning()
+                self.trainer.select()
+                self.trainer.finetuner.selection.save(self.folder.selection)
+                self.progress.log(self._selected())
+            self.progress.stage("finetuning", config.finetune_steps, first=config.mining_steps)
+            self._steps(config.total_steps)
+            if self.trainer.finetuner:
+                self.trainer.finetuner.verify()
+        return self._result()
+
+    def _steps(self, until: int) -> None:
+        config, started = self.config, time.monotonic()
+        while self.step < until and not self._exhausted():
+            values = self.trainer.step(self.step)
+            self.step += 1
+            self.progress.update(self.step, values)
+            logs, snapshots = self.step % config.log_every == 0, self.step % config.snapshot_every == 0
+            if logs or snapshots or self.step == until:
+                self._stop_if_diverged()
+                seconds = {"seconds": round(time.monotonic() - started, 3)}
+                self._record({name: value.item() for name, value in values.items()} | seconds)
+            if snapshots or self.step == until:
+                self._snapshot()
+
+    @property
+    def stage(self) -> str:
+        return "finetuning" if self.trainer.finetuner else "mining" if self.step else "source"
+
+    def _exhausted(self) -> bool:
+        return bool(self.config.patience) and self.waited >= self.config.patience and self.stage == self._last_stage()
+
+    def _last_stage(self) -> str:
+        return "finetuning" if self.config.finetune_steps else "mining"
+
+    def _selected(self) -> str:
+        finetuner = self.trainer.finetuner
+        trained = sum(p.numel() for p in finetuner.parameters())
+        total = sum(p.numel() for p in self.prepared.generator.parameters())
+        share = finetuner.selection.density
+        return f"{share:.1%} of the neurons are selected: {trained / total:.1%} of the parameters train"
+
+    def _stop_if_diverged(self) -> None:
+        if not self.trainer.finite:
+            raise TrainingDiverged(
+                f"a loss became NaN or infinite before step {self.step}; {self.folder.kept()}. "
+                "Try a smaller lr, a larger r1_gamma, or precision fp32, in a new folder"
+            )
+
+    def _record(self, values: dict[str, float]) -> None:
+        row = {"step": self.step, "stage": self.stage, **values}
+        self.history.append(row)
+        self.log.write(json.dumps(row) + "\n")
+        self.log.flush()
+        self.events.scalars(self.step, {k: v for k, v in values.items() if k != "seconds"})
+
+    # Snapshots -----------------------------------------------------------------------------------------------------
+
+    def _snapshot(self) -> None:
+        """Measures, writes the results, and the snapshot last: a kill in between repeats the steps since the last."""
+        config, folder, sampler = self.config, self.folder, self.trainer.average()
+        fake = generate(sampler, config.eval_samples, config.seed)
+        names = dict.fromkeys((*config.metrics, "kid"))
+        values = measure(self.prepared.features(fake), self.real, names)
+        self._record(values)
+        self.progress.update(self.step, values)
+
+        grid = generate(sampler, config.grid, derived_seed(config.seed, "grid"))
+        save_grid(folder.samples / f"{self.step:06d}.png", grid)
+        self.events.grid(self.step, "samples", grid)
+        loss_curves(folder.curves, self.history)
+
+        write_generator(folder.last / "generator.safetensors", sampler.generator)
+        save_miner(folder.last / "miner.safetensors", sampler.miner)
+        if self.trainer.finetuner:
+            self.trainer.finetuner.save_delta(folder.last / "delta.safetensors", ema=True)
+        if self.step == config.mining_steps:
+            folder.copy_last(folder.mined)
+        kid = values["kid"]
+        self.waited = 0 if self.step == config.mining_steps else self.waited + 1
+        if kid < self.best_kid or self.prepared.held_out is None:
+            self.best_kid, self.best_step, self.waited = kid, self.step, 0
+            folder.copy_last(folder.best)
+        folder.save_snapshot(self.step, self._state(), config.keep)
+
+    def _state(self) -> dict:
+        return {
+            "version": 1,
+            "step": self.step,
+            "best": {"kid": self.best_kid, "step": self.best_step, "waited": self.waited},
+            "images": self.fingerprint,
+            "trainer": self.trainer.state_dict(),
+        }
+
+    def _restore(self, step: int, state: dict) -> None:
+        if state["images"] != self.fingerprint:
+            raise ValueError("the run began with other training images; put those back, or start a new run")
+        self.step = step
+        best = state["best"]
+        self.best_kid, self.best_step, self.waited = best["kid"], best["step"], best["waited"]
+        self.trainer.load_state_dict(state["trainer"])
+        self.history = self.folder.read_history(step)
+
+    def _result(self) -> TransferResult:
+        generator = read_generator(self.folder.best / "generator.safetensors", self.prepared.generator)
+        rows = [row for row in self.history if row["step"] == self.best_step and "kid" in row]
+        metrics = {k: v for k, v in rows[-1].items() if k not in ("step", "stage")}
+        miner = load_miner(self.folder.best / "miner.safetensors").to(self.prepared.device)
+        return TransferResult(
+            generator.to(self.prepared.device), miner, self.best_step, self.history, metrics, self.folder.path
+        )

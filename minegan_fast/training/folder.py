@@ -1,0 +1,122 @@
+"""A run's folder: what lies where, and how it is written so that a kill at any moment loses nothing."""
+
+import copy
+import json
+import pickle
+import shutil
+import warnings
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from .._files import atomic_path
+from ..models import load_generator, save_model
+
+RESULTS = ("best", "last", "mined")
+
+
+class RunFolder:
+    """`config.json`, `history.jsonl`, `losses.png`, `selection.safetensors`, `samples/`, `snapshots/`, `events/`, and
+    the results, each with generator, miner and delta: `last/`, `best/` by held-out KID, `mined/` after stage 1."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.config = self.path / "config.json"
+        self.history = self.path / "history.jsonl"
+        self.curves = self.path / "losses.png"
+        self.samples = self.path / "samples"
+        self.snapshots = self.path / "snapshots"
+        self.events = self.path / "events"
+        self.selection = self.path / "selection.safetensors"
+        self.last, self.best, self.mined = self.path / "last", self.path / "best", self.path / "mined"
+
+    def create(self) -> None:
+        """Makes the folders. ValueError where a file is in the place, or nothing may be written."""
+        try:
+            for folder in (self.path, self.samples, self.snapshots, self.last, self.best, self.mined):
+                folder.mkdir(parents=True, exist_ok=True)
+            with atomic_path(self.path / ".writable") as temporary:
+                temporary.touch()
+            (self.path / ".writable").unlink()
+        except OSError as error:
+            raise ValueError(
+                f"cannot write the run to {str(self.path)!r} ({error.strerror}: {error.filename!r}); "
+                "choose another folder with --out"
+            ) from None
+
+    def save_snapshot(self, step: int, state: dict, keep: int) -> None:
+        """Writes the snapshot of `step` and removes all but the newest `keep`."""
+        path = self.snapshots / f"{step:06d}.pt"
+        with atomic_path(path) as temporary, open(temporary, "wb") as file:
+            torch.save(state, file)
+        for old in self._numbered()[:-keep]:
+            old.unlink()
+
+    def load_snapshot(self) -> tuple[int, dict] | None:
+        """(step, state) of the newest whole snapshot; a damaged one is passed over with a warning."""
+        for path in reversed(self._numbered()):
+            try:
+                return int(path.stem), torch.load(path, map_location="cpu", weights_only=True)
+            except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+                warnings.warn(f"{path} is damaged ({error}); going on from the one before it", stacklevel=2)
+        return None
+
+    def _numbered(self) -> list[Path]:
+        return sorted(p for p in self.snapshots.glob("*.pt") if p.stem.isdigit())
+
+    def newest(self) -> Path | None:
+        return (self._numbered() or [None])[-1]
+
+    def kept(self) -> str:
+        """What an error says of what is safe."""
+        newest = self.newest()
+        return f"the last good snapshot is {newest}" if newest else "there is no snapshot yet"
+
+    def read_history(self, until: int) -> list[dict]:
+        """Rows of the steps before `until`; a line cut off by a kill is dropped."""
+        rows = []
+        if self.history.exists():
+            for line in self.history.read_text().splitlines():
+                try:
+                    rows.append(json.loads(line))
+                except json.JSONDecodeError:
+                    break
+        return [row for row in rows if row["step"] <= until]
+
+    def write_history(self, rows: list[dict]) -> None:
+        with atomic_path(self.history) as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def clean(self) -> None:
+        """Removes what killed writers left behind."""
+        for leftover in self.path.rglob(".*.tmp*"):
+            leftover.unlink(missing_ok=True)
+
+    def copy_last(self, to: Path) -> None:
+        """Makes another result what `last/` is, file by file."""
+        for source in self.last.iterdir():
+            with atomic_path(to / source.name) as temporary:
+                shutil.copyfile(source, temporary)
+        for old in to.iterdir():
+            if not (self.last / old.name).exists():
+                old.unlink()
+
+
+def write_generator(path: Path, generator: nn.Module) -> None:
+    """This project's file where it knows the network, else the state dict as safetensors."""
+    if hasattr(generator, "family"):
+        save_model(path, generator)
+        return
+    with atomic_path(path) as temporary:
+        save_file({k: v.detach().cpu().clone().contiguous() for k, v in generator.state_dict().items()}, temporary)
+
+
+def read_generator(path: Path, like: nn.Module) -> nn.Module:
+    """What `write_generator` wrote; `like` is a network of the same architecture."""
+    if hasattr(like, "family"):
+        return load_generator(path)
+    generator = copy.deepcopy(like)
+    generator.load_state_dict(load_file(path))
+    return generator.eval()

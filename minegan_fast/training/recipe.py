@@ -1,0 +1,156 @@
+"""The whole recipe: mining, selection, sparse finetuning, with snapshots that a kill at any moment leaves whole."""
+
+import copy
+import errno
+from pathlib import Path
+
+import torch
+
+from .config import TransferConfig, load_config
+from .estimate import DoesNotFit, Estimate, estimate_memory, estimate_seconds
+from .evaluation import choose_features
+from .execution import Execution, TransferResult
+from .folder import RunFolder
+from .sources import choose_device, open_images, open_networks
+from .trainer import Trainer
+
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def transfer(
+    source,
+    images,
+    out,
+    critic=None,
+    mining_steps: int = 1000,
+    finetune_steps: int = 2000,
+    density: float = 0.05,
+    batch: int = 16,
+    lr: float = 2e-3,
+    loss: str = "nonsaturating",
+    device: str | None = None,
+    seed: int = 0,
+    resume: bool = False,
+    progress: bool = True,
+    snapshot_every: int = 500,
+    metrics: tuple[str, ...] = ("fid", "kid", "kmmd", "mv"),
+    features=None,
+    **settings,
+) -> TransferResult:
+    """Adapts a pretrained GAN to a few images: mining, then finetuning of the neurons that matter.
+
+    Args:
+        source: a checkpoint's path, or a generator module with `latent_dim` and `resolution` (copied, not changed).
+        images: a folder, or a tensor [N, C, R, R], float in [-1, 1] or uint8.
+        out: the run's folder. One that holds a run is refused unless `resume`.
+        critic: path or module; None takes the source file's discriminator, or a new one, with a message.
+        mining_steps: stage 1, the generator frozen. finetune_steps: stage 2. Steps count from 0.
+        density: fraction of the generator's neurons that train in stage 2.
+        lr: the critic's learning rate; the miner's is twice, the generator's half of it, unless `miner_lr`,
+            `generator_lr` or `critic_lr` say otherwise.
+        loss: "nonsaturating" | "wgan" (with a gradient penalty of weight 10) | "hinge".
+        device: None takes a GPU where there is one.
+        resume: go on from the newest snapshot in `out`, or begin where there is none.
+        snapshot_every: steps between snapshots; there is one after mining and one at the end too.
+        metrics: of "fid", "kid", "kmmd", "mv", "diversity", at every snapshot.
+        features: for the metrics: None (the source critic's), "critic", "pixels", "digits", a TorchScript file, a
+            module or a `metrics.FeatureExtractor`.
+        **settings: any other field of `TransferConfig`: held_out (fraction set aside, or a folder; from 20 images on),
+            patience (snapshots without a gain in held-out KID after which stage 2 stops; 0 never), criterion, scope,
+            budget, policy, score_samples, train_critic ("all" | "sparse" | "freezed") and freeze_blocks, miner_depth,
+            miner_width, r1_gamma, r1_every, path_length_weight, path_length_every, gradient_penalty_weight, augment,
+            ema_decay, precision ("fp32" | "bf16" | "fp16"), eval_samples, keep, grid, log_every.
+
+    Returns a `TransferResult`; the folder holds the same and more (see README).
+
+    Raises: ValueError/FileNotFoundError for input that cannot be used, DoesNotFit where memory would not do,
+    TrainingDiverged for NaN losses (the last good snapshot stays), RuntimeError for a full disk.
+    """
+    config = TransferConfig(
+        source=_name(source), images=_name(images), critic=_name(critic), mining_steps=mining_steps,
+        finetune_steps=finetune_steps, density=density, batch=batch, lr=lr, loss=loss, device=device, seed=seed,
+        snapshot_every=snapshot_every, metrics=metrics, features=_name(features), **settings,
+    )  # fmt: skip
+    return Run(config, source, images, critic, features).execute(Path(out), resume, progress)
+
+
+def dry_run(config: TransferConfig) -> tuple[Estimate, float, float]:
+    """(memory, seconds of a mining step, seconds of a finetuning step), measured without writing anything."""
+    run = Run(config, config.source, config.images, config.critic, config.features)
+    with _seeded(run.device):
+        run.estimate.check(config.batch)
+        return run.estimate, *estimate_seconds(run.trainer())
+
+
+def _name(thing) -> str | None:
+    if isinstance(thing, (list, tuple)) and len(thing) == 1:
+        thing = thing[0]
+    return str(Path(thing)) if isinstance(thing, (str, Path)) else None
+
+
+def _seeded(device: torch.device):
+    """The caller's random state comes back afterwards."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
+
+
+class Run:
+    """Networks, images and features of one configuration, checked; `execute` runs it."""
+
+    def __init__(self, config: TransferConfig, source, images, critic, features):
+        self.config = config
+        self.device = choose_device(config.device)
+        networks = open_networks(source, critic, config)
+        self.generator, self.critic = networks.generator.to(self.device), networks.critic.to(self.device)
+        self.target, self.held_out = open_images(images, self.generator, config)
+        self.reference = self.target.images if self.held_out is None else self.held_out
+        pretrained = copy.deepcopy(self.critic).requires_grad_(False) if networks.pretrained else None
+        self.features = choose_features(features, pretrained, self.reference, self.device)
+        held_out = "none held out: the last snapshot is taken"
+        if self.held_out is not None:
+            held_out = f"{len(self.held_out)} held out"
+        self.notes = [f"{len(self.target)} images to train on, {held_out}; metrics on {self.features.name} features"]
+        if not networks.pretrained:
+            self.notes.append("the source has no discriminator: a new critic is trained, which takes more steps")
+        self.estimate = estimate_memory(config, self.generator, self.critic)
+
+    def trainer(self) -> Trainer:
+        return Trainer(
+            self.config, copy.deepcopy(self.generator), copy.deepcopy(self.critic), self.target.images, self.device
+        )
+
+    def execute(self, out: Path, resume: bool, progress: bool) -> TransferResult:
+        folder = RunFolder(out)
+        self._check_folder(folder, resume)
+        self.estimate.check(self.config.batch)
+        folder.create()
+        folder.clean()
+        self.config.save(folder.config)
+        try:
+            with _seeded(self.device):
+                return Execution(self, folder, resume, progress).run()
+        except OSError as error:
+            if error.errno not in FULL_DISK:
+                raise
+            raise RuntimeError(
+                f"the disk is full or its quota is used up: cannot write below {str(out)!r}; {folder.kept()}. "
+                "Free some space and go on with --resume"
+            ) from None
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                raise
+            smaller = min(self.config.batch // 2, self.estimate.largest_batch())
+            advice = f"batch {smaller} should fit" if smaller else "even batch 1 may not fit on this device"
+            raise DoesNotFit(f"out of memory at batch {self.config.batch}: {advice}; {folder.kept()}") from None
+
+    def _check_folder(self, folder: RunFolder, resume: bool) -> None:
+        if not folder.config.is_file():
+            return
+        if not resume:
+            raise ValueError(
+                f"{str(folder.path)!r} already holds a run: go on with it (--resume), or choose another folder (--out)"
+            )
+        changed = TransferConfig(**load_config(folder.config)).differences(self.config)
+        if changed:
+            raise ValueError(
+                f"the run in {str(folder.path)!r} has other settings ({'; '.join(changed)}); resume it with its own"
+            )

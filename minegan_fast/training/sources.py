@@ -1,0 +1,95 @@
+"""From what the user names to networks and images that fit together."""
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..models import StyleGAN2Discriminator, has_discriminator, load_discriminator, load_generator
+from .config import TransferConfig
+from .images import ImageSet, load_images
+from .randomness import seed_all
+
+# Fewer images than this are all needed for training: none is set aside.
+LEAST_FOR_HELD_OUT = 20
+
+
+@dataclass
+class Networks:
+    """A generator and the critic that judges it; `pretrained` says whether the critic came with the source."""
+
+    generator: nn.Module
+    critic: nn.Module
+    pretrained: bool
+
+
+def open_networks(source, critic, config: TransferConfig) -> Networks:
+    """Networks from paths or modules; modules are copied, the caller's stay as they are.
+
+    A path without a discriminator gets a new critic of the generator's sizes. ValueError: several sources, networks
+    whose images differ.
+    """
+    if isinstance(source, (list, tuple)):
+        if len(source) != 1:
+            raise ValueError(f"one source at a time can be adapted, got {len(source)}; give one path or module")
+        source = source[0]
+    generator = copy.deepcopy(source) if isinstance(source, nn.Module) else load_generator(source)
+    for name in ("latent_dim", "resolution"):
+        if not isinstance(getattr(generator, name, None), int):
+            raise ValueError(f"the source {type(generator).__name__} has no {name}: set it as an integer attribute")
+    if getattr(generator, "num_classes", 0):
+        raise ValueError("the source is class-conditional; this version adapts unconditional generators")
+    pretrained = True
+    if isinstance(critic, nn.Module):
+        critic = copy.deepcopy(critic)
+    elif critic is not None:
+        critic = load_discriminator(critic)
+    elif not isinstance(source, nn.Module) and has_discriminator(source):
+        critic = load_discriminator(source)
+    else:
+        critic, pretrained = _new_critic(generator, config.seed), False
+    for name in ("resolution", "image_channels"):
+        made, judged = getattr(generator, name, None), getattr(critic, name, None)
+        if None not in (made, judged) and made != judged:
+            raise ValueError(f"generator and critic do not fit: {name} is {made} and {judged}")
+    return Networks(generator, critic, pretrained)
+
+
+def _new_critic(generator: nn.Module, seed: int) -> nn.Module:
+    settings = getattr(generator, "config", {})
+    if getattr(generator, "family", None) != "stylegan2":
+        raise ValueError(f"no critic came with the source {type(generator).__name__}: give one with critic=")
+    shared = {k: settings[k] for k in ("resolution", "channel_base", "channel_max", "image_channels", "channels")}
+    seed_all(seed, "critic")
+    return StyleGAN2Discriminator(**shared)
+
+
+def image_channels(generator: nn.Module) -> int:
+    return getattr(generator, "image_channels", 3)
+
+
+def open_images(images, generator: nn.Module, config: TransferConfig) -> tuple[ImageSet, Tensor | None]:
+    """(training images, held-out images uint8 or None): a folder of its own, or a part of `images` set aside."""
+    size, channels = generator.resolution, image_channels(generator)
+    target = load_images(images, size, channels)
+    if isinstance(config.held_out, (str, Path)):
+        return target, load_images(config.held_out, size, channels).images
+    if config.held_out == 0 or len(target) < LEAST_FOR_HELD_OUT:
+        return target, None
+    train, held_out = target.split(config.held_out, config.seed)
+    return (train, held_out.images) if len(held_out) >= 2 else (target, None)
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The named device, or a GPU where there is one, else the CPU. ValueError: a device that is not there."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {name!r} cannot be used here: {reason}; leave it out to take what is there") from None
+    return device

@@ -1,0 +1,219 @@
+"""The networks and optimizers of a run, and what one step does with them.
+
+Stage 1 trains the miner and the critic while the generator is frozen. Stage 2 selects the generator's neurons on the
+target and trains them too (MineGAN++: Wang et al. 2021, arXiv 2104.13742).
+"""
+
+import copy
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ..finetune import SparseFinetuner
+from ..mining import Mined, Miner
+from ..ops import gradient_penalty, path_length_penalty, r1_penalty
+from .augment import diff_augment
+from .config import TransferConfig
+from .images import to_float
+from .losses import critic_loss, generator_loss
+from .randomness import DataOrder, seed_all
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Trainer:
+    """One run's state: `mined` (generator and miner), `critic`, their averages and optimizers.
+
+    images: uint8 [N, C, R, R] on the CPU. Every step's randomness follows from (config.seed, step).
+    """
+
+    def __init__(self, config: TransferConfig, generator: nn.Module, critic: nn.Module, images: Tensor, device):
+        self.config, self.device = config, torch.device(device)
+        self.images, self.order = images, DataOrder(len(images), config.batch, config.seed)
+        self.generator = generator.to(self.device).eval().requires_grad_(False)
+        self.critic = critic.to(self.device).train().requires_grad_(True)
+        seed_all(config.seed, "miner")
+        self.miner = Miner(generator.latent_dim, config.miner_depth, config.miner_width).to(self.device)
+        self.miner_average = copy.deepcopy(self.miner).requires_grad_(False)
+        self.mined = Mined(self.generator, self.miner)
+        self.finetuner: SparseFinetuner | None = None
+
+        if config.train_critic == "freezed":
+            freeze_lower_blocks(self.critic, config.freeze_blocks)
+        self.betas = (config.beta1, config.beta2)
+        trained = [p for p in self.critic.parameters() if p.requires_grad]
+        self.critic_optimizer = torch.optim.Adam(trained, config.critic_lr, betas=self.betas, fused=True)
+        self.miner_optimizer = torch.optim.Adam(self.miner.parameters(), config.miner_lr, betas=self.betas, fused=True)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
+        self.path_length_weight = path_length_weight(config, generator)
+        self.path_length_mean = torch.zeros((), device=self.device)
+        self.finite = torch.ones((), dtype=torch.bool, device=self.device)
+
+    # The two steps -------------------------------------------------------------------------------------------------
+
+    def step(self, number: int) -> dict[str, Tensor]:
+        """Trains critic, miner and, after `select`, the selected neurons once; returns the losses."""
+        seed_all(self.config.seed, "step", number)
+        real = to_float(self.images[self.order[number]]).to(self.device)
+        values = {"loss_D": self._train_critic(number, real), "loss_G": self._train_generator(number)}
+        self.scaler.update()
+        decay = min(self.config.ema_decay, (number + 1) / (number + 10))
+        with torch.no_grad():
+            for average, live in zip(self.miner_average.parameters(), self.miner.parameters(), strict=True):
+                average.lerp_(live, 1 - decay)
+        for value in values.values():
+            self.finite &= torch.isfinite(value)
+        return values
+
+    def _train_critic(self, number: int, real: Tensor) -> Tensor:
+        config = self.config
+        with torch.no_grad(), self._autocast():
+            fake = self.mined(self._latents(config.batch)).float()
+        real, fake = (diff_augment(x, config.augment) for x in (real, fake))
+        with self._autocast():
+            loss = critic_loss(config.loss, self.critic(real), self.critic(fake))
+        total = loss
+        if config.r1_gamma and number % config.r1_every == 0:
+            total = total + config.r1_gamma / 2 * config.r1_every * r1_penalty(self.critic, real)
+        if config.gradient_penalty_weight:
+            total = total + config.gradient_penalty_weight * gradient_penalty(self.critic, real, fake)
+        self.critic_optimizer.zero_grad()
+        self.scaler.scale(total).backward()
+        self.scaler.step(self.critic_optimizer)
+        return loss.detach()
+
+    def _train_generator(self, number: int) -> Tensor:
+        config = self.config
+        optimizers = [self.miner_optimizer] + ([self.finetuner] if self.finetuner else [])
+        trained = [p for o in optimizers for group in o.param_groups for p in group["params"]]
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        with self._autocast():
+            fake = self.mined(self._latents(config.batch))
+            loss = generator_loss(config.loss, self.critic(diff_augment(fake, config.augment)))
+        # `inputs` leaves the critic's weight gradients out.
+        self.scaler.scale(loss).backward(inputs=trained)
+        if self.finetuner and self.path_length_weight and number % config.path_length_every == 0:
+            images, latents = self.mined(self._latents(max(1, config.batch // 2)), return_latents=True)
+            penalty, self.path_length_mean, _ = path_length_penalty(images, latents, self.path_length_mean)
+            weight = self.path_length_weight * config.path_length_every
+            self.scaler.scale(weight * penalty).backward(inputs=trained)
+        for optimizer in optimizers:
+            self.scaler.step(optimizer)
+        return loss.detach()
+
+    # Selection -----------------------------------------------------------------------------------------------------
+
+    def begin_finetuning(self) -> None:
+        """Gives the generator its optimizer (and the critic a sparse one, if asked for); nothing is selected yet."""
+        config = self.config
+        common = {
+            "betas": self.betas, "density": config.density, "budget": config.budget, "criterion": config.criterion,
+            "scope": config.scope, "policy": config.policy, "seed": config.seed,
+        }  # fmt: skip
+        self.generator.requires_grad_(True)
+        self.finetuner = SparseFinetuner(self.generator, config.generator_lr, ema_decay=config.ema_decay, **common)
+        if config.train_critic == "sparse":
+            self.critic_optimizer = SparseFinetuner(self.critic, config.critic_lr, **common)
+
+    def select(self) -> None:
+        """Scores the neurons by the finetuning loss on the target and selects them, after `begin_finetuning`."""
+        self._score(self.finetuner, self.critic, self._generator_evidence)
+        self.finetuner.select()
+        if isinstance(self.critic_optimizer, SparseFinetuner):
+            self._score(self.critic_optimizer, self.generator, self._critic_evidence)
+            self.critic_optimizer.select()
+
+    def _score(self, optimizer: SparseFinetuner, other: nn.Module, evidence) -> None:
+        config = self.config
+        if config.criterion in ("magnitude", "random"):
+            return
+        # The Fisher information is the mean of per-sample squares: one sample a backward.
+        batch = 1 if config.criterion == "fisher" else config.batch
+        flags = [p.requires_grad for p in other.parameters()]
+        other.requires_grad_(False)
+        self.miner.requires_grad_(False)
+        with optimizer.scoring():
+            for k in range(-(-config.score_samples // batch)):
+                seed_all(config.seed, "score", k)
+                evidence(k, batch).backward()
+        self.miner.requires_grad_(True)
+        for parameter, flag in zip(other.parameters(), flags, strict=True):
+            parameter.requires_grad_(flag)
+
+    def _generator_evidence(self, k: int, batch: int) -> Tensor:
+        fake = self.mined(self._latents(batch))
+        return generator_loss(self.config.loss, self.critic(diff_augment(fake, self.config.augment)))
+
+    def _critic_evidence(self, k: int, batch: int) -> Tensor:
+        real = to_float(self.images[torch.arange(k * batch, (k + 1) * batch) % len(self.images)]).to(self.device)
+        pair = (diff_augment(x, self.config.augment) for x in (real, self.mined(self._latents(batch))))
+        return critic_loss(self.config.loss, *(self.critic(x) for x in pair))
+
+    # State ---------------------------------------------------------------------------------------------------------
+
+    def average(self) -> Mined:
+        """A copy that samples as the run's result does: averaged miner before the generator with averaged neurons."""
+        generator = self.finetuner.ema_model() if self.finetuner else copy.deepcopy(self.generator)
+        return Mined(generator, copy.deepcopy(self.miner_average)).eval().requires_grad_(False)
+
+    def state_dict(self) -> dict:
+        return {
+            "generator": self.generator.state_dict(),
+            "critic": self.critic.state_dict(),
+            "miner": self.miner.state_dict(),
+            "miner_average": self.miner_average.state_dict(),
+            "miner_optimizer": self.miner_optimizer.state_dict(),
+            "critic_optimizer": self.critic_optimizer.state_dict(),
+            "finetuner": self.finetuner.state_dict() if self.finetuner else None,
+            "scaler": self.scaler.state_dict(),
+            "path_length_mean": self.path_length_mean,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Goes on from `state_dict()`; the networks must be those that the run began with."""
+        if state["finetuner"] is not None:
+            self.begin_finetuning()
+            self.finetuner.load_state_dict(state["finetuner"])
+        self.critic_optimizer.load_state_dict(state["critic_optimizer"])
+        self.miner_optimizer.load_state_dict(state["miner_optimizer"])
+        for name in ("generator", "critic", "miner", "miner_average"):
+            getattr(self, name).load_state_dict(state[name])
+        self.scaler.load_state_dict(state["scaler"])
+        self.path_length_mean = state["path_length_mean"].to(self.device)
+
+    def _latents(self, batch: int) -> Tensor:
+        return torch.randn(batch, self.miner.input_dim, device=self.device)
+
+    @contextmanager
+    def _autocast(self) -> Iterator[None]:
+        dtype = DTYPES[self.config.precision]
+        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+            yield
+
+
+def path_length_weight(config: TransferConfig, generator: nn.Module) -> float:
+    """The configured weight, or by default 2 for generators that return their latents and 0 for others."""
+    able = "return_latents" in inspect.signature(generator.forward).parameters
+    if config.path_length_weight and not able:
+        raise ValueError(
+            f"path_length_weight needs a generator with a return_latents argument, which {type(generator).__name__} "
+            "has not; set path_length_weight to 0"
+        )
+    return (2.0 if able else 0.0) if config.path_length_weight is None else config.path_length_weight
+
+
+def freeze_lower_blocks(critic: nn.Module, count: int) -> None:
+    """FreezeD (Mo et al. 2020, arXiv 2002.10964): the `count` blocks nearest to the image do not train.
+
+    Blocks are the entries of the critic's first nn.Sequential or nn.ModuleList, or its children where it has none.
+    """
+    sequences = [m for m in critic.children() if isinstance(m, (nn.Sequential, nn.ModuleList))]
+    blocks = list(sequences[0] if sequences else critic.children())
+    if count > len(blocks):
+        raise ValueError(f"freeze_blocks is {count}, but {type(critic).__name__} has {len(blocks)} blocks")
+    for block in blocks[:count]:
+        block.requires_grad_(False)
