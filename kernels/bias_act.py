@@ -56,7 +56,7 @@ def bias_act_kernel(
         side = tl.load(y_ptr + base + offsets, mask).to(WIDE)
     else:
         side = v
-    out = _activate(v, side, tl.full((), slope, WIDE), tl.full((), gain, WIDE))
+    out = _activate(v, side, tl.full((1, 1, 1), slope, WIDE), tl.full((1, 1, 1), gain, WIDE))
     tl.store(out_ptr + base + offsets, out.to(out_ptr.dtype.element_ty), mask)
 
 
@@ -81,7 +81,7 @@ def bias_act_backward_kernel(
     pid = tl.program_id(0).to(tl.int64)
     tiles_i, tiles_c = tl.cdiv(inner, BI), tl.cdiv(C, BC)
     c0, split = pid % tiles_c * BC, pid // tiles_c
-    slope, gain = tl.full((), slope, WIDE), tl.full((), gain, WIDE)
+    slope, gain = tl.full((1, 1, 1), slope, WIDE), tl.full((1, 1, 1), gain, WIDE)
     total = tl.zeros((BO, BC, BI), WIDE)
     for step in range(STEPS):
         tile = split * STEPS + step

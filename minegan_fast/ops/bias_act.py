@@ -138,9 +138,7 @@ def bias_act(
         if not -x.dim() <= dim < x.dim():
             raise ValueError(f"dim must be an axis of x, whose shape is {list(x.shape)}, got {dim}")
         if b.shape != x.shape[dim : dim + 1 or None]:
-            raise ValueError(
-                f"b must have shape [{x.shape[dim]}] as x {list(x.shape)} along dim {dim}, got {list(b.shape)}"
-            )
+            raise ValueError(f"b must have shape [{x.shape[dim]}], x's size along dim {dim}, got {list(b.shape)}")
         if b.device != x.device:
             raise ValueError(f"b must be on the device of x, {x.device}, got {b.device}; move it with b.to(x.device)")
         b = b.to(x.dtype).contiguous()

@@ -1,0 +1,71 @@
+"""For all tests: seeds, torch.empty full of NaN, and `backend` and `device` wherever a test of an op asks for them.
+
+Without a GPU Triton's kernels run in its interpreter, which must be chosen before triton is imported.
+"""
+
+import functools
+import os
+import random
+
+import numpy as np
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import torch._dynamo  # imports triton; and notes which functions are torch's, while torch.empty still is
+
+from minegan_fast.ops import backend_report, backends, use_backend
+
+DEVICES = {"reference": ("cpu", "cuda"), "cpp": ("cpu",), "triton": ("cpu", "cuda"), "cuda": ("cuda",)}
+
+
+def places(op: str) -> list[tuple[str, str]]:
+    """Every backend of the op that runs here, with every device it runs on."""
+    here = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    pairs = [(backend, device) for backend in backends()[op] for device in DEVICES[backend] if device in here]
+    return [pair for pair in pairs if pair[0] != "triton" or (pair[1] == "cpu") == interpreted]
+
+
+def pytest_generate_tests(metafunc):
+    """A test in tests/ops/test_<op>.py with the arguments `backend` and `device` runs on each of the op's places."""
+    if {"backend", "device"} <= set(metafunc.fixturenames):
+        op = metafunc.module.__name__.rpartition("test_")[2]
+        metafunc.parametrize(("backend", "device"), places(op), ids=lambda name: name, scope="session")
+
+
+def pytest_report_header():
+    return [f"backend {name}: {reason}" for name, (_, reason) in backend_report().items()]
+
+
+@pytest.fixture(autouse=True)
+def forced_backend(request):
+    """A test with a `backend` runs under it."""
+    with use_backend(request.getfixturevalue("backend") if "backend" in request.fixturenames else None):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def seeds():
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def unwritten_memory_is_nan(monkeypatch):
+    """What an op forgets to write shows up as NaN instead of, mostly, as the right answer of the call before."""
+
+    def filled(allocate):
+        @functools.wraps(allocate)
+        def wrapper(*args, **kwargs):
+            tensor = allocate(*args, **kwargs)
+            with torch.no_grad():
+                return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+        return wrapper
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, filled(getattr(owner, name)))

@@ -1,0 +1,199 @@
+"""The choice of a backend, on an op made here: twice(x) = 2 x."""
+
+import os
+import subprocess
+import sys
+import threading
+import types
+
+import pytest
+import torch
+
+from minegan_fast.ops import BackendUnavailable, _op, backend_report, backends, bias_act, use_backend
+
+NATIVE = types.SimpleNamespace(cuda_version="13.0")
+
+
+@pytest.fixture
+def calls():
+    return []
+
+
+@pytest.fixture
+def twice(calls, monkeypatch):
+    """An op with a reference and a cpp and a triton backend, none of which needs anything."""
+    monkeypatch.setattr(_op, "_ops", {})
+    monkeypatch.setattr(_op, "_missing", lambda backend: "torch sees no CUDA GPU" if backend == "cuda" else None)
+    monkeypatch.setitem(sys.modules, "minegan_fast._C", NATIVE)
+    monkeypatch.setitem(sys.modules, "minegan_fast.kernels.test_op", types.ModuleType("kernels"))
+
+    def twice(x: torch.Tensor) -> torch.Tensor:
+        calls.append("reference")
+        return x * 2
+
+    op = _op.Op(twice)
+    for backend in ("cpp", "triton", "cuda"):
+        op.register(backend)(lambda code, x, backend=backend: calls.append(backend) or x * 2)
+    return op
+
+
+def test_cpu_takes_cpp_else_the_reference(twice, calls, monkeypatch):
+    twice(torch.ones(2))
+    monkeypatch.setattr(_op, "_missing", lambda backend: "not built")
+    twice._chosen.clear()
+    twice(torch.ones(2))
+    assert calls == ["cpp", "reference"]
+
+
+@pytest.mark.parametrize(
+    ("missing", "expected"), [((), "cuda"), (("cuda",), "triton"), (("cuda", "triton"), "reference")]
+)
+def test_cuda_takes_cuda_then_triton_then_the_reference(twice, calls, monkeypatch, missing, expected):
+    monkeypatch.setattr(_op, "_missing", lambda backend: "missing" if backend in missing else None)
+    monkeypatch.setattr(_op, "_AUTOMATIC", {"cuda": ("cuda", "triton")})
+    monkeypatch.setattr(_op, "_DEVICES", {"cuda": ("cuda",), "triton": ("cuda",), "cpp": ("cpu",)})
+    twice._choose(None, "cuda")(torch.ones(2))
+    assert calls == [expected]
+
+
+def test_other_devices_take_the_reference(twice, calls):
+    assert twice(torch.ones(2, device="meta")).shape == (2,)
+    assert calls == ["reference"]
+
+
+def test_forcing(twice, calls):
+    with use_backend("reference"):
+        twice(torch.ones(2))
+        with use_backend(None):
+            twice(torch.ones(2))
+        twice(torch.ones(2))
+    twice(torch.ones(2))
+    twice(torch.ones(2), backend="reference")
+    assert calls == ["reference", "cpp", "reference", "cpp", "reference"]
+
+
+def test_forcing_ends_with_an_exception(twice, calls):
+    with pytest.raises(KeyError), use_backend("reference"):
+        raise KeyError
+    twice(torch.ones(2))
+    assert calls == ["cpp"]
+
+
+def test_forcing_holds_for_one_thread(twice, calls):
+    with use_backend("reference"):
+        thread = threading.Thread(target=twice, args=(torch.ones(2),))
+        thread.start()
+        thread.join()
+    assert calls == ["cpp"]
+
+
+def test_forcing_what_is_missing_raises(twice, calls):
+    with use_backend("cuda"), pytest.raises(BackendUnavailable) as error:
+        twice(torch.ones(2))
+    message = str(error.value)
+    assert "twice cannot use the backend 'cuda' for a cpu tensor: torch sees no CUDA GPU" in message
+    assert "Usable: reference, cpp" in message
+    assert isinstance(error.value, RuntimeError)
+    assert calls == []
+
+
+def test_forcing_the_wrong_device_raises(twice):
+    with pytest.raises(BackendUnavailable, match=r"'cpp' for a cuda tensor: it takes cpu tensors\. Usable: reference"):
+        twice._choose("cpp", "cuda")
+
+
+def test_forcing_what_the_op_does_not_have_raises(twice):
+    del twice._launchers["triton"]
+    with use_backend("triton"), pytest.raises(BackendUnavailable, match="twice has no triton implementation"):
+        twice(torch.ones(2))
+
+
+def test_broken_kernels_are_told(twice, calls, monkeypatch):
+    monkeypatch.setitem(sys.modules, "minegan_fast.kernels.test_op", None)
+    twice(torch.ones(2))
+    assert calls == ["cpp"]
+    assert backends() == {"test_op": ["reference", "cpp"]}
+    with use_backend("triton"), pytest.raises(BackendUnavailable, match="its code cannot be imported: ModuleNotFound"):
+        twice(torch.ones(2))
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match="backend must be one of reference, cpp, triton, cuda or None, got 'fast'"):
+        use_backend("fast").__enter__()
+
+
+def test_fake_tensors_and_the_compiler_go_through_the_library(twice, calls):
+    with torch._subclasses.FakeTensorMode():
+        assert twice(torch.ones(2, 3)).shape == (2, 3)
+    compiled = torch.compile(lambda x: twice(x) + 1, fullgraph=True, backend="aot_eager")
+    calls.clear()
+    assert compiled(torch.ones(2)).tolist() == [3, 3]
+    assert calls[-1] == "cpp"
+
+
+def test_lists():
+    assert "reference" in backends()["bias_act"]
+    report = backend_report()
+    assert list(report) == ["reference", "cpp", "triton", "cuda"]
+    for backend, (available, reason) in report.items():
+        assert available == any(backend in usable for usable in backends().values())
+        assert (reason == "available") == available
+
+
+def in_new_process(code: str, **environment: str) -> str:
+    process = subprocess.run(
+        [sys.executable, "-c", "import sys, torch\n" + code],
+        env={**{k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}, **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr
+    return process.stdout
+
+
+TRY = """
+from minegan_fast.ops import bias_act
+try:
+    print(bias_act(torch.ones(2, 3), act="relu", gain=2.0).sum().item())
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def test_environment_variable():
+    assert in_new_process(TRY, MINEGAN_BACKEND="reference") == "12.0\n"
+    said = in_new_process(TRY, MINEGAN_BACKEND="fast")
+    assert "cannot use the backend 'fast' for a cpu tensor: there is no such backend, only reference, cpp," in said
+
+
+def test_triton_runs_on_the_cpu_only_in_its_interpreter():
+    said = in_new_process(TRY, MINEGAN_BACKEND="triton")
+    assert "cannot use the backend 'triton' for a cpu tensor" in said
+    assert "Usable: reference" in said
+
+
+def test_without_native_module_and_triton():
+    said = in_new_process(
+        "sys.modules['minegan_fast._C'] = sys.modules['triton'] = None\n"
+        + TRY
+        + "from minegan_fast.ops import backend_report, backends\n"
+        + "print(backends()['bias_act'], backend_report()['cpp'], backend_report()['triton'])"
+    )
+    assert said.startswith("12.0\n['reference'] (False, 'the native module cannot be imported: ModuleNotFoundError")
+    assert "(False, 'triton cannot be imported: ModuleNotFoundError" in said
+
+
+def test_build_notes_reach_the_reason(monkeypatch, tmp_path):
+    (tmp_path / "_build.txt").write_text("no native module: cmake not found on PATH\n")
+    monkeypatch.setattr(_op, "__file__", str(tmp_path / "ops" / "_op.py"))
+    monkeypatch.setitem(sys.modules, "minegan_fast._C", None)
+    assert _op._missing.__wrapped__("cpp").endswith(
+        "(the installation noted: no native module: cmake not found on PATH)"
+    )
+
+
+def test_a_real_op_follows_the_forced_backend():
+    x = torch.randn(3, 4)
+    with use_backend("reference"):
+        expected = bias_act(x, act="relu", gain=2.0)
+    assert torch.equal(bias_act(x, act="relu", gain=2.0), expected)
