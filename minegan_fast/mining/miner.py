@@ -5,6 +5,8 @@ random miner, which destroys the source's images at the first step; here the min
 identity, so mining starts at the source GAN's own distribution.
 """
 
+import itertools
+
 import torch
 from torch import Tensor, nn
 
@@ -35,16 +37,7 @@ class Miner(nn.Module):
         residual: bool = True,
     ):
         super().__init__()
-        width, input_dim, output_dim = width or latent_dim, input_dim or latent_dim, output_dim or latent_dim
-        if depth < 1 or min(latent_dim, width, input_dim, output_dim) < 1:
-            raise ValueError(f"depth and all sizes must be at least 1, got depth {depth}, latent_dim {latent_dim}")
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-        if residual and input_dim != output_dim:
-            raise ValueError(
-                f"a residual miner needs input_dim == output_dim, got {input_dim} and {output_dim}; "
-                "make them equal or pass residual=False"
-            )
+        width, input_dim, output_dim = (latent_dim if d is None else d for d in (width, input_dim, output_dim))
         self.config = {
             "latent_dim": latent_dim,
             "depth": depth,
@@ -54,11 +47,21 @@ class Miner(nn.Module):
             "activation": activation,
             "residual": residual,
         }
+        for name in ("latent_dim", "depth", "width", "input_dim", "output_dim"):
+            if self.config[name] < 1:
+                raise ValueError(f"{name} must be at least 1, got {self.config[name]}")
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+        if residual and input_dim != output_dim:
+            raise ValueError(
+                f"a residual miner needs input_dim == output_dim, got {input_dim} and {output_dim}; "
+                "make them equal or pass residual=False"
+            )
         self.input_dim, self.output_dim, self.residual = input_dim, output_dim, residual
         sizes = [input_dim] + [width] * (depth - 1) + [output_dim]
-        layers: list[nn.Module] = []
-        for i, (size, following) in enumerate(zip(sizes, sizes[1:], strict=False)):
-            layers += [nn.Linear(size, following)] + ([ACTIVATIONS[activation]()] if i < depth - 1 else [])
+        layers = [nn.Linear(*sizes[:2])]
+        for pair in itertools.pairwise(sizes[1:]):
+            layers += [ACTIVATIONS[activation](), nn.Linear(*pair)]
         self.layers = nn.Sequential(*layers)
         if residual:
             nn.init.zeros_(self.layers[-1].weight)
@@ -109,11 +112,15 @@ class Mined(nn.Module):
         A torch.Generator makes the result reproducible: u comes from it, and so does the seed under which the generator
         network runs, for its noise injection; the global random state is left as it was.
         """
-        like = next(self.miner.parameters())
+        like = next(itertools.chain(self.miner.parameters(), self.parameters()), torch.empty(()))
+        source = like.device if generator is None else generator.device
+        u = torch.randn(batch, self.input_dim, generator=generator, device=source, dtype=like.dtype).to(like.device)
         if generator is None:
-            return self(torch.randn(batch, self.input_dim, device=like.device, dtype=like.dtype), **keywords)
-        u = torch.randn(batch, self.input_dim, generator=generator, device=generator.device).to(like)
-        seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
+            return self(u, **keywords)
+        seed = int(torch.randint(2**62, (), generator=generator, device=source))
         with torch.random.fork_rng([like.device] if like.is_cuda else []):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach GPUs that are not forked
+            if like.is_cuda:
+                with torch.cuda.device(like.device):
+                    torch.cuda.manual_seed(seed)
             return self(u, **keywords)

@@ -6,8 +6,8 @@ the constructors' arguments as JSON. PyTorch files are read with `weights_only=T
 
 import argparse
 import json
-import pickle
 import re
+import warnings
 from pathlib import Path
 
 import torch
@@ -166,8 +166,9 @@ def _load(path: Path, role: str, family: str | None) -> nn.Module:
         # On meta nothing is allocated before the sizes are known to fit the file, and no random number is drawn.
         with torch.device("meta"):
             model = CLASSES[found, role](**config)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path} describes a {found} {role} that cannot be built: {error}") from None
+    except (TypeError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path} describes a {found} {role} that cannot be built: {reason}") from None
     return _filled(model, state, path).eval()
 
 
@@ -266,7 +267,10 @@ def _read(path: Path) -> tuple[dict, dict]:
         return _read_safetensors(path)
     if head.lstrip()[:1] == b"<":
         raise ValueError(f"{path} is a web page, not a checkpoint: the download gave HTML; fetch the file itself")
-    return _read_torch(path, zipped=head[:2] == b"PK"), {}
+    zipped = head[:2] == b"PK"
+    if not zipped and head[:1] != b"\x80":
+        raise ValueError(f"{path} is neither a safetensors nor a PyTorch file (it begins with {head[:16]})")
+    return _read_torch(path, zipped), {}
 
 
 def _read_safetensors(path: Path) -> tuple[dict, dict]:
@@ -284,20 +288,20 @@ def _read_safetensors(path: Path) -> tuple[dict, dict]:
 def _read_torch(path: Path, zipped: bool) -> dict:
     try:
         # Training files of the rosinality layout hold their command line: a Namespace is plain data.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
+            warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except pickle.UnpicklingError as error:
-        wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if wanted is None:
-            raise ValueError(f"{path} is neither a safetensors nor a PyTorch file, or damaged") from None
-        raise ValueError(
-            f"{path} was refused: its pickle asks for {wanted[1]!r}, which is code, and a checkpoint is data. "
-            "Save the state_dict() of the network on the machine that made the file, and load that"
-        ) from None
     except Exception as error:  # a damaged pickle can raise anything
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        kind = "truncated or damaged" if zipped else "not a checkpoint, or truncated"
-        raise ValueError(f"{path} is {kind} ({reason}); copy or download it again") from None
+        if wanted := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise ValueError(
+                f"{path} was refused: its pickle asks for {wanted[1]!r}, which is code, and a checkpoint is data. "
+                "Save the state_dict() of the network on the machine that made the file, and load that"
+            ) from None
+        reason = (str(error) or type(error).__name__).splitlines()[0].split(". ")[0]
+        raise ValueError(
+            f"{path} is truncated, damaged or no file of torch.save ({reason}); nothing of it was run. "
+            "Copy or download it again, or save the network's state_dict() with torch.save"
+        ) from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, expected a dict of tensors (a state_dict)")
     return content
