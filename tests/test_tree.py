@@ -1,4 +1,4 @@
-"""The shape of the repository: who imports whom, and that a native function has its binding, its test and its benchmark."""
+"""The repository's shape: who imports whom, and that a native function has its binding, its test and its benchmark."""
 
 import ast
 import re

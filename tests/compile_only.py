@@ -1,0 +1,169 @@
+"""Compiles every GPU kernel for several architectures without a GPU and reads the machine code.
+
+    python tests/compile_only.py [op ...]
+
+Prints a table and exits with 1 if a kernel spills registers or has lost its 16-byte loads. Needs a process of its own
+(where Triton interprets, it cannot compile), and nvcc for the CUDA part, which is left out without it.
+
+An op joins with one entry in TRITON for each kernel and layout that matters, and one in CUDA for its .cu file.
+"""
+
+import concurrent.futures
+import importlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+ARCHITECTURES = (80, 90, 100)
+CSRC = Path(__file__).parents[1] / "csrc"
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+@dataclass
+class Kernel:
+    """A Triton kernel of minegan_fast.kernels.<op> as one launch specialises it."""
+
+    op: str
+    name: str
+    layout: str
+    pointers: dict[str, str]  # argument: element type; 16-byte aligned, as torch's memory is
+    sizes: dict[str, int]  # as the launch would specialise them: 1 is a constant, multiples of 16 are known to be
+    scalars: dict[str, str] = field(default_factory=dict)  # argument: type
+    constants: dict[str, object] = field(default_factory=dict)
+    wide: bool = True  # 16-byte loads are expected
+    options: dict[str, object] = field(default_factory=dict)  # of the launch
+
+    def compile(self, architecture: int) -> bytes:
+        function = getattr(importlib.import_module(f"minegan_fast.kernels.{self.op}"), self.name)
+        constants = self.constants | {name: 1 for name, size in self.sizes.items() if size == 1}
+        types = {name: f"*{element}" for name, element in self.pointers.items()} | self.scalars
+        types |= dict.fromkeys(self.sizes, "i32") | dict.fromkeys(constants, "constexpr")
+        aligned = {*self.pointers, *(name for name, size in self.sizes.items() if size % 16 == 0)} - constants.keys()
+        source = ASTSource(
+            fn=function,
+            signature={name: types[name] for name in function.arg_names},
+            constexprs=constants,
+            attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(function.arg_names) if name in aligned},
+        )
+        return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=self.options).asm["cubin"]
+
+
+def bias_act_kernels():
+    from minegan_fast.kernels.bias_act import _OPTIONS, _blocks
+    from triton import language as tl
+
+    axes = {"channels last": (4096, 512, 1), "8x8": (16, 512, 64), "64x64": (16, 512, 4096), "odd": (16, 3, 49)}
+    for layout, axis in axes.items():
+        sizes, scalars = dict(zip(("outer", "C", "inner"), axis, strict=True)), {"slope": "fp64", "gain": "fp64"}
+        for element in ("fp32", "bf16", "fp64") if layout == "64x64" else ("fp32", "bf16"):
+            constants = {"WIDE": tl.float64 if element == "fp64" else tl.float32, **_blocks(*axis)}
+            common = {"sizes": sizes, "scalars": scalars, "wide": layout != "odd", "options": _OPTIONS}
+            for has_y in (False, True):
+                names = ("x_ptr", "b_ptr", "y_ptr", "out_ptr") if has_y else ("x_ptr", "b_ptr", "out_ptr")
+                flags = {"HAS_B": True, "HAS_Y": has_y} | ({} if has_y else {"y_ptr": None})
+                label = f"{layout} {element}{' second order' if has_y else ''}"
+                pointers = dict.fromkeys(names, element)
+                yield Kernel("bias_act", "bias_act_kernel", label, pointers, constants=constants | flags, **common)
+            pointers = dict.fromkeys(("dy_ptr", "y_ptr", "dx_ptr"), element)
+            pointers["partial_ptr"] = "fp64" if element == "fp64" else "fp32"
+            constants["STEPS"] = 8
+            label = f"{layout} {element}"
+            yield Kernel("bias_act", "bias_act_backward_kernel", label, pointers, constants=constants, **common)
+
+
+TRITON = {"bias_act": bias_act_kernels}
+
+# <op>.cu: which of its kernels, demangled, must have 16-byte loads.
+CUDA = {"bias_act": r"kernel<.*\b(2|4|8)>"}
+
+
+@dataclass
+class Row:
+    architecture: int
+    kernel: str
+    registers: int
+    stack: int
+    spills: int
+    wide_loads: int
+    expects_wide: bool
+
+    @property
+    def verdict(self) -> str:
+        faults = ["spills"] * (self.spills > 0 or self.stack > 0)
+        faults += ["no 16-byte load"] * (self.expects_wide and not self.wide_loads)
+        return ", ".join(faults) or "ok"
+
+
+def machine_code(cubin: Path) -> dict[str, tuple[int, int, int, int]]:
+    """Of every kernel in a cubin: registers, bytes of stack, spill instructions, loads of 16 bytes or more."""
+    usage = subprocess.run([CUOBJDUMP, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+    code = subprocess.run([CUOBJDUMP, "-sass", cubin], capture_output=True, text=True, check=True).stdout
+    found = {}
+    for name, registers, stack in re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", usage):
+        body = code.split(f"Function : {name}\n", 1)[1].split("Function : ", 1)[0]
+        spills = len(re.findall(r"\b(?:LDL|STL)\b", body))
+        found[name] = (int(registers), int(stack), spills, len(re.findall(r"\bLDG\.E\S*\.(?:128|256)\b", body)))
+    return found
+
+
+def triton_rows(kernel: Kernel):
+    for architecture in ARCHITECTURES:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(kernel.compile(architecture))
+            file.flush()
+            ((found),) = machine_code(Path(file.name)).values()
+        yield Row(architecture, f"{kernel.name} [{kernel.layout}]", *found, kernel.wide)
+
+
+def cuda_rows(op: str, architecture: int) -> list[Row]:
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / f"{op}.cubin"
+        flags = ["-std=c++17", "-O3", "-DMINEGAN_CUDA", f"-arch=sm_{architecture}", "-cubin"]
+        subprocess.run(["nvcc", *flags, CSRC / f"{op}.cu", "-o", cubin], check=True)
+        found = machine_code(cubin)
+    names = subprocess.run(["c++filt"], input="\n".join(found), capture_output=True, text=True, check=True).stdout
+    rows = []
+    for name, numbers in zip(names.splitlines(), found.values(), strict=True):
+        short = re.sub(r"minegan::|\(anonymous namespace\)::|^void |\(.*\)$", "", name.replace("(int)", ""))
+        rows.append(Row(architecture, short, *numbers, bool(re.search(CUDA[op], short))))
+    return sorted(rows, key=lambda row: row.kernel)
+
+
+def main(ops: list[str]) -> int:
+    unknown = set(ops) - {*TRITON, *CUDA}
+    if unknown:
+        sys.exit(f"no such op: {', '.join(unknown)}; there are {', '.join({**TRITON, **CUDA})}")
+    missing = {path.stem for path in CSRC.glob("*.cu")} ^ set(CUDA)
+    if missing:
+        sys.exit(f"csrc/*.cu and the table CUDA differ: {', '.join(missing)}")
+    rows = [row for op in TRITON if not ops or op in ops for kernel in TRITON[op]() for row in triton_rows(kernel)]
+    if shutil.which("nvcc"):
+        jobs = [(op, architecture) for op in CUDA if not ops or op in ops for architecture in ARCHITECTURES]
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            for part in pool.map(lambda job: cuda_rows(*job), jobs):
+                rows += part
+    width = max(len(row.kernel) for row in rows)
+    print(f"sm   {'kernel':{width}}  registers  stack  spills  16-byte loads")
+    for row in rows:
+        numbers = f"{row.registers:9}  {row.stack:5}  {row.spills:6}  {row.wide_loads:13}"
+        print(f"{row.architecture:<4} {row.kernel:{width}}  {numbers}  {row.verdict}")
+    bad = sum(row.verdict != "ok" for row in rows)
+    print(
+        f"{len(rows)} kernels compiled, {bad} bad" + ("" if shutil.which("nvcc") else "; CUDA left out: no nvcc here")
+    )
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
