@@ -1,6 +1,8 @@
 """Putting leaves into a model and taking them out: the modules list them, and nothing that is stored knows of them."""
 
+import copy
 import copyreg
+import functools
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +48,15 @@ class _Host:
                     setattr(self, name, parameter)
             self._parameters.update(leaves)
 
+    def __deepcopy__(self, memo):
+        kind, parameters = type(self), self._parameters
+        self._parameters = {name: p for name, p in parameters.items() if not isinstance(p, Rows)}
+        self.__class__ = plain_class(self)  # which may copy itself in a way of its own, as parametrized modules do
+        try:
+            return copy.deepcopy(self, memo)
+        finally:
+            self.__class__, self._parameters = kind, parameters
+
     def __reduce_ex__(self, protocol):
         kind = plain_class(self)
         plain = object.__new__(kind)
@@ -61,6 +72,11 @@ def plain_class(module: nn.Module) -> type:
     """The class that a module had before it held leaves."""
     kind = type(module)
     return kind.__mro__[2] if issubclass(kind, _Host) else kind
+
+
+@functools.cache
+def _host_class(kind: type) -> type:
+    return type(kind.__name__, (_Host, kind), {"__module__": kind.__module__, "__qualname__": kind.__qualname__})
 
 
 def hold(model: nn.Module, parameter: nn.Parameter, axis: int, rows: Tensor | None) -> Rows | None:
@@ -125,8 +141,6 @@ def mark_hosts(model: nn.Module):
     for module in model.modules():
         host = any(isinstance(p, Rows) for p in module.parameters())
         if host and not isinstance(module, _Host):
-            kind = type(module)
-            names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
-            module.__class__ = type(kind.__name__, (_Host, kind), names)
+            module.__class__ = _host_class(type(module))
         elif not host:
             module.__class__ = plain_class(module)

@@ -145,7 +145,7 @@ class Linked(nn.Parameter):
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             return func(*_map(_traced, args), **_map(_traced, kwargs))
         with torch._C.DisableTorchFunctionSubclass():
             special = _SPECIAL.get(func)
@@ -229,6 +229,7 @@ _SPECIAL = {
     torch.Tensor.grad.__set__: _set_grad,
     torch.Tensor.requires_grad.__set__: _require_grad,
     torch.Tensor.requires_grad_: _require_grad,
+    torch.Tensor._is_view: torch.Tensor._is_view,  # the alias is one, the weight is not
     torch.autograd.grad: _differentiate(torch.autograd.grad),
     torch.autograd.backward: _differentiate(torch.autograd.backward),
     torch.Tensor.backward: _differentiate(torch.Tensor.backward),
