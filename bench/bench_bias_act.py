@@ -22,8 +22,8 @@ SHAPES = {
     ],
 }
 GAIN = 2**0.5
-# tensors of x's size that must move: x, y | dy, y, dx | ddx, y, ddy; each pass also moves one of b's size
-TENSORS = {"forward": 2, "backward": 3, "double backward": 3}
+# tensors of x's size that must move: x, y | x, y | dy, y, dx | ddx, y, ddy; each pass also moves one of b's size
+TENSORS = {"inference": 2, "forward": 2, "backward": 3, "double backward": 3}
 
 
 def ours(x, b):

@@ -1,10 +1,14 @@
 """`pytest bench --benchmark-only [--record]` runs the benchmarks; without --record no file changes."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
 from clock import Provider, keep_pages, measure_ceilings
 from machine import ROOT, describe_run, merge
 from measure import OURS, PASSES, Case, check, run_case
@@ -16,6 +20,7 @@ def pytest_addoption(parser):
     group = parser.getgroup("minegan_fast benchmarks")
     group.addoption("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU, else cpu")
     group.addoption("--budget", type=float, default=None, help="seconds of timing a case (1.5; on a GPU 1)")
+    group.addoption("--quick", action="store_true", help="the first shape and dtype only: does it run?")
     group.addoption(
         "--record", nargs="?", type=Path, const=ROOT / "bench" / "results", metavar="FOLDER",
         help="merge the rows into FOLDER/<machine>.json (default: bench/results)",
@@ -35,10 +40,11 @@ def pytest_generate_tests(metafunc):
     """A benchmark module says its cases as data: SHAPES by device, DTYPES."""
     if "which" in metafunc.fixturenames:
         device = device_of(metafunc.config)
+        few = slice(1 if metafunc.config.getoption("--quick") else None)
         cases = [
             pytest.param(shape, dtype, which, id=f"{which}-{'x'.join(map(str, shape))}-{str(dtype).split('.')[-1]}")
-            for shape in metafunc.module.SHAPES[device]
-            for dtype in metafunc.module.DTYPES
+            for shape in metafunc.module.SHAPES[device][few]
+            for dtype in metafunc.module.DTYPES[few]
             for which in PASSES
         ]
         metafunc.parametrize(("shape", "dtype", "which"), cases)

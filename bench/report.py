@@ -1,0 +1,143 @@
+# ruff: noqa: RUF001
+"""Writes the tables of bench/results/*.json into README.md, between its two markers; nothing else in it is touched.
+
+python bench/report.py            run the tests of every op that has rows, then write; withhold an op whose tests fail
+python bench/report.py --check    exit 1 if README.md does not show what the results hold (tests are not run)
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from itertools import groupby
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+OURS = "minegan_fast"
+ORDER = ("cuda", "triton", "cpp", "reference")
+PASSES = ("inference", "forward", "backward", "double backward")
+
+
+LEGEND = """\
+Median time of one call (quartiles), our backends first; behind a competitor's time, that time over the one of our
+first column. All of a line were measured in turn, in one process, after a check against float64. `forward` is that of
+training, which keeps what the backward needs; `of copy` is the least traffic over the time, in percent of the copy
+bandwidth measured in the same run; `clone` is `torch.clone` of as many bytes.
+"""
+
+
+def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="only compare README.md with the results")
+    check = parser.parse_args(arguments).check
+    readme = root / "README.md"
+    text = readme.read_text() if readme.exists() else ""
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        print(f"README.md must hold one {BEGIN} and, after it, one {END}: the tables go between them", file=sys.stderr)
+        return 1
+    machines = [json.loads(path.read_text()) for path in sorted((root / "bench" / "results").glob("*.json"))]
+    ops = sorted({row["op"] for machine in machines for row in machine["rows"]})
+    red = set() if check else {op for op in ops if not tests_pass(op, root)}
+    before, rest = text.split(BEGIN)
+    new = f"{before}{BEGIN}\n{render(machines, red)}{END}{rest.split(END)[1]}"
+    if check:
+        if new != text:
+            print("README.md does not show what bench/results holds: run `make report`", file=sys.stderr)
+        return int(new != text)
+    readme.write_text(new)
+    print(f"README.md: tables of {', '.join(op for op in ops if op not in red) or 'nothing'}")
+    for op in sorted(red):
+        print(f"README.md: the rows of {op} are withheld, its tests fail", file=sys.stderr)
+    return int(bool(red))
+
+
+def tests_pass(op: str, root: Path) -> bool:
+    """Whether tests/ops/test_<op>.py is there and green. Its output goes to the terminal."""
+    path = root / "tests" / "ops" / f"test_{op}.py"
+    return path.exists() and not subprocess.run([sys.executable, "-m", "pytest", "-q", str(path)], cwd=root).returncode
+
+
+def render(machines: list[dict], red: set[str]) -> str:
+    """The text between the markers: for every machine, op and run a line of facts and a table."""
+    if not any(machine["rows"] for machine in machines):
+        return "No measurements yet.\n"
+    parts = [LEGEND]
+    for machine in machines:
+        rows = sorted(machine["rows"], key=lambda row: (row["op"], row["run"]))
+        for (op, name), group in groupby(rows, key=lambda row: (row["op"], row["run"])):
+            run = machine["runs"][name]
+            title = f"**`{op}`, {run['device']}** "
+            parts.append(
+                title + ("\n\nWithheld: the tests of this op fail.\n" if op in red else table(run, list(group)))
+            )
+    return "\n".join(parts)
+
+
+def table(run: dict, rows: list[dict]) -> str:
+    """The facts of the run and a table of one op's rows: a line a case, a column a provider."""
+    ceilings = run["ceilings"]
+    products = [
+        f"{name.removeprefix('matmul_').removesuffix('_tflop_s')} {number(value)}"
+        for name, value in ceilings.items()
+        if name.startswith("matmul_")
+    ]
+    facts = (
+        f"(torch {run['torch']}, triton {run['triton']}, commit {run['commit']}, {run['date']}, "
+        f"threads: {run['threads']}; in the same run: copy {number(ceilings['copy_gb_s'])} GB/s, "
+        f"matrix products {', '.join(products)} TFLOP/s)\n\n"
+    )
+    backends = [name for name in ORDER if any(row["backend"] == name for row in rows)]
+    competitors = list(dict.fromkeys(row["provider"] for row in rows if row["provider"] != OURS))
+    competitors.sort(key=lambda name: name == "clone")
+    graphs = any(row.get("graph_us") for row in rows if row["provider"] == OURS)
+    head = ["pass", "shape", "type", *backends, *(["in a CUDA graph"] if graphs else []), "of copy", *competitors]
+    lines = [[*head, "peak memory, ours / eager"], ["---"] * (len(head) + 1)]
+    rows = sorted(rows, key=case_order)
+    for _, case in groupby(rows, key=case_order):
+        by = {(row["provider"], row["backend"]): row for row in case}
+        first = next(row for row in by.values())
+        ours = [by.get((OURS, backend)) for backend in backends]
+        best = next(row for row in ours if row)
+        line = [first["pass"], "×".join(map(str, first["shape"])), first["dtype"]]
+        line += [spread(row) if row else "–" for row in ours]
+        line += [duration(best["graph_us"]) if best.get("graph_us") else "–"] if graphs else []
+        line.append(f"{best['percent_of_copy']:.0f} %" if best["percent_of_copy"] is not None else "in cache")
+        for name in competitors:
+            row = by.get((name, ""))
+            note = row["note"] if row and "note" in row else "not measured"
+            timed = row and "median_us" in row
+            line.append(f"{duration(row['median_us'])} ({best['ratio'][name]:.2f}×)" if timed else note)
+        eager = by.get(("eager", ""))
+        line.append(f"{size(best['peak_bytes'])} / {size(eager['peak_bytes']) if eager else '–'}")
+        lines.append(line)
+    return facts + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def case_order(row: dict) -> tuple:
+    count = 1
+    for extent in row["shape"]:
+        count *= extent
+    known = PASSES.index(row["pass"]) if row["pass"] in PASSES else len(PASSES)
+    return row["dtype"] != "float32", row["dtype"], known, row["pass"], count, row["shape"]
+
+
+def spread(row: dict) -> str:
+    return f"{duration(row['median_us'])} ({duration(row['q1_us'])}–{duration(row['q3_us'])})"
+
+
+def duration(microseconds: float) -> str:
+    return f"{number(microseconds)} µs" if microseconds < 999.5 else f"{number(microseconds / 1000)} ms"
+
+
+def size(count: int) -> str:
+    return f"{number(count / 1e6)} MB" if count >= 1e5 else f"{number(count / 1e3)} kB"
+
+
+def number(value: float) -> str:
+    """Three digits, no exponent."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
