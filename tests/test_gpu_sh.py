@@ -1,0 +1,144 @@
+"""bench/gpu.sh among stand-ins for python, nvcc and compute-sanitizer: order, table, exit code; and without a GPU."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+
+PYTHON = """#!/bin/bash
+echo "python $*" >>"$CALLS"
+case "$*" in
+  *get_device_capability*) echo 90 ;;
+  *pytest*bench*) exit "${FAIL_BENCH:-0}" ;;
+  *pytest*) exit "${FAIL_TEST:-0}" ;;
+  *sanitize.py*) exit "${FAIL_SANITIZE:-0}" ;;
+esac
+"""
+NVCC = """#!/bin/bash
+for last; do [[ $previous == -o ]] && touch "$last"; previous=$last; done
+"""
+SANITIZER = """#!/bin/bash
+echo "compute-sanitizer $*" >>"$CALLS"
+case "$*" in
+  *planted*) echo "========= ERROR SUMMARY: ${FOUND:-1} error" ;;
+  *) echo "========= ERROR SUMMARY: ${FOUND_IN_KERNELS:-0} errors" ;;
+esac
+"""
+
+
+@pytest.fixture
+def run(tmp_path):
+    """run(*arguments, **environment) -> (exit code, output, calls) of gpu.sh in a tree of stand-ins."""
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "bin").mkdir()
+    for name in ("gpu.sh", "planted.cu", "bench_bias_act.py"):
+        shutil.copy(ROOT / "bench" / name, tmp_path / "bench" / name)
+    for name in ("setup.py", "pyproject.toml", "CMakeLists.txt", "csrc/bias_act.cu"):
+        (tmp_path / name).write_text(name)
+    tools = {"python3": PYTHON, "nvcc": NVCC, "compute-sanitizer": SANITIZER, "nvidia-smi": "#!/bin/bash\n"}
+    for name, text in tools.items():
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+
+    def run(*arguments, **environment):
+        environment = {
+            "PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin",
+            "CUDA_HOME": "/nowhere",
+            "OUT": "results",
+        } | environment
+        calls = tmp_path / "calls"
+        calls.write_text("")
+        done = subprocess.run(
+            ["bash", "bench/gpu.sh", *arguments], cwd=tmp_path, env=environment | {"CALLS": str(calls)},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+        return done.returncode, done.stdout, calls.read_text()
+
+    run.folder = tmp_path
+    return run
+
+
+def table(output: str) -> dict[str, str]:
+    lines = output.splitlines()
+    last = lines[max(i for i, line in enumerate(lines) if "results in" in line) + 1 :]
+    return {line.split()[0]: " ".join(line.split()[1:-2]) for line in last}
+
+
+def test_all_parts_run_in_order_and_the_table_comes_last(run):
+    code, output, calls = run()
+    assert (code, table(output)) == (0, {"build": "ok", "test": "ok", "sanitize": "ok", "bench": "ok"})
+    assert (
+        calls.index("pip install") < calls.index("-m pytest -q\n") < calls.index("racecheck") < calls.index("--record=")
+    )
+    assert f"--record={run.folder}/results" in calls
+    assert (run.folder / "results" / "gpu.log").read_text() == output
+
+
+def test_a_failing_part_stops_no_other_and_shows_in_the_exit_code(run):
+    code, output, calls = run(FAIL_TEST="1")
+    assert (code, table(output)) == (1, {"build": "ok", "test": "FAILED", "sanitize": "ok", "bench": "ok"})
+    assert "--record=" in calls
+
+
+def test_one_part_with_its_arguments_builds_first_and_only_once(run):
+    code, output, calls = run("--out", "elsewhere", "bench", "bias_act")
+    assert (code, list(table(output))) == (0, ["build", "bench"])
+    assert "bench/bench_bias_act.py -q" in calls
+    assert (run.folder / "elsewhere" / "gpu.log").exists()
+    code, output, calls = run("test", "tests/ops", "-x")
+    assert (code, list(table(output))) == (0, ["test"])
+    assert "-m pytest -q tests/ops -x" in calls
+    (run.folder / "csrc" / "bias_act.cu").write_text("changed")
+    assert list(table(run("test")[1])) == ["build", "test"]
+
+
+@pytest.mark.parametrize(
+    "trouble", [{"FOUND": "0"}, {"FOUND_IN_KERNELS": "3"}], ids=["planted fault overlooked", "fault in a kernel"]
+)
+def test_sanitize_fails(run, trouble):
+    code, output, _ = run("sanitize", **trouble)
+    assert (code, table(output)["sanitize"]) == (1, "FAILED")
+
+
+@pytest.mark.skipif(
+    shutil.which("compute-sanitizer", path="/usr/bin:/bin") is not None, reason="it cannot be hidden here"
+)
+def test_a_missing_sanitizer_is_named_and_skipped(run):
+    (run.folder / "bin" / "compute-sanitizer").unlink()
+    code, output, _ = run("sanitize")
+    assert (code, table(output)["sanitize"]) == (0, "skipped")
+    assert "compute-sanitizer: not found on PATH" in output
+
+
+def test_a_missing_nvcc_is_named(run):
+    (run.folder / "bin" / "nvcc").unlink()
+    if shutil.which("nvcc", path="/usr/bin:/bin"):
+        pytest.skip("nvcc cannot be hidden here")
+    code, output, _ = run("build")
+    assert (code, table(output)["build"]) == (1, "FAILED")
+    assert "nvcc: not found on PATH" in output
+
+
+@pytest.mark.parametrize("arguments", [("nonsense",), ("bench", "no_such_op")])
+def test_what_is_not_there_is_named(run, arguments):
+    code, output, calls = run(*arguments)
+    assert code == 2
+    assert arguments[-1] in output
+    assert not calls
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_without_a_gpu_nothing_is_run(tmp_path):
+    environment = os.environ | {"PYTHON": sys.executable, "OUT": str(tmp_path / "out")}
+    environment.pop("MINEGAN_GPU_SH_DRY", None)
+    done = subprocess.run(["bash", str(ROOT / "bench" / "gpu.sh")], env=environment, capture_output=True, text=True)
+    assert done.returncode == 3
+    assert "no usable GPU: torch sees no CUDA device. Nothing was run" in done.stderr
+    assert not (tmp_path / "out").exists()
