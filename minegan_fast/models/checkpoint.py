@@ -65,7 +65,7 @@ def save_model(path: str | Path, generator: nn.Module, discriminator: nn.Module 
     for model in (generator, discriminator):
         if model is None:
             continue
-        role = next((role for (_, role), cls in CLASSES.items() if type(model) is cls), None)
+        role = next((role for (_, role), cls in CLASSES.items() if isinstance(model, cls)), None)
         if role is None:
             known = ", ".join(cls.__name__ for cls in CLASSES.values())
             raise TypeError(f"save_model knows {known}; for a {type(model).__name__} save its state_dict() instead")

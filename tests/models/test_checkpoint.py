@@ -91,6 +91,13 @@ def test_a_loaded_network_does_not_depend_on_its_file(file, generator):
         assert_same(g, generator)
 
 
+def test_a_subclass_is_saved_as_what_it_is(file, generator):
+    generator.__class__ = type("Watched", (StyleGAN2Generator,), {})
+    save_model(file, generator)
+    assert type(load_generator(file)) is StyleGAN2Generator
+    assert_same(load_generator(file), generator)
+
+
 def test_what_cannot_be_saved_is_named(file, generator, critic):
     with pytest.raises(TypeError, match="for a Linear save its state_dict"):
         save_model(file, torch.nn.Linear(1, 1))

@@ -256,6 +256,16 @@ def test_r1_has_the_second_order_of_the_equations():
     assert_same_gradients(d, *losses)
 
 
+def test_initial_values_are_those_of_the_paper():
+    for model in (StyleGAN2Generator(8, 64, channel_max=64), StyleGAN2Discriminator(8, channel_max=64)):
+        for name, p in model.named_parameters():
+            if name.endswith("bias") or "noise" in name:
+                assert (p == (1 if "modulation" in name else 0)).all(), name
+            else:
+                std = p.std() * (0.01 if name.startswith("style") else 1)
+                assert abs(std - 1) < 4 / (2 * p.numel()) ** 0.5, name  # 4 standard errors
+
+
 def test_style_mixing_takes_the_second_style_from_the_crossover_on():
     g = generator()
     z1, z2 = torch.randn(2, 3, 10).double()
