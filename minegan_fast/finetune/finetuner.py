@@ -295,7 +295,7 @@ class SparseFinetuner(torch.optim.Optimizer):
             "selection": selection and {"rows": dict(selection.rows), "sizes": dict(selection.sizes)},
             "evidence": self.evidence.state_dict(),
             "evidence_used": self._evidence_used,
-            "buffers": dict(self._buffers.copies) if self.evidence.start else None,
+            "buffers": dict(self._buffers.copies) if self._buffers and self.selection is None else None,
             "ever": dict(self.held.ever),
             "hashes": dict(self.held.hashes),
             "base": self.held.base,
@@ -340,7 +340,7 @@ class SparseFinetuner(torch.optim.Optimizer):
         super().load_state_dict(state)
         self.evidence.load_state_dict(neurons["evidence"])
         if neurons["buffers"] is not None:
-            self._buffers.copies = neurons["buffers"]
+            self._buffers.adopt(neurons["buffers"])
         self._evidence_used = neurons["evidence_used"]
         self.held.ever, self.held.hashes, self.held.base = neurons["ever"], neurons["hashes"], neurons["base"]
 

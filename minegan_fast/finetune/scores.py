@@ -137,7 +137,11 @@ class BufferCopy:
 
     def outdated(self, model: nn.Module) -> bool:
         """Whether parameters were written since, by load_state_dict say: then the buffers were, too."""
-        return self.versions != [p._version for p in model.parameters()]
+        return self.versions is not None and self.versions != [p._version for p in model.parameters()]
+
+    def adopt(self, copies: dict[str, Tensor]):
+        """Takes the copies of a run that goes on here; that its model is loaded as well does not outdate them."""
+        self.copies, self.versions = copies, None
 
     @torch.no_grad()
     def restore(self, model: nn.Module):

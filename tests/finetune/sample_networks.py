@@ -1,4 +1,4 @@
-"""Small float64 networks with every way of using a weight, and a plain optimizer of rows to hold the library against."""
+"""Small float64 networks with every way of using a weight, and a plain optimizer of rows to compare with."""
 
 import torch
 import torch.nn.functional as F

@@ -142,7 +142,7 @@ def test_writes_to_a_leaf_reach_the_dense_weight_before_it_is_used():
 
 
 def test_clipping_survives_scripts_that_read_data():
-    """Weight clipping of the leaves and an EMA that reads `.data` of every parameter, each iteration, in either order."""
+    """Weight clipping of the leaves and an EMA that reads `.data` of every parameter, in either order."""
     net, ft = finetuned(lr=1.0, optimizer="sgd")
     average = copy.deepcopy(net)
     for order in (0, 1):

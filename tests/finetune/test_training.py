@@ -9,9 +9,9 @@ from sample_networks import FIRST_ORDER, NETWORKS, RowReference, assert_same, bu
 from minegan_fast.finetune import FrozenNeuronsChanged, SparseFinetuner
 
 OPTIMIZERS = {
-    "adam": (dict(lr=2e-2, betas=(0.5, 0.9), weight_decay=0.1), torch.optim.Adam),
-    "adamw": (dict(lr=2e-2, betas=(0.0, 0.99), weight_decay=0.1), torch.optim.AdamW),
-    "sgd": (dict(lr=2e-2, momentum=0.9, weight_decay=0.1), torch.optim.SGD),
+    "adam": ({"lr": 2e-2, "betas": (0.5, 0.9), "weight_decay": 0.1}, torch.optim.Adam),
+    "adamw": ({"lr": 2e-2, "betas": (0.0, 0.99), "weight_decay": 0.1}, torch.optim.AdamW),
+    "sgd": ({"lr": 2e-2, "momentum": 0.9, "weight_decay": 0.1}, torch.optim.SGD),
 }
 
 
@@ -145,7 +145,7 @@ def test_reselection_keeps_moments_of_kept_rows():
     """Kept rows go on as if nothing had happened; a new one starts as under a new optimizer; a dropped one stops."""
     net, other = build("mlp"), build("mlp")
     x = data()
-    arguments = dict(lr=1e-2, betas=(0.9, 0.99), ema_decay=0.5)
+    arguments = {"lr": 1e-2, "betas": (0.9, 0.99), "ema_decay": 0.5}
     ft, whole = (SparseFinetuner(n, **arguments) for n in (net, other))
     ft.select({"3.weight": [0, 1]})
     whole.select({"3.weight": [0, 1]})

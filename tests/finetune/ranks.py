@@ -1,0 +1,123 @@
+"""What each of two processes does for test_distributed.py."""
+
+import contextlib
+import copy
+import os
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+from sample_networks import build, data
+from torch.nn.parallel import DistributedDataParallel
+
+from minegan_fast.finetune import SparseFinetuner
+
+ARGUMENTS = {"lr": 1e-2, "density": 0.3, "betas": (0.5, 0.9), "ema_decay": 0.9}
+
+
+def step(model, ft, x, parts=1):
+    """One step on the samples x, in `parts` accumulated pieces, of which only the last talks to the other rank."""
+    ft.zero_grad()
+    for i, piece in enumerate(x.chunk(parts)):
+        with (
+            model.no_sync()
+            if isinstance(model, DistributedDataParallel) and i < parts - 1
+            else contextlib.nullcontext()
+        ):
+            (model(piece).square().mean() / parts).backward()
+    ft.step()
+
+
+def mine(x):
+    return x.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def same_everywhere(tensors):
+    for t in tensors:
+        both = [torch.empty_like(t) for _ in range(dist.get_world_size())]
+        dist.all_gather(both, t.detach().contiguous())
+        assert torch.equal(both[0], both[1])
+
+
+def ddp_before_the_selection(wrapped: bool):
+    """The drop-in loop of a script that wraps first: dense gradients score, then DDP reduces the compact ones."""
+    net = build("mlp")
+    model = DistributedDataParallel(net)
+    ft = SparseFinetuner(model if wrapped else net, score_steps=2, **ARGUMENTS)
+    for i in range(5):
+        step(model, ft, mine(data(4, seed=i)), parts=1 + (i == 4))
+        if i > 1:
+            same_everywhere([p.grad for p in ft.parameters()])
+    same_everywhere(net.parameters())
+    ft.verify()
+    result = copy.deepcopy(net.state_dict()), ft.selection.rows, ft.scores()
+    with ft.scoring():  # and once more: evidence after a selection, through DDP, and other neurons
+        model(-3 * mine(data(4, seed=11))).square().mean().backward()
+    ft.select({"1.weight": [0], "3.weight": [0, 1]} if wrapped else None)
+    for i in range(2):
+        step(model, ft, mine(data(4, seed=20 + i)))
+        same_everywhere([p.grad for p in ft.parameters()])
+    same_everywhere(net.parameters())
+    ft.verify()
+    ft.release()
+    model(mine(data(4))).square().mean().backward()
+    same_everywhere([p.grad for p in net.parameters()])
+    return result
+
+
+def ddp_after_the_selection():
+    net = build("mlp")
+    ft = SparseFinetuner(net, **ARGUMENTS)
+    with ft.scoring():
+        for x in mine(data(4, seed=3)).split(1):
+            net(x).square().mean().backward()
+    ft.select()
+    model = DistributedDataParallel(net, gradient_as_bucket_view=True)
+    for i in range(3):
+        step(model, ft, mine(data(4, seed=i)))
+        same_everywhere([p.grad for p in ft.parameters()])
+    same_everywhere(net.parameters())
+    ft.verify()
+    return net.state_dict(), ft.selection.rows, ft.scores()
+
+
+def without_ddp():
+    """A process group given to the optimizer: it averages the gradients, and all ranks skip where one has inf."""
+    net = build("mlp").float()
+    ft = SparseFinetuner(net, process_group=dist.group.WORLD, score_steps=2, **ARGUMENTS)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for i in range(6):
+        ft.zero_grad()
+        value = net(mine(data(4, seed=i)).float()).square().mean()
+        bad = i in (1, 4) and dist.get_rank() == i % 2
+        scaler.scale(value * (float("inf") if bad else 1.0)).backward()
+        scaler.step(ft)
+        scaler.update()
+        assert ft.evidence.count == [1, 1][i] if i < 2 else ft.selection is not None
+        same_everywhere(net.parameters())
+    ft.verify()
+
+
+def selections_by_hand():
+    ft = SparseFinetuner(build("mlp"))
+    with pytest.raises(RuntimeError, match="different selections"):
+        ft.select({"1.weight": [dist.get_rank()]})
+    assert ft.selection is None
+    ft.select({"1.weight": [3]})
+
+
+def main(rank: int, folder: str):
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    results = {
+        "before": ddp_before_the_selection(wrapped=True),
+        "before, model given": ddp_before_the_selection(wrapped=False),
+        "after": ddp_after_the_selection(),
+    }
+    without_ddp()
+    selections_by_hand()
+    if rank == 0:
+        torch.save(results, f"{folder}/results.pt")
+    dist.destroy_process_group()

@@ -1,0 +1,164 @@
+"""Deltas: what they hold, and every way of putting them on and taking them off."""
+
+import copy
+import json
+import os
+
+import pytest
+import torch
+from safetensors import safe_open
+from sample_networks import NETWORKS, assert_same, build, data, loss
+from torch import nn
+
+from minegan_fast.finetune import SparseFinetuner, load_delta, unload_delta
+
+
+def trained(name, rows, path, steps=3, seed=0):
+    """A network with `rows` trained, its delta written to `path`."""
+    net = build(name)
+    ft = SparseFinetuner(net, lr=1e-2, seed=seed, density=0.4, criterion="random")
+    ft.select(rows)
+    for _ in range(steps):
+        ft.zero_grad()
+        loss(net.eval(), data(), penalties=False).backward()
+        ft.step()
+    ft.save_delta(path)
+    ft.release()
+    return net
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_on_and_off(name, tmp_path):
+    path = tmp_path / "d.safetensors"
+    live, plain, base = trained(name, None, path), build(name).eval(), build(name).eval()
+    load_delta(plain, path)
+    assert [torch.equal(p, q) for p, q in zip(plain.parameters(), live.parameters(), strict=True)].count(False) == 0
+    assert any(not torch.equal(p, q) for p, q in zip(plain.parameters(), base.parameters(), strict=True))
+    unload_delta(plain)
+    assert_same(plain, base)
+    load_delta(plain, path, scale=0.5)
+    for p, q, r in zip(plain.parameters(), live.parameters(), base.parameters(), strict=True):
+        torch.testing.assert_close(p, (q + r) / 2, rtol=0, atol=1e-15)
+    unload_delta(plain)
+    assert_same(plain, base)
+    with pytest.raises(RuntimeError, match="no delta is loaded"):
+        unload_delta(plain)
+    assert [p.name for p in tmp_path.iterdir()] == ["d.safetensors"]
+
+
+def test_several_overlap(tmp_path):
+    a = trained("mlp", {"1.weight": [0, 2, 5]}, tmp_path / "a")
+    b = trained("mlp", {"1.weight": [2, 3], "3.weight": [1]}, tmp_path / "b", steps=5)
+    base, net = build("mlp"), build("mlp")
+    load_delta(net, tmp_path / "a")
+    load_delta(net, tmp_path / "b")
+    assert torch.equal(net[1].weight[[0, 5]], a[1].weight[[0, 5]])
+    assert torch.equal(net[1].weight[3], b[1].weight[3])
+    assert torch.equal(net[3].weight, b[3].weight)
+    sum_of_both = a[1].weight[2] + (b[1].weight[2] - base[1].weight[2])
+    assert torch.equal(net[1].weight[2], sum_of_both)
+    load_delta(net, tmp_path / "a", scale=-1.0)
+    torch.testing.assert_close(net[1].weight[2], b[1].weight[2], rtol=0, atol=1e-15)
+    unload_delta(net)
+    assert_same(net, base)
+
+
+def test_a_delta_is_small_and_says_what_it_is(tmp_path):
+    net = build("mlp")
+    ft = SparseFinetuner(net)
+    base = ft.held.base
+    with pytest.raises(RuntimeError, match="nothing has been trained"):
+        ft.save_delta(tmp_path / "d")
+    ft.select({"1.weight": [5, 1]})
+    net(data()).sum().backward()
+    ft.step()
+    ft.select({"1.weight": [3], "3.weight": [0]})
+    ft.save_delta(tmp_path / "d")
+    with safe_open(tmp_path / "d", "pt") as file:
+        metadata, keys = file.metadata(), set(file.keys())
+        assert file.get_tensor("1.weight:rows").tolist() == [1, 3, 5]  # every row since construction
+        assert torch.equal(file.get_tensor("1.weight"), net[1].weight.detach()[[1, 3, 5]])
+    assert keys == {"1.weight:rows", "1.weight", "1.bias", "3.weight:rows", "3.weight", "3.bias"}
+    assert metadata["base"] == base
+    assert metadata["version"] == "1"
+    assert json.loads(metadata["layers"])["1.weight"] == [["1.weight", 0], ["1.bias", 0]]
+    wide = nn.Linear(2000, 200)
+    ft = SparseFinetuner(wide, criterion="random", density=0.05)
+    ft.select()
+    ft.save_delta(tmp_path / "w")
+    assert os.path.getsize(tmp_path / "w") < 0.06 * wide.weight.nbytes
+
+
+def test_added_parameters_of_the_model_are_in_the_delta(tmp_path):
+    net = build("constant")
+    ft = SparseFinetuner(net, lr=1e-2, exclude="shifts")
+    ft.add_param_group({"params": list(net.shifts.parameters())})
+    ft.select({"gain": [0]})
+    net(data()).square().mean().backward()
+    ft.step()
+    ft.save_delta(tmp_path / "d")
+    plain = build("constant")
+    load_delta(plain, tmp_path / "d")
+    assert_same(plain, net)
+    unload_delta(plain)
+    assert_same(plain, build("constant"))
+
+
+def test_a_delta_goes_onto_a_wrapped_model_that_trains(tmp_path):
+    """A delta on a base that a finetuning holds is a write like any other: the rows that train start from it."""
+    want = trained("mlp", {"1.weight": [0, 2]}, tmp_path / "d")
+    net = build("mlp")
+    ft = SparseFinetuner(net, lr=0.0)
+    ft.select({"1.weight": [2, 3]})
+    load_delta(nn.DataParallel(net), tmp_path / "d")
+    net(data()).sum().backward()
+    ft.step()
+    assert torch.equal(net[1].weight, want[1].weight)
+    unload_delta(net)
+    ft.release()
+    assert_same(net, build("mlp"))
+
+
+def test_files_and_models_that_do_not_fit(tmp_path):
+    path = tmp_path / "d"
+    trained("mlp", {"1.weight": [6]}, path)
+    wrong = build("mlp", seed=1)
+    before = copy.deepcopy(wrong)
+    with pytest.raises(ValueError, match=r"another base: its fingerprint is [0-9a-f]{12}.*strict=False"):
+        load_delta(wrong, path)
+    with pytest.raises(ValueError, match=r"'1\.weight', which the model does not have"):
+        load_delta(build("resnet"), path, strict=False)
+    with pytest.raises(ValueError, match=r"rows of shape \[108\] in the delta, \[90\] in the model"):
+        load_delta(nn.Sequential(nn.Flatten(), nn.Linear(90, 7)), path, strict=False)
+    with pytest.raises(ValueError, match="beyond its 3"):
+        load_delta(nn.Sequential(nn.Flatten(), nn.Linear(108, 3)), path, strict=False)
+    (tmp_path / "junk").write_bytes(b"0" * 64)
+    with pytest.raises(ValueError, match="not a delta"):
+        load_delta(wrong, tmp_path / "junk")
+    ft = SparseFinetuner(build("mlp"), criterion="random")
+    ft.select().save(tmp_path / "s")
+    with pytest.raises(ValueError, match="holds no delta"):
+        load_delta(wrong, tmp_path / "s")
+    assert_same(wrong, before)
+    with pytest.raises(RuntimeError, match="no delta"):
+        unload_delta(wrong)
+    load_delta(wrong, path, strict=False)
+    assert not torch.equal(wrong[1].weight[6], before[1].weight[6])
+    unload_delta(wrong)
+    assert_same(wrong, before)
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "d"
+    trained("mlp", {"1.weight": [6]}, path)
+    old = path.read_bytes()
+
+    def full(tensors, target, metadata):
+        target.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("minegan_fast.finetune.delta.save_file", full)
+    with pytest.raises(OSError, match="No space"):
+        trained("mlp", {"1.weight": [1]}, path)
+    assert path.read_bytes() == old
+    assert [p.name for p in tmp_path.iterdir()] == ["d"]
