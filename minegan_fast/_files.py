@@ -1,10 +1,17 @@
-"""Files that are either whole or not there."""
+"""Files that are either whole or not there, and whose bytes follow from what is in them."""
 
+import json
 import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+_UMASK = os.umask(0)  # it can only be read by setting it
+os.umask(_UMASK)
 
 
 @contextmanager
@@ -18,10 +25,10 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     path = Path(path)
     temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.tmp{path.suffix}")
     try:
-        temporary.touch()  # with the permissions of the user's umask, whatever the writer would choose
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_UMASK)  # some writers make files that only their owner may read
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -32,3 +39,21 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def save_tensors(path: str | os.PathLike, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file atomically; equal contents give equal bytes.
+
+    safetensors itself writes the metadata in random order. SafetensorError/OSError where the file cannot be written.
+    """
+    contents = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with atomic_path(path) as temporary:
+        save_file(contents, temporary, metadata)
+        with open(temporary, "r+b") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+            ordered = {"__metadata__": dict(sorted(header.pop("__metadata__", {}).items())), **header}
+            text = json.dumps(ordered, separators=(",", ":"), ensure_ascii=False).encode()
+            if len(text) <= length:
+                file.seek(8)
+                file.write(text.ljust(length))

@@ -134,8 +134,8 @@ def _register_transfer() -> None:
         plain = {int: int, float: float}.get(field.type, int if field.type == (int | None) else str)
         plain = float if field.type == (float | None) else plain
         default = ",".join(field.default) if isinstance(field.default, tuple) else field.default
-        shown = "" if default is None or default == "" else f" [default: {default}]"
-        option = typer.Option(None, help=field.metadata["help"] + shown.replace("[", r"\\["), show_default=False)
+        shown = "" if default is None else f" Default: {default}."
+        option = typer.Option(None, help=field.metadata["help"] + shown, show_default=False)
         parameters.append(
             inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=Optional[plain])  # noqa: UP045
         )

@@ -25,7 +25,6 @@ from . import CLASSIFIER, CRITIC, FOLDER, GENERATOR, DigitClassifier
 SEED = 9
 GAN = {"resolution": 32, "channel_base": 1024, "channel_max": 96, "image_channels": 1}
 BATCH, LR, BETAS, R1_GAMMA, R1_EVERY, EMA_HALF_LIFE = 32, 2.5e-3, (0.0, 0.99), 0.3, 16, 350.0
-AUGMENT = "translation"
 
 
 def read(archive: str) -> dict[str, torch.Tensor]:
@@ -63,7 +62,7 @@ def train_classifier(data: dict[str, torch.Tensor], epochs: int) -> tuple[DigitC
     return model, (predicted == data["test_labels"]).float().mean().item()
 
 
-def train_gan(images: torch.Tensor, steps: int):
+def train_gan(images: torch.Tensor, steps: int, folder: Path):
     torch.manual_seed(SEED)
     generator = StyleGAN2Generator(latent_dim=64, style_dim=96, mapping_layers=3, **GAN)
     critic = StyleGAN2Discriminator(**GAN)
@@ -77,7 +76,7 @@ def train_gan(images: torch.Tensor, steps: int):
     for step in range(steps):
         with torch.autocast("cpu", torch.bfloat16):
             fake = generator(torch.randn(BATCH, generator.latent_dim))
-            loss_g = generator_loss("nonsaturating", critic(diff_augment(fake, AUGMENT)))
+            loss_g = generator_loss("nonsaturating", critic(fake))
         optimizers[0].zero_grad()
         loss_g.backward()
         optimizers[0].step()
@@ -85,10 +84,10 @@ def train_gan(images: torch.Tensor, steps: int):
         real = to_float(images[torch.randint(len(images), (BATCH,))])
         with torch.autocast("cpu", torch.bfloat16):
             # Two passes: the minibatch standard deviation must not mix real images with generated ones.
-            on_real, on_fake = (critic(diff_augment(x, AUGMENT)) for x in (real, fake.detach().float()))
+            on_real, on_fake = (critic(x) for x in (real, fake.detach().float()))
             loss_d = critic_loss("nonsaturating", on_real, on_fake)
         if step % R1_EVERY == 0:
-            loss_d = loss_d + R1_GAMMA / 2 * R1_EVERY * r1_penalty(critic, diff_augment(real, AUGMENT))
+            loss_d = loss_d + R1_GAMMA / 2 * R1_EVERY * r1_penalty(critic, real)
         optimizers[1].zero_grad()
         loss_d.backward()
         optimizers[1].step()
@@ -98,6 +97,9 @@ def train_gan(images: torch.Tensor, steps: int):
                 a.lerp_(p, 1 - min(decay, (step + 1) / (step + 10)))
         for schedule in schedules:
             schedule.step()
+        if step % 500 == 499:
+            save_model(folder / GENERATOR.name, average)
+            save_model(folder / CRITIC.name, critic)
         if step % 100 == 0:
             rate = (step + 1) / (time.monotonic() - start)
             print(f"gan {step}/{steps} G {loss_g.item():.3f} D {loss_d.item():.3f} {rate:.2f}/s", flush=True)
@@ -142,7 +144,7 @@ def main() -> None:
         record["classifier"] = {"epochs": arguments.epochs, "test_accuracy": round(accuracy, 4)}
     if "gan" in arguments.parts:
         start = time.monotonic()
-        source, critic = train_gan(data["train_images"][data["train_labels"] != 9], arguments.steps)
+        source, critic = train_gan(data["train_images"][data["train_labels"] != 9], arguments.steps, arguments.out)
         save_model(arguments.out / GENERATOR.name, source)
         save_model(arguments.out / CRITIC.name, critic)
         record["gan"] = {
@@ -153,7 +155,6 @@ def main() -> None:
             "r1_gamma": R1_GAMMA,
             "r1_every": R1_EVERY,
             "ema_half_life_steps": EMA_HALF_LIFE,
-            "augment": AUGMENT,
             "precision": "bf16 autocast",
             "minutes": round((time.monotonic() - start) / 60, 1),
         }

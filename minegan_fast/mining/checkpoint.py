@@ -4,9 +4,8 @@ import json
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from .._files import atomic_path
+from .._files import save_tensors
 from .miner import Miner
 
 FORMAT = "minegan_fast.miner"
@@ -14,9 +13,7 @@ FORMAT = "minegan_fast.miner"
 
 def save_miner(path: str | Path, miner: Miner) -> None:
     """The miner as safetensors, with its constructor's arguments in the metadata."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in miner.state_dict().items()}
-    with atomic_path(path) as temporary:
-        save_file(tensors, temporary, {"format": FORMAT, "config": json.dumps(miner.config)})
+    save_tensors(path, miner.state_dict(), {"format": FORMAT, "config": json.dumps(miner.config)})
 
 
 def load_miner(path: str | Path) -> Miner:

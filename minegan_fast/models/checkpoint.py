@@ -12,10 +12,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .._files import atomic_path
+from .._files import atomic_path, save_tensors
 from .stylegan2 import StyleGAN2Discriminator, StyleGAN2Generator
 
 CLASSES = {
@@ -74,11 +73,10 @@ def save_model(path: str | Path, generator: nn.Module, discriminator: nn.Module 
         modules[role] = {"family": model.family, "config": model.config}
         tensors |= {f"{role}.{name}": tensor for name, tensor in _on_cpu(model).items()}
     metadata = {"format": "minegan_fast", "version": "1", "modules": json.dumps(modules)}
-    with atomic_path(path) as temporary:
-        try:
-            save_file(tensors, temporary, metadata)
-        except SafetensorError as error:
-            raise OSError(f"{path} cannot be written ({error}); is the disk full?") from None
+    try:
+        save_tensors(path, tensors, metadata)
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written ({error}); is the disk full?") from None
     return path
 
 

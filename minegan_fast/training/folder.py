@@ -8,10 +8,10 @@ import warnings
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
-from .._files import atomic_path
+from .._files import atomic_path, save_tensors
 from ..models import load_generator, save_model
 
 RESULTS = ("best", "last", "mined")
@@ -109,8 +109,7 @@ def write_generator(path: Path, generator: nn.Module) -> None:
     if hasattr(generator, "family"):
         save_model(path, generator)
         return
-    with atomic_path(path) as temporary:
-        save_file({k: v.detach().cpu().clone().contiguous() for k, v in generator.state_dict().items()}, temporary)
+    save_tensors(path, {name: tensor.clone() for name, tensor in generator.state_dict().items()})
 
 
 def read_generator(path: Path, like: nn.Module) -> nn.Module:

@@ -1,0 +1,49 @@
+"""Networks so small that a whole run takes a second."""
+
+import pytest
+import torch
+
+from minegan_fast.models import StyleGAN2Discriminator, StyleGAN2Generator, save_model
+from minegan_fast.training.images import save_folder
+
+SIZES = {"resolution": 8, "channel_base": 64, "channel_max": 8, "image_channels": 1}
+RUN = {
+    "mining_steps": 4,
+    "finetune_steps": 4,
+    "batch": 4,
+    "snapshot_every": 2,
+    "eval_samples": 16,
+    "grid": 4,
+    "log_every": 1,
+    "score_samples": 4,
+    "augment": "translation",
+    "held_out": 0.25,
+    "progress": False,
+}
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """{"source": path, "critic": path, "images": folder of 24, "generator", "discriminator"}."""
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    generator = StyleGAN2Generator(latent_dim=8, mapping_layers=2, **SIZES).eval()
+    discriminator = StyleGAN2Discriminator(**SIZES).eval()
+    save_model(folder / "source.safetensors", generator)
+    save_model(folder / "critic.safetensors", discriminator)
+    images = torch.randint(0, 256, (24, 1, 8, 8), dtype=torch.uint8)
+    save_folder(folder / "images", images)
+    return {
+        "source": folder / "source.safetensors",
+        "critic": folder / "critic.safetensors",
+        "images": folder / "images",
+        "generator": generator,
+        "discriminator": discriminator,
+    }
+
+
+@pytest.fixture
+def run_settings(tiny, tmp_path):
+    """Arguments of a tiny `transfer`."""
+    paths = {name: str(tiny[name]) for name in ("source", "critic", "images")}
+    return {**RUN, **paths, "out": tmp_path / "run"}

@@ -1,0 +1,260 @@
+"""What goes wrong for a user, and that nothing is lost: each a one-line error that names the remedy."""
+
+import errno
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import minegan_fast as mf
+from minegan_fast.models import StyleGAN2Discriminator, save_model
+from minegan_fast.training import DoesNotFit, TrainingDiverged, estimate
+from minegan_fast.training.images import save_folder
+from minegan_fast.training.trainer import Trainer
+
+# A run in forked children, each killed at its k-th file, until one comes through. Prints how many died.
+KILLED = """
+import json, os, signal, sys
+import torch
+import minegan_fast as mf
+
+settings, out = json.loads(sys.argv[1]), sys.argv[2]
+torch.set_num_threads(1)
+replace, chmod = os.replace, os.chmod
+
+def run(kill_at):
+    count = 0
+    def dying(step):
+        def call(*args, **keywords):
+            nonlocal count
+            count += 1
+            if count == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return step(*args, **keywords)
+        return call
+    # chmod comes before the rename: half of the kills leave a temporary file, half a file without its successors.
+    os.replace, os.chmod = dying(replace), dying(chmod)
+    mf.transfer(**settings, out=out, resume=True)
+
+killed = 0
+for kill_at in (13, 30, 41, 22, 57, 38, 0):
+    child = os.fork()
+    if child == 0:
+        try:
+            run(kill_at)
+        except BaseException:
+            import traceback
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    if os.WIFSIGNALED(status):
+        killed += 1
+    elif status:
+        sys.exit("a child failed")
+print(killed)
+"""
+
+
+def contents(folder: Path) -> dict[str, object]:
+    """All that a run leaves, times and event files aside."""
+    found: dict[str, object] = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and "events" not in p.parts):
+        name = str(path.relative_to(folder))
+        if path.suffix == ".pt":
+            found[name] = repr(torch.load(path, weights_only=True))
+        elif name == "history.jsonl":
+            rows = [json.loads(line) for line in path.read_text().splitlines()]
+            found[name] = [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+        else:
+            found[name] = path.read_bytes()
+    return found
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_killed_at_any_moment_it_ends_bit_identical(run_settings, tmp_path):
+    out = run_settings.pop("out")
+    arguments = json.dumps(run_settings), str(tmp_path / "killed")
+    done = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) >= 4, "the kills came too late to hit anything"
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    mf.transfer(**run_settings, out=out)
+    torch.set_num_threads(threads)
+    whole, resumed = contents(out), contents(tmp_path / "killed")
+    assert whole.keys() == resumed.keys()
+    assert [name for name in whole if whole[name] != resumed[name]] == []
+
+
+def test_an_existing_run_is_not_overwritten(run_settings):
+    mf.transfer(**{**run_settings, "finetune_steps": 0})
+    with pytest.raises(ValueError, match="already holds a run"):
+        mf.transfer(**run_settings)
+    with pytest.raises(ValueError, match=r"other settings \(batch: 4 -> 8\)"):
+        mf.transfer(**{**run_settings, "batch": 8, "resume": True})
+
+
+def test_other_images_on_resume(run_settings, tmp_path):
+    mf.transfer(**{**run_settings, "finetune_steps": 0})
+    folder = Path(run_settings["images"])
+    config = json.loads((run_settings["out"] / "config.json").read_text())
+    save_folder(tmp_path / "others", torch.randint(0, 256, (24, 1, 8, 8), dtype=torch.uint8))
+    config["images"] = str(tmp_path / "others")
+    (run_settings["out"] / "config.json").write_text(json.dumps(config))
+    assert folder.is_dir()
+    with pytest.raises(ValueError, match="other training images"):
+        mf.transfer(**{**run_settings, "images": str(tmp_path / "others"), "finetune_steps": 0, "resume": True})
+
+
+def test_a_damaged_snapshot_is_passed_over(run_settings):
+    mf.transfer(**run_settings)
+    newest = run_settings["out"] / "snapshots" / "000008.pt"
+    newest.write_bytes(newest.read_bytes()[:1000])
+    with pytest.warns(UserWarning, match="damaged"):
+        result = mf.transfer(**{**run_settings, "resume": True})
+    assert result.history[-1]["step"] == 8
+
+
+def test_nan_losses_stop_and_keep_the_last_good_snapshot(run_settings, monkeypatch):
+    step = Trainer.step
+
+    def poisoned(self, number):
+        if number == 5:
+            with torch.no_grad():
+                next(self.miner.parameters()).fill_(float("nan"))
+        return step(self, number)
+
+    monkeypatch.setattr(Trainer, "step", poisoned)
+    with pytest.raises(TrainingDiverged, match=r"000004\.pt.*smaller lr"):
+        mf.transfer(**run_settings)
+    assert sorted(p.name for p in (run_settings["out"] / "snapshots").iterdir()) == ["000002.pt", "000004.pt"]
+    monkeypatch.setattr(Trainer, "step", step)
+    assert mf.transfer(**{**run_settings, "resume": True}).history[-1]["step"] == 8
+
+
+def test_full_disk(run_settings):
+    """The file size limit makes write() fail as a full disk does; Python ignores its signal."""
+    mf.transfer(**{**run_settings, "finetune_steps": 0})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+        with pytest.raises(RuntimeError, match=r"disk is full.*000004\.pt.*--resume"):
+            mf.transfer(**{**run_settings, "resume": True})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(run_settings["out"].rglob(".*.tmp*")), "half-written files stay behind"
+    assert mf.transfer(**{**run_settings, "resume": True}).history[-1]["step"] == 8
+
+
+def test_no_space_left(run_settings, monkeypatch):
+    from minegan_fast.training import folder
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(folder.torch, "save", full)
+    with pytest.raises(RuntimeError, match=r"disk is full.*there is no snapshot yet"):
+        mf.transfer(**run_settings)
+
+
+@pytest.mark.parametrize("below", [False, True], ids=["the folder", "a parent"])
+def test_a_file_in_the_place_of_the_output(run_settings, tmp_path, below):
+    (tmp_path / "taken").write_text("")
+    out = tmp_path / "taken" / "run" if below else tmp_path / "taken"
+    with pytest.raises(ValueError, match="cannot write the run.*--out"):
+        mf.transfer(**{**run_settings, "out": out})
+
+
+def test_a_run_that_does_not_fit_says_which_batch_would(run_settings, monkeypatch):
+    memory = estimate.estimate_memory
+    seen = []
+
+    def scarce(*args):
+        found = memory(*args)
+        found.available = found.needed(3)
+        seen.append(found)
+        return found
+
+    from minegan_fast.training import recipe
+
+    monkeypatch.setattr(recipe, "estimate_memory", scarce)
+    with pytest.raises(DoesNotFit, match="at batch 4, .* free: batch 3 would fit"):
+        mf.transfer(**run_settings)
+    assert seen[0].per_sample > 8 * 8 * 4
+    assert not run_settings["out"].exists()
+
+
+def test_out_of_memory_on_the_way(run_settings, monkeypatch):
+    def exhausted(self, number):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr(Trainer, "step", exhausted)
+    with pytest.raises(DoesNotFit, match=r"out of memory at batch 4: batch 2 should fit; .*000000\.pt"):
+        mf.transfer(**run_settings)
+
+
+def test_images_that_do_not_fit(run_settings):
+    with pytest.raises(ValueError, match="8"):
+        mf.transfer(**{**run_settings, "images": torch.rand(5, 1, 16, 16)})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"density": 0}, "density"),
+        ({"density": 1.5}, "density"),
+        ({"loss": "lsgan"}, "nonsaturating, wgan, hinge"),
+        ({"batch": 0}, "batch must be a whole number >= 1"),
+        ({"lr": float("nan")}, "lr must be a positive number"),
+        ({"mining_steps": 0, "finetune_steps": 0}, "nothing would train"),
+        ({"metrics": ("fid", "lpips")}, "lpips"),
+        ({"augment": "colour"}, "colour"),
+        ({"held_out": 1.0}, "held_out"),
+        ({"ema_decay": 1.0}, "ema_decay"),
+        ({"r1_gamma": -1.0}, "r1_gamma"),
+        ({"train_critic": "some"}, "train_critic must be one of"),
+        ({"criterion": "taste"}, "criterion must be one of"),
+        ({"device": "cuda:99"}, "device 'cuda:99' cannot be used"),
+        ({"device": "abacus"}, "device 'abacus' cannot be used"),
+        ({"features": "inception"}, "inception"),
+        ({"source": ["a.pt", "b.pt"]}, "one source at a time"),
+        ({"source": "missing.pt"}, "no checkpoint at missing.pt"),
+        ({"images": "missing/"}, "no image folder"),
+        ({"held_out": "missing/"}, "no image folder"),
+    ],
+    ids=str,
+)
+def test_bad_settings(run_settings, settings, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        mf.transfer(**{**run_settings, **settings})
+    assert not run_settings["out"].exists(), "a refused run leaves nothing behind"
+
+
+def test_critic_of_another_size(run_settings, tmp_path):
+    save_model(tmp_path / "d.safetensors", StyleGAN2Discriminator(16, 64, 8, 1))
+    with pytest.raises(ValueError, match="resolution is 8 and 16"):
+        mf.transfer(**{**run_settings, "critic": tmp_path / "d.safetensors"})
+
+
+def test_class_conditional_sources_are_refused(run_settings, tiny):
+    tiny["generator"].num_classes = 10
+    try:
+        with pytest.raises(ValueError, match="class-conditional"):
+            mf.transfer(**{**run_settings, "source": tiny["generator"]})
+    finally:
+        del tiny["generator"].num_classes
+
+
+def test_another_projects_safetensors(run_settings, tmp_path):
+    save_file({"blocks.0.0.bn1.gain.weight": torch.zeros(2)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="biggan"):
+        mf.transfer(**{**run_settings, "source": tmp_path / "other.safetensors"})
+

@@ -1,0 +1,140 @@
+import copy
+
+import pytest
+import torch
+
+from minegan_fast.training.config import TransferConfig
+from minegan_fast.training.randomness import DataOrder, derived_seed
+from minegan_fast.training.trainer import Trainer, freeze_lower_blocks
+
+
+def make(tiny, **settings):
+    config = TransferConfig(**{"batch": 4, "score_samples": 4, "augment": "", "r1_every": 2, **settings})
+    images = torch.randint(0, 256, (10, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return Trainer(config, copy.deepcopy(tiny["generator"]), copy.deepcopy(tiny["discriminator"]), images, "cpu")
+
+
+def test_gradients_do_not_accumulate_over_steps(tiny):
+    """The published code never zeroed the miner's gradients."""
+    trainer = make(tiny, lr=1e-30)
+    gradients = []
+    for _ in range(3):
+        trainer.step(1)
+        gradients.append([p.grad.clone() for p in trainer.miner.parameters()])
+    # The last layer starts at zero, so only it has a gradient; the learning rate is too small to move anything.
+    assert gradients[0][-1].abs().sum() > 0
+    for other in gradients[1:]:
+        torch.testing.assert_close(other, gradients[0], rtol=1e-4, atol=1e-7)
+
+
+def test_generator_step_leaves_the_critics_gradients_alone(tiny):
+    trainer = make(tiny)
+    trainer._train_generator(0)
+    assert all(p.grad is None for p in trainer.critic.parameters())
+
+
+def test_mining_trains_miner_and_critic_only(tiny):
+    trainer = make(tiny)
+    before = copy.deepcopy(trainer.generator.state_dict())
+    critic = copy.deepcopy(trainer.critic.state_dict())
+    trainer.step(0)
+    assert all(torch.equal(before[k], v) for k, v in trainer.generator.state_dict().items())
+    assert any(not torch.equal(critic[k], v) for k, v in trainer.critic.state_dict().items())
+
+
+@pytest.mark.parametrize("mode", ["all", "freezed", "sparse"])
+def test_what_of_the_critic_trains(tiny, mode):
+    trainer = make(tiny, train_critic=mode, freeze_blocks=1, density=0.2)
+    start = copy.deepcopy(trainer.critic.state_dict())
+    trainer.begin_finetuning()
+    trainer.select()
+    for number in range(3):
+        trainer.step(number)
+    moved = {k for k, v in trainer.critic.state_dict().items() if not torch.equal(start[k], v)}
+    first = {k for k in start if k.startswith("convs.0.")}
+    if mode == "freezed":
+        assert moved
+        assert not moved & first
+    elif mode == "all":
+        assert moved & first
+    else:
+        trainer.critic_optimizer.verify()
+        assert moved
+        rows = trainer.critic_optimizer.selection.rows
+        weight = next(name for name in rows if name in moved)
+        changed = (start[weight] != trainer.critic.state_dict()[weight]).flatten(1).any(1).nonzero().flatten()
+        assert set(changed.tolist()) <= set(rows[weight].tolist())
+
+
+def test_path_length_moves_its_mean_in_stage_two_only(tiny):
+    trainer = make(tiny, path_length_every=1)
+    trainer.step(0)
+    assert trainer.path_length_mean == 0
+    trainer.begin_finetuning()
+    trainer.select()
+    trainer.step(1)
+    assert trainer.path_length_mean > 0
+
+
+def test_r1_is_lazy_and_weighted(tiny):
+    """On its step the critic's gradient is that of loss + gamma/2 * every * R1; on others R1 is absent."""
+    gradients = {}
+    for gamma in (0.0, 3.0):
+        for number in (0, 1):
+            trainer = make(tiny, r1_gamma=gamma, lr=1e-30)
+            trainer.step(number)
+            gradients[gamma, number] = torch.cat([p.grad.flatten() for p in trainer.critic.parameters()])
+    assert torch.equal(gradients[0.0, 1], gradients[3.0, 1])
+    assert not torch.allclose(gradients[0.0, 0], gradients[3.0, 0])
+
+
+def test_average_of_the_miner(tiny):
+    trainer = make(tiny, ema_decay=0.5)
+    values = []
+    for number in range(20, 23):
+        trainer.step(number)
+        values.append(trainer.miner.layers[-1].weight.detach().clone())
+    expected = torch.zeros_like(values[0])
+    for value in values:
+        expected = expected.lerp(value, 0.5)
+    torch.testing.assert_close(trainer.miner_average.layers[-1].weight, expected)
+
+
+def test_state_goes_on_exactly(tiny):
+    one = make(tiny)
+    one.step(0)
+    one.begin_finetuning()
+    one.select()
+    one.step(1)
+    state = copy.deepcopy(one.state_dict())
+    two = make(tiny)
+    two.load_state_dict(state)
+    for trainer in (one, two):
+        trainer.step(2)
+        trainer.step(3)
+    for a, b in zip(one.average().state_dict().values(), two.average().state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    two.finetuner.verify()
+
+
+def test_nan_is_noticed(tiny):
+    trainer = make(tiny)
+    with torch.no_grad():
+        next(trainer.critic.parameters()).fill_(float("nan"))
+    trainer.step(0)
+    assert not trainer.finite
+
+
+def test_freezed_names_too_many_blocks(tiny):
+    with pytest.raises(ValueError, match="has 2 blocks"):
+        freeze_lower_blocks(copy.deepcopy(tiny["discriminator"]), 9)
+
+
+@pytest.mark.parametrize(("n", "batch"), [(10, 4), (3, 8), (5, 5), (2, 1)])
+def test_data_order_visits_every_sample_once_a_pass(n, batch):
+    order = DataOrder(n, batch, seed=1)
+    flat = torch.cat([order[k] for k in range(2 * n)])
+    for start in range(0, len(flat) - n + 1, n):
+        assert sorted(flat[start : start + n].tolist()) == list(range(n))
+    assert torch.equal(DataOrder(n, batch, seed=1)[7], order[7])
+    assert derived_seed(0, "a", 1) != derived_seed(0, "a", 2) != derived_seed(1, "a", 2)
