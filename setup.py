@@ -62,7 +62,8 @@ class BuildNative(build_ext):
                 if line.startswith("minegan_fast: "):
                     self.note(line.removeprefix("minegan_fast: "))
             if done.returncode:
-                errors = [line for line in lines if "error" in line.lower()] or ["no message"]
+                errors = [line for line in lines if "fatal" in line or "error:" in line]
+                errors += [line for line in lines if "Error" in line] + ["no message"]
                 self.note(f"{'CUDA' if cuda else 'C++'} build failed: {errors[0]}")
                 return False
         return True

@@ -141,7 +141,7 @@ def bias_act(
             raise ValueError(f"b must have shape [{x.shape[dim]}], x's size along dim {dim}, got {list(b.shape)}")
         if b.device != x.device:
             raise ValueError(f"b must be on the device of x, {x.device}, got {b.device}; move it with b.to(x.device)")
-        b = b.to(x.dtype).contiguous()
+        b = (b if b.dtype == x.dtype else b.to(x.dtype)).contiguous()
     slope = _SLOPES.get(act, float(alpha))
     if b is None and slope == 1 and gain == 1:
         return x
