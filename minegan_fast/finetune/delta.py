@@ -6,10 +6,9 @@ import weakref
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .._files import atomic_path
+from .._files import save_tensors
 from .distributed import unwrap
 from .hashing import dense_parameters, fingerprint
 from .neurons import compact
@@ -44,9 +43,8 @@ def save_delta(ft, path: str | os.PathLike, ema: bool = False):
         tensors[f"{layer}:rows"] = rows
         layers[layer] = members
         for name, axis in members:
-            value = values_of[name].detach()
-            values = compact(value, axis, rows.to(value.device)).cpu()
-            tensors[name] = values.clone(memory_format=torch.contiguous_format)
+            value = values_of[name]
+            tensors[name] = compact(value.detach(), axis, rows.to(value.device))
 
     for layer in ft.layers:
         if layer.name in ft.held.ever:
@@ -59,8 +57,7 @@ def save_delta(ft, path: str | os.PathLike, ema: bool = False):
     if not tensors:
         raise RuntimeError("nothing has been trained yet, so there is no delta; select() first")
     metadata = {"format": FORMAT, "version": VERSION, "base": ft.held.base, "layers": json.dumps(layers)}
-    with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata)
+    save_tensors(path, tensors, metadata)
 
 
 def _read(path) -> tuple[dict, dict[str, Tensor]]:

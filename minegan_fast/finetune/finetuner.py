@@ -8,14 +8,14 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from . import delta, distributed, ema, report
-from .holding import Held
+from . import delta, distributed, ema, report, state
+from .holding import Held, check_parameters
 from .leaves import Linked
 from .neurons import filter_layers, find_layers
 from .scores import CRITERIA, WITHOUT_EVIDENCE, BufferCopy, Evidence
 from .scoring import collect
 from .selection import Selection, rank, selection_by_hand
-from .update import OPTIMIZERS, carry, update
+from .update import OPTIMIZERS, carry, unscale, update
 
 
 class SparseFinetuner(torch.optim.Optimizer):
@@ -96,14 +96,15 @@ class SparseFinetuner(torch.optim.Optimizer):
                 f"model must be an nn.Module, got {type(model).__name__}; pass the model, not its parameters"
             )
         self.model = distributed.unwrap(model)
+        check_parameters(self.model)
         self.layers = filter_layers(find_layers(self.model), include, exclude)
         self.held = Held(self.model, self.layers)
         self.optimizer, self.density, self.budget, self.scope, self.policy = optimizer, density, budget, scope, policy
         self.score_steps, self.ema_decay, self.process_group = score_steps, ema_decay, process_group
         self.evidence = Evidence(criterion, self.layers, seed)
-        self._evidence_used = self._scoring = self._released = False
+        self.evidence_used = self._scoring = self._released = False
         # drop-in "movement" gives the buffers of now back, not those after the first forward
-        self._buffers = BufferCopy(self.model) if criterion == "movement" else None
+        self.buffers = BufferCopy(self.model) if criterion == "movement" else None
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "momentum": momentum}
         super().__init__(self._candidates(), defaults)
 
@@ -131,9 +132,9 @@ class SparseFinetuner(torch.optim.Optimizer):
         self._check_usable("scoring()")
         if self._scoring:
             raise RuntimeError("scoring() is already open; leave the outer block first")
-        if self._evidence_used:
+        if self.evidence_used:
             self.evidence.clear()
-            self._evidence_used = False
+            self.evidence_used = False
         self._scoring = True
         try:
             with collect(self):
@@ -157,12 +158,13 @@ class SparseFinetuner(torch.optim.Optimizer):
         self._check_usable("select()")
         if self._scoring:
             raise RuntimeError("select() inside scoring(): leave the block first, its evidence is complete then")
+        self._finish_movement()
         if selection is None:
-            if distributed.active(self.process_group) and not self._evidence_used:
+            if distributed.active(self.process_group) and not self.evidence_used:
                 self.evidence.reduce(self.process_group)
             scores = distributed.agree(self.scores(), self.process_group)
             selection = rank(scores, self.layers, self.density, self.budget, self.scope, self.policy)
-            self._evidence_used = True
+            self.evidence_used = True
         else:
             selection = selection_by_hand(selection, self.layers, self.budget)
             distributed.check_equal(selection, self.process_group)
@@ -178,9 +180,9 @@ class SparseFinetuner(torch.optim.Optimizer):
             if leaf is not None:
                 leaves.append(leaf)
             if leaf is not before:
-                state = self.state.pop(before, None)
-                if state and rows is not None and leaf is not None:
-                    self.state[leaf] = carry(state, rows, leaf.link.rows, leaf)
+                old = self.state.pop(before, None)
+                if old and rows is not None and leaf is not None:
+                    self.state[leaf] = carry(old, rows, leaf.link.rows, leaf)
         self.param_groups[0]["params"][:] = leaves
 
     def step(self, closure=None):
@@ -196,7 +198,7 @@ class SparseFinetuner(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._unscale():
+        if unscale(self, self.process_group):
             return loss
         if self.process_group is not None:
             distributed.average_gradients(self.param_groups, self.process_group)
@@ -212,25 +214,8 @@ class SparseFinetuner(torch.optim.Optimizer):
         for group in self.param_groups[1:]:
             self._update(group)
         if self.selection is None and self.evidence.count >= self.score_steps:
-            self._finish_movement()
             self.select()
         return loss
-
-    @torch.no_grad()
-    def _unscale(self) -> bool:
-        """Applies what a GradScaler left for this step; True where it found inf."""
-        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        if found_inf is not None:
-            if self.process_group is not None:
-                torch.distributed.all_reduce(found_inf, torch.distributed.ReduceOp.MAX, group=self.process_group)
-            if found_inf.item():
-                return True
-        if scale is not None:
-            inverse = scale.double().reciprocal().float()
-            for p in self.parameters():
-                if p.grad is not None:
-                    p.grad.mul_(inverse.to(p.grad.device))
-        return False
 
     def _score_step(self):
         graded = [(layer, m) for layer in self.layers for m in layer.members if m.parameter.grad is not None]
@@ -239,8 +224,8 @@ class SparseFinetuner(torch.optim.Optimizer):
         if self.criterion == "movement":
             if not self.evidence.start:
                 self.evidence.begin_movement()
-                if self._buffers.outdated(self.model):
-                    self._buffers = BufferCopy(self.model)
+                if self.buffers.outdated(self.model):
+                    self.buffers = BufferCopy(self.model)
             for _, member in graded:
                 self.dense_step(member.parameter, self.state[member.parameter])
         for layer, member in graded:
@@ -250,7 +235,7 @@ class SparseFinetuner(torch.optim.Optimizer):
     def _finish_movement(self):
         if self.evidence.start:
             self.evidence.end_movement()
-            self._buffers.restore(self.model)
+            self.buffers.restore(self.model)
 
     @torch.no_grad()
     def _update(self, group: dict, per_row: bool = False):
@@ -289,18 +274,7 @@ class SparseFinetuner(torch.optim.Optimizer):
 
     def state_dict(self) -> dict:
         """Optimizer state, selection, evidence, EMA and hashes: all that a run needs to go on as if never stopped."""
-        state = super().state_dict()
-        selection = self.selection
-        state["neurons"] = {
-            "selection": selection and {"rows": dict(selection.rows), "sizes": dict(selection.sizes)},
-            "evidence": self.evidence.state_dict(),
-            "evidence_used": self._evidence_used,
-            "buffers": dict(self._buffers.copies) if self._buffers and self.selection is None else None,
-            "ever": dict(self.held.ever),
-            "hashes": dict(self.held.hashes),
-            "base": self.held.base,
-        }
-        return state
+        return {**super().state_dict(), "neurons": state.describe(self)}
 
     def load_state_dict(self, state_dict: dict):
         """Goes on where the state was saved. A selection in it is adopted where this optimizer has none.
@@ -309,40 +283,14 @@ class SparseFinetuner(torch.optim.Optimizer):
         changed then. The model's weights are its own state dict's affair, loaded before or after.
         """
         self._check_usable("load_state_dict()")
-        if "neurons" not in state_dict:
-            raise ValueError("this state dict is not a SparseFinetuner's; load it into the optimizer that it came from")
-        saved = state_dict["neurons"]["selection"]
-        if saved is not None:
-            saved = Selection(saved["rows"], {n: tuple(s) for n, s in saved["sizes"].items()}, self.budget)
-            saved = selection_by_hand(saved, self.layers, self.budget)
-        if self.selection is not None and saved != self.selection:
-            raise ValueError(
-                "the state dict has another selection than this optimizer; load it into a new SparseFinetuner, or "
-                "select(...) its neurons first"
-            )
-        evidence = state_dict["neurons"]["evidence"]
-        if evidence["criterion"] != self.criterion:
-            raise ValueError(
-                f"the state dict was scored by {evidence['criterion']!r}, this optimizer by {self.criterion!r}; "
-                "build it with the same criterion"
-            )
-        groups = state_dict["param_groups"]
-        if len(groups) != len(self.param_groups):
-            raise ValueError(
-                f"the state dict has {len(groups)} parameter groups, this optimizer has {len(self.param_groups)}; "
-                "add the same groups before you load it"
-            )
-        if saved is not None and self.selection is None:
-            self._apply(saved)
+        selection = state.check(self, state_dict)
+        if selection is not None and self.selection is None:
+            self._apply(selection)
         # torch's own keeps tensors of the given state where they fit: two optimizers would then share their moments
-        state = copy.deepcopy({name: state_dict[name] for name in ("state", "param_groups", "neurons")})
-        neurons = state.pop("neurons")
-        super().load_state_dict(state)
-        self.evidence.load_state_dict(neurons["evidence"])
-        if neurons["buffers"] is not None:
-            self._buffers.adopt(neurons["buffers"])
-        self._evidence_used = neurons["evidence_used"]
-        self.held.ever, self.held.hashes, self.held.base = neurons["ever"], neurons["hashes"], neurons["base"]
+        own = copy.deepcopy({name: state_dict[name] for name in ("state", "param_groups", "neurons")})
+        neurons = own.pop("neurons")
+        super().load_state_dict(own)
+        state.adopt(self, neurons)
 
     def parameters(self) -> list[nn.Parameter]:
         """What trains: the compact leaves [k, ...] (before a selection the dense weights) and added parameters."""
@@ -382,6 +330,7 @@ class SparseFinetuner(torch.optim.Optimizer):
     def release(self):
         """Gives the plain model back: trained values in place, every parameter trainable as before."""
         if not self._released:
+            self._finish_movement()
             self.held.release()
             self._released = True
 

@@ -15,6 +15,25 @@ class FrozenNeuronsChanged(RuntimeError):  # noqa: N818 - a public name
     """A value that the selection froze has other bits than it had then."""
 
 
+def _is_plain(parameter: nn.Parameter) -> bool:
+    """Not of a class with a behaviour of its own, a quantized or sharded tensor say; a held one is plain underneath."""
+    kind = type(parameter)
+    return kind is Linked or kind.__torch_function__ is nn.Parameter.__torch_function__
+
+
+def check_parameters(model: nn.Module):
+    """Raises RuntimeError, ValueError or TypeError, with a name, where a parameter cannot be held."""
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, Linked):
+            raise RuntimeError(f"{name!r} is held by another SparseFinetuner; call its release() first")
+        if torch.nn.parameter.is_lazy(parameter):
+            raise ValueError(f"{name!r} has no shape yet; run the model once before you build the optimizer")
+        if parameter.requires_grad and not _is_plain(parameter):
+            raise TypeError(f"{name!r} is a {type(parameter).__name__}; only plain parameters can train by rows")
+        if parameter.requires_grad and not parameter.is_floating_point():
+            raise TypeError(f"{name!r} is {parameter.dtype}; only real floating-point parameters can train by rows")
+
+
 class Held:
     """The model's side of a SparseFinetuner.
 
@@ -23,13 +42,6 @@ class Held:
     """
 
     def __init__(self, model: nn.Module, layers: list[Layer]):
-        for name, parameter in model.named_parameters():
-            if isinstance(parameter, Linked):
-                raise RuntimeError(f"{name!r} is held by another SparseFinetuner; call its release() first")
-            if parameter.requires_grad and type(parameter).__torch_function__ is not nn.Parameter.__torch_function__:
-                raise TypeError(f"{name!r} is a {type(parameter).__name__}; only plain parameters can train by rows")
-            if parameter.requires_grad and not parameter.is_floating_point():
-                raise TypeError(f"{name!r} is {parameter.dtype}; only real floating-point parameters can train by rows")
         self.model, self.layers = model, layers
         self.selection: Selection | None = None
         self.base = fingerprint(model)
@@ -42,9 +54,9 @@ class Held:
         Returns what the candidates were and are, in the layers' order: (what trained: dense weight or old leaf, its
         rows or None, leaf or None).
         """
-        candidates = {id(m.parameter): (m.axis, layer.name) for layer in self.layers for m in layer.members}
+        candidates = {id(m.parameter) for layer in self.layers for m in layer.members}
         for _, parameter in dense_parameters(self.model):
-            if id(parameter) not in candidates and id(parameter) not in added:
+            if id(parameter) not in candidates and id(parameter) not in added and _is_plain(parameter):
                 hold(self.model, parameter, 0, None)
         changes = []
         for layer in self.layers:

@@ -68,8 +68,6 @@ class Link:
         if not (dense_changed or leaf_changed or self.dense_accessed or self.leaf_accessed):
             return
         with torch._C.DisableTorchFunctionSubclass():
-            if self.rows.device != self.dense.device:
-                self.rows = self.rows.to(self.dense.device)
             current = compact(self.dense, self.axis, self.rows)
             if current.device != self.leaf.device or current.dtype != self.leaf.dtype:
                 return  # module.to() has converted one and comes to the other
@@ -95,8 +93,6 @@ class Link:
         """The dense weight as a differentiable computation sees it."""
         if self.leaf is None or not self.leaf.requires_grad or not torch.is_grad_enabled():
             return self.dense
-        if self.rows.device != self.dense.device:
-            self.rows = self.rows.to(self.dense.device)
         return _Alias.apply(self.leaf, self.dense, self.rows, self.axis)
 
     def traced(self) -> Tensor:
@@ -147,6 +143,8 @@ class Linked(nn.Parameter):
         kwargs = kwargs or {}
         if torch.compiler.is_dynamo_compiling():
             return func(*_map(_traced, args), **_map(_traced, kwargs))
+        if func in _ON_LEAF:
+            return func(*_map(_leaf, args), **_map(_leaf, kwargs))
         with torch._C.DisableTorchFunctionSubclass():
             special = _SPECIAL.get(func)
             if special is not None:
@@ -186,7 +184,9 @@ def _traced(p):
 
 
 def _leaf(p):
-    return p.link.leaf if p.link.leaf is not None else p
+    if p.link.leaf is None:
+        raise RuntimeError("this weight is frozen: no row of it is selected, so nothing can be differentiated by it")
+    return p.link.leaf
 
 
 def _require_grad(p, flag=True):
@@ -206,6 +206,8 @@ def _set_data(p, value):
     p.link.dense_accessed = True
     torch.Tensor.data.__set__(p, value)
     p.link.plain = torch.Tensor.data.__get__(p)
+    if p.link.rows is not None:
+        p.link.rows = p.link.rows.to(p.device)
 
 
 def _set_grad(p, value):
@@ -218,11 +220,6 @@ def _set_grad(p, value):
         p.link.leaf.grad = None
 
 
-def _differentiate(func):
-    """autograd.grad and backward with respect to a linked weight mean its leaf."""
-    return lambda *args, **kwargs: func(*_map(_leaf, args), **_map(_leaf, kwargs))
-
-
 _SPECIAL = {
     torch.Tensor.data.__get__: _get_data,
     torch.Tensor.data.__set__: _set_data,
@@ -230,7 +227,13 @@ _SPECIAL = {
     torch.Tensor.requires_grad.__set__: _require_grad,
     torch.Tensor.requires_grad_: _require_grad,
     torch.Tensor._is_view: torch.Tensor._is_view,  # the alias is one, the weight is not
-    torch.autograd.grad: _differentiate(torch.autograd.grad),
-    torch.autograd.backward: _differentiate(torch.autograd.backward),
-    torch.Tensor.backward: _differentiate(torch.Tensor.backward),
+}
+
+# With respect to a linked weight, these mean its leaf.
+_ON_LEAF = {
+    torch.autograd.grad,
+    torch.autograd.backward,
+    torch.Tensor.backward,
+    torch.Tensor.register_hook,
+    torch.Tensor.register_post_accumulate_grad_hook,
 }

@@ -78,7 +78,10 @@ class Evidence:
             total = self.sums.get(member.name)
             return torch.zeros_like(_wide(member.parameter)) if total is None else total / self.count
         if self.criterion == "movement":
-            return self.sums[member.name]
+            moved = self.sums.get(member.name, torch.zeros(()))
+            if self.start:
+                moved = moved.to(member.parameter.device) + _wide(member.parameter) - _wide(self.start[member.name])
+            return moved
         return _wide(member.parameter)
 
     def begin_movement(self):

@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from .._files import atomic_path
+from .._files import save_tensors
 from .neurons import Layer
 
 FORMAT = "minegan_fast.selection"
@@ -49,8 +48,7 @@ class Selection:
     def save(self, path: str | os.PathLike):
         """Writes the selection as safetensors, atomically."""
         metadata = {"format": FORMAT, "version": "1", "budget": self.budget, "sizes": json.dumps(self.sizes)}
-        with atomic_path(path) as temporary:
-            save_file({name: rows.cpu().contiguous() for name, rows in self.rows.items()}, temporary, metadata)
+        save_tensors(path, self.rows, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Selection":

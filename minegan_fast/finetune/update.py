@@ -54,6 +54,26 @@ def update(optimizer: str, parameter: Tensor, grad: Tensor, state: dict, group: 
 
 
 @torch.no_grad()
+def unscale(optimizer: torch.optim.Optimizer, group) -> bool:
+    """Divides the gradients by what a GradScaler left for this step; True, and no change, where it found inf.
+
+    With a process group one rank's inf is everyone's.
+    """
+    scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
+    if found_inf is not None:
+        if group is not None:
+            torch.distributed.all_reduce(found_inf, torch.distributed.ReduceOp.MAX, group=group)
+        if found_inf.item():
+            return True
+    if scale is not None:
+        inverse = scale.double().reciprocal().float()
+        for p in (p for g in optimizer.param_groups for p in g["params"]):
+            if p.grad is not None:
+                p.grad.mul_(inverse.to(p.grad.device))
+    return False
+
+
+@torch.no_grad()
 def carry(state: dict, old_rows: Tensor, rows: Tensor, leaf: Tensor) -> dict:
     """The state of a leaf with `rows` from that of its predecessor with `old_rows`: kept rows keep theirs, the moments
     of new ones start at zero, their EMA at their value."""

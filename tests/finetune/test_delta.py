@@ -89,6 +89,23 @@ def test_a_delta_is_small_and_says_what_it_is(tmp_path):
     assert os.path.getsize(tmp_path / "w") < 0.06 * wide.weight.nbytes
 
 
+def test_the_average_can_be_written_instead(tmp_path):
+    net = build("mlp")
+    ft = SparseFinetuner(net, lr=1e-2, ema_decay=0.5)
+    ft.select({"1.weight": [2]})
+    for _ in range(2):
+        ft.zero_grad()
+        net(data()).square().mean().backward()
+        ft.step()
+    ft.save_delta(tmp_path / "d", ema=True)
+    plain = build("mlp")
+    load_delta(plain, tmp_path / "d")
+    assert_same(plain, ft.ema_model())
+    assert not torch.equal(plain[1].weight, net[1].weight)
+    ft.save_delta(tmp_path / "again", ema=True)
+    assert (tmp_path / "again").read_bytes() == (tmp_path / "d").read_bytes()
+
+
 def test_added_parameters_of_the_model_are_in_the_delta(tmp_path):
     net = build("constant")
     ft = SparseFinetuner(net, lr=1e-2, exclude="shifts")
@@ -157,7 +174,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
         target.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("minegan_fast.finetune.delta.save_file", full)
+    monkeypatch.setattr("minegan_fast._files.save_file", full)
     with pytest.raises(OSError, match="No space"):
         trained("mlp", {"1.weight": [1]}, path)
     assert path.read_bytes() == old

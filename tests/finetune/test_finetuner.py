@@ -153,11 +153,14 @@ def test_wrong_arguments(arguments, message):
         SparseFinetuner(build("mlp"), **arguments)
 
 
+@pytest.mark.filterwarnings("ignore:Lazy modules")
 def test_wrong_models():
     with pytest.raises(TypeError, match=r"nn\.Module, got list"):
         SparseFinetuner(list(build("mlp").parameters()))
     with pytest.raises(ValueError, match="no parameter with requires_grad"):
         SparseFinetuner(build("mlp").requires_grad_(False))
+    with pytest.raises(ValueError, match="has no shape yet"):
+        SparseFinetuner(nn.Sequential(nn.Linear(2, 2), nn.LazyLinear(3)))
     with pytest.raises(TypeError, match=r"'weight' is torch\.complex64"):
         SparseFinetuner(nn.Linear(2, 2, dtype=torch.complex64))
     net = build("mlp")

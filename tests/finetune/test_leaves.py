@@ -214,6 +214,24 @@ def test_gradient_with_respect_to_the_weight_is_its_rows():
     net(data()).sum().backward(inputs=[net[1].weight])
     assert torch.equal(ft.parameters()[0].grad, theirs[[1, 3]])
     assert ft.parameters()[1].grad is None
+    seen = []
+    net[1].weight.register_hook(lambda grad: seen.append(grad.shape))
+    net(data()).sum().backward()
+    assert seen == [(2, 108)]
+    with pytest.raises(RuntimeError, match="frozen"):
+        torch.autograd.grad(net(data()).sum(), net[3].weight)
+
+
+def test_checkpointed_forward_runs_again_inside_the_gradient():
+    net, _ = finetuned()
+    plain = build("mlp")
+
+    def value(model):
+        return torch.utils.checkpoint.checkpoint(model, data(), use_reentrant=False).square().sum()
+
+    (ours,) = torch.autograd.grad(value(net), net[1].weight)
+    (theirs,) = torch.autograd.grad(value(plain), plain[1].weight)
+    assert torch.equal(ours, theirs[[1, 3]])
 
 
 def test_functional_call():

@@ -32,7 +32,7 @@ def gradients(net, pieces):
     return result
 
 
-def expected(criterion, ft, net, pieces):
+def expected(criterion, ft, net, pieces, lr=1e-2):
     w = {n: p.detach() for n, p in net.named_parameters()}
     g = gradients(net, pieces)
     mean = {n: sum(piece[n] for piece in g) / len(g) for n in w}
@@ -46,7 +46,7 @@ def expected(criterion, ft, net, pieces):
     if criterion == "magnitude":
         return {n: s.sqrt() for n, s in per_neuron(ft, {n: t.square() for n, t in w.items()}).items()}
     dense = copy.deepcopy(net)
-    optimizer = torch.optim.Adam(dense.parameters(), lr=1e-2, betas=(0.0, 0.99))
+    optimizer = torch.optim.Adam(dense.parameters(), lr=lr, betas=(0.0, 0.99))
     for x in pieces:
         optimizer.zero_grad()
         dense(x).square().mean().backward()
@@ -155,6 +155,25 @@ def test_movement_restores_buffers():
                     net(data()).square().mean().backward()
                 assert not torch.equal(net[0].weight, untouched[0].weight)
         assert_same(net, untouched)
+
+
+@pytest.mark.parametrize("end", ["by hand", "release"])
+def test_movement_that_is_cut_short_restores_too(end):
+    net = build("mlp")
+    ft = SparseFinetuner(net, lr=0.1, criterion="movement", score_steps=9)
+    for _ in range(2):
+        ft.zero_grad()
+        net(data()).square().mean().backward()
+        ft.step()
+    scores = ft.scores()
+    want = expected("movement", ft, build("mlp"), [data(), data()], lr=0.1)
+    for layer, score in scores.items():
+        torch.testing.assert_close(score, want[layer].float(), rtol=1e-6, atol=0)
+    if end == "release":
+        ft.release()
+    else:
+        ft.select({"1.weight": [0]})
+    assert_same(net, build("mlp"))
 
 
 def test_movement_does_not_bring_back_what_a_checkpoint_replaced():

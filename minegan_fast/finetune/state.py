@@ -1,0 +1,55 @@
+"""What the state dict of a `SparseFinetuner` holds besides torch's: the entry "neurons"."""
+
+from .selection import Selection, selection_by_hand
+
+
+def describe(ft) -> dict:
+    """Tensors, numbers and names only, so that torch.load(weights_only=True) reads it."""
+    selection = ft.selection
+    return {
+        "selection": selection and {"rows": dict(selection.rows), "sizes": dict(selection.sizes)},
+        "evidence": ft.evidence.state_dict(),
+        "evidence_used": ft.evidence_used,
+        "buffers": dict(ft.buffers.copies) if ft.buffers and selection is None else None,
+        "ever": dict(ft.held.ever),
+        "hashes": dict(ft.held.hashes),
+        "base": ft.held.base,
+    }
+
+
+def check(ft, state_dict: dict) -> Selection | None:
+    """The selection in a state dict that fits `ft`; ValueError where it does not fit."""
+    if "neurons" not in state_dict:
+        raise ValueError("this state dict is not a SparseFinetuner's; load it into the optimizer that it came from")
+    neurons = state_dict["neurons"]
+    saved = neurons["selection"]
+    if saved is not None:
+        saved = Selection(saved["rows"], {name: tuple(size) for name, size in saved["sizes"].items()}, ft.budget)
+        saved = selection_by_hand(saved, ft.layers, ft.budget)
+    if ft.selection is not None and saved != ft.selection:
+        raise ValueError(
+            "the state dict has another selection than this optimizer; load it into a new SparseFinetuner, or "
+            "select(...) its neurons first"
+        )
+    criterion = neurons["evidence"]["criterion"]
+    if criterion != ft.criterion:
+        raise ValueError(
+            f"the state dict was scored by {criterion!r}, this optimizer by {ft.criterion!r}; build it with the same "
+            "criterion"
+        )
+    groups, own = len(state_dict["param_groups"]), len(ft.param_groups)
+    if groups != own:
+        raise ValueError(
+            f"the state dict has {groups} parameter groups, this optimizer has {own}; add the same groups before you "
+            "load it"
+        )
+    return saved
+
+
+def adopt(ft, neurons: dict):
+    """Takes over what `describe` wrote."""
+    ft.evidence.load_state_dict(neurons["evidence"])
+    if neurons["buffers"] is not None:
+        ft.buffers.adopt(neurons["buffers"])
+    ft.evidence_used = neurons["evidence_used"]
+    ft.held.ever, ft.held.hashes, ft.held.base = neurons["ever"], neurons["hashes"], neurons["base"]
