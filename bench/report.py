@@ -1,5 +1,5 @@
 # ruff: noqa: RUF001
-"""Writes the tables of bench/results/*.json into README.md, between its two markers; nothing else in it is touched.
+"""Writes the tables of bench/results/*.json and of the demo into README.md, between their markers, and nothing else.
 
 python bench/report.py            run the tests of every op that has rows, then write; withhold an op whose tests fail
 python bench/report.py --check    exit 1 if README.md does not show what the results hold (tests are not run)
@@ -12,8 +12,9 @@ import sys
 from itertools import groupby
 from pathlib import Path
 
+import report_demo
+
 ROOT = Path(__file__).resolve().parent.parent
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 OURS = "minegan_fast"
 ORDER = ("cuda", "triton", "cpp", "reference")
 PASSES = ("inference", "forward", "backward", "double backward")
@@ -33,14 +34,19 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
     check = parser.parse_args(arguments).check
     readme = root / "README.md"
     text = readme.read_text() if readme.exists() else ""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        print(f"README.md must hold one {BEGIN} and, after it, one {END}: the tables go between them", file=sys.stderr)
-        return 1
+    for section in ("bench", "demo"):
+        begin, end = markers(section)
+        if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+            print(
+                f"README.md must hold one {begin} and, after it, one {end}: a table goes between them", file=sys.stderr
+            )
+            return 1
     machines = [json.loads(path.read_text()) for path in sorted((root / "bench" / "results").glob("*.json"))]
     ops = sorted({row["op"] for machine in machines for row in machine["rows"]})
     red = set() if check else {op for op in ops if not tests_pass(op, root)}
-    before, rest = text.split(BEGIN)
-    new = f"{before}{BEGIN}\n{render(machines, red)}{END}{rest.split(END)[1]}"
+    demo = root / "bench" / "quality" / "demo.json"
+    new = fill(text, "bench", render(machines, red))
+    new = fill(new, "demo", report_demo.render(json.loads(demo.read_text()) if demo.exists() else None))
     if check:
         if new != text:
             print("README.md does not show what bench/results holds: run `make report`", file=sys.stderr)
@@ -50,6 +56,16 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
     for op in sorted(red):
         print(f"README.md: the rows of {op} are withheld, its tests fail", file=sys.stderr)
     return int(bool(red))
+
+
+def markers(section: str) -> tuple[str, str]:
+    return f"<!-- {section}:begin -->", f"<!-- {section}:end -->"
+
+
+def fill(text: str, section: str, content: str) -> str:
+    begin, end = markers(section)
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n{content}{end}{rest.split(end)[1]}"
 
 
 def tests_pass(op: str, root: Path) -> bool:

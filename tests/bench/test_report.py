@@ -11,6 +11,9 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 
 import report
 
+BEGIN, END = report.markers("bench")
+DEMO = report.markers("demo")
+
 RUN = {
     "device": "A GPU", "torch": "2.11", "triton": "3.6", "commit": "abc", "date": "today", "threads": 2,
     "ceilings": {"copy_gb_s": 4301.4, "matmul_tf32_tflop_s": 395.2},
@@ -45,7 +48,7 @@ def root(tmp_path):
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "bench/results/gpu.json").write_text(json.dumps({"runs": {"r": RUN}, "rows": ROWS}))
     (tmp_path / "tests/ops/test_twice.py").write_text("def test():\n    pass\n")
-    (tmp_path / "README.md").write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    (tmp_path / "README.md").write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n{'\n'.join(DEMO)}\n")
     return tmp_path
 
 
@@ -59,8 +62,8 @@ def test_the_table(root):
     assert line == f"| {' | '.join(cells)} |"
     assert "**`twice`, A GPU** (torch 2.11, triton 3.6, commit abc, today, threads: 2" in text
     assert "copy 4301 GB/s, matrix products tf32 395 TFLOP/s" in text
-    assert text.startswith(f"before\n{report.BEGIN}\n")
-    assert text.endswith(f"{report.END}\nafter\n")
+    assert text.startswith(f"before\n{BEGIN}\n")
+    assert text.endswith(f"{END}\nafter\n{DEMO[0]}\nNo demo recorded yet.\n{DEMO[1]}\n")
 
 
 def test_check_tells_whether_the_readme_is_current(root, capsys):
@@ -89,4 +92,19 @@ def test_no_results_and_no_markers_are_said(root, capsys):
     assert "No measurements yet." in (root / "README.md").read_text()
     (root / "README.md").write_text("nothing")
     assert report.main(["--check"], root) == 1
-    assert report.BEGIN in capsys.readouterr().err
+    assert BEGIN in capsys.readouterr().err
+
+
+def test_the_demos_table(root):
+    values = {"fid": 1.234, "kid": 0.5678, "kmmd": 0.04, "kmmd_95%": [0.03, 0.05], "mv": 0.4, "diversity": 0.9}
+    recorded = {
+        "generated": 1000, "real": 1009, "seed": 0, "minutes": 3.2, "device": "cpu", "threads": 2, "torch": "2.13.0",
+        "trained_parameters": 0.11, "rows": {"mined": values | {"nearest": 3.0, "nines": 0.91}},
+    }  # fmt: skip
+    (root / "bench/quality").mkdir()
+    (root / "bench/quality/demo.json").write_text(json.dumps(recorded))
+    assert report.main([], root) == 0
+    text = (root / "README.md").read_text()
+    assert "| mined | 1.23 | 0.568 | 0.040 (0.030 to 0.050) | 0.400 | 0.90 | 3.00 | 91% |" in text
+    assert "3.2 minutes on cpu with 2 threads" in text
+    assert report.main(["--check"], root) == 0
