@@ -48,7 +48,7 @@ def root(tmp_path):
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "bench/results/gpu.json").write_text(json.dumps({"runs": {"r": RUN}, "rows": ROWS}))
     (tmp_path / "tests/ops/test_twice.py").write_text("def test():\n    pass\n")
-    (tmp_path / "README.md").write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n{'\n'.join(DEMO)}\n")
+    (tmp_path / "README.md").write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n{DEMO[0]}\n{DEMO[1]}\n")
     return tmp_path
 
 
