@@ -116,7 +116,7 @@ TensorBoard, config.json, and the snapshots that --resume goes on from.
 
 
 def _register_transfer() -> None:
-    """Every setting of TransferConfig becomes an option; those that are not given leave the default or --config alone."""
+    """Every setting of TransferConfig becomes an option; one that is not given leaves --config or the default alone."""
     own = inspect.signature(_transfer).parameters
     text = {"source": "Checkpoint of the pretrained GAN.", "images": "Folder with PNG, JPEG or WebP images."}
     parameters = [own[n].replace(default=typer.Argument(None, help=text[n]), annotation=Optional[str]) for n in text]  # noqa: UP045

@@ -67,6 +67,7 @@ def run_demo(out: Path, controls: bool, seed: int, device: str | None, console: 
         "trained_parameters": round(trained, 4),
         "minutes": round((time.monotonic() - started) / 60, 1),
         "device": str(choose_device(device)),
+        "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "rows": rows,
     }

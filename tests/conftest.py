@@ -15,6 +15,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import torch._dynamo  # imports triton; and notes which functions are torch's, while torch.empty still is
+from tiny_run import run_settings, tiny  # noqa: F401
 
 from minegan_fast.ops import backend_report, backends, use_backend
 

@@ -18,7 +18,7 @@ from .trainer import DTYPES, Trainer
 HEADROOM = 2.0
 
 
-class DoesNotFit(RuntimeError):
+class DoesNotFit(RuntimeError):  # noqa: N818
     """The run needs more memory than there is."""
 
 

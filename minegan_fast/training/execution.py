@@ -16,7 +16,7 @@ from .progress import Progress
 from .randomness import derived_seed
 
 
-class TrainingDiverged(RuntimeError):
+class TrainingDiverged(RuntimeError):  # noqa: N818
     """A loss became NaN or infinite."""
 
 

@@ -1,4 +1,4 @@
-"""Networks so small that a whole run takes a second."""
+"""Fixtures for whole runs: networks so small that one takes a second."""
 
 import pytest
 import torch

@@ -1,0 +1,134 @@
+"""The program as its users meet it: exit codes, one-line errors, help with an example."""
+
+import json
+import sys
+
+import pytest
+
+from minegan_fast import cli
+
+COMMANDS = ("demo", "transfer", "sample", "evaluate", "doctor")
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    def run(*arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["minegan-fast", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "200")
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        out, err = capsys.readouterr()
+        return stopped.value.code or 0, out, err
+
+    return run
+
+
+@pytest.fixture
+def transfer(run_settings):
+    """Command line of a tiny run."""
+    settings = {**run_settings}
+    arguments = ["transfer", settings.pop("source"), settings.pop("images")]
+    settings.pop("progress")
+    for name, value in settings.items():
+        arguments += [f"--{name.replace('_', '-')}", value]
+    return [str(a) for a in arguments]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_an_example_and_the_common_options(call, command):
+    code, out, _ = call(command, "--help")
+    assert code == 0
+    assert f"Example: minegan-fast {command}" in out
+    assert "--device" in out
+    if command != "doctor":
+        assert "--seed" in out
+
+
+def test_transfer_sample_evaluate(call, transfer, run_settings, tmp_path):
+    code, out, err = call(*transfer)
+    assert code == 0, err
+    assert "kid" in out
+    assert "finetuning: 4/4 steps" in err, "no plain progress lines off a terminal"
+
+    run = run_settings["out"]
+    code, out, _ = call("sample", run, "--out", tmp_path / "s", "-n", 5)
+    assert code == 0
+    assert len(list((tmp_path / "s").glob("*.png"))) == 6
+    assert (tmp_path / "s" / "grid.png").exists()
+
+    delta = run / "last" / "delta.safetensors"
+    assert call("sample", delta, "--source", run_settings["source"], "--out", tmp_path / "d", "-n", 2)[0] == 0
+
+    images, numbers = run_settings["images"], tmp_path / "m.json"
+    code, out, err = call("evaluate", run, "--images", images, "--samples", 20, "--json", numbers)
+    assert code == 0, err
+    report = json.loads(numbers.read_text())
+    assert {"fid", "kid", "kmmd", "mv"} <= set(report["metrics"])
+    assert "kmmd" in out
+
+
+def test_config_file_with_options_that_win(call, transfer, run_settings, tmp_path):
+    assert call(*transfer)[0] == 0
+    again = tmp_path / "again"
+    config = run_settings["out"] / "config.json"
+    code, _, err = call("transfer", "--config", config, "--out", again, "--finetune-steps", 0)
+    assert code == 0, err
+    written = json.loads((again / "config.json").read_text())
+    assert written["finetune_steps"] == 0
+    assert written["batch"] == run_settings["batch"]
+    code, _, err = call("transfer", "--resume", "--out", run_settings["out"])
+    assert code == 0, err
+
+
+def test_dry_run(call, transfer, run_settings):
+    code, out, err = call(*transfer, "--dry-run")
+    assert code == 0, err
+    assert "time:" in out
+    assert "memory:" in out
+    assert not run_settings["out"].exists()
+
+
+def test_doctor_says_what_is_there_and_why_not(call):
+    code, out, _ = call("doctor")
+    assert code == 0
+    for word in ("torch", "reference", "cpp", "triton", "cuda", "bias_act", "nvcc"):
+        assert word in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["transfer", "nope.pt", "images", "--out", "RUN"], "no checkpoint at nope.pt"),
+        (["transfer", "--out", "RUN"], "source is missing"),
+        (["transfer", "SOURCE", "nowhere", "--out", "RUN"], "no image folder"),
+        (["transfer", "SOURCE", "IMAGES", "--out", "RUN", "--density", "1.5"], "density"),
+        (["transfer", "SOURCE", "IMAGES", "--out", "SOURCE"], "cannot write the run"),
+        (["transfer", "SOURCE", "IMAGES", "--out", "RUN", "--config", "nope.json"], "no configuration"),
+        (["sample", "nowhere", "--out", "RUN"], "no best result"),
+        (["sample", "SOURCE", "--out", "RUN"], "--source"),
+        (["evaluate", "nowhere", "--images", "IMAGES"], "no best result"),
+        (["doctor", "--device", "abacus"], "abacus"),
+    ],
+)
+def test_a_mistake_is_one_line_and_a_failure(call, tiny, tmp_path, arguments, message):
+    places = {"SOURCE": tiny["source"], "IMAGES": tiny["images"], "RUN": tmp_path / "run"}
+    code, out, err = call(*(places.get(a, a) for a in arguments))
+    assert code == 1
+    lines = [line for line in err.splitlines() if not line.startswith("warning:")]
+    assert len(lines) == 1, err
+    assert lines[0].startswith("error: ")
+    assert message in lines[0]
+    assert "Traceback" not in out + err
+
+
+def test_unknown_option_is_a_failure(call):
+    code, _, err = call("transfer", "--speed", "9")
+    assert code == 2
+    assert "--speed" in err
+
+
+def test_config_with_unknown_settings(call, tmp_path):
+    (tmp_path / "c.json").write_text('{"densitty": 0.1}')
+    code, _, err = call("transfer", "--config", tmp_path / "c.json", "--out", tmp_path / "run")
+    assert code == 1
+    assert "densitty" in err
