@@ -41,9 +41,8 @@ def _version(package: str) -> str:
 
 
 def _devices() -> dict[str, str]:
-    found = {
-        "cpu": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch uses {torch.get_num_threads()}"
-    }
+    processor = platform.processor() or platform.machine()
+    found = {"cpu": f"{processor}, {os.cpu_count()} cores, torch uses {torch.get_num_threads()}"}
     if torch.version.cuda is None:
         return found | {"cuda": "this torch is a CPU build"}
     if not torch.cuda.is_available():
