@@ -62,17 +62,17 @@ def device_and_stream(x: torch.Tensor) -> tuple[int, int]:
 class Op:
     """A decorator: makes of a reference function an op that faster implementations can be registered for.
 
-    The first argument is the tensor whose device decides. All implementations return new tensors, laid out in memory as
-    the reference's are. The module that defines an op names its family: `backends()` lists it under that name, and its
-    Triton kernels are in `minegan_fast.kernels.<family>`.
+    The first argument is the tensor whose device and dtype decide. All implementations return new tensors, laid out in
+    memory as the reference's are. The module that defines an op names its family: `backends()` lists it under that
+    name, and its Triton kernels are in `minegan_fast.kernels.<family>`.
     """
 
     def __init__(self, reference: Callable):
         functools.update_wrapper(self, reference)
         self.name = reference.__name__
         self.family = reference.__module__.rpartition(".")[2]
-        self._launchers: dict[str, Callable] = {}
-        self._chosen: dict[tuple[str | None, str], Callable] = {}
+        self._launchers: dict[str, tuple[Callable, tuple[torch.dtype, ...]]] = {}
+        self._chosen: dict[tuple[str | None, str, torch.dtype], Callable] = {}
         self.reference = reference
         # Its calls cost several times the kernel of a small tensor: only the compiler and fake tensors go through it.
         schema = torch.library.infer_schema(reference, mutates_args=())
@@ -80,11 +80,11 @@ class Op:
         self.library.register_fake(reference)
         _ops.setdefault(self.family, []).append(self)
 
-    def register(self, backend: str) -> Callable[[Callable], Callable]:
-        """Decorator of a launcher: gets the module with the backend's code, then the reference's arguments."""
+    def register(self, backend: str, dtypes: tuple[torch.dtype, ...] = tuple(DTYPE_CODES)) -> Callable:
+        """Decorator of a launcher: it gets the module with the backend's code, then the reference's arguments."""
 
         def add(launcher: Callable) -> Callable:
-            self._launchers[backend] = launcher
+            self._launchers[backend] = (launcher, dtypes)
             return launcher
 
         return add
@@ -95,27 +95,28 @@ class Op:
         return self._run(*args, backend=backend)
 
     def _run(self, *args, backend: str | None = None):
-        key = (backend or _forced.get(), args[0].device.type)
+        key = (backend or _forced.get(), args[0].device.type, args[0].dtype)
         chosen = self._chosen.get(key)
         if chosen is None:
             chosen = self._chosen[key] = self._choose(*key)
         return chosen(*args)
 
-    def _choose(self, forced: str | None, device: str) -> Callable:
+    def _choose(self, forced: str | None, device: str, dtype: torch.dtype) -> Callable:
         for name in (forced,) if forced else (*_AUTOMATIC.get(device, ()), "reference"):
             if name == "reference":
                 return self.reference
-            if self.lacks(name, device) is None:
-                return functools.partial(self._launchers[name], self._code(name))
-        reasons = {name: self.lacks(name, device) for name in BACKENDS}
+            if self.lacks(name, device, dtype) is None:
+                return functools.partial(self._launchers[name][0], self._code(name))
+        reason = self.lacks(forced, device, dtype)
+        reasons = {name: self.lacks(name, device, dtype) for name in BACKENDS}
         raise BackendUnavailable(
-            f"{self.name} cannot use the backend {forced!r} for a {device} tensor: {self.lacks(forced, device)}. "
+            f"{self.name} cannot use the backend {forced!r} for a {device} tensor: {reason}. "
             f"Usable: {', '.join(name for name, reason in reasons.items() if reason is None)}. Not usable: "
             + "; ".join(f"{name} ({reason})" for name, reason in reasons.items() if reason is not None)
         )
 
-    def lacks(self, backend: str, device: str | None = None) -> str | None:
-        """Why `backend` cannot run this op (on that type of device, where given); None where it can."""
+    def lacks(self, backend: str, device: str | None = None, dtype: torch.dtype | None = None) -> str | None:
+        """Why `backend` cannot run this op (on that type of device and that dtype, where given); None where it can."""
         if backend == "reference":
             return None
         if backend not in BACKENDS:
@@ -127,6 +128,9 @@ class Op:
             return reason
         if device is not None and device not in _DEVICES[backend]:
             return f"it takes {' and '.join(_DEVICES[backend])} tensors"
+        dtypes = self._launchers[backend][1]
+        if dtype is not None and dtype not in dtypes:
+            return f"it takes {', '.join(str(d).removeprefix('torch.') for d in dtypes)}, not {dtype}"
         try:
             self._code(backend)
         except Exception as error:
@@ -158,6 +162,10 @@ def _missing(backend: str) -> str | None:
         return f"the native module has no CUDA kernels{_build_notes()}"
     if backend == "cuda" and not torch.cuda.is_available():
         return "torch sees no CUDA GPU"
+    if backend == "cuda":
+        major, minor = torch.cuda.get_device_capability()
+        if 10 * major + minor < min(map(int, native.cuda_architectures.split(","))):
+            return f"the GPU's compute capability is {major}.{minor}, the kernels are for {native.cuda_architectures}"
     return None
 
 

@@ -52,7 +52,7 @@ def test_cuda_takes_cuda_then_triton_then_the_reference(twice, calls, monkeypatc
     monkeypatch.setattr(_op, "_missing", lambda backend: "missing" if backend in missing else None)
     monkeypatch.setattr(_op, "_AUTOMATIC", {"cuda": ("cuda", "triton")})
     monkeypatch.setattr(_op, "_DEVICES", {"cuda": ("cuda",), "triton": ("cuda",), "cpp": ("cpu",)})
-    twice._choose(None, "cuda")(torch.ones(2))
+    twice._choose(None, "cuda", torch.float32)(torch.ones(2))
     assert calls == [expected]
 
 
@@ -99,13 +99,34 @@ def test_forcing_what_is_missing_raises(twice, calls):
 
 def test_forcing_the_wrong_device_raises(twice):
     with pytest.raises(BackendUnavailable, match=r"'cpp' for a cuda tensor: it takes cpu tensors\. Usable: reference"):
-        twice._choose("cpp", "cuda")
+        twice._choose("cpp", "cuda", torch.float32)
 
 
 def test_forcing_what_the_op_does_not_have_raises(twice):
     del twice._launchers["triton"]
     with use_backend("triton"), pytest.raises(BackendUnavailable, match="twice has no triton implementation"):
         twice(torch.ones(2))
+
+
+def test_dtypes(twice, calls):
+    twice.register("cpp", dtypes=(torch.float32, torch.bfloat16))(lambda code, x: calls.append("cpp") or x * 2)
+    twice(torch.ones(2))
+    twice(torch.ones(2, dtype=torch.float64))
+    assert calls == ["cpp", "reference"]
+    with use_backend("cpp"), pytest.raises(BackendUnavailable, match=r"it takes float32, bfloat16, not torch\.float64"):
+        twice(torch.ones(2, dtype=torch.float64))
+
+
+def test_a_gpu_older_than_the_kernels(monkeypatch):
+    native = types.SimpleNamespace(cuda_version="13.0", cuda_architectures="80,90")
+    monkeypatch.setitem(sys.modules, "minegan_fast._C", native)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for capability, reason in (
+        ((7, 5), "the GPU's compute capability is 7.5, the kernels are for 80,90"),
+        ((9, 0), None),
+    ):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
+        assert _op._missing.__wrapped__("cuda") == reason
 
 
 def test_broken_kernels_are_told(twice, calls, monkeypatch):
