@@ -72,7 +72,8 @@ def rebuild_reducers(model: nn.Module):
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
     ours = set(model.modules())
-    for ddp in [o for o in gc.get_objects() if issubclass(type(o), DistributedDataParallel)]:
+    # not isinstance: DDP is an abstract base class, whose check is slow on hundreds of thousands of objects
+    for ddp in [o for o in gc.get_objects() if DistributedDataParallel in type(o).__mro__]:
         if ours.isdisjoint(ddp.module.modules()):
             continue
         ignored = ddp.parameters_to_ignore

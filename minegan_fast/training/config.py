@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .._files import atomic_path
+from ..finetune.scores import CRITERIA
 from .augment import parse_policy
 from .losses import LOSSES
 
@@ -104,7 +105,11 @@ class TransferConfig:
             )
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay!r}")
-        for name, known in (("loss", LOSSES), ("train_critic", CRITIC_TRAINING), ("precision", PRECISIONS)):
+        for name, known in (
+            ("loss", LOSSES), ("train_critic", CRITIC_TRAINING), ("precision", PRECISIONS), ("criterion", CRITERIA),
+            ("budget", ("neurons", "parameters")), ("scope", ("global", "layer")),
+            ("policy", ("train_top", "freeze_top")),
+        ):  # fmt: skip
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         for metric in self.metrics:
