@@ -1,9 +1,14 @@
 """Small float64 networks with every way of using a weight, and a plain optimizer of rows to compare with."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
+
+CUDA = pytest.param(
+    "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+)
 
 
 class EqualLinear(nn.Module):

@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from sample_networks import NETWORKS, build, data, loss
+from sample_networks import CUDA, NETWORKS, build, data, loss
 from torch import nn
 
 from minegan_fast.finetune import SparseFinetuner
@@ -246,11 +246,13 @@ def test_functional_call():
     assert_in_step(ft)
 
 
-def test_to_moves_and_casts_both():
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+def test_to_moves_and_casts_both(device):
     net, ft = finetuned(lr=0.1, optimizer="sgd")
-    assert net.to(torch.float32) is net
+    assert net.to(device, torch.float32) is net
     assert {p.dtype for p in [*net.parameters(), *ft.parameters()]} == {torch.float32}
-    x = data(dtype=torch.float32)
+    assert {p.device.type for p in [*net.parameters(), *ft.parameters()]} == {device}
+    x = data(dtype=torch.float32).to(device)
     before = net[1].weight.detach().clone()
     net(x).square().mean().backward()
     ft.step()

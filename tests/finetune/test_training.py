@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from sample_networks import FIRST_ORDER, NETWORKS, RowReference, assert_same, build, data, loss
+from sample_networks import CUDA, FIRST_ORDER, NETWORKS, RowReference, assert_same, build, data, loss
 
 from minegan_fast.finetune import FrozenNeuronsChanged, SparseFinetuner
 
@@ -69,13 +69,14 @@ def test_gradients_of_gradients_reach_the_rows_only(name):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("device", ["cpu", CUDA])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_frozen_bits_under_everything(dtype):
+def test_frozen_bits_under_everything(dtype, device):
     """Weight decay, momentum, EMA, autocast, loss scaling, clipping, accumulation and re-selection, all at once."""
-    net = build("resnet").to(dtype)
+    net = build("resnet").to(device, dtype)
     net[1].requires_grad_(False)
     start = {n: p.detach().clone() for n, p in net.named_parameters()}
-    x = data(dtype=dtype)
+    x = data(dtype=dtype).to(device)
     ft = SparseFinetuner(
         net,
         lr=1e-2,
@@ -86,7 +87,7 @@ def test_frozen_bits_under_everything(dtype):
         ema_decay=0.9,
         criterion="random",
     )
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    scaler = torch.amp.GradScaler(device, init_scale=2.0**10)
     trained = {}
     for seed in (0, 1):
         ft.evidence.seed = seed
@@ -95,7 +96,7 @@ def test_frozen_bits_under_everything(dtype):
         for _ in range(4):
             ft.zero_grad()
             for _ in range(2):
-                with torch.autocast("cpu", torch.bfloat16):
+                with torch.autocast(device, torch.bfloat16):
                     value = net(x).float().square().mean()
                 scaler.scale(value).backward()
             scaler.unscale_(ft)
