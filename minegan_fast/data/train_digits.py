@@ -26,7 +26,7 @@ from . import CLASSIFIER, CRITIC, FOLDER, GENERATOR, DigitClassifier
 SEED = 9
 GAN = {"resolution": 32, "channel_base": 1024, "channel_max": 96, "image_channels": 1}
 BATCH, LR, BETAS, R1_GAMMA, R1_EVERY, EMA_HALF_LIFE = 32, 2.5e-3, (0.0, 0.99), 1.0, 16, 200.0
-PIXEL_VARIANCE, RECONSTRUCTION_WEIGHT, WARMUP_LR = 0.1, 0.02, 1e-2
+PIXEL_VARIANCE, RECONSTRUCTION_WEIGHT, WARMUP_LR = 0.1, 0.004, 1e-2
 
 
 def read(archive: str) -> dict[str, torch.Tensor]:
