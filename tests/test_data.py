@@ -1,0 +1,69 @@
+"""What the package ships, and the demo on it."""
+
+import json
+
+import pytest
+import torch
+
+import minegan_fast as mf
+from minegan_fast import data, demo
+from minegan_fast.training.images import load_images, to_float
+
+
+def test_sizes():
+    limits = {data.GENERATOR: 4_000_000, data.CRITIC: 4_000_000, data.CLASSIFIER: 1_000_000, data.NINES: 1_000_000}
+    for path, limit in limits.items():
+        assert 0 < path.stat().st_size <= limit, path.name
+    for name in ("NOTICE", "record.json", "train_digits.py"):
+        assert (data.FOLDER / name).stat().st_size > 0
+    assert {"seed", "torch", "gan", "classifier"} <= json.loads((data.FOLDER / "record.json").read_text()).keys()
+
+
+def test_no_nine_is_in_two_sets():
+    target = load_images(data.TARGET, 32, 1).images
+    assert len(target) == 100
+    sets = {"target": target, **{split: data.nines(split) for split in ("validation", "floor", "test")}}
+    assert len(sets["test"]) > 900
+    seen: dict[bytes, str] = {}
+    for name, images in sets.items():
+        assert images.shape[1:] == (1, 32, 32)
+        for image in images:
+            assert seen.setdefault(image.numpy().tobytes(), name) == name
+    with pytest.raises(ValueError, match="split must be one of"):
+        data.nines("train")
+
+
+def test_the_classifier_knows_nines_and_the_source_draws_others():
+    judge, source = data.classifier(), mf.load_generator(data.GENERATOR)
+    with torch.no_grad():
+        on_real = judge.logits(to_float(data.nines("test"))).argmax(1)
+        assert (on_real == 9).float().mean() > 0.95
+        assert judge(to_float(data.nines("test"))).shape == (1009, 96)
+        drawn = judge.logits(source(torch.randn(500, source.latent_dim)).clamp(-1, 1)).argmax(1)
+    counts = torch.bincount(drawn, minlength=10)
+    assert counts[9] < 50
+    assert (counts[:9] > 5).all(), "the source has lost a digit"
+
+
+def test_demo_end_to_end(tmp_path, monkeypatch, capsys):
+    """The whole demo with its controls, at a few steps: files, table, and what it reports."""
+    from rich.console import Console
+
+    few = {"mining_steps": 4, "finetune_steps": 4, "snapshot_every": 4, "batch": 8, "eval_samples": 32}
+    monkeypatch.setattr(demo, "SETTINGS", {**demo.SETTINGS, **few})
+    monkeypatch.setattr(demo, "SAMPLES", 64)
+    monkeypatch.setattr(demo, "RESAMPLES", 4)
+    report = demo.run_demo(tmp_path / "demo", True, 0, "cpu", Console(width=120))
+    names = ["source", "mined", "mined + sparse", "mined + random", "mined + dense", "other real nines"]
+    assert list(report["rows"]) == names
+    out = capsys.readouterr().out
+    assert all(name in out for name in names)
+    assert json.loads((tmp_path / "demo" / "demo.json").read_text())["rows"].keys() == report["rows"].keys()
+    assert (tmp_path / "demo" / "demo.png").stat().st_size > 1000
+    for row in report["rows"].values():
+        assert row["kmmd_95%"][0] <= row["kmmd_95%"][1]
+        assert 0 <= row["nines"] <= 1
+    random = demo.trained_parameters(tmp_path / "demo" / "random")
+    assert abs(random - report["trained_parameters"]) < 0.01, "the random control trains another number of parameters"
+    with pytest.raises(ValueError, match="already holds a demo"):
+        demo.run_demo(tmp_path / "demo", False, 0, "cpu", Console())
