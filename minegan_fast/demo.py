@@ -40,9 +40,11 @@ def run_demo(out: Path, controls: bool, seed: int, device: str | None, console: 
         **SETTINGS, "source": data.GENERATOR, "critic": data.CRITIC, "images": data.TARGET, "seed": seed,
         "held_out": str(out / "validation"), "device": device,
     }  # fmt: skip
+    console.print(f"100 nines for a GAN of the digits 0 to 8; everything goes to {out}", highlight=False)
     transfer(**common, out=out / "sparse")
     trained = trained_parameters(out / "sparse")
     if controls:
+        console.print("control: random neurons with as many parameters, then dense finetuning")
         transfer(**common, out=out / "random", criterion="random", budget="parameters", density=trained)
         transfer(**common, out=out / "dense", density=1.0)
 
@@ -56,8 +58,11 @@ def run_demo(out: Path, controls: bool, seed: int, device: str | None, console: 
     if controls:
         samplers["mined + random"] = open_result(out / "random", "best", device)
         samplers["mined + dense"] = open_result(out / "dense", "best", device)
-    images = {name: generate(sampler, SAMPLES, seed) for name, sampler in samplers.items()}
-    rows = {name: judge(fake) for name, fake in images.items()}
+    images, rows = {}, {}
+    for name, sampler in samplers.items():
+        console.print(f"measuring {SAMPLES} images: {name}", highlight=False)
+        images[name] = generate(sampler, SAMPLES, seed)
+        rows[name] = judge(images[name])
     rows["other real nines"] = judge(data.nines("floor"))
 
     report = {

@@ -1,7 +1,7 @@
 """Makes every file of this folder from MNIST: `python -m minegan_fast.data.train_digits --mnist mnist.npz`.
 
 The archive holds uint8 arrays train_images [60000, 28, 28], train_labels, test_images and test_labels. The source GAN
-never sees a nine. On one thread the same torch on the same processor repeats the weights bit for bit.
+never sees a nine. `record.json` tells of the run whose files are shipped.
 """
 
 import argparse

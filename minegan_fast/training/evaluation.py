@@ -12,6 +12,8 @@ from .. import metrics as m
 from .images import to_float
 from .randomness import derived_seed
 
+NAMED = (None, "critic", "pixels", "digits")
+
 
 class CriticFeatures(nn.Module):
     """The penultimate activations of a source's critic: what the source knows of images, without a download."""

@@ -128,8 +128,6 @@ class Execution:
         self.log.flush()
         self.events.scalars(self.step, {k: v for k, v in values.items() if k != "seconds"})
 
-    # Snapshots -----------------------------------------------------------------------------------------------------
-
     def _snapshot(self) -> None:
         """Measures, writes the results, and the snapshot last: a kill in between repeats the steps since the last."""
         config, folder, sampler = self.config, self.folder, self.trainer.average()

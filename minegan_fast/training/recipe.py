@@ -8,7 +8,7 @@ import torch
 
 from .config import TransferConfig, load_config
 from .estimate import DoesNotFit, Estimate, estimate_memory, estimate_seconds
-from .evaluation import choose_features
+from .evaluation import NAMED, choose_features
 from .execution import Execution, TransferResult
 from .folder import RunFolder
 from .sources import choose_device, open_images, open_networks
@@ -66,10 +66,13 @@ def transfer(
     Raises: ValueError/FileNotFoundError for input that cannot be used, DoesNotFit where memory would not do,
     TrainingDiverged for NaN losses (the last good snapshot stays), RuntimeError for a full disk.
     """
+    if isinstance(settings.get("held_out"), (str, Path)):
+        settings["held_out"] = _name(settings["held_out"])
+    features_name = features if features in NAMED else _name(features)
     config = TransferConfig(
         source=_name(source), images=_name(images), critic=_name(critic), mining_steps=mining_steps,
         finetune_steps=finetune_steps, density=density, batch=batch, lr=lr, loss=loss, device=device, seed=seed,
-        snapshot_every=snapshot_every, metrics=metrics, features=_name(features), **settings,
+        snapshot_every=snapshot_every, metrics=metrics, features=features_name, **settings,
     )  # fmt: skip
     return Run(config, source, images, critic, features).execute(Path(out), resume, progress)
 
@@ -83,9 +86,10 @@ def dry_run(config: TransferConfig) -> tuple[Estimate, float, float]:
 
 
 def _name(thing) -> str | None:
+    """A path as the configuration keeps it: in full, so that a run may go on from any folder. None for a module."""
     if isinstance(thing, (list, tuple)) and len(thing) == 1:
         thing = thing[0]
-    return str(Path(thing)) if isinstance(thing, (str, Path)) else None
+    return str(Path(thing).resolve()) if isinstance(thing, (str, Path)) else None
 
 
 def _seeded(device: torch.device):

@@ -52,8 +52,6 @@ class Trainer:
         self.path_length_mean = torch.zeros((), device=self.device)
         self.finite = torch.ones((), dtype=torch.bool, device=self.device)
 
-    # The two steps -------------------------------------------------------------------------------------------------
-
     def step(self, number: int) -> dict[str, Tensor]:
         """Trains critic, miner and, after `select`, the selected neurons once; returns the losses."""
         seed_all(self.config.seed, "step", number)
@@ -105,8 +103,6 @@ class Trainer:
             self.scaler.step(optimizer)
         return loss.detach()
 
-    # Selection -----------------------------------------------------------------------------------------------------
-
     def begin_finetuning(self) -> None:
         """Gives the generator its optimizer (and the critic a sparse one, if asked for); nothing is selected yet."""
         config = self.config
@@ -152,8 +148,6 @@ class Trainer:
         real = to_float(self.images[torch.arange(k * batch, (k + 1) * batch) % len(self.images)]).to(self.device)
         pair = (diff_augment(x, self.config.augment) for x in (real, self.mined(self._latents(batch))))
         return critic_loss(self.config.loss, *(self.critic(x) for x in pair))
-
-    # State ---------------------------------------------------------------------------------------------------------
 
     def average(self) -> Mined:
         """A copy that samples as the run's result does: averaged miner before the generator with averaged neurons."""
