@@ -37,6 +37,13 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize(("backend", "device"), places(op), ids=lambda name: name, scope="session")
 
 
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
 def pytest_report_header():
     return [f"backend {name}: {reason}" for name, (_, reason) in backend_report().items()]
 

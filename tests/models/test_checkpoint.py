@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from minegan_fast import _files
 from minegan_fast.models import (
     StyleGAN2Discriminator,
     StyleGAN2Generator,
-    checkpoint,
     export_rosinality,
     has_discriminator,
     load_discriminator,
@@ -141,7 +141,7 @@ def test_an_interrupt_leaves_the_old_file(file, generator, monkeypatch):
         path.write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "save_file", interrupted)
+    monkeypatch.setattr(_files, "save_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
         save_model(file, generator)
     assert file.read_bytes() == old
