@@ -17,7 +17,7 @@ MINEGAN_HD A activate(A v, A side, A gain, A leak) {
 
 constexpr int64_t kRows = 64;        // rows whose sum is one partial sum
 constexpr int64_t kElements = 4096;  // elements of one channel whose sum is one partial sum
-constexpr int64_t kAlone = 1 << 16;  // below this many elements a second thread costs more than it gives
+constexpr int64_t kAlone = 1 << 19;  // below this many elements a second thread costs more to start than it gives
 constexpr int kLanes = 16;  // running sums of a channel: the same on every instruction set, hence the same bits
 
 // Up to `count` elements that are `per_element ? one a channel : all of one channel`.
