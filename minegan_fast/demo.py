@@ -30,15 +30,12 @@ SETTINGS = {
 
 
 def run_demo(out: Path, controls: bool, seed: int, device: str | None, console: Console) -> dict:
-    """Runs the demo into `out`; prints its table; returns what demo.json holds."""
+    """Runs the demo into `out`, or goes on with the one there; prints its table; returns what demo.json holds."""
     started = time.monotonic()
-    if (out / "sparse" / "config.json").exists():
-        raise ValueError(f"{str(out)!r} already holds a demo; remove it or choose another folder with --out")
-    out.mkdir(parents=True, exist_ok=True)
     save_folder(out / "validation", data.nines("validation"))
     common = {
         **SETTINGS, "source": data.GENERATOR, "critic": data.CRITIC, "images": data.TARGET, "seed": seed,
-        "held_out": str(out / "validation"), "device": device,
+        "held_out": str(out / "validation"), "device": device, "resume": True,
     }  # fmt: skip
     console.print(f"100 nines for a GAN of the digits 0 to 8; everything goes to {out}", highlight=False)
     transfer(**common, out=out / "sparse")

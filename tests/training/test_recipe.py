@@ -77,6 +77,7 @@ def test_delta_over_the_source_gives_the_last_generator(run_settings):
         {"mining_steps": 0},
         {"finetune_steps": 0},
         {"precision": "bf16"},
+        {"precision": "fp16"},
         {"path_length_weight": 0.0, "augment": ""},
     ],
     ids=lambda s: next(iter(s.values())),
