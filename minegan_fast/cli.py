@@ -22,6 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 console = Console()
+INTERRUPTED = 130  # Typer's exit code after Ctrl-C
 
 Device = Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1, ...; default: a GPU where there is one.")]  # noqa: UP045
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
@@ -38,9 +39,10 @@ def main() -> None:
         sys.argv.remove("--debug")
     try:
         app()
-    except KeyboardInterrupt:
-        print("interrupted; a run goes on from its newest snapshot with --resume", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as stopped:
+        if stopped.code == INTERRUPTED:
+            print("interrupted; a run goes on from its newest snapshot with --resume", file=sys.stderr)
+        raise
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         if debug:
             raise
@@ -118,7 +120,10 @@ TensorBoard, config.json, and the snapshots that --resume goes on from.
 def _register_transfer() -> None:
     """Every setting of TransferConfig becomes an option; one that is not given leaves --config or the default alone."""
     own = inspect.signature(_transfer).parameters
-    text = {"source": "Checkpoint of the pretrained GAN.", "images": "Folder with PNG, JPEG or WebP images."}
+    text = {
+        "source": "Checkpoint of the pretrained GAN.",
+        "images": "Folder with PNG, JPEG, WebP or BMP images, searched recursively.",
+    }
     parameters = [own[n].replace(default=typer.Argument(None, help=text[n]), annotation=Optional[str]) for n in text]  # noqa: UP045
     options = {
         "out": (Path, typer.Option(..., "--out", "-o", help="Folder of the run.")),

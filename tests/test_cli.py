@@ -106,6 +106,7 @@ def test_doctor_says_what_is_there_and_why_not(call):
         (["transfer", "SOURCE", "IMAGES", "--out", "RUN", "--config", "nope.json"], "no configuration"),
         (["sample", "nowhere", "--out", "RUN"], "no best result"),
         (["sample", "SOURCE", "--out", "RUN"], "--source"),
+        (["sample", "best/delta.safetensors", "--out", "RUN"], "no delta at"),
         (["evaluate", "nowhere", "--images", "IMAGES"], "no best result"),
         (["doctor", "--device", "abacus"], "abacus"),
     ],
@@ -119,6 +120,24 @@ def test_a_mistake_is_one_line_and_a_failure(call, tiny, tmp_path, arguments, me
     assert lines[0].startswith("error: ")
     assert message in lines[0]
     assert "Traceback" not in out + err
+
+
+def test_interrupt_tells_how_to_go_on(call, monkeypatch, transfer):
+    from minegan_fast.training.trainer import Trainer
+
+    def interrupted(self, number):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "step", interrupted)
+    code, _, err = call(*transfer)
+    assert code == 130
+    assert "--resume" in err
+
+
+def test_nothing_to_resume_is_said(call, transfer):
+    code, _, err = call(*transfer, "--resume")
+    assert code == 0
+    assert "nothing to resume" in err
 
 
 def test_unknown_option_is_a_failure(call):

@@ -258,7 +258,7 @@ def _read(path: Path) -> tuple[dict, dict]:
         with open(path, "rb") as file:
             head = file.read(512)
     except FileNotFoundError:
-        raise FileNotFoundError(f"no checkpoint at {path}") from None
+        raise FileNotFoundError(f"no checkpoint at {path}: check the path") from None
     if not head:
         raise ValueError(f"{path} is empty; copy or download it again")
     if head[8:9] == b"{":

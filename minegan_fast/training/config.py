@@ -5,7 +5,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from .._files import atomic_path
 from ..finetune.scores import CRITERIA
@@ -62,7 +62,9 @@ class TransferConfig:
     augment: str = setting("color,translation,cutout", "DiffAugment: color, translation, cutout, flip; empty: none.")
     ema_decay: float = setting(0.998, "Decay of the averages of miner and selected neurons.")
     precision: str = setting("fp32", "fp32, bf16 or fp16 (autocast; penalties stay in fp32).")
-    held_out: float | str = setting(0.1, "Fraction of the images set aside (from 20 on), or a folder of other images.")
+    held_out: float | str = setting(
+        0.1, "Fraction of the images set aside, where that makes 5 or more, or a folder of other images."
+    )
     features: str | None = setting(None, "Features of the metrics: critic, pixels, digits, or a TorchScript file.")
     eval_samples: int = setting(1000, "Generated images that the metrics see.")
     patience: int = setting(0, "Stop after so many snapshots without a gain in held-out KID; 0: never.")
@@ -71,6 +73,8 @@ class TransferConfig:
     log_every: int = setting(10, "Steps between rows of history.jsonl.")
 
     def __post_init__(self):
+        for field in dataclasses.fields(self):
+            _check_type(field.name, getattr(self, field.name), field.type)
         self.metrics = tuple(self.metrics)
         if self.gradient_penalty_weight is None:
             self.gradient_penalty_weight = 10.0 if self.loss == "wgan" else 0.0
@@ -148,10 +152,24 @@ def load_config(path: str | Path) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a JSON configuration: {error}") from None
     known = [field.name for field in dataclasses.fields(TransferConfig)]
-    unknown = [name for name in settings if name not in known] if isinstance(settings, dict) else ["(not an object)"]
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} must hold a JSON object of settings, as a run's config.json does")
+    unknown = [name for name in settings if name not in known]
     if unknown:
         raise ValueError(f"{path} has settings that do not exist: {', '.join(unknown)}; known: {', '.join(known)}")
     return settings
+
+
+def _check_type(name: str, value: Any, annotation: Any) -> None:
+    if annotation == tuple[str, ...]:
+        if not isinstance(value, (list, tuple)) or not all(isinstance(word, str) for word in value):
+            raise ValueError(f"{name} must be a list of words, got {value!r}")
+        return
+    kinds = get_args(annotation) or (annotation,)
+    fits = isinstance(value, (*kinds, int) if float in kinds else kinds) and not isinstance(value, bool)
+    if not fits:
+        names = {int: "a whole number", float: "a number", str: "a text", type(None): "null"}
+        raise ValueError(f"{name} must be {' or '.join(names[kind] for kind in kinds)}, got {value!r}")
 
 
 def _positive(name: str, value: float) -> None:

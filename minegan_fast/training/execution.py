@@ -2,6 +2,7 @@
 
 import json
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,7 +54,7 @@ class Execution:
         if restored:
             self._restore(*restored)
         folder.write_history(self.history)
-        self.resumed = bool(restored)
+        self.resumed, self.asked_to_resume = bool(restored), resume
         self.progress = Progress(self.config.total_steps, enabled=progress, done=self.step)
         self.real = run.features(run.reference)
 
@@ -67,6 +68,8 @@ class Execution:
             if self.resumed:
                 self.progress.log(f"resumed at step {self.step}")
             else:
+                if self.asked_to_resume:
+                    self.progress.log(f"nothing to resume in {str(self.folder.path)!r}: a new run begins")
                 self._snapshot()
             if self.step < config.mining_steps:
                 self.progress.stage("mining", config.mining_steps, first=0)
@@ -174,6 +177,12 @@ class Execution:
         self.history = self.folder.read_history(step)
 
     def _result(self) -> TransferResult:
+        if self.best_step == 0:
+            warnings.warn(
+                "by held-out KID no snapshot was better than the source itself, so best/ holds it: train longer, hold "
+                "more images out, or look at last/",
+                stacklevel=4,
+            )
         generator = read_generator(self.folder.best / "generator.safetensors", self.prepared.generator)
         rows = [row for row in self.history if row["step"] == self.best_step and "kid" in row]
         metrics = {k: v for k, v in rows[-1].items() if k not in ("step", "stage")}

@@ -118,12 +118,12 @@ def _from_folder(folder: Path, resolution: int, channels: int, limit: int | None
                     pool.shutdown(wait=False, cancel_futures=True)
                     break
 
-    listed = ", ".join(f"{name!r} ({reason})" for name, reason in skipped[:_NAMED])
     if len(images) < 2:
+        listed = ", ".join(f"{name!r} ({reason})" for name, reason in skipped[:_NAMED])
         more = f" and {len(skipped) - _NAMED} more" if len(skipped) > _NAMED else ""
         raise ValueError(
             f"{str(folder)!r}: {len(images)} of {len(files)} files could be read, at least 2 images are needed; "
-            f"skipped {listed}{more}; add {_WANTED} images or repair these"
+            + (f"skipped {listed}{more}; add {_WANTED} images or repair these" if skipped else f"add {_WANTED} images")
         )
     for name, reason in skipped[:_NAMED]:
         warnings.warn(f"skipped {name!r}: {reason}", stacklevel=3)

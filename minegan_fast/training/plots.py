@@ -78,9 +78,13 @@ def loss_curves(path: str | os.PathLike, history: Sequence[dict], metrics: Seque
 
     series: dict[str, tuple[list[int], list[float]]] = {}
     stages: list[tuple[int, str]] = []
+    last = 0
     for row in history:
         if "stage" in row and (not stages or stages[-1][1] != row["stage"]):
-            stages.append((row["step"], row["stage"]))
+            if stages and stages[-1][0] == last:
+                stages.pop()  # of the source before the first step there is nothing to see
+            stages.append((last, row["stage"]))
+        last = row["step"]
         for name, value in row.items():
             if isinstance(value, Real) and math.isfinite(value):
                 steps, values = series.setdefault(name, ([], []))

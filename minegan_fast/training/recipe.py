@@ -55,11 +55,12 @@ def transfer(
         metrics: of "fid", "kid", "kmmd", "mv", "diversity", at every snapshot.
         features: for the metrics: None (the source critic's), "critic", "pixels", "digits", a TorchScript file, a
             module or a `metrics.FeatureExtractor`.
-        **settings: any other field of `TransferConfig`: held_out (fraction set aside, or a folder; from 20 images on),
-            patience (snapshots without a gain in held-out KID after which stage 2 stops; 0 never), criterion, scope,
-            budget, policy, score_samples, train_critic ("all" | "sparse" | "freezed") and freeze_blocks, miner_depth,
-            miner_width, r1_gamma, r1_every, path_length_weight, path_length_every, gradient_penalty_weight, augment,
-            ema_decay, precision ("fp32" | "bf16" | "fp16"), eval_samples, keep, grid, log_every.
+        **settings: any other field of `TransferConfig`: held_out (fraction set aside where that makes 5 images or more,
+            or a folder), patience (snapshots without a gain in held-out KID after which stage 2 stops; 0 never),
+            criterion, scope, budget, policy, score_samples, train_critic ("all" | "sparse" | "freezed") and
+            freeze_blocks, miner_depth, miner_width, r1_gamma, r1_every, path_length_weight, path_length_every,
+            gradient_penalty_weight, augment, ema_decay, precision ("fp32" | "bf16" | "fp16"), eval_samples, keep, grid,
+            log_every.
 
     Returns a `TransferResult`; the folder holds the same and more (see README).
 
@@ -156,5 +157,6 @@ class Run:
         changed = TransferConfig(**load_config(folder.config)).differences(self.config)
         if changed:
             raise ValueError(
-                f"the run in {str(folder.path)!r} has other settings ({'; '.join(changed)}); resume it with its own"
+                f"the run in {str(folder.path)!r} has other settings ({'; '.join(changed)}); "
+                "leave those options out, or choose another folder (--out)"
             )

@@ -20,6 +20,8 @@ def open_result(path: str | Path, which: str = "best", device: str | None = None
     ValueError/FileNotFoundError: no run there, none of that name, a delta without its source.
     """
     path, where = Path(path), choose_device(device)
+    if path.suffix == ".safetensors" and not path.exists():
+        raise FileNotFoundError(f"no delta at {str(path)!r}: check the path; results from before stage 2 have none")
     if path.is_file():
         if source is None:
             raise ValueError(f"{path} is a delta: name the checkpoint that it was trained from with --source")

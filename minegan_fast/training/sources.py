@@ -12,8 +12,8 @@ from .config import TransferConfig
 from .images import ImageSet, load_images
 from .randomness import seed_all
 
-# Fewer images than this are all needed for training: none is set aside.
-LEAST_FOR_HELD_OUT = 20
+# A KID against fewer images than this would choose the best snapshot by chance: then none is set aside.
+LEAST_HELD_OUT = 5
 
 
 @dataclass
@@ -76,16 +76,16 @@ def open_images(images, generator: nn.Module, config: TransferConfig) -> tuple[I
     target = load_images(images, size, channels)
     if isinstance(config.held_out, (str, Path)):
         return target, load_images(config.held_out, size, channels).images
-    if config.held_out == 0 or len(target) < LEAST_FOR_HELD_OUT:
-        return target, None
     train, held_out = target.split(config.held_out, config.seed)
-    return (train, held_out.images) if len(held_out) >= 2 else (target, None)
+    return (train, held_out.images) if len(held_out) >= LEAST_HELD_OUT else (target, None)
 
 
 def choose_device(name: str | None) -> torch.device:
     """The named device, or a GPU where there is one, else the CPU. ValueError: a device that is not there."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"device {name!r} cannot be used: the devices are cpu, cuda, cuda:1 and so on")
     try:
         device = torch.device(name)
         torch.empty(1, device=device)

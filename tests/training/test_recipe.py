@@ -136,6 +136,20 @@ def test_patience_stops_finetuning(run_settings, monkeypatch):
     assert result.history[-1]["step"] == 10, "two snapshots without a gain end stage 2"
 
 
+def test_a_run_that_never_beat_the_source_says_so(run_settings, monkeypatch):
+    from minegan_fast.training import execution
+
+    kids = iter([1.0, 2.0, 2.0, 2.0, 2.0])
+    monkeypatch.setattr(execution, "measure", lambda *_: {"kid": next(kids)})
+    with pytest.warns(UserWarning, match="look at last/"):
+        assert mf.transfer(**run_settings).step == 0
+
+
+def test_few_images_are_all_trained_on(run_settings):
+    """A KID against two images would choose the best snapshot by chance."""
+    assert mf.transfer(**{**run_settings, "held_out": 0.1}).step == 8
+
+
 def test_config_is_given_back(run_settings):
     mf.transfer(**run_settings)
     written = json.loads((run_settings["out"] / "config.json").read_text())
