@@ -17,7 +17,7 @@ from .models import load_generator
 from .training import transfer
 from .training.evaluation import MEASURES, choose_features, generate, measure
 from .training.folder import RunFolder
-from .training.images import load_images, save_folder
+from .training.images import load_images, save_folder, to_float
 from .training.plots import labelled_rows
 from .training.results import open_result
 from .training.sources import choose_device
@@ -114,7 +114,7 @@ class Judge:
 
     @torch.no_grad()
     def _nines(self, images: Tensor) -> float:
-        pixels = images if images.is_floating_point() else images.float() / 127.5 - 1
+        pixels = images if images.is_floating_point() else to_float(images)
         module = self.features.extract.module
         logits = module.logits(pixels.to(next(module.parameters()).device))
         return float((logits.argmax(1) == 9).float().mean())

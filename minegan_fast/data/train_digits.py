@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from ..models import StyleGAN2Discriminator, StyleGAN2Generator, load_generator, save_model
 from ..ops import r1_penalty
 from ..training.augment import diff_augment
+from ..training.images import to_float
 from ..training.losses import critic_loss, generator_loss
 from . import CLASSIFIER, CRITIC, FOLDER, GENERATOR, DigitClassifier
 
@@ -35,10 +36,6 @@ def read(archive: str) -> dict[str, torch.Tensor]:
     for split in ("train", "test"):
         data[f"{split}_images"] = F.pad(data[f"{split}_images"], (2, 2, 2, 2))[:, None]
     return data
-
-
-def to_float(images: torch.Tensor) -> torch.Tensor:
-    return images.float() / 127.5 - 1
 
 
 def train_classifier(data: dict[str, torch.Tensor], epochs: int) -> tuple[DigitClassifier, float]:
