@@ -299,7 +299,8 @@ def test_memory_is_flat_without_the_garbage_collector():
         gradient_penalty(lambda x: critic(x).mean(1), real, -real)
         path_length_penalty(latents.tanh().view(8, 3, 36, 36), latents)
 
-    gc.collect()
+    while gc.collect():  # freed graphs of torch.compile's tests leave garbage that only the next collection sees
+        pass
     gc.disable()
     try:
         for _ in range(5):
