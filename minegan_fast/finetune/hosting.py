@@ -7,7 +7,8 @@ import functools
 import torch
 from torch import Tensor, nn
 
-from .leaves import Link, Linked, Rows
+from .leaves import Linked, Rows
+from .link import Link
 from .neurons import compact
 
 
