@@ -1,0 +1,180 @@
+"""The weight gradient of some output neurons of a linear layer or a convolution, and of no other.
+
+With gy [B, k, *P] the gradient of the k neurons' outputs, d running over the kernel's taps and p, q over positions:
+
+    linear        dW[r, i]    = sum_b   gy[b, r] x[b, i]
+    convolution   dW[r, c, d] = sum_b,p gy[b, r, p] x[b, c', p stride + d dilation - padding]   c' = c in the group of r
+    transposed    dW[r, c, d] = sum_b,q gy[b, r, q stride + d dilation - padding] x[b, c, q]
+
+These are bilinear. With a cotangent V of dW, shaped like it, <dW, V> has the gradients
+
+    convolution   dx = conv_transpose(gy, V),   dgy = conv(x, V)
+    transposed    dx = conv(gy, V'),            dgy = conv_transpose(x, V')     V' = V with its first two axes swapped
+
+which are PyTorch's own convolutions, differentiable in turn. A convolution's second-order weight gradient, of a
+cotangent ddx of its input gradient, is the same op: dW = row_gradient(ddx, gy).
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from ._op import DTYPE_CODES, Op, forced_backend
+
+
+@Op
+def row_gradient_convolution(
+    x: Tensor,
+    gy: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    groups: int,
+    choose: bool,
+) -> Tensor:
+    """`groups` is 1 or k: then x holds k times the channels that one neuron sees. `choose`: by the cross-over table."""
+    if x.numel() == 0 or gy.numel() == 0:
+        return x.new_zeros(_weight_shape(x, gy, kernel, groups))
+    # The gradient of a transposed convolution is that of a convolution with its operands exchanged.
+    small, big = (x, gy) if transposed else (gy, x)
+    weight = big.new_zeros(1).expand(small.shape[1], big.shape[1] // groups, *kernel)  # only its shape is read
+    geometry = stride, padding, dilation, False, [0] * len(kernel), groups
+    mask = False, True, False
+    dW = torch.ops.aten.convolution_backward(small, big, weight, None, *geometry, mask)[1]
+    return (dW.transpose(0, 1) if transposed else dW).contiguous()
+
+
+def _weight_shape(x: Tensor, gy: Tensor, kernel: Sequence[int], groups: int) -> list[int]:
+    return [gy.shape[1], x.shape[1] // groups, *kernel]
+
+
+class _RowGradient(Function):
+    @staticmethod
+    def forward(ctx, x, gy, *geometry):
+        ctx.save_for_backward(x, gy)
+        ctx.geometry = geometry
+        forced = forced_backend()
+        return row_gradient_convolution(x, gy, *geometry, forced is None, backend=forced)
+
+    @staticmethod
+    def backward(ctx, V):
+        (x, gy), (kernel, stride, padding, dilation, transposed, groups) = ctx.saved_tensors, ctx.geometry
+        small, big = (x, gy) if transposed else (gy, x)
+        weight = V.transpose(0, 1) if transposed else V
+        spans = [
+            (p - 1) * s - 2 * pad + d * (k - 1) + 1
+            for p, s, pad, d, k in zip(small.shape[2:], stride, padding, dilation, kernel, strict=True)
+        ]
+        rest = [size - span for size, span in zip(big.shape[2:], spans, strict=True)]
+        grads = {}
+        with torch.autocast(x.device.type, enabled=False):
+            if ctx.needs_input_grad[transposed]:
+                grads["big"] = torch.convolution(small, weight, None, stride, padding, dilation, True, rest, groups)
+            if ctx.needs_input_grad[not transposed]:
+                nothing = [0] * len(kernel)
+                grads["small"] = torch.convolution(big, weight, None, stride, padding, dilation, False, nothing, groups)
+        order = ("small", "big") if transposed else ("big", "small")
+        return *(grads.get(name) for name in order), *[None] * len(ctx.geometry)
+
+
+def row_gradient(
+    x: Tensor,
+    gy: Tensor,
+    kernel: Sequence[int] = (),
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    transposed: bool = False,
+    groups: int = 1,
+    group: Tensor | None = None,
+) -> Tensor:
+    """The weight gradient of k output neurons of a layer, differentiable any number of times in x and gy.
+
+    Args:
+        x: the layer's input: [..., I] of a linear layer, else [B, Ci, *S]; float32, float64, bfloat16 or float16, in
+            any memory layout.
+        gy: the gradient of the outputs of these neurons alone: [..., k], else [B, k, *P]; of x's dtype and device.
+        kernel: sizes of the kernel of a convolution in 1 to 3 dimensions; () is a linear layer.
+        stride, padding, dilation: of the convolution, one number or one an axis; it pads with zeros.
+        transposed: x is the input of a transposed convolution, and gy is of its outputs.
+        groups: of the convolution; only 1 where it is transposed.
+        group: int64 [k], the group that each of the neurons is in; needed with groups > 1 alone.
+
+    Returns:
+        [k, I], [k, Ci / groups, *kernel], or [k, Ci, *kernel] for a transposed convolution (whose own weight is
+        [Ci, k, *kernel]): contiguous, of x's dtype, summed in float32 at least.
+
+    Raises:
+        TypeError, ValueError: an argument is not as said above; the message names it.
+        RuntimeError: a backend is forced (`use_backend`, MINEGAN_BACKEND) that is missing here or takes no such tensor.
+    """
+    for name, tensor in (("x", x), ("gy", gy)):
+        if not isinstance(tensor, Tensor) or tensor.dtype not in DTYPE_CODES:
+            kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(f"{name} must be a float32, float64, bfloat16 or float16 tensor, got {kind}")
+    if gy.dtype != x.dtype or gy.device != x.device:
+        raise TypeError(
+            f"gy must have x's dtype and device, {x.dtype} on {x.device}, got {gy.dtype} on {gy.device}; "
+            "convert it with gy.to(x)"
+        )
+    n = len(kernel)
+    if n == 0:
+        if x.dim() == 0 or gy.dim() == 0 or x.shape[:-1] != gy.shape[:-1]:
+            raise ValueError(
+                f"x [..., I] and gy [..., k] must agree in all but the last axis, got {list(x.shape)}, {list(gy.shape)}"
+            )
+        samples = math.prod(x.shape[:-1])
+        with torch.autocast(x.device.type, enabled=False):
+            return gy.reshape(samples, gy.shape[-1]).mT @ x.reshape(samples, x.shape[-1])
+    if n > 3 or not all(isinstance(size, int) and size > 0 for size in kernel):
+        raise ValueError(f"kernel must be (), for a linear layer, or 1 to 3 sizes above 0, got {tuple(kernel)}")
+    stride, padding, dilation = (
+        _per_axis(name, value, n, least)
+        for name, value, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1))
+    )
+    if x.dim() != n + 2 or gy.dim() != n + 2 or x.shape[0] != gy.shape[0]:
+        raise ValueError(
+            f"with a kernel of {n} sizes x must be [B, Ci, *S] and gy [B, k, *P] with {n + 2} axes and one B, "
+            f"got {list(x.shape)} and {list(gy.shape)}; unsqueeze(0) makes a batch of one sample"
+        )
+    small, big = (x, gy) if transposed else (gy, x)
+    outputs = [
+        (s + 2 * p - d * (k - 1) - 1) // t + 1
+        for s, p, d, k, t in zip(big.shape[2:], padding, dilation, kernel, stride, strict=True)
+    ]
+    if list(small.shape[2:]) != outputs:
+        raise ValueError(
+            f"{'x' if transposed else 'gy'} must have the positions {outputs} that kernel {tuple(kernel)}, "
+            f"stride {tuple(stride)}, padding {tuple(padding)} and dilation {tuple(dilation)} make of "
+            f"{'gy' if transposed else 'x'}'s {list(big.shape[2:])}, got {list(small.shape[2:])}"
+        )
+    if gy.shape[1] == 0:
+        return x.new_zeros(0, x.shape[1] // groups, *kernel)
+    if groups != 1:
+        if transposed:
+            raise ValueError(f"groups must be 1 for a transposed convolution, got {groups}")
+        x, groups = _own_channels(x, gy, groups, group), gy.shape[1]
+    return _RowGradient.apply(x, gy, list(kernel), stride, padding, dilation, bool(transposed), groups)
+
+
+def _per_axis(name: str, value: int | Sequence[int], n: int, least: int) -> list[int]:
+    values = [value] * n if isinstance(value, int) else list(value)
+    if len(values) != n or not all(isinstance(v, int) and v >= least for v in values):
+        raise ValueError(f"{name} must be a number >= {least}, or {n} of them (one an axis of kernel), got {value!r}")
+    return values
+
+
+def _own_channels(x: Tensor, gy: Tensor, groups: int, group: Tensor | None) -> Tensor:
+    """[B, k Ci / groups, *S]: the channels that each neuron sees, one neuron after the other."""
+    if not isinstance(groups, int) or groups < 1 or x.shape[1] % groups:
+        raise ValueError(f"groups must divide x's {x.shape[1]} channels, got {groups}")
+    k = gy.shape[1]
+    if not isinstance(group, Tensor) or group.dtype != torch.int64 or group.shape != (k,) or group.device != x.device:
+        kind = f"{group.dtype} {list(group.shape)} on {group.device}" if isinstance(group, Tensor) else group
+        raise ValueError(f"with groups > 1 group must be int64 [{k}] on {x.device}, a group of each neuron, got {kind}")
+    return x.unflatten(1, (groups, -1)).index_select(1, group).flatten(1, 2)
