@@ -1,18 +1,21 @@
 """How a sparse network is held: compact trainable rows, linked to dense weights that no longer train.
 
 The selected rows of a weight become a leaf parameter `Rows` [k, ...]. The dense weight keeps its place, its identity
-and its storage; its class becomes `Linked`, whose `__torch_function__` replaces it, wherever it enters a differentiable
-computation, by an alias: the same memory with a backward that hands the k rows of the dense gradient to the leaf,
+and its storage; its class becomes `Linked`, whose `__torch_function__` sees every use. Linear layers and convolutions
+compute the gradient of the k rows alone (layers.py), also of W·c, W[0], Wᵀ or W/σ (rowwise.py). Any other use is given
+an alias: the same memory with a backward that hands the k rows of the dense gradient to the leaf,
 
-    alias = W,    dL/drows = (dL/dalias)[rows],
+    alias = W,    dL/drows = (dL/dalias)[rows].
 
-differentiable to any order. So every use of the weight is right, in any layer, and none needs to be known: equalised
-learning rates, spectral norm, shared weights. After a step the rows are written through to the dense weight, which the
-forward reads without a copy.
+Both are differentiable to any order, so every use of the weight is right, in any layer, and none needs to be known.
+After a step the rows are written through to the dense weight, which the forward reads without a copy.
 """
 
 import torch
 from torch import nn
+
+from .layers import layer
+from .rowwise import Expression, expression_of, follow
 
 
 class Rows(nn.Parameter):
@@ -45,8 +48,7 @@ class Linked(nn.Parameter):
     """A dense weight whose selected rows train in a leaf; without a leaf, a frozen one.
 
     It reads as the plain parameter that it was, `copy.deepcopy` and pickling give that parameter back, and
-    `requires_grad_()` turns the leaf on and off. A faster gradient for `F.linear` or a convolution belongs into
-    `__torch_function__`, in front of the aliases: there the op, its arguments and the link are at hand.
+    `requires_grad_()` turns the leaf on and off.
     """
 
     @classmethod
@@ -60,9 +62,10 @@ class Linked(nn.Parameter):
             special = _SPECIAL.get(func)
             if special is not None:
                 return special(*args, **kwargs)
-            if getattr(func, "__name__", "") in ("__get__", "__set__") and func.__self__ not in _VIEWS:
+            attribute = getattr(func, "__name__", "") in ("__get__", "__set__") and func.__self__ not in _VIEWS
+            if attribute or func in _SHAPELIKE:
                 return func(*args, **kwargs)
-            return func(*_map(_alias, args), **_map(_alias, kwargs))
+            return differentiate(func, args, kwargs)
 
     def __deepcopy__(self, memo):
         if id(self) not in memo:
@@ -73,13 +76,70 @@ class Linked(nn.Parameter):
         return nn.Parameter(self.detach(), self.link.trainable).__reduce_ex__(protocol)
 
 
-def _map(f, x):
-    if isinstance(x, Linked):
-        return f(x)
+class RowWise(torch.Tensor):
+    """The result of a row-wise expression of held weights, a tensor like any other; see rowwise.py."""
+
+    expression: Expression | None
+    plain: torch.Tensor | None  # what it has become where someone wrote to it, or hooked it into the graph
+
+    @staticmethod
+    def of(expression: Expression) -> "RowWise":
+        result = expression.dense.as_subclass(RowWise)
+        result.expression, result.plain = expression, None
+        return result
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            first = args[0] if args and isinstance(args[0], RowWise) else None
+            if first is not None and first.plain is None:
+                if func in _SHAPELIKE:
+                    return func(first.expression.dense, *args[1:], **kwargs)
+                if func is torch.Tensor.requires_grad.__get__:
+                    return first.expression.part is not None or first.expression.factor is not None
+                name = getattr(func, "__name__", "")
+                in_place = name.endswith("_") and not name.endswith("__")
+                if in_place or (name in _CHANGING and getattr(func, "__self__", None) not in _VIEWS):
+                    first.plain = _ordinary(first, name).clone()
+                    first.expression = None
+            result = differentiate(func, args, kwargs)
+            return first if first is not None and result is first.plain else result
+
+
+def differentiate(func, args, kwargs):
+    """func(*args, **kwargs) as a differentiable function of the leaves of the weights among the arguments."""
+    args, kwargs = _map(_settled, args), _map(_settled, kwargs)
+    result = layer(func, args, kwargs)
+    if result is NotImplemented:
+        expression = follow(func, args, kwargs)
+        if expression is not NotImplemented:
+            return RowWise.of(expression)
+        name = getattr(func, "__name__", "")
+        result = func(*_map(_ordinary, args, name), **_map(_ordinary, kwargs, name))
+    return result
+
+
+def _settled(x):
+    return x.plain if isinstance(x, RowWise) and x.plain is not None else x
+
+
+def _ordinary(x, name: str) -> torch.Tensor:
+    """What a function that knows nothing of rows is given."""
+    expression = expression_of(x)
+    if expression is not None and expression.part is not None and torch.is_grad_enabled() and name != "detach":
+        for link in expression.links:
+            link.dense_uses.add(name)
+    return _alias(x) if isinstance(x, Linked) else expression.value()
+
+
+def _map(f, x, *arguments):
+    if isinstance(x, Linked | RowWise):
+        return f(x, *arguments)
     if isinstance(x, dict):
-        return {k: _map(f, v) for k, v in x.items()}
+        return {k: _map(f, v, *arguments) for k, v in x.items()}
     if isinstance(x, list | tuple):
-        items = [_map(f, v) for v in x]
+        items = [_map(f, v, *arguments) for v in x]
         return type(x)(*items) if hasattr(x, "_fields") else type(x)(items)
     return x
 
@@ -130,6 +190,17 @@ def _set_grad(p, value):
     if p.link.leaf is not None:
         p.link.leaf.grad = None
 
+
+# What reads no value.
+_SHAPELIKE = {
+    *(getattr(torch.Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "device", "layout", "is_cuda")),
+    *(getattr(torch.Tensor, name).__get__ for name in ("is_sparse", "is_quantized", "is_nested", "is_mkldnn")),
+    *(getattr(torch.Tensor, name) for name in ("size", "dim", "numel", "nelement", "stride", "is_contiguous")),
+    *(getattr(torch.Tensor, name) for name in ("is_floating_point", "is_complex", "element_size", "__len__")),
+}
+
+# What writes to a tensor, or shows its place in the graph.
+_CHANGING = {"retain_grad", "register_hook", "register_post_accumulate_grad_hook", "__get__", "__set__", "__setitem__"}
 
 _SPECIAL = {
     torch.Tensor.data.__get__: _get_data,

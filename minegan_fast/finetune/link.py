@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     from .leaves import Rows
 
 
-class _Alias(torch.autograd.Function):
+class Alias(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(leaf, dense, rows, axis):
         return dense.view_as(dense)
@@ -24,6 +26,10 @@ class _Alias(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         (rows,) = ctx.saved_tensors
+        if grad.is_sparse:
+            raise RuntimeError(
+                "a weight that trains by rows was given a sparse gradient; build its nn.Embedding with sparse=False"
+            )
         return compact(grad, ctx.axis, rows), None, None, None
 
 
@@ -39,6 +45,8 @@ class Link:
         self.trainable = dense.requires_grad
         self.kind = type(dense)
         self.dense_accessed = self.leaf_accessed = False
+        self.dense_uses: set[str] = set()  # functions that took the weight whole, for the summary
+        self.row_uses: set[str] = set()  # layers that compute the gradient of the rows alone
         self.plain = dense.data  # for the compiler, which cannot see past the subclass
         self.settle()
 
@@ -87,7 +95,7 @@ class Link:
         """The dense weight as a differentiable computation sees it."""
         if self.leaf is None or not self.leaf.requires_grad or not torch.is_grad_enabled():
             return self.dense
-        return _Alias.apply(self.leaf, self.dense, self.rows, self.axis)
+        return Alias.apply(self.leaf, self.dense, self.rows, self.axis)
 
     def traced(self) -> Tensor:
         """`alias` for torch.compile, which refuses a Function that returns a view: the same values by a copy."""

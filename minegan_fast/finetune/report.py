@@ -12,7 +12,7 @@ def summary(ft) -> str:
     for layer in ft.layers:
         n, cost = layer.neurons, layer.cost
         k = len(ft.selection.rows.get(layer.name, ())) if ft.selection else 0
-        path = "link: rows of the dense gradient" if k else "none: frozen"
+        path = _gradient(layer) if k else "none: frozen"
         if ft.selection is None:
             path = "dense: not selected yet"
         table.append((layer.name, f"{k}/{n}", f"{k * cost}/{n * cost}", path))
@@ -28,6 +28,17 @@ def summary(ft) -> str:
         for row in table
     ]
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+
+
+def _gradient(layer) -> str:
+    """How the gradient has reached the rows until now: of them alone, or gathered from the dense one, and in which uses."""
+    links = [m.parameter.link for m in layer.members if m.parameter.numel() > layer.neurons]
+    if not links:
+        return "vector"
+    rows = sorted(set().union(*(link.row_uses for link in links)))
+    dense = sorted(set().union(*(link.dense_uses for link in links)))
+    ways = [f"rows: {', '.join(rows)}"] * bool(rows) + [f"dense, then rows: {', '.join(dense)}"] * bool(dense)
+    return "; ".join(ways) or "not used yet"
 
 
 def memory(ft) -> dict[str, dict[str, int]]:

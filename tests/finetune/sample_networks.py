@@ -214,9 +214,11 @@ class RowReference:
         self.net.zero_grad()
 
 
-def assert_same(a: nn.Module, b: nn.Module, atol=0.0):
-    """Equal state dicts: to the bit, or to `atol`."""
+def assert_same(a: nn.Module, b: nn.Module, tolerance=0.0):
+    """Equal state dicts: to the bit, or to `tolerance`, absolute for values up to 1 and relative above."""
     theirs = b.state_dict()
     assert a.state_dict().keys() == theirs.keys()
     for name, value in a.state_dict().items():
-        torch.testing.assert_close(value, theirs[name], rtol=0, atol=atol, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            value, theirs[name], rtol=tolerance, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}"
+        )

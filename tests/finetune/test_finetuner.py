@@ -238,10 +238,11 @@ def test_summary_and_memory():
     lines = ft.summary().splitlines()
     assert lines[0].split() == ["layer", "neurons", "parameters", "gradient"]
     assert lines[2].split()[:3] == ["1.weight", "2/7", f"{2 * 109}/{7 * 109}"]
-    assert "link" in lines[2]
+    assert lines[2].endswith("not used yet")
     assert lines[3].split() == ["3.weight", "0/5", "0/40", "none:", "frozen"]
     assert lines[4].split()[:3] == ["total", "2/12", "218/803"]
     step(net, ft)
+    assert ft.summary().splitlines()[2].endswith("rows: linear")
     rows = 8 * 218
     memory = ft.memory()
     assert memory["dense"] == {

@@ -1,0 +1,406 @@
+"""Layers on held weights: gradients of the selected rows alone, of any order, and equal to those of dense training."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import spectral_norm
+from torch.nn.utils.parametrizations import spectral_norm as parametrized_spectral_norm
+from torch.nn.utils.parametrizations import weight_norm
+
+from minegan_fast import gradient_penalty, path_length_penalty, r1_penalty
+from minegan_fast.finetune import SparseFinetuner
+from minegan_fast.finetune.leaves import Linked
+from minegan_fast.models import StyleGAN2Discriminator, StyleGAN2Generator
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(5, 6), (4, 5)),
+    "linear on a sequence": (lambda: nn.Linear(5, 6), (4, 3, 5)),
+    "linear on a vector": (lambda: nn.Linear(5, 6, bias=False), (5,)),
+    "conv1d": (lambda: nn.Conv1d(3, 6, 3, stride=2, padding=1), (2, 3, 9)),
+    "conv2d": (lambda: nn.Conv2d(3, 6, 3, padding=1), (2, 3, 5, 6)),
+    "conv2d unbatched": (lambda: nn.Conv2d(3, 6, 3, padding=1), (3, 5, 6)),
+    "conv2d stride dilation": (
+        lambda: nn.Conv2d(3, 6, (3, 2), stride=(2, 1), dilation=(1, 2), padding=1),
+        (2, 3, 8, 7),
+    ),
+    "conv2d grouped": (lambda: nn.Conv2d(4, 6, 3, groups=2, padding=1), (2, 4, 5, 5)),
+    "conv2d depthwise": (lambda: nn.Conv2d(6, 6, 3, groups=6, padding=1), (2, 6, 5, 5)),
+    "conv2d same": (lambda: nn.Conv2d(3, 6, 3, padding="same"), (2, 3, 5, 5)),
+    "conv2d same even": (lambda: nn.Conv2d(3, 6, (2, 4), padding="same", dilation=(1, 1)), (2, 3, 5, 5)),
+    "conv2d valid": (lambda: nn.Conv2d(3, 6, 3, padding="valid"), (2, 3, 5, 5)),
+    "conv2d reflect": (lambda: nn.Conv2d(3, 6, 3, padding=1, padding_mode="reflect"), (2, 3, 5, 5)),
+    "conv3d": (lambda: nn.Conv3d(2, 6, 2, stride=2), (2, 2, 4, 5, 4)),
+    "transposed 1d": (lambda: nn.ConvTranspose1d(3, 6, 4, stride=2, padding=1), (2, 3, 5)),
+    "transposed 2d": (lambda: nn.ConvTranspose2d(3, 6, 3, stride=2, output_padding=1, padding=1), (2, 3, 4, 5)),
+    "transposed 3d": (lambda: nn.ConvTranspose3d(2, 6, 2, stride=2), (2, 2, 3, 3, 2)),
+}
+ROWS = [0, 2, 5]
+
+
+def held(make, rows=ROWS):
+    """A plain module, a held copy of it, and the copy's optimizer."""
+    plain = make().double()
+    module = copy.deepcopy(plain)
+    ft = SparseFinetuner(module)
+    ft.select({"weight": rows})
+    return plain, module, ft
+
+
+def taken(gradient, parameter):
+    link = parameter.link
+    return gradient.movedim(link.axis, 0)[link.rows]
+
+
+def assert_close(ours, theirs):
+    torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.parametrize("name", LAYERS)
+def test_gradients_of_all_orders_are_the_dense_ones(name):
+    make, shape = LAYERS[name]
+    plain, module, ft = held(make)
+    results = []
+    for net in (plain, module):
+        torch.manual_seed(1)
+        x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        y = net(x)
+        weights = [p for p in (net.weight, net.bias) if p is not None]
+        leaves = [p.link.leaf if isinstance(p, Linked) else p for p in weights]
+        (gx,) = torch.autograd.grad(y.tanh().sum(), x, create_graph=True)
+        (ggx,) = torch.autograd.grad(gx.square().sum(), x, create_graph=True)
+        gradients = torch.autograd.grad((gx * ggx).sum() + y.square().sum() + gx.pow(4).sum(), [x, *leaves])
+        results.append((y, gx, ggx, gradients))
+    (y, gx, ggx, (dx, *dense)), (y2, gx2, ggx2, (dx2, *rows)) = results
+    for ours, theirs in ((y2, y), (gx2, gx), (ggx2, ggx), (dx2, dx)):
+        assert_close(ours, theirs)
+    for ours, theirs, parameter in zip(rows, dense, (module.weight, module.bias), strict=False):
+        assert_close(ours, taken(theirs, parameter))
+    assert module.weight.link.row_uses
+    assert not module.weight.link.dense_uses
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.parametrize("name", LAYERS)
+def test_gradgradcheck(name):
+    make, shape = LAYERS[name]
+    _, module, _ = held(make)
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    leaf = module.weight.link.leaf
+
+    def function(x, leaf):
+        return module(x)
+
+    # the leaf moves the rows of the dense weight only when it is written through
+    def moved(x, values):
+        with torch.no_grad():
+            leaf.copy_(values)
+        module.weight.link.sync()
+        return function(x, leaf)
+
+    eps = 1e-6
+    y = function(x, leaf)
+    v = torch.randn_like(y)
+    (analytic,) = torch.autograd.grad(y, leaf, v, retain_graph=True)
+    direction, start = torch.randn_like(leaf), leaf.detach().clone()
+    numeric = (moved(x, start + eps * direction) - moved(x, start - eps * direction)).mul(v).sum() / (2 * eps)
+    moved(x, start)
+    torch.testing.assert_close((analytic * direction).sum(), numeric, rtol=1e-6, atol=1e-7)
+
+    def penalty():
+        (gx,) = torch.autograd.grad(module(x).tanh().sum(), x, create_graph=True)
+        return gx.square().sum()
+
+    (analytic,) = torch.autograd.grad(penalty(), leaf)
+    values = []
+    for sign in (1, -1):
+        moved(x, start + sign * eps * direction)
+        values.append(penalty().detach())
+    torch.testing.assert_close((analytic * direction).sum(), (values[0] - values[1]) / (2 * eps), rtol=1e-6, atol=1e-6)
+    torch.autograd.gradcheck(module, (x,))
+    torch.autograd.gradgradcheck(module, (x,))
+
+
+@pytest.mark.parametrize("name", ["linear", "conv2d", "conv2d grouped", "transposed 2d"])
+def test_a_layer_without_selected_rows_keeps_no_input(name):
+    make, shape = LAYERS[name]
+    plain, module, ft = held(make)
+    ft.release()
+    both = nn.ModuleList([module, nn.Linear(2, 2).double()])
+    ft = SparseFinetuner(both)
+    ft.select({"1.weight": [0]})
+    kept = []
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = module(x.clone())
+    assert [t.shape for t in kept if t is not None] == [module.weight.shape]
+    assert kept[0].data_ptr() == module.weight.data_ptr()  # not even a copy of the weight
+    y.sum().backward()
+    plain(twin := x.detach().clone().requires_grad_()).sum().backward()
+    assert_close(x.grad, twin.grad)
+
+
+def test_no_gradient_of_a_weight_is_dense(monkeypatch):
+    """Every weight gradient that the backward computes has k rows."""
+    from minegan_fast.finetune import layers
+
+    seen = []
+    original = layers.row_gradient
+    monkeypatch.setattr(layers, "row_gradient", lambda *a: seen.append(original(*a)) or seen[-1])
+    net = nn.Sequential(nn.Conv2d(3, 20, 3), nn.ReLU(), nn.Flatten(), nn.Linear(20 * 16, 30))
+    ft = SparseFinetuner(net)
+    ft.select({"0.weight": [4], "3.weight": [1, 7]})
+    net(torch.randn(2, 3, 6, 6)).square().sum().backward()
+    assert sorted(tuple(t.shape) for t in seen) == [(1, 3, 3, 3), (2, 320)]
+    assert [tuple(p.grad.shape) for p in ft.parameters()] == [(1, 3, 3, 3), (1,), (2, 320), (2,)]
+
+
+class Equalised(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 4, 3, 3))
+        self.bias = nn.Parameter(torch.randn(6))
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight * 0.3, self.bias * 0.5, padding=1)
+
+
+class Rosinality(nn.Module):
+    """[1, out, in, k, k], scaled, and turned round for a transposed convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(1, 6, 4, 3, 3))
+
+    def forward(self, x):
+        return F.conv_transpose2d(x, (self.weight / 7)[0].transpose(0, 1).contiguous(), stride=2)
+
+
+class Demodulated(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(1, 6, 4, 3, 3))
+
+    def forward(self, x):
+        weight = self.weight.squeeze(0) if x.shape[0] == 99 else self.weight[0] * 0.1
+        norms = F.linear(x.mean((2, 3)).square(), weight.square().sum((2, 3)))
+        return F.conv2d(x, weight, padding=1) * torch.rsqrt(norms + 1)[:, :, None, None]
+
+
+class Standardised(nn.Conv2d):
+    def forward(self, x):
+        w = self.weight
+        w = (w - w.mean(dim=(1, 2, 3), keepdim=True)) / (w.var((1, 2, 3), keepdim=True) + 1e-5).sqrt()
+        return F.conv2d(x, w, self.bias, padding=1)
+
+
+class BigGANSpectral(nn.Conv2d):
+    """Spectral normalisation as BigGAN's public code writes it."""
+
+    def __init__(self):
+        super().__init__(4, 6, 3, padding=1)
+        self.register_buffer("u", torch.randn(1, 6))
+
+    def forward(self, x):
+        matrix = self.weight.view(self.weight.size(0), -1)
+        with torch.no_grad():
+            v = F.normalize(torch.matmul(self.u, matrix))
+            u = F.normalize(torch.matmul(v, matrix.t()))
+        sigma = torch.squeeze(torch.matmul(torch.matmul(v, matrix.t()), u.t()))
+        return F.conv2d(x, self.weight / sigma, self.bias, padding=1)
+
+
+class Tiled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 4))
+
+    def forward(self, x):
+        x = x.mean((2, 3))
+        return x @ self.weight.T + torch.mm(self.weight, x.t()).t() + (self.weight @ x[0]) + x.matmul(self.weight.mT)
+
+
+EXPRESSIONS = {
+    "equalised": Equalised,
+    "rosinality": Rosinality,
+    "demodulated": Demodulated,
+    "standardised": lambda: Standardised(4, 6, 3),
+    "BigGAN spectral": BigGANSpectral,
+    "spectral hook": lambda: spectral_norm(nn.Conv2d(4, 6, 3)),
+    "spectral parametrization": lambda: parametrized_spectral_norm(nn.Conv2d(4, 6, 3)),
+    "matmul": Tiled,
+}
+
+
+@pytest.mark.parametrize("name", EXPRESSIONS)
+def test_expressions_of_a_weight_are_followed(name):
+    """Rows only, at first and second order; spectral norm's factor, which depends on all rows, is exact too."""
+    torch.manual_seed(0)
+    plain = EXPRESSIONS[name]().double().train()
+    module = copy.deepcopy(plain)
+    ft = SparseFinetuner(module)
+    layer = next(layer.name for layer in ft.layers if "weight" in layer.name)
+    ft.select({layer: ROWS})
+    losses = []
+    for net in (plain, module):
+        torch.manual_seed(1)
+        x = torch.randn(3, 4, 5, 5, dtype=torch.float64, requires_grad=True)
+        (gx,) = torch.autograd.grad(net(x).tanh().sum(), x, create_graph=True)
+        losses.append(net(x).square().mean() + gx.square().sum())
+        losses[-1].backward()
+    assert_close(losses[1], losses[0])
+    for member in next(each for each in ft.layers if each.name == layer).members:
+        dense = plain.get_parameter(member.name).grad
+        assert_close(member.parameter.link.leaf.grad, taken(dense, member.parameter))
+    link = module.get_parameter(layer).link
+    assert link.row_uses
+    assert not link.dense_uses
+
+
+def test_weight_norm_takes_the_dense_way_and_is_right():
+    torch.manual_seed(0)
+    plain = weight_norm(nn.Conv2d(4, 6, 3)).double()
+    module = copy.deepcopy(plain)
+    ft = SparseFinetuner(module)
+    (layer,) = {layer.name for layer in ft.layers}
+    ft.select({layer: ROWS})
+    x = torch.randn(3, 4, 5, 5, dtype=torch.float64)
+    for net in (plain, module):
+        net(x).square().mean().backward()
+    for member in ft.layers[0].members:
+        assert_close(member.parameter.link.leaf.grad, taken(plain.get_parameter(member.name).grad, member.parameter))
+    assert "dense, then rows: _weight_norm" in ft.summary()
+
+
+def test_an_expression_is_a_tensor_like_any_other():
+    """What else can be done with w * c: each is right, whether or not it can be followed."""
+    uses = {
+        "in place": lambda w: w.add_(1),
+        "in place, then used": lambda w: (w.mul_(2), w.t())[1],
+        "item assignment": lambda w: (w.__setitem__(0, 3.0), w * 2)[1],
+        "indexing": lambda w: w[[1, 2]] + w[1:3] + w[1:3, 1:2],
+        "cat": lambda w: torch.cat([w, w]),
+        "two rows of it": lambda w: w @ w.t(),
+        "in the other argument": lambda w: torch.ones(6, 4).double() * w,
+        "of another shape": lambda w: w.view(3, 8),
+        "all axes": lambda w: w.sum() + w.mean(0) + w.std(),
+        "own rows": lambda w: w.sum(1) * w.norm(dim=1),
+        "double transpose": lambda w: w.t().t() + w.permute(1, 0).t() + w.T.mT,
+        "power": lambda w: w**3 + w.square() / 2 - (2 - w) + (1 / (w.abs() + 1)),
+        "converted": lambda w: w.float().double() + w.to(torch.float32),
+        "unsqueezed": lambda w: w.unsqueeze(0) + w[None] + w.unsqueeze(-1).squeeze(-1),
+        "as an input": lambda w: F.linear(w, torch.eye(4).double()),
+        "checkpoint": lambda w: torch.utils.checkpoint.checkpoint(torch.tanh, w, use_reentrant=False),
+        "vmap": lambda w: torch.func.vmap(lambda x: F.linear(x, w))(torch.eye(4).double()),
+        "out of another": lambda w: torch.where(w > 0, w, w * 0.1),
+    }
+    for name, use in uses.items():
+        torch.manual_seed(0)
+        plain = nn.Linear(4, 6).double()
+        module = copy.deepcopy(plain)
+        ft = SparseFinetuner(module)
+        ft.select({"weight": ROWS})
+        values = [use(net.weight * 0.5) for net in (plain, module)]
+        assert type(values[1]).__name__ in ("Tensor", "RowWise")
+        assert_close(values[1] + 0, values[0])
+        for value in values:
+            (value * torch.linspace(0, 1, value.numel()).view(value.shape)).square().sum().backward()
+        assert_close(module.weight.link.leaf.grad, plain.weight.grad[ROWS]), name
+
+
+def test_hooks_and_attributes_of_an_expression():
+    _, module, _ = held(lambda: nn.Linear(4, 6))
+    w = module.weight * 2
+    assert isinstance(w, torch.Tensor)
+    assert (w.shape, w.ndim, w.dtype, len(w), w.size(1)) == ((6, 4), 2, torch.float64, 6, 4)
+    assert w.requires_grad
+    assert w.grad_fn is not None
+    w = module.weight * 2
+    seen = []
+    w.register_hook(seen.append)
+    F.linear(torch.ones(1, 4).double(), w).sum().backward()
+    assert [g.shape for g in seen] == [(6, 4)]
+    w = module.weight * 2
+    assert not w.detach().requires_grad
+    assert not w.data.requires_grad
+    with torch.no_grad():
+        assert not (module.weight * 2).requires_grad
+        assert type(module.weight * 2) is torch.Tensor
+
+
+@pytest.mark.parametrize("name", ["linear", "conv2d", "transposed 2d"])
+def test_autocast(name):
+    make, shape = LAYERS[name]
+    plain, module, _ = held(make)
+    plain.float(), module.float()
+    x = torch.randn(shape)
+    results = []
+    for net in (plain, module):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = net(x)
+        assert y.dtype == torch.bfloat16
+        y.float().square().sum().backward()
+        results.append(y)
+    assert torch.equal(*results)
+    leaf = module.weight.link.leaf
+    assert leaf.grad.dtype == torch.float32
+    exact = taken(plain.weight.grad, module.weight)
+    # one rounding to bfloat16, of sums in another order
+    torch.testing.assert_close(leaf.grad, exact, rtol=2**-7, atol=2**-7 * exact.abs().max().item())
+
+
+def test_requires_grad_turns_the_rows_off():
+    _, module, ft = held(lambda: nn.Linear(4, 6))
+    module.requires_grad_(False)
+    x = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
+    module(x).sum().backward()
+    assert all(p.grad is None for p in ft.parameters())
+    module.requires_grad_(True)
+    module(x).sum().backward()
+    assert all(p.grad is not None for p in ft.parameters())
+
+
+def test_a_sparse_gradient_is_an_error():
+    net = nn.Embedding(5, 3, sparse=True)
+    ft = SparseFinetuner(net)
+    ft.select({"weight": [1]})
+    with pytest.raises(RuntimeError, match="sparse=False"):
+        net(torch.tensor([1, 2])).sum().backward()
+
+
+def test_stylegan2_with_all_penalties_trains_as_dense():
+    """Generator and critic, sparse: R1, WGAN-GP and path length reach the selected rows as in dense training, and every
+    weight that a convolution or a linear layer uses takes the way of the rows."""
+    torch.manual_seed(0)
+    plain_g = StyleGAN2Generator(16, latent_dim=8, channel_base=128, channel_max=12, mapping_layers=2).double()
+    plain_d = StyleGAN2Discriminator(16, channel_base=128, channel_max=12).double()
+    with torch.no_grad():
+        for p in plain_g.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    sparse_g, sparse_d = copy.deepcopy(plain_g), copy.deepcopy(plain_d)
+    optimizers = [SparseFinetuner(net, density=0.3, criterion="random", scope="layer") for net in (sparse_g, sparse_d)]
+    for ft in optimizers:
+        ft.select()
+    values = []
+    for generator, critic in ((plain_g, plain_d), (sparse_g, sparse_d)):
+        torch.manual_seed(2)
+        z, real = torch.randn(4, 8, dtype=torch.float64), torch.randn(4, 3, 16, 16, dtype=torch.float64)
+        images, latents = generator(z, return_latents=True, noise="constant")
+        score = F.softplus(-critic(images)).mean() + F.softplus(critic(real)).mean()
+        score = score + r1_penalty(critic, real) + gradient_penalty(critic, real, images.detach())
+        penalty, _, _ = path_length_penalty(images, latents, generator=torch.Generator().manual_seed(3))
+        values.append(score + penalty)
+        values[-1].backward()
+    assert_close(values[1], values[0])
+    for ft, plain in zip(optimizers, (plain_g, plain_d), strict=True):
+        for member in (m for layer in ft.layers for m in layer.members):
+            theirs = plain.get_parameter(member.name).grad
+            ours = member.parameter.link.leaf.grad
+            if theirs.ndim:
+                theirs = taken(theirs, member.parameter)
+            torch.testing.assert_close(ours, theirs.view_as(ours), rtol=1e-8, atol=1e-10 * theirs.abs().max().item())
+        dense = [line for line in ft.summary().splitlines() if "dense, then" in line]
+        assert all(line.startswith("input.input ") for line in dense), dense
