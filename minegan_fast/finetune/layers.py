@@ -86,6 +86,17 @@ def _rows_of_weight(op, x, gy, weight, rows) -> Tensor:
     return op.weight_gradient(x, _selected(gy, rows, op.channel), weight, rows).movedim(0, op.axis)
 
 
+def _wanted(ctx, i: int) -> bool:
+    """Whether the backward that runs now asks for the gradient of input i, 0 or 1: the inner pass of a penalty wants
+    that of the images alone, and needs_input_grad does not say so."""
+    if not ctx.needs_input_grad[i]:
+        return False
+    try:
+        return torch._C._will_engine_execute_node(ctx.next_functions[i][0])
+    except RuntimeError:  # it is a leaf that autograd.grad was given
+        return True
+
+
 class _Layer(Function):
     @staticmethod
     def forward(ctx, x, part, bias, bias_part, weight, rows, bias_rows, op):
@@ -97,10 +108,10 @@ class _Layer(Function):
     @staticmethod
     def backward(ctx, gy):
         x, part, weight, rows, bias_rows = ctx.saved_tensors
-        op, needs = ctx.op, ctx.needs_input_grad
+        op, needs = ctx.op, (_wanted(ctx, 0), _wanted(ctx, 1), *ctx.needs_input_grad[2:])
         gx = gpart = gbias = gbias_part = None
         if needs[0]:
-            gx = _InputGradient.apply(gy, part if needs[1] else None, weight, rows, op, ctx.shape)
+            gx = _InputGradient.apply(gy, part, weight, rows, op, ctx.shape)
         if needs[1]:
             gpart = _rows_of_weight(op, x, gy, weight, rows)
         if needs[2] or needs[3]:
@@ -122,9 +133,9 @@ class _InputGradient(Function):
     def backward(ctx, ggx):
         gy, part, weight, rows = ctx.saved_tensors
         ggy = gpart = None
-        if ctx.needs_input_grad[0]:
+        if _wanted(ctx, 0):
             ggy = _Layer.apply(ggx, part, None, None, weight, rows, None, ctx.op)
-        if ctx.needs_input_grad[1]:
+        if _wanted(ctx, 1):
             gpart = _rows_of_weight(ctx.op, ggx, gy, weight, rows)
         return ggy, gpart, None, None, None, None
 

@@ -31,7 +31,7 @@ def summary(ft) -> str:
 
 
 def _gradient(layer) -> str:
-    """How the gradient has reached the rows until now: of them alone, or gathered from the dense one, and in which uses."""
+    """How the gradient has reached the rows until now: of them alone, or gathered from the dense one; in which uses."""
     links = [m.parameter.link for m in layer.members if m.parameter.numel() > layer.neurons]
     if not links:
         return "vector"

@@ -62,7 +62,7 @@ def assert_close(ours, theirs):
 @pytest.mark.parametrize("name", LAYERS)
 def test_gradients_of_all_orders_are_the_dense_ones(name):
     make, shape = LAYERS[name]
-    plain, module, ft = held(make)
+    plain, module, _ = held(make)
     results = []
     for net in (plain, module):
         torch.manual_seed(1)
@@ -156,6 +156,21 @@ def test_no_gradient_of_a_weight_is_dense(monkeypatch):
     net(torch.randn(2, 3, 6, 6)).square().sum().backward()
     assert sorted(tuple(t.shape) for t in seen) == [(1, 3, 3, 3), (2, 320)]
     assert [tuple(p.grad.shape) for p in ft.parameters()] == [(1, 3, 3, 3), (1,), (2, 320), (2,)]
+
+
+def test_the_inner_pass_of_a_penalty_computes_no_weight_gradient(monkeypatch):
+    from minegan_fast.finetune import layers
+
+    calls = []
+    original = layers.row_gradient
+    monkeypatch.setattr(layers, "row_gradient", lambda *a: calls.append(a) or original(*a))
+    critic = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Softplus(), nn.Conv2d(6, 1, 4), nn.Flatten(0))
+    SparseFinetuner(critic).select({"0.weight": [1], "2.weight": [0]})
+    penalty = r1_penalty(critic, torch.randn(2, 3, 6, 6))
+    assert not calls
+    penalty.backward()
+    # the second layer: its input gradient's; the first: its layer's and its input gradient's
+    assert len(calls) == 3
 
 
 class Equalised(nn.Module):
