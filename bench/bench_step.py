@@ -1,0 +1,163 @@
+"""What a user gets in the end: one finetuning iteration of StyleGAN2-256 (config f), G and D sparse at 5 % of their
+parameters, against dense training with a fused Adam; and what G's training holds in memory beside the dense weights.
+
+An iteration is a critic step and a generator step with the nonsaturating loss and an EMA of the generator.
+"""
+
+import copy
+import gc
+import statistics
+import time
+
+import pytest
+import torch
+from measure import OURS
+from torch.nn import functional as F
+
+from minegan_fast import SparseFinetuner
+from minegan_fast.models import StyleGAN2Discriminator, StyleGAN2Generator
+
+DENSE = "dense fused Adam"
+DENSITIES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+SPARSE = {"budget": "parameters", "scope": "layer", "criterion": "random"}
+EMA = 0.998
+
+
+class Training:
+    """G and D, their optimizers and the EMA; sparse where a density is given."""
+
+    def __init__(self, generator, critic, density: float | None):
+        self.G, self.D, self.density = generator, critic, density
+        if density is not None:
+            self.g, self.d = (SparseFinetuner(net, density=density, **SPARSE) for net in (generator, critic))
+            self.g.ema_decay = EMA
+            self.g.select(), self.d.select()
+            return
+        self.g, self.d = (
+            torch.optim.Adam(net.parameters(), lr=2e-3, betas=(0.0, 0.99), fused=True) for net in (generator, critic)
+        )
+        self.average = [p.detach().clone() for p in generator.parameters()]
+
+    def iteration(self, z, real) -> torch.Tensor:
+        """The critic's loss."""
+        self.G.requires_grad_(False), self.D.requires_grad_(True)
+        self.d.zero_grad()
+        loss = F.softplus(self.D(self.G(z[0]))).mean() + F.softplus(-self.D(real)).mean()
+        loss.backward()
+        self.d.step()
+        self.G.requires_grad_(True), self.D.requires_grad_(False)
+        self.g.zero_grad()
+        F.softplus(-self.D(self.G(z[1]))).mean().backward()
+        self.generator_step()
+        return loss.detach()
+
+    def generator_step(self):
+        self.g.step()
+        if self.density is None:
+            torch._foreach_lerp_(self.average, list(self.G.parameters()), 1 - EMA)
+
+
+def held_bytes(device: str) -> int:
+    """Bytes of all living tensors."""
+    gc.collect()
+    if device == "cuda":
+        return torch.cuda.memory_allocated()
+    storages = {}
+    for thing in gc.get_objects():
+        if isinstance(thing, torch.Tensor) and thing.layout == torch.strided:
+            storage = torch.Tensor.untyped_storage(thing.detach())
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def row(which: str, shape: list[int], provider: str, **numbers) -> dict:
+    case = {"op": "step", "pass": which, "shape": shape, "dtype": "float32"}
+    return case | {"provider": provider, "backend": ""} | numbers
+
+
+def timed(seconds: list[float]) -> dict:
+    low, median, high = (1e6 * s for s in statistics.quantiles(seconds, n=4, method="inclusive"))
+    return {"median_us": median, "q1_us": low, "q3_us": high, "samples": len(seconds)}
+
+
+@pytest.fixture
+def size(pytestconfig, device) -> dict:
+    """Resolution, channels and batch; small ones where the question is only whether it runs."""
+    if pytestconfig.getoption("--quick"):
+        return {"resolution": 32, "channel_base": 512, "batch": 2, "rounds": 2}
+    batch, rounds = {"cpu": (2, 3), "cuda": (16, 20)}[device]
+    return {"resolution": 256, "channel_base": 32768, "batch": batch, "rounds": rounds}
+
+
+def networks(size: dict, device: str):
+    torch.manual_seed(0)
+    arguments = {"channel_base": size["channel_base"]}
+    return (
+        StyleGAN2Generator(size["resolution"], **arguments).to(device),
+        StyleGAN2Discriminator(size["resolution"], **arguments).to(device),
+    )
+
+
+def test_iteration(benchmark, device, recorder, size):
+    torch.backends.cudnn.benchmark = True
+    generator, critic = networks(size, device)
+    runs = {
+        OURS: Training(copy.deepcopy(generator), copy.deepcopy(critic), 0.05),
+        DENSE: Training(generator, critic, None),
+    }
+    z = torch.randn(2, size["batch"], 512, device=device)
+    real = torch.randn(size["batch"], 3, size["resolution"], size["resolution"], device=device)
+    times, peaks = {name: [] for name in runs}, {}
+    for turn in range(size["rounds"] + 1):
+        losses = []
+        for name, run in runs.items():
+            torch.manual_seed(turn)
+            if device == "cuda":
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+            start = time.perf_counter()
+            losses.append(run.iteration(z, real))
+            if device == "cuda":
+                torch.cuda.synchronize()
+                peaks[name] = torch.cuda.max_memory_allocated()
+            if turn:
+                times[name].append(time.perf_counter() - start)
+        if turn == 0:  # nothing has trained yet: the same networks, latents and noise
+            torch.testing.assert_close(losses[0], losses[1], rtol=1e-3, atol=1e-3)
+    medians = {name: statistics.median(seconds) for name, seconds in times.items()}
+    for name, seconds in times.items():
+        extra = {"ratio": {DENSE: medians[DENSE] / medians[OURS]}} if name == OURS else {}
+        if name in peaks:
+            extra["peak_bytes"] = peaks[name]
+        recorder["rows"].append(row("iteration, 5 %", list(real.shape), name, density=0.05, **timed(seconds), **extra))
+    benchmark.pedantic(runs[OURS].iteration, args=(z, real))
+
+
+def test_memory(benchmark, device, recorder, size):
+    """After one step, gradients still there: leaves, gradients, moments, EMA and what verify() keeps."""
+    before = held_bytes(device)
+    generator, _ = networks(size, device)
+    weights = held_bytes(device) - before
+    held = {}
+    for density in (None, *DENSITIES):
+        generator.requires_grad_(True)
+        run = Training(generator, torch.nn.Linear(1, 1), density)
+        for p in run.g.param_groups[0]["params"]:
+            p.grad = torch.zeros_like(p)
+        run.generator_step()
+        held[density] = held_bytes(device) - before - weights
+        if density == DENSITIES[-1]:
+            benchmark.pedantic(run.generator_step)
+        if density is not None:
+            run.g.release()
+        for p in generator.parameters():
+            p.grad = None
+        del run, p
+    assert held[1.0] > held[0.01] > 0
+    parameters = [sum(p.numel() for p in generator.parameters())]
+    for density in DENSITIES:
+        shared = {"density": density}
+        which = f"memory, {density:.0%}"
+        recorder["rows"].append(row(which, parameters, DENSE, held_bytes=held[None], **shared))
+        numbers = {"held_bytes": held[density], "ratio": {DENSE: held[None] / held[density]}}
+        recorder["rows"].append(row(which, parameters, OURS, **numbers, **shared))
