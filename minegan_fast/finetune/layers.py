@@ -9,7 +9,7 @@ WGAN-GP, path length) reach them at any order. A layer without selected rows kee
 would compute the outer weight gradient as a convolution with an image-sized kernel; here it is a weight gradient.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -145,7 +145,7 @@ def _run(op, x: Tensor, weight: Expression, bias):
         return NotImplemented
     held = None if bias is None else expression_of(bias)
     if weight.factor is not None:
-        y = _run(op, x, replace(weight, factor=None), None)
+        y = _run(op, x, weight._replace(factor=None), None)
         y = y * weight.factor.to(y.dtype)
         if bias is None:
             return y

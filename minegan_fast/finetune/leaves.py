@@ -109,7 +109,9 @@ class RowWise(torch.Tensor):
 
 def differentiate(func, args, kwargs):
     """func(*args, **kwargs) as a differentiable function of the leaves of the weights among the arguments."""
-    args, kwargs = _map(_settled, args), _map(_settled, kwargs)
+    if any(type(x) is RowWise and x.plain is not None for x in (*args, *kwargs.values())):
+        args = tuple(_settled(x) for x in args)
+        kwargs = {name: _settled(x) for name, x in kwargs.items()}
     result = layer(func, args, kwargs)
     if result is NotImplemented:
         expression = follow(func, args, kwargs)
@@ -121,16 +123,24 @@ def differentiate(func, args, kwargs):
 
 
 def _settled(x):
-    return x.plain if isinstance(x, RowWise) and x.plain is not None else x
+    return x.plain if type(x) is RowWise and x.plain is not None else x
 
 
 def _ordinary(x, name: str) -> torch.Tensor:
     """What a function that knows nothing of rows is given."""
+    if type(x) is RowWise and x.plain is not None:
+        return x.plain
     expression = expression_of(x)
-    if expression is not None and expression.part is not None and torch.is_grad_enabled() and name != "detach":
+    if expression is None or expression.part is None or not torch.is_grad_enabled():
+        return _alias(x) if isinstance(x, Linked) else expression.value()
+    if isinstance(x, Linked) and name.endswith("_") and not name.endswith("__"):
+        raise RuntimeError(
+            f"{name}: a parameter that trains was used in an in-place operation; do so in torch.no_grad()"
+        )
+    if name != "detach":
         for link in expression.links:
             link.dense_uses.add(name)
-    return _alias(x) if isinstance(x, Linked) else expression.value()
+    return expression.value()
 
 
 def _map(f, x, *arguments):

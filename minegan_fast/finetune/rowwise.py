@@ -7,7 +7,7 @@ never exists for the others. Any other use makes an ordinary tensor of it, whose
 A factor that depends on all rows, as the σ of spectral norm does, stays outside: conv(x, W s) = s conv(x, W).
 """
 
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,8 +15,7 @@ from torch import Tensor
 from .link import Alias, Link
 
 
-@dataclass(frozen=True)
-class Expression:
+class Expression(NamedTuple):
     """dense: all rows, no graph. part: the selected ones, along the same `axis`, None where none trains. factor: what
     both are still to be multiplied by, 0-d and differentiable, or None."""
 
@@ -30,45 +29,51 @@ class Expression:
     def value(self) -> Tensor:
         """An ordinary tensor, whose gradient is dense."""
         value = self.dense
-        if self.part is not None:
+        if self.part is not None and value.ndim == 1:  # small: a copy by one native op costs less than the alias
+            value = value.index_copy(0, self.rows, self.part.to(value.dtype))
+        elif self.part is not None:
             value = Alias.apply(self.part.movedim(self.axis, 0), self.dense, self.rows, self.axis)
         return value if self.factor is None else value * self.factor.to(value.dtype)
 
     def transposed(self) -> "Expression":
         """Of a matrix."""
         part = self.part if self.part is None else self.part.t()
-        return replace(self, dense=self.dense.t(), part=part, axis=1 - self.axis)
+        return self._replace(dense=self.dense.t(), part=part, axis=1 - self.axis)
 
     def to(self, dtype: torch.dtype) -> "Expression":
         part = self.part if self.part is None else self.part.to(dtype)
-        return replace(self, dense=self.dense.to(dtype), part=part)
+        return self._replace(dense=self.dense.to(dtype), part=part)
 
 
 def expression_of(x) -> Expression | None:
     """The expression that an argument stands for; None where it is no held weight and nothing made of one."""
-    expression = getattr(x, "expression", None)
-    if isinstance(expression, Expression):
-        return expression
-    link = getattr(x, "link", None)
-    if not isinstance(link, Link) or link.dense is not x or x.ndim < 1:
+    if not isinstance(x, Tensor):
         return None
-    if link.leaf_written():
-        link.sync()
+    attributes = x.__dict__
+    if "expression" in attributes:
+        return attributes["expression"]
+    link = attributes.get("link")
+    if link is None or link.dense is not x or x.ndim < 1:
+        return None
+    link.sync()
     part = None
     if link.leaf is not None and link.leaf.requires_grad:
         part = link.leaf.movedim(0, link.axis)
     return Expression(x.detach(), part, link.rows, link.axis, (link,))
 
 
+def _matrix(x) -> Expression | None:
+    """The expression of an argument that is worth following: a bias's gradient is no cost."""
+    e = expression_of(x)
+    return None if e is None or e.dense.ndim < 2 else e
+
+
 def follow(func, args, kwargs) -> Expression:
     """func(*args, **kwargs) where it is row-wise in its held weights; NotImplemented where it is not."""
-    name = getattr(func, "__name__", "")
     if func in _TRANSPOSES:
-        func, name = torch.Tensor.t, "t"
-    rule = _RULES.get(name)
-    if rule is None or func not in (getattr(torch.Tensor, name, None), getattr(torch, name, None)):
-        return NotImplemented
-    if not args or args[0].ndim < 2 or not torch.is_grad_enabled() or "out" in kwargs:
+        func = torch.Tensor.t
+    rule = _RULES.get(func)
+    if rule is None or not args or "out" in kwargs or not torch.is_grad_enabled():
         return NotImplemented
     return rule(func, args, kwargs)
 
@@ -77,7 +82,7 @@ def _apply(e: Expression, func, args, kwargs, axis: int, factor: Tensor | None):
     with torch.no_grad():
         dense = func(e.dense, *args, **kwargs)
     part = None if e.part is None else func(e.part, *args, **kwargs)
-    return replace(e, dense=dense, part=part, axis=axis, factor=factor)
+    return Expression(dense, part, e.rows, axis, e.links, factor)
 
 
 def _is_constant(x) -> bool:
@@ -85,14 +90,14 @@ def _is_constant(x) -> bool:
 
 
 def _pointwise(func, args, kwargs):
-    e = expression_of(args[0])
+    e = _matrix(args[0])
     if e is None or e.factor is not None or not all(_is_constant(a) for a in (*args[1:], *kwargs.values())):
         return NotImplemented
     return _apply(e, func, args[1:], kwargs, e.axis, None)
 
 
 def _cast(func, args, kwargs):
-    e = expression_of(args[0])
+    e = _matrix(args[0])
     if e is None or any(isinstance(a, Tensor | torch.device | str) for a in (*args[1:], *kwargs.values())):
         return NotImplemented
     return _apply(e, func, args[1:], kwargs, e.axis, e.factor)
@@ -102,16 +107,16 @@ def _scaled(func, args, kwargs):
     """mul, div: by a number, by a factor of all rows, or row by row with another expression of the same rows."""
     if len(args) != 2 or kwargs:
         return NotImplemented
-    e, other = expression_of(args[0]), args[1]
-    if e is None and func.__name__ == "mul" and expression_of(other) is not None:
-        e, other = expression_of(other), args[0]
+    e, other = _matrix(args[0]), args[1]
+    if e is None and func.__name__ == "mul" and _matrix(other) is not None:
+        e, other = _matrix(other), args[0]
     if e is None:
         return NotImplemented
     if _is_constant(other):
         return _apply(e, func, (other,), {}, e.axis, e.factor)
     if type(other) is Tensor and other.numel() == 1 and other.ndim == 0:
         factor = other if func.__name__ == "mul" else other.reciprocal()
-        return replace(e, factor=factor if e.factor is None else e.factor * factor)
+        return e._replace(factor=factor if e.factor is None else e.factor * factor)
     return _pairwise(func, args, kwargs)
 
 
@@ -119,7 +124,7 @@ def _pairwise(func, args, kwargs):
     """add, sub, mul, div of two expressions of the same rows, or with a number."""
     if len(args) != 2 or kwargs:
         return NotImplemented
-    a, b = expression_of(args[0]), expression_of(args[1])
+    a, b = _matrix(args[0]), _matrix(args[1])
     if a is not None and _is_constant(args[1]):
         return _pointwise(func, args, kwargs)
     if a is None or b is None or a.factor is not None or b.factor is not None:
@@ -131,12 +136,12 @@ def _pairwise(func, args, kwargs):
     with torch.no_grad():
         dense = func(a.dense, b.dense)
     part = None if a.part is None else func(a.part, b.part)
-    return replace(a, dense=dense, part=part, links=tuple(dict.fromkeys(a.links + b.links)))
+    return a._replace(dense=dense, part=part, links=tuple(dict.fromkeys(a.links + b.links)))
 
 
 def _reduced(func, args, kwargs):
     """Over axes that are named and are not the neurons'."""
-    e = expression_of(args[0])
+    e = _matrix(args[0])
     dims = kwargs.get("dim", args[1] if len(args) > 1 else None)
     dims = (dims,) if isinstance(dims, int) else dims
     if e is None or e.factor is not None or not dims or not all(type(d) is int for d in dims):
@@ -152,7 +157,7 @@ def _reduced(func, args, kwargs):
 
 def _moved(func, args, kwargs):
     """transpose, t, permute, unsqueeze: where the axis went is asked of a tensor whose sizes are all different."""
-    e = expression_of(args[0])
+    e = _matrix(args[0])
     if e is None or (func is torch.Tensor.t and e.dense.ndim != 2):
         return NotImplemented
     shape = list(range(2, 2 + e.dense.ndim))
@@ -162,7 +167,7 @@ def _moved(func, args, kwargs):
 
 def _indexed(func, args, kwargs):
     """w[0] and w[None] in front of the neurons' axis."""
-    e, index = expression_of(args[0]), args[1]
+    e, index = _matrix(args[0]), args[1]
     if e is None or not (index is None or (type(index) is int and e.axis > 0)):
         return NotImplemented
     return _apply(e, func, args[1:], kwargs, e.axis + (1 if index is None else -1), e.factor)
@@ -170,7 +175,7 @@ def _indexed(func, args, kwargs):
 
 def _reshaped(func, args, kwargs):
     """view, reshape, flatten: where the neurons' axis is and stays the first that is longer than 1."""
-    e = expression_of(args[0])
+    e = _matrix(args[0])
     if e is None or e.dense.shape[e.axis] == 1 or any(size > 1 for size in e.dense.shape[: e.axis]):
         return NotImplemented
     if any(isinstance(a, torch.dtype) for a in (*args[1:], *kwargs.values())):
@@ -182,10 +187,10 @@ def _reshaped(func, args, kwargs):
     part = e.part
     if part is not None:
         part = part.reshape(*dense.shape[:axis], part.shape[e.axis], *dense.shape[axis + 1 :])
-    return replace(e, dense=dense, part=part, axis=axis)
+    return e._replace(dense=dense, part=part, axis=axis)
 
 
-_RULES = {
+_NAMED = {
     **dict.fromkeys(("neg", "square", "pow", "abs", "sqrt", "rsqrt", "exp"), _pointwise),
     **dict.fromkeys(("to", "float", "double", "half", "bfloat16", "contiguous"), _cast),
     **dict.fromkeys(("mul", "div", "true_divide"), _scaled),
@@ -196,4 +201,10 @@ _RULES = {
     "__getitem__": _indexed,
 }
 
+_RULES = {
+    getattr(owner, name): rule
+    for name, rule in _NAMED.items()
+    for owner in (torch.Tensor, torch)
+    if hasattr(owner, name)
+}
 _TRANSPOSES = {torch.Tensor.T.__get__, torch.Tensor.mT.__get__}
