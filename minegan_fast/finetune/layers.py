@@ -9,6 +9,7 @@ WGAN-GP, path length) reach them at any order. A layer without selected rows kee
 would compute the outer weight gradient as a convolution with an image-sized kernel; here it is a weight gradient.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -237,6 +238,12 @@ def _matmul(a, b):
     return NotImplemented
 
 
+def _mv(a, b):
+    # which autocast leaves in float32 on a CPU
+    with torch.autocast("cpu", enabled=False) if b.device.type == "cpu" else nullcontext():
+        return _matmul(a, b)
+
+
 _LAYERS = {
     F.linear: _linear,
     **{function: _conv(n) for n, function in enumerate((torch.conv1d, torch.conv2d, torch.conv3d), 1)},
@@ -244,7 +251,8 @@ _LAYERS = {
     torch.conv_transpose2d: _conv_transpose(2),
     torch.conv_transpose3d: _conv_transpose(3),
     **dict.fromkeys((torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__), _matmul),
-    **dict.fromkeys((torch.mm, torch.Tensor.mm, torch.mv, torch.Tensor.mv), _matmul),
+    **dict.fromkeys((torch.mm, torch.Tensor.mm), _matmul),
+    **dict.fromkeys((torch.mv, torch.Tensor.mv), _mv),
 }
 
 
