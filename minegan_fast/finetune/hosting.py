@@ -29,6 +29,15 @@ class _Host:
                 yield name, parameter
         yield from leaves
 
+    def __setattr__(self, name, value):
+        held = self.__dict__.get("_parameters", {}).get(name)
+        if isinstance(held, Linked) and value is not held and not self.__dict__.get("_loading"):
+            raise RuntimeError(
+                f"{name!r} of a {type(self).__name__} is finetuned sparsely and was to be replaced; write into it "
+                "(copy_, load_state_dict), or release() the model first"
+            )
+        super().__setattr__(name, value)
+
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name, parameter in self._parameters.items():
@@ -40,6 +49,7 @@ class _Host:
         linked = {name: p for name, p in self._parameters.items() if isinstance(p, Linked)}
         for name in leaves:
             del self._parameters[name]
+        self.__dict__["_loading"] = True
         try:
             super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
         finally:
@@ -47,6 +57,7 @@ class _Host:
                 if self._parameters[name] is not parameter:  # load_state_dict(assign=True) put a new tensor there
                     parameter.data = self._parameters[name].data
                     setattr(self, name, parameter)
+            del self.__dict__["_loading"]
             self._parameters.update(leaves)
 
     def __deepcopy__(self, memo):

@@ -29,6 +29,8 @@ class Rows(nn.Parameter):
 
     @data.setter
     def data(self, value):
+        if value.shape != self.shape:
+            raise ValueError(f"the rows {list(self.shape)} of a weight were given data of shape {list(value.shape)}")
         self.link.sync()
         self.link.leaf_accessed = True
         torch.Tensor.data.__set__(self, value)
@@ -183,6 +185,11 @@ def _get_data(p):
 
 
 def _set_data(p, value):
+    if value.shape != p.shape:
+        raise ValueError(
+            f"a sparsely finetuned weight of shape {list(p.shape)} was given data of shape {list(value.shape)}; "
+            "release() the model first, and build a new SparseFinetuner on the resized one"
+        )
     p.link.sync()
     p.link.dense_accessed = True
     torch.Tensor.data.__set__(p, value)

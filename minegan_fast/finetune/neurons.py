@@ -33,6 +33,7 @@ class Layer:
 
     name: str
     members: list[Member]
+    conflict: str = ""  # why its neurons cannot be told apart
 
     @property
     def neurons(self) -> int:
@@ -93,7 +94,11 @@ def find_layers(model: nn.Module) -> list[Layer]:
     parameters = dict(model.named_parameters())
     first_name = {id(p): name for name, p in parameters.items()}
     modules = dict(model.named_modules())
-    layers, taken = [], set()
+    layers, taken, declared = [], set(), set()
+    aliases: dict[int, list[str]] = {}  # of tensors that have several names
+    for name, p in model.named_parameters(remove_duplicate=False):
+        if name != first_name[id(p)]:
+            aliases.setdefault(id(p), []).append(name)
 
     def add(group: list[tuple[str, int]]):
         members = [Member(name, parameters[name], axis) for name, axis in group if name not in taken]
@@ -105,7 +110,9 @@ def find_layers(model: nn.Module) -> list[Layer]:
     for prefix, module in modules.items():
         if hasattr(module, "neuron_parameters"):
             for group in module.neuron_parameters():
-                add(_declared(module, prefix, group, first_name))
+                group = _declared(module, prefix, group, first_name)
+                declared.update(name for name, _ in group)
+                add(group)
     by_owner: dict[str, list[str]] = {}
     for name in parameters:
         if name not in taken:
@@ -124,6 +131,14 @@ def find_layers(model: nn.Module) -> list[Layer]:
         for name in names:
             if name not in (weight, *following):
                 add([(name, axes[name])])
+    for layer in layers:
+        for m in layer.members:
+            for name in aliases.get(id(m.parameter), ()):
+                axis = row_axis(modules[owner(name)[0]], owner(name)[1], m.parameter)
+                if axis != m.axis and m.name not in declared:
+                    layer.conflict = (
+                        f"{m.name!r} has its neurons along axis {m.axis}, and as {name!r} along axis {axis}"
+                    )
     order = {name: i for i, name in enumerate(parameters)}
     return sorted(layers, key=lambda layer: order[layer.name])
 
@@ -185,4 +200,10 @@ def filter_layers(layers: list[Layer], include, exclude) -> list[Layer]:
     ]
     if not kept:
         raise ValueError(f"include={include} and exclude={exclude} leave no neuron to finetune; widen the patterns")
+    for layer in kept:
+        if layer.conflict:
+            raise ValueError(
+                f"{layer.conflict}: what a neuron of a tensor shared by both is cannot be said; exclude their modules, "
+                "or let a module around them name its neurons by neuron_parameters()"
+            )
     return kept

@@ -102,3 +102,21 @@ def test_a_name_that_is_taken_is_avoided():
     net(torch.randn(4, 2)).sum().backward()
     assert ft.parameters()[0].grad is not None
     assert list(net.state_dict()) == ["weight"]
+
+
+def test_a_held_parameter_is_not_replaced_or_resized():
+    net = build("mlp")
+    ft = SparseFinetuner(net)
+    ft.select({"1.weight": [1]})
+    before = {n: p.detach().clone() for n, p in net.named_parameters()}
+    with pytest.raises(RuntimeError, match=r"'weight' of a Linear is finetuned sparsely.*release\(\)"):
+        net[1].weight = nn.Parameter(torch.zeros(7, 108).double())
+    for target in (net[1].weight, net[3].weight):
+        with pytest.raises(ValueError, match=r"given data of shape \[2, 2\]"):
+            target.data = torch.zeros(2, 2).double()
+    with pytest.raises(ValueError, match=r"rows \[1, 108\] of a weight"):
+        ft.parameters()[0].data = torch.zeros(3, 108).double()
+    assert all(torch.equal(p, before[n]) for n, p in net.named_parameters())
+    ft.verify()
+    ft.release()
+    net[1].weight = nn.Parameter(torch.zeros(7, 108).double())

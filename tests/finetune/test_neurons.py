@@ -154,3 +154,24 @@ def test_patterns_match_modules_and_those_around_them():
         names(exclude="*")
     with pytest.raises(ValueError, match="requires_grad"):
         filter_layers(find_layers(net.requires_grad_(False)), None, None)
+
+
+def test_a_tensor_shared_along_different_axes_is_an_error():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.down, self.up = nn.Conv1d(4, 6, 1), nn.ConvTranspose1d(6, 4, 1)
+            self.up.weight = self.down.weight
+
+    with pytest.raises(
+        ValueError, match=r"'down\.weight' has its neurons along axis 0, and as 'up\.weight' along axis 1"
+    ):
+        filter_layers(find_layers(Tied()), None, None)
+    kept = filter_layers(find_layers(Tied()), None, "down")
+    assert [layer.name for layer in kept] == ["up.bias"]
+
+    class Named(Tied):
+        def neuron_parameters(self):
+            return [[("down.weight", 0), ("down.bias", 0)]]
+
+    assert filter_layers(find_layers(Named()), None, None)[0].name == "down.weight"
