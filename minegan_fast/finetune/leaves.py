@@ -173,6 +173,7 @@ def _leaf(p):
 
 
 def _require_grad(p, flag=True):
+    p.link.wanted = flag
     if p.link.leaf is not None:
         p.link.leaf.requires_grad_(flag)
     return p

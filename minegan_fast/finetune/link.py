@@ -43,6 +43,7 @@ class Link:
     def __init__(self, dense: nn.Parameter, leaf: "Rows | None", rows: Tensor | None, axis: int):
         self.dense, self.leaf, self.rows, self.axis = dense, leaf, rows, axis
         self.trainable = dense.requires_grad
+        self.wanted = True  # what requires_grad_() said last
         self.kind = type(dense)
         self.dense_accessed = self.leaf_accessed = False
         self.dense_uses: set[str] = set()  # functions that took the weight whole, for the summary

@@ -419,3 +419,22 @@ def test_stylegan2_with_all_penalties_trains_as_dense():
             torch.testing.assert_close(ours, theirs.view_as(ours), rtol=1e-8, atol=1e-10 * theirs.abs().max().item())
         dense = [line for line in ft.summary().splitlines() if "dense, then" in line]
         assert all(line.startswith("input.input ") for line in dense), dense
+
+
+def test_the_output_of_a_frozen_mapping_network_can_be_differentiated_by():
+    """As path length does with the latents; but not while the script has turned the network off."""
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Unflatten(1, (4, 1, 1)), nn.Conv2d(4, 3, 1))
+    ft = SparseFinetuner(net)
+    ft.select({"3.weight": [1]})
+    z = torch.randn(2, 4)
+    for flag in (True, False, True):
+        net.requires_grad_(flag)
+        latents = net[:2](z)
+        assert latents.requires_grad == flag
+        assert net[2:](latents).requires_grad == flag
+    net.requires_grad_(True)
+    penalty, _, _ = path_length_penalty(net[2:](latents), latents)
+    penalty.backward()
+    assert ft.parameters()[0].grad.abs().sum() > 0
+    assert z.grad is None
+    assert not z.requires_grad
