@@ -1,8 +1,8 @@
 # ruff: noqa: RUF001
-"""Writes the tables of bench/results/*.json and of the demo into README.md, between their markers, and nothing else.
+"""Writes bench/results/*.json into README.md (goals, plots, the demo) and bench/TABLES.md (all), between markers.
 
 python bench/report.py            run the tests of every op that has rows, then write; withhold an op whose tests fail
-python bench/report.py --check    exit 1 if README.md does not show what the results hold (tests are not run)
+python bench/report.py --check    exit 1 if the documents do not show what the results hold (tests are not run)
 """
 
 import argparse
@@ -13,10 +13,13 @@ from itertools import groupby
 from pathlib import Path
 
 import report_demo
+import report_goals
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS = "minegan_fast"
 ORDER = ("cuda", "triton", "cpp", "reference")
+SECTIONS = {"README.md": ("goals", "demo"), "bench/TABLES.md": ("bench",)}
+TESTS = {"step": "tests/finetune/test_masked_dense.py"}  # of what is no op
 PASSES = ("inference", "forward", "backward", "double backward")
 
 
@@ -32,29 +35,41 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="only compare README.md with the results")
     check = parser.parse_args(arguments).check
-    readme = root / "README.md"
-    text = readme.read_text() if readme.exists() else ""
-    for section in ("bench", "demo"):
-        begin, end = markers(section)
-        if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
-            print(
-                f"README.md must hold one {begin} and, after it, one {end}: a table goes between them", file=sys.stderr
-            )
-            return 1
+    documents = {path: path.read_text() if path.exists() else "" for path in (root / name for name in SECTIONS)}
+    for path, sections in zip(documents, SECTIONS.values(), strict=True):
+        for begin, end in map(markers, sections):
+            text = documents[path]
+            if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+                print(
+                    f"{path.name} must hold one {begin} and, after it, one {end}: a table goes between", file=sys.stderr
+                )
+                return 1
     machines = [json.loads(path.read_text()) for path in sorted((root / "bench" / "results").glob("*.json"))]
     ops = sorted({row["op"] for machine in machines for row in machine["rows"]})
     red = set() if check else {op for op in ops if not tests_pass(op, root)}
     demo = root / "bench" / "quality" / "demo.json"
-    new = fill(text, "bench", render(machines, red))
-    new = fill(new, "demo", report_demo.render(json.loads(demo.read_text()) if demo.exists() else None))
+    contents = {
+        "bench": render(machines, red),
+        "goals": report_goals.render(machines, red),
+        "demo": report_demo.render(json.loads(demo.read_text()) if demo.exists() else None),
+    }
+    stale = []
+    for path, sections in zip(documents, SECTIONS.values(), strict=True):
+        new = documents[path]
+        for section in sections:
+            new = fill(new, section, contents[section])
+        if new != documents[path]:
+            stale.append(path.name)
+            if not check:
+                path.write_text(new)
     if check:
-        if new != text:
-            print("README.md does not show what bench/results holds: run `make report`", file=sys.stderr)
-        return int(new != text)
-    readme.write_text(new)
-    print(f"README.md: tables of {', '.join(op for op in ops if op not in red) or 'nothing'}")
+        if stale:
+            print(f"{', '.join(stale)} does not show what bench/results holds: run `make report`", file=sys.stderr)
+        return int(bool(stale))
+    report_goals.plot(machines, root)
+    print(f"written: {', '.join(op for op in ops if op not in red) or 'nothing'}")
     for op in sorted(red):
-        print(f"README.md: the rows of {op} are withheld, its tests fail", file=sys.stderr)
+        print(f"the rows of {op} are withheld, its tests fail", file=sys.stderr)
     return int(bool(red))
 
 
@@ -70,7 +85,7 @@ def fill(text: str, section: str, content: str) -> str:
 
 def tests_pass(op: str, root: Path) -> bool:
     """Whether tests/ops/test_<op>.py is there and green. Its output goes to the terminal."""
-    path = root / "tests" / "ops" / f"test_{op}.py"
+    path = root / TESTS.get(op, f"tests/ops/test_{op}.py")
     return path.exists() and not subprocess.run([sys.executable, "-m", "pytest", "-q", str(path)], cwd=root).returncode
 
 
@@ -80,7 +95,7 @@ def render(machines: list[dict], red: set[str]) -> str:
         return "No measurements yet.\n"
     parts = [LEGEND]
     for machine in machines:
-        rows = sorted(machine["rows"], key=lambda row: (row["op"], row["run"]))
+        rows = sorted((row for row in machine["rows"] if row["op"] != "step"), key=lambda row: (row["op"], row["run"]))
         for (op, name), group in groupby(rows, key=lambda row: (row["op"], row["run"])):
             run = machine["runs"][name]
             title = f"**`{op}`, {run['device']}** "

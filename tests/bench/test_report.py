@@ -13,6 +13,7 @@ import report
 
 BEGIN, END = report.markers("bench")
 DEMO = report.markers("demo")
+GOALS = report.markers("goals")
 
 RUN = {
     "device": "A GPU", "torch": "2.11", "triton": "3.6", "commit": "abc", "date": "today", "threads": 2,
@@ -48,13 +49,14 @@ def root(tmp_path):
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "bench/results/gpu.json").write_text(json.dumps({"runs": {"r": RUN}, "rows": ROWS}))
     (tmp_path / "tests/ops/test_twice.py").write_text("def test():\n    pass\n")
-    (tmp_path / "README.md").write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n{DEMO[0]}\n{DEMO[1]}\n")
+    (tmp_path / "bench/TABLES.md").write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    (tmp_path / "README.md").write_text(f"{GOALS[0]}\n{GOALS[1]}\n{DEMO[0]}\n{DEMO[1]}\nend\n")
     return tmp_path
 
 
 def test_the_table(root):
     assert report.main([], root) == 0
-    text = (root / "README.md").read_text()
+    text = (root / "bench/TABLES.md").read_text()
     head, line = [line for line in text.splitlines() if line.startswith("|")][::2]
     assert head.split(" | ")[3:9] == ["cuda", "triton", "in a CUDA graph", "of copy", "eager", "torch.compile"]
     cells = ["forward", "4×8", "float32", "20 µs (19 µs–21 µs)", "30 µs (29 µs–31 µs)", "12 µs", "92 %"]
@@ -63,7 +65,9 @@ def test_the_table(root):
     assert "**`twice`, A GPU** (torch 2.11, triton 3.6, commit abc, today, threads: 2" in text
     assert "copy 4301 GB/s, matrix products tf32 395 TFLOP/s" in text
     assert text.startswith(f"before\n{BEGIN}\n")
-    assert text.endswith(f"{END}\nafter\n{DEMO[0]}\nNo demo recorded yet.\n{DEMO[1]}\n")
+    assert text.endswith(f"{END}\nafter\n")
+    readme = (root / "README.md").read_text()
+    assert readme.endswith(f"{DEMO[0]}\nNo demo recorded yet.\n{DEMO[1]}\nend\n")
 
 
 def test_check_tells_whether_the_readme_is_current(root, capsys):
@@ -71,8 +75,8 @@ def test_check_tells_whether_the_readme_is_current(root, capsys):
     assert "make report" in capsys.readouterr().err
     report.main([], root)
     assert report.main(["--check"], root) == 0
-    before = (root / "README.md").read_text()
-    (root / "README.md").write_text(before.replace("20 µs", "10 µs"))
+    path = root / "bench/TABLES.md"
+    path.write_text(path.read_text().replace("20 µs", "10 µs"))
     assert report.main(["--check"], root) == 1
 
 
@@ -81,7 +85,7 @@ def test_no_number_of_an_op_without_green_tests(root, tests):
     path = root / "tests/ops/test_twice.py"
     path.write_text(tests) if tests else path.unlink()
     assert report.main([], root) == 1
-    text = (root / "README.md").read_text()
+    text = (root / "bench/TABLES.md").read_text()
     assert "Withheld: the tests of this op fail." in text
     assert "20 µs" not in text
 
@@ -89,10 +93,10 @@ def test_no_number_of_an_op_without_green_tests(root, tests):
 def test_no_results_and_no_markers_are_said(root, capsys):
     (root / "bench/results/gpu.json").unlink()
     assert report.main([], root) == 0
-    assert "No measurements yet." in (root / "README.md").read_text()
+    assert "No measurements yet." in (root / "bench/TABLES.md").read_text()
     (root / "README.md").write_text("nothing")
     assert report.main(["--check"], root) == 1
-    assert BEGIN in capsys.readouterr().err
+    assert GOALS[0] in capsys.readouterr().err
 
 
 def test_the_demos_table(root):
@@ -108,3 +112,41 @@ def test_the_demos_table(root):
     assert "| mined | 1.23 | 0.568 | 0.040 (0.030 to 0.050) | 0.400 | 0.90 | 3.00 | 91% |" in text
     assert "3.2 minutes on cpu with 2 threads" in text
     assert report.main(["--check"], root) == 0
+
+
+def test_goals_are_judged_by_their_worst_case(root):
+    """On a CPU by the medians, of the automatic backend; a goal without rows is not shown."""
+    rows = []
+    for network, ours, mask in (("A", 10.0, 200.0), ("B", 10.0, 120.0)):
+        case = {"op": "row_update", "pass": network, "network": network, "density": 0.05, "average": False}
+        case |= {"shape": [1], "dtype": "float32", "run": "r", "fraction": 0.05, "bytes": 40_000_000}
+        rows += [
+            case | {"provider": "minegan_fast", "backend": "cpp", "median_us": ours},
+            case | {"provider": "minegan_fast", "backend": "reference", "median_us": 50 * ours},
+            case | {"provider": "mask", "backend": "", "median_us": mask},
+        ]
+    memory = {"op": "step", "pass": "memory, 5%", "density": 0.05, "shape": [1], "dtype": "float32", "run": "r"}
+    rows.append(
+        memory | {"provider": "minegan_fast", "backend": "", "held_bytes": 1, "ratio": {"dense fused Adam": 20}}
+    )
+    text = report.report_goals.render([{"runs": {"r": RUN}, "rows": rows}], set())
+    assert "| `row_update` at 5 %, against mask + fused Adam | ≥ 15× | 12–20× | no |" in text
+    assert "| `row_update` at 5 %, over the byte floor | ≤ 1.25× | 1.08× | yes |" in text
+    assert "| all but the dense weights at 5 %, of dense training's | ≤ 7 % | 5 % | yes |" in text
+    assert "compact" not in text
+    assert "density-a-gpu.png" in text
+    assert report.report_goals.render([{"runs": {"r": RUN}, "rows": rows}], {"row_update", "step"}) == (
+        "No measurements yet.\n"
+    )
+
+
+def test_plots_are_written(root):
+    rows = []
+    for density in (0.05, 0.5):
+        case = {"op": "row_update", "pass": str(density), "network": "A", "density": density, "average": False}
+        case |= {"shape": [1], "dtype": "float32", "run": "r", "fraction": density}
+        for provider in ("minegan_fast", "mask", "compact leaves"):
+            rows.append(case | {"provider": provider, "backend": "", "median_us": 9.0 * density})
+    machine = {"runs": {"r": RUN}, "rows": rows}
+    report.report_goals.plot([machine], root)
+    assert (root / "bench/results/density-a-gpu.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,209 @@
+# ruff: noqa: RUF001
+"""What was promised of sparse finetuning and what came, and the plots of time and memory over density."""
+
+import io
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+OURS, BACKENDS = "minegan_fast", ("cuda", "triton", "cpp", "reference", "")
+COMPACT, MASK = "compact leaves", "mask"
+
+
+class Machine:
+    """The rows of one results file, and the automatic backend's row of each case."""
+
+    def __init__(self, content: dict):
+        self.rows, self.runs = content["rows"], content["runs"]
+        self.gpu = any("empty_us" in run["ceilings"] for run in self.runs.values())
+        self.name = next(iter(self.runs.values()))["device"] if self.runs else ""
+        self.time = "graph_us" if self.gpu else "median_us"
+
+    def case(self, row: dict) -> list[dict]:
+        same = ("op", "pass", "shape", "dtype")
+        return [r for r in self.rows if all(r[name] == row[name] for name in same)]
+
+    def ours(self, op: str, **wanted) -> Iterable[dict]:
+        """One row a case: that of the backend that is chosen where nobody forces one."""
+        seen = set()
+        for row in sorted(
+            (r for r in self.rows if r["op"] == op and r["provider"] == OURS),
+            key=lambda r: BACKENDS.index(r["backend"]),
+        ):
+            case = str((row["pass"], row["shape"], row["dtype"]))
+            if case not in seen and all(row.get(name) == value for name, value in wanted.items()):
+                seen.add(case)
+                yield row
+
+    def ratio(self, row: dict, provider: str, field: str | None = None) -> float:
+        """How many times as much as ours the provider needs, by default of time (on a GPU: both in CUDA graphs)."""
+        field = field or self.time
+        other = next((r for r in self.case(row) if r["provider"] == provider), {})
+        if not (other.get(field) and row.get(field)):
+            return math.nan
+        return other[field] / row[field]
+
+    def above_floor(self, row: dict) -> float:
+        """Time over that of the least bytes at the copy bandwidth of the run; on a GPU less 4 µs of launch and tail."""
+        floor = row["bytes"] / self.runs[row["run"]]["ceilings"]["copy_gb_s"] / 1e3
+        return (row[self.time] - (4 if self.gpu else 0)) / floor if row.get(self.time) else math.nan
+
+
+@dataclass
+class Goal:
+    what: str
+    values: Callable[[Machine], Iterable[float]]
+    cpu: float | None  # None: no goal there
+    gpu: float | None
+    most: bool = False  # the goal is a most, else a least
+    unit: str = "×"
+
+
+def _updates(machine, average=False, most=1.0, **wanted):
+    rows = machine.ours("row_update", average=average, **wanted)
+    return [row for row in rows if row["network"] != "small layers" and row["density"] <= most]
+
+
+def _small(machine):
+    return machine.ours("row_update", network="small layers", density=0.05, average=False)
+
+
+def _memory(machine):
+    rows = machine.ours("step", density=0.05)
+    return [100 / row["ratio"]["dense fused Adam"] for row in rows if row["pass"].startswith("memory")]
+
+
+def _gradients(machine, provider, few: bool | None = None):
+    """Of 3×3 layers with 512 channels; few: up to 8 rows, or more."""
+    rows = [r for r in machine.ours("row_gradient") if r.get("channels") == 512 and r.get("taps") == 9]
+    if few is None:
+        return [machine.ratio(r, provider, "median_us") for r in rows if r["density"] == 0.05]
+    return [machine.ratio(r, provider, "median_us") for r in rows if (r["neurons"] <= 8) == few and r["density"] <= 0.5]
+
+
+GOALS = [
+    Goal(
+        "`row_update` at 5 %, against mask + fused Adam",
+        lambda m: [m.ratio(r, MASK) for r in _updates(m, density=0.05)], 15, 15,
+    ),
+    Goal(
+        "the same with an average of the weights",
+        lambda m: [m.ratio(r, MASK) for r in _updates(m, True, density=0.05)], 15, 20,
+    ),
+    Goal(
+        "against compact leaves, fused Adam, `index_copy_`: whole networks at 5 %",
+        lambda m: [m.ratio(r, COMPACT) for r in _updates(m, density=0.05)], 1.4, 8,
+    ),
+    Goal("the same, many small layers", lambda m: [m.ratio(r, COMPACT) for r in _small(m)], 4, 8),
+    Goal("the same, at every density up to 50 %", lambda m: [m.ratio(r, COMPACT) for r in _updates(m, most=0.5)], 1, 1),
+    Goal(
+        "`row_update` at 5 %, over the byte floor",
+        lambda m: [m.above_floor(r) for r in _updates(m, density=0.05)], 1.25, 1.2, most=True,
+    ),
+    Goal("host time of a step, 110 tensors", lambda m: [r["host_us"] for r in _small(m)], None, 25, True, " µs"),
+    Goal("dW of a 3×3 layer of 512 channels at 5 %, against dense", lambda m: _gradients(m, "dense"), 10, 8),
+    Goal("the same, up to 8 neurons, against the gathered library", lambda m: _gradients(m, "gathered", True), 2, 1.5),
+    Goal("the same for more neurons", lambda m: _gradients(m, "gathered", False), 1, 1),
+    Goal(
+        "all dW of StyleGAN2-256's generator at 5 %, against dense",
+        lambda m: [m.ratio(r, "dense", "median_us") for r in m.ours("row_gradient") if r["pass"].startswith("all ")],
+        5, 4,
+    ),
+    Goal(
+        "an iteration of StyleGAN2-256, G and D at 5 %, against dense",
+        lambda m: [r["ratio"]["dense fused Adam"] for r in m.ours("step") if r["pass"].startswith("iteration")],
+        1.25, 1.2,
+    ),
+    Goal("all but the dense weights at 5 %, of dense training's", _memory, 7, 7, True, " %"),
+    Goal(
+        "scoring, against one image a pass and every gradient to the host",
+        lambda m: [
+            m.ratio(r, "one image a pass, to the host", "median_us")
+            for r in m.ours("row_score") if r["pass"].startswith("scoring")
+        ], 1.2, 50,
+    ),
+    Goal(
+        "its peak memory, over one backward of as many images",
+        lambda m: [
+            1 / m.ratio(r, "one backward of a batch", "peak_bytes")
+            for r in m.ours("row_score") if r["pass"].startswith("scoring")
+        ], 1.3, 1.3, most=True,
+    ),
+]  # fmt: skip
+
+
+def render(machines: list[dict], red: set[str]) -> str:
+    """The goal table of every machine that has rows for it, and where its plots are."""
+    parts = []
+    for machine in map(Machine, machines):
+        machine.rows = [row for row in machine.rows if row["op"] not in red]
+        lines = []
+        for goal in GOALS:
+            target = goal.gpu if machine.gpu else goal.cpu
+            values = [value for value in goal.values(machine) if not math.isnan(value)]
+            if target is None or not values:
+                continue
+            worst = max(values) if goal.most else min(values)
+            met = worst <= target if goal.most else worst >= target
+            ends = sorted({_digits(min(values)), _digits(max(values))}, key=float)
+            sign = "≤" if goal.most else "≥"
+            cells = goal.what, f"{sign} {target}{goal.unit}", "–".join(ends) + goal.unit, "yes" if met else "no"
+            lines.append(f"| {' | '.join(cells)} |\n")
+        if lines:
+            run = machine.runs[max(machine.runs)]
+            facts = f"**{machine.name}**, torch {run['torch']}, newest run {run['date']} at commit {run['commit']}\n\n"
+            head = "| what | goal | measured, least to most | met |\n| --- | --- | --- | --- |\n"
+            parts.append(facts + head + "".join(lines))
+            if list(_updates(machine)):
+                parts.append(f"![time and memory over the density]({plot_path(machine)})\n")
+    return "\n".join(parts) or "No measurements yet.\n"
+
+
+def _digits(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def plot_path(machine: Machine) -> str:
+    name = "".join(c if c.isalnum() else "-" for c in machine.name.lower()).strip("-")
+    return f"bench/results/density-{name}.png"
+
+
+def plot(machines: list[dict], root: Path):
+    """Writes the plots that `render` names."""
+    for machine in map(Machine, machines):
+        rows = _updates(machine)
+        if rows:
+            (root / plot_path(machine)).write_bytes(_figure(machine, rows))
+
+
+def _figure(machine: Machine, rows: list[dict]) -> bytes:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for color, network in enumerate(dict.fromkeys(row["network"] for row in rows)):
+        cases = sorted((r for r in rows if r["network"] == network), key=lambda r: r["density"])
+        for provider, style in ((OURS, "o-"), (COMPACT, "s--"), (MASK, ":")):
+            times = [r[machine.time] * (1 if provider == OURS else machine.ratio(r, provider)) / 1e3 for r in cases]
+            shares = [100 * r["fraction"] for r in cases]
+            left.plot(shares, times, style, color=f"C{color}", markersize=4, label=f"{network}, {provider}")
+    left.set(
+        xscale="log", yscale="log", xlabel="% of the parameters", ylabel="ms", title="an Adam step of the selected rows"
+    )
+    left.legend(fontsize=6)
+    memory = sorted((r for r in machine.ours("step") if r["pass"].startswith("memory")), key=lambda r: r["density"])
+    if memory:
+        shares = [100 * r["density"] for r in memory]
+        right.plot(shares, [r["held_bytes"] / 1e6 for r in memory], "o-", markersize=4, label=OURS)
+        dense = [r["held_bytes"] * r["ratio"]["dense fused Adam"] / 1e6 for r in memory]
+        right.plot(shares, dense, ":", color="C0", label="dense fused Adam")
+        right.set(xscale="log", yscale="log", xlabel="% of the parameters", ylabel="MB")
+        right.set_title("StyleGAN2-256 G: all but weights and activations")
+        right.legend(fontsize=8)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    pyplot.close(figure)
+    return buffer.getvalue()
