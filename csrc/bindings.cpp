@@ -42,6 +42,15 @@ PYBIND11_MODULE(_C, m) {
                                        threads);
       },
       no_gil);
+  m.def(
+      "row_update_cpu",
+      [](int dtype, int dense, int rule, Address tensors, Address grads, int64_t n, Address step, Address grad_scale,
+         Address found_inf, int threads) {
+        minegan::row_update_cpu(DType(dtype), DType(dense), minegan::Rule(rule), (const minegan::RowTensor*)tensors,
+                                (const void* const*)grads, n, *(const minegan::RowStep*)step, (const float*)grad_scale,
+                                (const float*)found_inf, threads);
+      },
+      no_gil);
 
 #ifdef MINEGAN_CUDA
   m.attr("cuda_version") = MINEGAN_CUDA_VERSION;

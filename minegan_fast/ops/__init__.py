@@ -4,9 +4,13 @@ from ._op import BackendUnavailable, backend_report, backends, use_backend
 from .bias_act import bias_act
 from .mmd import mmd2
 from .penalty import gradient_penalty, interpolate, path_length_penalty, r1_penalty
+from .row_update import Hyperparameters, RowTensor, RowUpdate
 
 __all__ = [
     "BackendUnavailable",
+    "Hyperparameters",
+    "RowTensor",
+    "RowUpdate",
     "backend_report",
     "backends",
     "bias_act",
