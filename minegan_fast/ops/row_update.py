@@ -9,13 +9,13 @@ g = grad / grad_scale and t the number of steps of a row, in the order of operat
     sgd         u = μ u + g,  w -= η u
     then        e += (1 - d) (w - e),  dense[rows] = w
 
-Adam: Kingma & Ba 2015, arXiv 1412.6980; AdamW: Loshchilov & Hutter 2019, arXiv 1711.05101. t is counted per row, as rows
-that join later are younger; the bias corrections are computed in float64. A non-zero found_inf (torch.amp.GradScaler)
-means that nothing changes. A tensor without a gradient only has its average e moved.
+Adam: Kingma & Ba 2015, arXiv 1412.6980; AdamW: Loshchilov & Hutter 2019, arXiv 1711.05101. t is counted per row,
+as rows that join later are younger; the bias corrections are computed in float64. A non-zero found_inf (that of
+torch.amp.GradScaler) means that nothing changes. A tensor without a gradient only has its average e moved.
 
-Leaf, gradient, moments and average are float32 or float64 and lie alike in memory; the dense weight has the leaf's dtype
-or, with float32 leaves as its masters, bfloat16 or float16. What is laid out otherwise is copied or written through by
-PyTorch; tensors of other dtypes, or whose rows are not one run of memory each, are stepped by the reference.
+Leaf, gradient, moments and average are float32 or float64 and lie alike in memory; the dense weight has the leaf's
+dtype or, with float32 leaves as its masters, bfloat16 or float16. What is laid out otherwise is copied or written
+through by PyTorch; tensors of other dtypes, or whose rows are not one run of memory each, are the reference's.
 """
 
 import math
@@ -27,7 +27,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ._op import DTYPE_CODES, Op, device_and_stream
+from ._op import DTYPE_CODES, Op
 
 OPTIMIZERS = ("adam", "adamw", "sgd")
 RULES = {"adam": 0, "adamw": 1, "sgd": 2, "momentum": 3}  # Rule in csrc/ops.h
@@ -89,7 +89,7 @@ class RowUpdate:
     def __init__(self, optimizer: str, tensors: Sequence[RowTensor], momentum: bool = False, ema: bool = False):
         if optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer must be one of {', '.join(map(repr, OPTIMIZERS))}, got {optimizer!r}")
-        self.rule = "momentum" if optimizer == "sgd" and momentum else optimizer
+        self.rule, self.momentum = "momentum" if optimizer == "sgd" and momentum else optimizer, momentum
         self.tensors, self.ema = list(tensors), ema
         for tensor in self.tensors:
             _check(tensor)
@@ -128,7 +128,9 @@ class RowUpdate:
         step, None: look.
         """
         if len(grads) != len(self.tensors):
-            raise ValueError(f"there are {len(self.tensors)} tensors, got {len(grads)} gradients; give one or None each")
+            raise ValueError(
+                f"there are {len(self.tensors)} tensors, got {len(grads)} gradients; give one or None each"
+            )
         if self.ema != (hyper.ema_decay is not None):
             raise ValueError("ema_decay must be given if and only if the plan was made with ema=True")
         if (self.rule == "sgd" and hyper.momentum) or (self.rule == "momentum" and not hyper.momentum):
@@ -144,7 +146,9 @@ class RowUpdate:
                     table.grads = None
             written = self.held
             if any(g is None for g in grads):
-                written = [s for t, g in zip(self.tensors, grads, strict=True) if g is not None for s in (t.leaf, t.dense)]
+                written = [
+                    s for t, g in zip(self.tensors, grads, strict=True) if g is not None for s in (t.leaf, t.dense)
+                ]
                 written = [t for t in written if t is not None]
             torch.autograd.graph.increment_version(written)
 
@@ -196,7 +200,9 @@ class Table:
         try:
             addresses = [0 if g is None else g.data_ptr() for g in grads]
             known = addresses == self.addresses and self.contiguous
-            if known and all(map(Tensor.is_contiguous, grads if all(addresses) else [g for g in grads if g is not None])):
+            if known and all(
+                map(Tensor.is_contiguous, grads if all(addresses) else [g for g in grads if g is not None])
+            ):
                 return
         except (RuntimeError, AttributeError):  # a sparse tensor, or none at all: named below
             pass
@@ -233,8 +239,9 @@ class Table:
                 self.words[i, 7] = tickets.data_ptr() + 4 * offset
                 offset += k
             parts = {"words": self.words, "grads": torch.tensor(self.addresses), "items": torch.cat(items).int()}
-            parts = {name: _pinned(t).to(self.device, non_blocking=True) for name, t in parts.items()}
-            self.on_device = {**parts, "tickets": tickets}
+            self.on_device = {name: _pinned(t).to(self.device, non_blocking=True) for name, t in parts.items()}
+            self.on_device |= {"tickets": tickets, "one": torch.ones(1, device=self.device)}
+            self.on_device["zero"] = torch.zeros(1, device=self.device)
         return self.on_device
 
 
@@ -281,6 +288,14 @@ def _step(rule: str, t: RowTensor, grad: Tensor, hyper: Hyperparameters):
         leaf.sub_(lr / correction1 * mean / denominator)
 
 
+@torch.no_grad()
+def dense_step(optimizer: str, tensor: RowTensor, grad: Tensor, hyper: Hyperparameters):
+    """One step of one tensor without a plan, by the reference; makes the state that is missing."""
+    rule = "momentum" if optimizer == "sgd" and hyper.momentum else optimizer
+    _fill_state(tensor, rule, False)
+    _step(rule, tensor, grad, hyper)
+
+
 # Launchers.
 
 
@@ -311,6 +326,17 @@ def _(native, table, hyper, grad_scale, found_inf):
         _flag(grad_scale),
         _flag(found_inf),
         torch.get_num_threads(),
+    )
+    table.write_indirect()
+
+
+@row_update.register("triton", dtypes=(torch.float32, torch.float64))
+def _(kernels, table, hyper, grad_scale, found_inf):
+    if not table.flat:
+        return row_update.reference(table, hyper, grad_scale, found_inf)
+    lr = hyper.lr if isinstance(hyper.lr, Tensor) and hyper.lr.is_cuda else None
+    kernels.row_update(
+        RULES[table.rule], table.dtype, table.dense_dtype, table.to_device(), _numbers(hyper), lr, grad_scale, found_inf
     )
     table.write_indirect()
 

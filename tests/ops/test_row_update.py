@@ -73,6 +73,11 @@ def plan(name, tensors):
     return RowUpdate(rule(name), tensors, momentum=bool(settings.get("momentum")), ema="ema_decay" in settings)
 
 
+def skip_interpreted(dtype, backend, device):
+    if (dtype, backend, device) == ("bfloat16", "triton", "cpu"):
+        pytest.skip("Triton's interpreter truncates to bfloat16")
+
+
 def gradients(tensors, missing=None):
     return [None if i == missing else torch.randn_like(t.leaf) for i, t in enumerate(tensors)]
 
@@ -90,15 +95,16 @@ def assert_equal(tensors, twins, frozen):
             close(value, exact.state[key], tolerance)
         assert torch.equal(compact(t.dense, t.axis, t.rows), t.leaf.to(t.dense.dtype).reshape(t.leaf.shape))
         if t.dense.ndim:
-            others = [i for i in range(t.dense.shape[t.axis]) if i not in t.rows.tolist()]
-            others = torch.tensor(others, dtype=torch.int64, device=t.rows.device)
-            ours, theirs = (compact(d, t.axis, others) for d in (t.dense, before))
+            others = torch.ones(t.dense.shape[t.axis], dtype=torch.bool, device=t.rows.device)
+            others[t.rows] = False
+            ours, theirs = (compact(d, t.axis, others.nonzero().flatten()) for d in (t.dense, before))
             assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_equals_the_reference_in_float64(name, dtype, backend, device):
+    skip_interpreted(dtype, backend, device)
     tensors = [make(*shape, dtype, device) for shape in SHAPES]
     plain = RowTensor(torch.randn(6, 5, dtype=DTYPES[dtype][0], device=device))
     frozen, twins = [t.dense.clone() for t in tensors], [twin(t) for t in [*tensors, plain]]
@@ -134,6 +140,7 @@ def test_rows_of_different_age(backend, device):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_channels_last_weights(dtype, backend, device):
     """With leaves that lie as the weight does, and with contiguous ones; with gradients that lie as neither."""
+    skip_interpreted(dtype, backend, device)
     tensors = [make(*shape, dtype, device, torch.channels_last) for shape in SHAPES]
     for t in tensors[:2]:
         t.leaf = t.leaf.contiguous(memory_format=torch.channels_last)
@@ -170,7 +177,7 @@ def test_memory_that_the_kernels_do_not_read(backend, device):
         plan("adam", twins).step([g.double() for g in grads], hyper("adam"))
     assert_equal(tensors, twins, frozen)
     assert base[0].isfinite()
-    assert len(Table("adam", [strided], True).indirect) == (0 if strided.dense.stride()[1] == 0 else 1)
+    assert len(Table("adam", [strided], True).indirect) == 1
 
 
 def test_many_tensors(backend, device):
