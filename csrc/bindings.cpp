@@ -74,6 +74,16 @@ PYBIND11_MODULE(_C, m) {
   m.def("bias_act_backward_splits", [](int64_t outer, int64_t C, int64_t inner) {
     return minegan::bias_act_backward_splits(Axis{outer, C, inner});
   });
+  m.def(
+      "row_update_cuda",
+      [](int dtype, int dense, int rule, Address tensors, Address grads, Address items, int64_t n, Address step,
+         Address lr, bool lr_is_float, Address grad_scale, Address found_inf, int device, Address stream) {
+        minegan::row_update_cuda(DType(dtype), DType(dense), minegan::Rule(rule), (const minegan::RowTensor*)tensors,
+                                 (const uintptr_t*)grads, (const minegan::RowItem*)items, n,
+                                 *(const minegan::RowStep*)step, at(lr), lr_is_float, (const float*)grad_scale,
+                                 (const float*)found_inf, device, stream);
+      },
+      no_gil);
 #else
   m.attr("cuda_version") = "";
   m.attr("cuda_architectures") = "";

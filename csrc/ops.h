@@ -70,4 +70,17 @@ struct RowStep {
 void row_update_cpu(DType, DType dense, Rule, const RowTensor* tensors, const void* const* grads, int64_t n,
                     const RowStep& step, const float* grad_scale, const float* found_inf, int threads);
 
+#ifdef MINEGAN_CUDA
+// A work item: rows [row, row + rows), or of one row longer than 1024 elements the part-th 1024. A row belongs to one
+// item or, part by part, to items of its own.
+struct RowItem {
+  int32_t tensor, row, rows, part;
+};
+
+// All pointers are on the device; lr, a float or a double, takes the place of step.lr unless it is null.
+void row_update_cuda(DType, DType dense, Rule, const RowTensor* tensors, const uintptr_t* grads, const RowItem* items,
+                     int64_t n, const RowStep& step, const void* lr, bool lr_is_float, const float* grad_scale,
+                     const float* found_inf, int device, uintptr_t stream);
+#endif
+
 }  // namespace minegan

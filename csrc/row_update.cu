@@ -40,7 +40,7 @@ struct Age {
 
 template <class A>
 MINEGAN_HD Age<A> age_of(float t, const RowStep& s) {
-  return {A(s.lr / (1 - pow(s.beta1, double(t)))), A(sqrt(1 - pow(s.beta2, double(t))))};
+  return {A(s.lr / (1 - std::pow(s.beta1, double(t)))), A(std::sqrt(1 - std::pow(s.beta2, double(t))))};
 }
 
 MINEGAN_HD bool has_age(Rule rule) { return rule == Rule::adam || rule == Rule::adamw; }
@@ -55,7 +55,7 @@ MINEGAN_HD void advance(A& w, A g, A& m, A& v, const Factors<A>& f, Age<A> age) 
   if (has_age(rule)) {
     m = (f.low ? m : g) + f.mean * (g - m);
     v = f.square * v + f.new_square * g * g;
-    w -= age.size * m / (sqrt(v) / age.root + f.eps);
+    w -= age.size * m / (std::sqrt(v) / age.root + f.eps);
   } else {
     if (rule == Rule::momentum) g = m = f.momentum * m + g;
     w -= f.lr * g;
@@ -185,5 +185,104 @@ void row_update_cpu(DType dtype, DType dense, Rule rule, const RowTensor* tensor
                  [=](int64_t begin, int64_t end) { run<Loop>(tensors, grads, n, s, uniform, begin, end); });
   });
 }
+
+// ---- CUDA ----
+
+#ifdef MINEGAN_CUDA
+
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kChunk = 1024;  // elements of a work item: CHUNK in minegan_fast/ops/row_update.py
+
+// Elements threadIdx.x V, (threadIdx.x + kThreads) V, ... of an item that begins at element `first` of its first row.
+template <Rule rule, class T, class D, int V>
+__device__ __forceinline__ void step_item(const RowTensor& t, const RowItem& item, const T* grad, const RowStep& step,
+                                          const Factors<T>& f) {
+  const uint32_t length = uint32_t(t.length), first = uint32_t(item.part) * kChunk;
+  const uint32_t count = item.rows > 1 ? item.rows * length : min(length - first, uint32_t(kChunk));
+  const int64_t base = item.row * t.length + first;
+  float known = -1;
+  Age<T> age{};
+  for (uint32_t i = threadIdx.x * V; i < count; i += kThreads * V) {
+    const uint32_t local = item.rows > 1 ? i / length : 0, column = first + i - local * length;
+    Pack<T, V> w = load<T, V>((T*)t.leaf + base + i);
+    if (grad) {
+      const Pack<T, V> g = load<T, V>(grad + base + i);
+      Pack<T, V> m{}, v{};
+      if (rule != Rule::sgd) m = load<T, V>((T*)t.mean + base + i);
+      if (has_age(rule)) {
+        v = load<T, V>((T*)t.square + base + i);
+        const float taken = t.step[item.row + local];
+        if (taken + 1 != known) age = age_of<T>(known = taken + 1, step);
+      }
+      for (int j = 0; j < V; ++j) advance<rule>(w.at[j], g.at[j], m.at[j], v.at[j], f, age);
+      store((T*)t.leaf + base + i, w);
+      if (rule != Rule::sgd) store((T*)t.mean + base + i, m);
+      if (has_age(rule)) store((T*)t.square + base + i, v);
+      if (t.dense) {
+        const uint32_t inner = uint32_t(t.inner);
+        Pack<D, V> out;
+        for (int j = 0; j < V; ++j) out.at[j] = narrow<D>(w.at[j]);
+        store((D*)t.dense + t.rows[item.row + local] * t.row_stride + column / inner * t.outer_stride +
+                  column % inner * t.inner_stride,
+              out);
+      }
+    }
+    if (t.average) {
+      Pack<T, V> e = load<T, V>((T*)t.average + base + i);
+      for (int j = 0; j < V; ++j) e.at[j] = averaged(e.at[j], w.at[j], f.average);
+      store((T*)t.average + base + i, e);
+    }
+  }
+}
+
+template <Rule rule, class T, class D>
+__global__ void __launch_bounds__(kThreads)
+    row_update_kernel(const RowTensor* __restrict__ tensors, const uintptr_t* __restrict__ grads,
+                      const RowItem* __restrict__ items, RowStep step, const void* lr, bool lr_is_float,
+                      const float* grad_scale, const float* found_inf) {
+  if (found_inf && *found_inf != 0) return;
+  const RowItem item = items[blockIdx.x];
+  const RowTensor& t = tensors[item.tensor];
+  const T* grad = (const T*)grads[item.tensor];
+  if (lr) step.lr = lr_is_float ? double(*(const float*)lr) : *(const double*)lr;
+  const Factors<T> f = factors<T>(step, grad_scale);
+  constexpr int V = 16 / sizeof(T);
+  if (t.wide && uintptr_t(grad) % 16 == 0)
+    step_item<rule, T, D, V>(t, item, grad, step, f);
+  else
+    step_item<rule, T, D, 1>(t, item, grad, step, f);
+  if (!has_age(rule) || !grad) return;
+  // Every thread has read the ages before one of them is advanced; of the blocks that share a row, the last does it.
+  const int parts = int((t.length + kChunk - 1) / kChunk);
+  __syncthreads();
+  if (parts == 1) {
+    for (int r = threadIdx.x; r < item.rows; r += kThreads) t.step[item.row + r] += 1;
+  } else if (threadIdx.x == 0) {
+    __threadfence();
+    if (atomicAdd(t.tickets + item.row, 1) == parts - 1) {
+      t.tickets[item.row] = 0;
+      t.step[item.row] += 1;
+    }
+  }
+}
+
+}  // namespace
+
+void row_update_cuda(DType dtype, DType dense, Rule rule, const RowTensor* tensors, const uintptr_t* grads,
+                     const RowItem* items, int64_t n, const RowStep& step, const void* lr, bool lr_is_float,
+                     const float* grad_scale, const float* found_inf, int device, uintptr_t stream) {
+  if (n == 0) return;
+  DeviceGuard guard(device);
+  with_kinds(dtype, dense, rule, [&](auto leaf, auto weight, auto constant) {
+    row_update_kernel<decltype(constant)::value, decltype(leaf), decltype(weight)>
+        <<<unsigned(n), kThreads, 0, (cudaStream_t)stream>>>(tensors, grads, items, step, lr, lr_is_float, grad_scale,
+                                                             found_inf);
+  });
+  check_cuda(cudaGetLastError(), "row_update");
+}
+
+#endif
 
 }  // namespace minegan

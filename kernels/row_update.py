@@ -1,4 +1,4 @@
-"""Triton kernel of row_update: a program takes one item of the work list, several whole rows or a part of a long one."""
+"""Triton kernel of row_update: a program takes an item of the work list, several whole rows or a part of a long one."""
 
 import math
 
@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-CHUNK = 2048  # elements of an item: CHUNK in minegan_fast/ops/row_update.py
+CHUNK = 1024  # elements of an item: CHUNK in minegan_fast/ops/row_update.py
 _OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
 _TYPES = {
     torch.float32: tl.float32,
@@ -46,8 +46,8 @@ def _pointer(words, i: tl.constexpr, T: tl.constexpr, PACK: tl.constexpr):
 
 @triton.jit
 def _item(
-    words, grad, row, rows, part, lr, unscale, log_beta1, log_beta2, mean_weight, low, beta2, square_weight, eps, decay,
-    keep, momentum, average, T: tl.constexpr, D: tl.constexpr, RULE: tl.constexpr, HAS_AVERAGE: tl.constexpr,
+    words, grad, row, rows, part, lr, unscale, log_beta1, log_beta2, mean_weight, low, beta2, square_weight, keep, eps,
+    decay, momentum, average, T: tl.constexpr, D: tl.constexpr, RULE: tl.constexpr, HAS_AVERAGE: tl.constexpr,
     CHUNK: tl.constexpr, PACK: tl.constexpr,
 ):  # fmt: skip
     length = tl.load(words + 9).to(tl.int32)
@@ -162,26 +162,26 @@ def row_update_kernel(
         words = words_ptr + tensor.to(tl.int64) * 16
         grad = tl.load(grads_ptr + tensor)
         if HAS_LR:
-            lr = tl.load(lr_ptr).to(tl.float64)
+            rate = tl.load(lr_ptr).to(tl.float64)
         else:
-            lr = _number(lr)
-        log_beta1, log_beta2 = _number(log_beta1), _number(log_beta2)
+            rate = _number(lr)
         unscale = (1 / tl.load(scale_ptr).to(tl.float64)).to(tl.float32).to(T)
         mean_weight = (1 - _number(beta1)).to(T)
         low = mean_weight < 0.5
-        mean_weight = mean_weight if low else mean_weight - 1
-        square_weight, keep = (1 - _number(beta2)).to(T), (1 - lr * _number(decay)).to(T)
-        beta2, eps, decay = _number(beta2).to(T), _number(eps).to(T), _number(decay).to(T)
-        momentum, average = _number(momentum).to(T), _number(average).to(T)
+        mean_weight = tl.where(low, mean_weight, mean_weight - 1)
+        square_keep, square_weight = _number(beta2).to(T), (1 - _number(beta2)).to(T)
+        keep = (1 - rate * _number(decay)).to(T)
+        logs = _number(log_beta1), _number(log_beta2)
+        others = _number(eps).to(T), _number(decay).to(T), _number(momentum).to(T), _number(average).to(T)
         if (tl.load(words + 14) != 0) & (grad % 16 == 0):
             _item(
-                words, grad, row, rows, part, lr, unscale, log_beta1, log_beta2, mean_weight, low, beta2,
-                square_weight, eps, decay, keep, momentum, average, T, D, RULE, HAS_AVERAGE, CHUNK, PACK,
+                words, grad, row, rows, part, rate, unscale, *logs, mean_weight, low, square_keep, square_weight, keep,
+                *others, T, D, RULE, HAS_AVERAGE, CHUNK, PACK,
             )  # fmt: skip
         else:
             _item(
-                words, grad, row, rows, part, lr, unscale, log_beta1, log_beta2, mean_weight, low, beta2,
-                square_weight, eps, decay, keep, momentum, average, T, D, RULE, HAS_AVERAGE, CHUNK, 1,
+                words, grad, row, rows, part, rate, unscale, *logs, mean_weight, low, square_keep, square_weight, keep,
+                *others, T, D, RULE, HAS_AVERAGE, CHUNK, 1,
             )  # fmt: skip
 
 

@@ -27,11 +27,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ._op import DTYPE_CODES, Op
+from ._op import DTYPE_CODES, Op, device_and_stream
 
 OPTIMIZERS = ("adam", "adamw", "sgd")
 RULES = {"adam": 0, "adamw": 1, "sgd": 2, "momentum": 3}  # Rule in csrc/ops.h
-CHUNK = 2048  # elements of a work item of the GPU kernels: kChunk in csrc/row_update.cu
+CHUNK = 1024  # elements of a work item of the GPU kernels: kChunk in csrc/row_update.cu
 _WORDS = 16  # of RowTensor in csrc/ops.h
 
 
@@ -337,6 +337,30 @@ def _(kernels, table, hyper, grad_scale, found_inf):
     lr = hyper.lr if isinstance(hyper.lr, Tensor) and hyper.lr.is_cuda else None
     kernels.row_update(
         RULES[table.rule], table.dtype, table.dense_dtype, table.to_device(), _numbers(hyper), lr, grad_scale, found_inf
+    )
+    table.write_indirect()
+
+
+@row_update.register("cuda", dtypes=(torch.float32, torch.float64))
+def _(native, table, hyper, grad_scale, found_inf):
+    if not table.flat:
+        return row_update.reference(table, hyper, grad_scale, found_inf)
+    there, numbers = table.to_device(), _numbers(hyper)
+    lr = hyper.lr if isinstance(hyper.lr, Tensor) and hyper.lr.is_cuda else None
+    native.row_update_cuda(
+        DTYPE_CODES[table.dtype],
+        DTYPE_CODES[table.dense_dtype],
+        RULES[table.rule],
+        there["words"].data_ptr(),
+        there["grads"].data_ptr(),
+        there["items"].data_ptr(),
+        len(there["items"]),
+        numbers.buffer_info()[0],
+        _flag(lr),
+        lr is not None and lr.dtype == torch.float32,
+        _flag(grad_scale),
+        _flag(found_inf),
+        *device_and_stream(there["items"]),
     )
     table.write_indirect()
 
