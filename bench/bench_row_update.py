@@ -1,10 +1,11 @@
-"""One Adam step of the selected rows of whole generators, at shares of their parameters, against dense and compact Adam.
+"""One Adam step of the selected rows of whole generators, at shares of their parameters, against other ways to do it.
 
 All providers work on the same weights and gradients; each has moments of its own kind. Least bytes a selected
 parameter: 32 (read gradient, weight and two moments, write the latter three and the dense row), with an average 40.
 """
 
 import functools
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -34,7 +35,7 @@ def biggan256() -> list[tuple[int, ...]]:
     """Brock et al. 2019 with 96 channels: conditional batch norms are Linear layers of a 148-wide condition."""
     widths = [96 * f for f in (16, 16, 8, 8, 4, 2, 1)]
     shapes = [(16 * widths[0], 20), (16 * widths[0],), (1000, 128), (96,), (96,), (3, 96, 3, 3), (3,)]
-    for inputs, width in zip(widths[:-1], widths[1:], strict=True):
+    for inputs, width in itertools.pairwise(widths):
         shapes += [(width, inputs, 3, 3), (width,), (width, width, 3, 3), (width,), (width, inputs, 1, 1), (width,)]
         shapes += [(inputs, 148)] * 2 + [(width, 148)] * 2
     return [*shapes, (48, 384, 1, 1), (48, 384, 1, 1), (192, 384, 1, 1), (384, 192, 1, 1), ()]
@@ -44,7 +45,7 @@ def pgan1024() -> list[tuple[int, ...]]:
     """Karras et al. 2018."""
     widths = (512, 512, 512, 512, 256, 128, 64, 32, 16)
     shapes = [(8192, 512), (512,), (512, 512, 3, 3), (512,), (3, 16, 1, 1), (3,)]
-    for inputs, width in zip(widths[:-1], widths[1:], strict=True):
+    for inputs, width in itertools.pairwise(widths):
         shapes += [(width, inputs, 3, 3), (width,), (width, width, 3, 3), (width,)]
     return shapes
 
@@ -102,7 +103,7 @@ class Problem:
     def reset(self):
         for leaf, w, r, start in zip(self.leaves, self.dense, self.rows, self.start, strict=True):
             leaf.copy_(start)
-            w[r] = start if w.ndim else start[0]
+            w.index_copy_(0, r, start) if w.ndim else w.copy_(start[0])
         torch._foreach_zero_(self.moments[0])
         torch._foreach_zero_(self.moments[1])
         if self.average:
