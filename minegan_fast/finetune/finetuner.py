@@ -211,6 +211,8 @@ class SparseFinetuner(torch.optim.Optimizer):
             self._unscale(scale)
             scale = found_inf = None
         if self.process_group is not None:
+            self._unscale(scale)  # before the mean: after an inf, the ranks' scales differ
+            scale = None
             distributed.average_gradients(self.param_groups, self.process_group)
         if self.selection is None:
             self._score_step()
@@ -260,7 +262,7 @@ class SparseFinetuner(torch.optim.Optimizer):
             tensors = [RowTensor(p, self.state[p], *_place(p)) for p in parameters]
             plan = RowUpdate(self.optimizer, tensors, momentum, ema)
             self._plans[index] = plan, ledger
-        moved = None if ledger is None else ledger.sync()
+        moved = None if ledger is None else ledger.sync() and plan.moved()
         hyper = Hyperparameters(
             group["lr"],
             group["betas"],

@@ -67,7 +67,7 @@ class Ledger:
         ledger = cls(links)
         for i, link in enumerate(links):
             link.ledger, link.index = ledger, i
-            link.settle()
+        ledger.settle()
         return ledger
 
 

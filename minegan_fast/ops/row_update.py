@@ -100,7 +100,7 @@ class RowUpdate:
         with torch._C.DisableTorchFunctionSubclass():
             _refuse_capture([t.leaf for t in self.tensors])
             self.held = [t.leaf for t in self.tensors] + [t.dense for t in self.tensors if t.dense is not None]
-            self.addresses = [t.data_ptr() for t in self.held]
+            self.addresses, self.layouts = [t.data_ptr() for t in self.held], self._layouts()
             kinds: dict[tuple, list[int]] = {}
             for i, t in enumerate(self.tensors):
                 _fill_state(t, self.rule, self.ema)
@@ -111,6 +111,14 @@ class RowUpdate:
                 (Table(self.rule, [self.tensors[i] for i in indices], flat), indices)
                 for (*_, flat), indices in kinds.items()
             ]
+
+    def _layouts(self) -> list[tuple]:
+        return [(t.data_ptr(), t.dtype, t.stride()) for t in self.held]
+
+    def moved(self) -> bool:
+        """Whether a leaf or dense weight lies elsewhere or otherwise than it was planned."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.layouts != self._layouts()
 
     @torch.no_grad()
     def step(
@@ -124,8 +132,7 @@ class RowUpdate:
         """Steps every tensor by its gradient; those with None only have their average moved.
 
         grads: one for each tensor, of its leaf's shape; read, never written. grad_scale, found_inf: one-element tensors
-        as torch.amp.GradScaler gives them. moved: whether a leaf or dense weight has other memory than at the last
-        step, None: look.
+        as torch.amp.GradScaler gives them. moved: what `moved()` says, by one who knows; None: compare the addresses.
         """
         if len(grads) != len(self.tensors):
             raise ValueError(
