@@ -9,7 +9,7 @@ import statistics
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from clock import Call, Provider, Samples, graph_time, interleave, peak_bytes
@@ -30,7 +30,8 @@ class WrongResultError(AssertionError):
 class Case:
     """What is computed. `bytes` is the least that must move, `flops` is given where arithmetic can be the limit.
 
-    `expected` is in float64; the error of the provider named `yardstick` is the measure of everyone's.
+    `expected` is in float64; the error of the provider named `yardstick` is the measure of everyone's. `extra` is what
+    else its rows hold.
     """
 
     op: str
@@ -41,10 +42,16 @@ class Case:
     expected: Sequence[torch.Tensor]
     flops: int = 0
     yardstick: str = "eager"
+    extra: dict = field(default_factory=dict)
 
     @property
     def key(self) -> dict:
-        return {"op": self.op, "pass": self.which, "shape": list(self.shape), "dtype": str(self.dtype).split(".")[-1]}
+        return {
+            "op": self.op,
+            "pass": self.which,
+            "shape": list(self.shape),
+            "dtype": str(self.dtype).split(".")[-1],
+        } | self.extra
 
 
 def make_pass(which: str, function: Callable, inputs: tuple, dy: torch.Tensor, cotangents: tuple) -> Callable[[], Call]:
@@ -88,7 +95,7 @@ def run_case(case: Case, providers: list[Provider], device: str, ceilings: dict,
     for provider in runnable:
         row = case.key | {"provider": provider.name, "backend": provider.backend}
         row |= _rates(samples[provider.label], case, cold, ceilings)
-        if device == "cuda" and case.which in ("inference", "forward"):
+        if device == "cuda" and case.which not in PASSES[2:]:  # a backward needs the graph of its forward
             seconds = graph_time(provider, budget / 10)
             row["graph_us"] = seconds and round(seconds * 1e6, 3)
         row |= {"peak_bytes": peak_bytes(provider, device), "error": errors.get(provider.label)} | state

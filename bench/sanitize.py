@@ -19,7 +19,7 @@ import torch
 from clock import Call
 from measure import PASSES, make_pass, relative_error
 
-from minegan_fast.ops import bias_act, use_backend
+from minegan_fast.ops import Hyperparameters, RowTensor, RowUpdate, bias_act, use_backend
 
 Check = tuple[str, torch.dtype, Callable[[], Call], Callable[[], Call]]
 
@@ -46,7 +46,38 @@ def check_bias_act(device: str) -> Iterator[Check]:
             yield f"{which} {act} {list(shape)} {dtype} {layout}", dtype, calls[0], calls[1]
 
 
-OPS: dict[str, Callable[[str], Iterator[Check]]] = {"bias_act": check_bias_act}
+def check_row_update(device: str) -> Iterator[Check]:
+    """Rows of one, 3 and 27 elements, of several work items, of whole packs; transposed weights; a missing gradient."""
+    shapes = [((5, 513, 3, 3), 0), ((9, 3, 3, 3), 0), ((8, 3), 0), ((33,), 0), ((3, 4096), 0), ((4, 7, 4, 4), 1)]
+    pairs = [(torch.float32, kind) for kind in (torch.float32, torch.bfloat16, torch.float16)]
+    pairs.append((torch.float64, torch.float64))
+    for optimizer, (wide, dtype) in itertools.product(("adam", "adamw", "sgd", "momentum"), pairs):
+        dense = [torch.randn(shape, dtype=torch.float64).to(dtype) for shape, _ in shapes]
+        grads = [torch.randn(shape, dtype=wide).movedim(axis, 0)[::2].contiguous() for shape, axis in shapes]
+        hyper = Hyperparameters(lr=0.1, weight_decay=0.1, momentum=0.9 * (optimizer == "momentum"), ema_decay=0.9)
+
+        def make(place, exact, dense=dense, grads=grads, hyper=hyper, optimizer=optimizer, wide=wide):
+            tensors = []
+            for w, (shape, axis) in zip(dense, shapes, strict=True):
+                w = w.to(place, torch.float64 if exact else None, copy=True)
+                rows = torch.arange(0, shape[axis], 2, device=place)
+                leaf = w.index_select(axis, rows).movedim(axis, 0).to(w.dtype if exact else wide).contiguous()
+                tensors.append(RowTensor(leaf, {}, w, rows, axis))
+            kind = "sgd" if optimizer == "momentum" else optimizer
+            update = RowUpdate(kind, tensors, momentum=optimizer == "momentum", ema=True)
+            own = [g.to(place, torch.float64 if exact else wide) for g in grads]
+
+            def call():
+                update.step(own, hyper)
+                update.step([None, *own[1:]], hyper, torch.ones(1, device=place), torch.zeros(1, device=place))
+                return [t for tensor in tensors for t in (tensor.leaf, tensor.dense, *tensor.state.values())]
+
+            return call
+
+        yield f"{optimizer} {dtype}", dtype, lambda make=make: make(device, False), lambda make=make: make("cpu", True)
+
+
+OPS: dict[str, Callable[[str], Iterator[Check]]] = {"bias_act": check_bias_act, "row_update": check_row_update}
 
 
 def main() -> int:

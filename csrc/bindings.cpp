@@ -42,6 +42,15 @@ PYBIND11_MODULE(_C, m) {
                                        threads);
       },
       no_gil);
+  m.def(
+      "row_update_cpu",
+      [](int dtype, int dense, int rule, Address tensors, Address grads, int64_t n, Address step, Address grad_scale,
+         Address found_inf, int threads) {
+        minegan::row_update_cpu(DType(dtype), DType(dense), minegan::Rule(rule), (const minegan::RowTensor*)tensors,
+                                (const void* const*)grads, n, *(const minegan::RowStep*)step, (const float*)grad_scale,
+                                (const float*)found_inf, threads);
+      },
+      no_gil);
 
 #ifdef MINEGAN_CUDA
   m.attr("cuda_version") = MINEGAN_CUDA_VERSION;
@@ -65,6 +74,16 @@ PYBIND11_MODULE(_C, m) {
   m.def("bias_act_backward_splits", [](int64_t outer, int64_t C, int64_t inner) {
     return minegan::bias_act_backward_splits(Axis{outer, C, inner});
   });
+  m.def(
+      "row_update_cuda",
+      [](int dtype, int dense, int rule, Address tensors, Address grads, Address items, int64_t n, Address step,
+         Address lr, bool lr_is_float, Address grad_scale, Address found_inf, int device, Address stream) {
+        minegan::row_update_cuda(DType(dtype), DType(dense), minegan::Rule(rule), (const minegan::RowTensor*)tensors,
+                                 (const uintptr_t*)grads, (const minegan::RowItem*)items, n,
+                                 *(const minegan::RowStep*)step, at(lr), lr_is_float, (const float*)grad_scale,
+                                 (const float*)found_inf, device, stream);
+      },
+      no_gil);
 #else
   m.attr("cuda_version") = "";
   m.attr("cuda_architectures") = "";

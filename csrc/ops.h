@@ -37,4 +37,50 @@ void bias_act_backward_cuda(DType, const void* dy, const void* y, void* dx, void
 int64_t bias_act_backward_splits(Axis);
 #endif
 
+// ---- row_update ----
+// k rows of `length` elements each that are a run of memory: [k, length], in the leaf and in what lies as it does.
+// Element j of row i also is dense[rows[i] row_stride + j / inner outer_stride + j % inner inner_stride].
+// dense, average and the moments that a rule does not have may be null; without dense, rows is not read.
+// 16 words of 8 bytes: `words` in minegan_fast/ops/row_update.py.
+struct RowTensor {
+  void *leaf, *mean, *square, *average, *dense;
+  const int64_t* rows;
+  float* step;       // [k] steps that a row has taken
+  int32_t* tickets;  // [k] zeros, for rows that several GPU blocks share
+  int64_t count, length, row_stride, outer_stride, inner, inner_stride;
+  int64_t wide;  // addresses and strides allow accesses of 16 bytes, as far as the gradient's does
+  int64_t reserved;
+};
+
+enum class Rule : int { adam = 0, adamw = 1, sgd = 2, momentum = 3 };
+
+struct RowStep {
+  double lr, beta1, beta2, eps, decay, momentum, average;
+};
+
+// Steps every row with a gradient (grads[i] may be null), g = grad / grad_scale, t = ++step:
+//   adam, sgd:  g += decay leaf        adamw:  leaf *= 1 - lr decay
+//   adam(w):    mean += (1 - beta1)(g - mean),  square = beta2 square + (1 - beta2) g²
+//               leaf -= lr / (1 - beta1^t) mean / (√square / √(1 - beta2^t) + eps)
+//   momentum:   mean = momentum mean + g,  leaf -= lr mean
+//   sgd:        leaf -= lr g
+// then average += step.average (leaf - average), also without a gradient, and dense[rows] = leaf.
+// Leaves and what lies as they do have the first dtype, dense weights the second: the same, or float32 with bfloat16 or
+// float16. grad_scale may be null; so may found_inf: where it is not 0, nothing changes.
+void row_update_cpu(DType, DType dense, Rule, const RowTensor* tensors, const void* const* grads, int64_t n,
+                    const RowStep& step, const float* grad_scale, const float* found_inf, int threads);
+
+#ifdef MINEGAN_CUDA
+// A work item: rows [row, row + rows), or of one row longer than 1024 elements the part-th 1024. A row belongs to one
+// item or, part by part, to items of its own.
+struct RowItem {
+  int32_t tensor, row, rows, part;
+};
+
+// All pointers are on the device; lr, a float or a double, takes the place of step.lr unless it is null.
+void row_update_cuda(DType, DType dense, Rule, const RowTensor* tensors, const uintptr_t* grads, const RowItem* items,
+                     int64_t n, const RowStep& step, const void* lr, bool lr_is_float, const float* grad_scale,
+                     const float* found_inf, int device, uintptr_t stream);
+#endif
+
 }  // namespace minegan

@@ -82,10 +82,28 @@ def bias_act_kernels():
             yield Kernel("bias_act", "bias_act_backward_kernel", label, pointers, constants=constants, **common)
 
 
-TRITON = {"bias_act": bias_act_kernels}
+def row_update_kernels():
+    from minegan_fast.kernels.row_update import _OPTIONS, CHUNK
+    from triton import language as tl
+
+    pointers = {"words_ptr": "i64", "grads_ptr": "i64", "items_ptr": "i32"}
+    pointers |= dict.fromkeys(("lr_ptr", "scale_ptr", "found_ptr"), "fp32")
+    numbers = ("lr", "beta1", "beta2", "log_beta1", "log_beta2", "eps", "decay", "momentum", "average")
+    kinds = {"fp32": ("fp32", "fp32"), "bf16 weights": ("fp32", "bf16"), "fp64": ("fp64", "fp64")}
+    types = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp64": tl.float64}
+    for rule, name in enumerate(("adam", "adamw", "sgd", "momentum")):
+        for label, (leaf, dense) in kinds.items() if rule == 0 else [*kinds.items()][:1]:
+            # both the aligned and the scalar path are in each
+            constants = {"T": types[leaf], "D": types[dense], "RULE": rule, "HAS_LR": True, "HAS_AVERAGE": True}
+            constants |= {"CHUNK": CHUNK, "PACK": 2 if leaf == "fp64" else 4}
+            common = {"sizes": {}, "scalars": dict.fromkeys(numbers, "fp64"), "options": _OPTIONS}
+            yield Kernel("row_update", "row_update_kernel", f"{name} {label}", pointers, constants=constants, **common)
+
+
+TRITON = {"bias_act": bias_act_kernels, "row_update": row_update_kernels}
 
 # <op>.cu: which of its kernels, demangled, must have 16-byte loads.
-CUDA = {"bias_act": r"kernel<.*\b(2|4|8)>"}
+CUDA = {"bias_act": r"kernel<.*\b(2|4|8)>", "row_update": r"kernel<"}
 
 
 @dataclass

@@ -105,8 +105,9 @@ def test_native_module_knows_nothing_of_torch():
         assert trace not in content
     if shutil.which("nm"):
         symbols = subprocess.run(["nm", "-D", native.__file__], capture_output=True, text=True, check=True).stdout
-        assert "PyInit__C" in symbols
-        assert not re.search(r"torch|c10|aten", symbols, re.IGNORECASE)
+        names = [line.split()[-1] for line in symbols.splitlines()]  # without the addresses, which may spell anything
+        assert "PyInit__C" in names
+        assert not re.search(r"torch|c10|aten", "\n".join(names), re.IGNORECASE)
 
 
 def test_the_package_is_typed():

@@ -24,5 +24,6 @@ def ema_model(ft, module: nn.Module) -> nn.Module:
             parameter.copy_(mean.view_as(parameter))
         else:
             link = source.link
-            parameter.index_copy_(link.axis, link.rows.to(mean.device), mean.movedim(0, link.axis))
+            values = mean.movedim(0, link.axis).to(parameter.dtype)
+            parameter.index_copy_(link.axis, link.rows.to(mean.device), values)
     return average

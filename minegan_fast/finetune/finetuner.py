@@ -8,14 +8,15 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from ..ops.row_update import OPTIMIZERS, Hyperparameters, RowTensor, RowUpdate, dense_step
 from . import delta, distributed, ema, report, state
 from .holding import Held, check_parameters
 from .leaves import Linked
+from .link import Ledger
 from .neurons import filter_layers, find_layers
 from .scores import CRITERIA, WITHOUT_EVIDENCE, BufferCopy, Evidence
 from .scoring import collect
 from .selection import Selection, rank, selection_by_hand
-from .update import OPTIMIZERS, carry, unscale, update
 
 
 class SparseFinetuner(torch.optim.Optimizer):
@@ -103,6 +104,7 @@ class SparseFinetuner(torch.optim.Optimizer):
         self.score_steps, self.ema_decay, self.process_group = score_steps, ema_decay, process_group
         self.evidence = Evidence(criterion, self.layers, seed)
         self.evidence_used = self._scoring = self._released = False
+        self._plans: dict[int, tuple[RowUpdate, Ledger | None]] = {}  # of a group, by its number
         # drop-in "movement" gives the buffers of now back, not those after the first forward
         self.buffers = BufferCopy(self.model) if criterion == "movement" else None
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "momentum": momentum}
@@ -182,8 +184,9 @@ class SparseFinetuner(torch.optim.Optimizer):
             if leaf is not before:
                 old = self.state.pop(before, None)
                 if old and rows is not None and leaf is not None:
-                    self.state[leaf] = carry(old, rows, leaf.link.rows, leaf)
+                    self.state[leaf] = state.carry(old, rows, leaf.link.rows, leaf)
         self.param_groups[0]["params"][:] = leaves
+        self._plans.pop(0, None)
 
     def step(self, closure=None):
         """One step: scores while nothing is selected, trains the selected rows afterwards.
@@ -198,24 +201,32 @@ class SparseFinetuner(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if unscale(self, self.process_group):
-            return loss
+        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if found_inf is not None and self.process_group is not None:
+            torch.distributed.all_reduce(found_inf, torch.distributed.ReduceOp.MAX, group=self.process_group)
+        if self.selection is None:
+            # the host counts the evidence, so here it must know whether this step is one
+            if found_inf is not None and found_inf.item():
+                return loss
+            self._unscale(scale)
+            scale = found_inf = None
         if self.process_group is not None:
+            self._unscale(scale)  # before the mean: after an inf, the ranks' scales differ
+            scale = None
             distributed.average_gradients(self.param_groups, self.process_group)
         if self.selection is None:
             self._score_step()
-        else:
-            links = [p.link for p in self.param_groups[0]["params"]]
-            for link in links:
-                link.sync()
-            self._update(self.param_groups[0], per_row=True)
-            for link in links:
-                link.write()
-        for group in self.param_groups[1:]:
-            self._update(group)
+        for i in range(self.selection is None, len(self.param_groups)):
+            self._update(i, scale, found_inf)
         if self.selection is None and self.evidence.count >= self.score_steps:
             self.select()
         return loss
+
+    @torch.no_grad()
+    def _unscale(self, scale: Tensor | None):
+        for p in self.parameters() if scale is not None else ():
+            if p.grad is not None:
+                p.grad.mul_(scale.double().reciprocal().float().to(p.grad.device))
 
     def _score_step(self):
         graded = [(layer, m) for layer in self.layers for m in layer.members if m.parameter.grad is not None]
@@ -237,19 +248,38 @@ class SparseFinetuner(torch.optim.Optimizer):
             self.evidence.end_movement()
             self.buffers.restore(self.model)
 
-    @torch.no_grad()
-    def _update(self, group: dict, per_row: bool = False):
-        for p in group["params"]:
-            if self.ema_decay is not None and "ema" not in self.state[p]:
-                self.state[p]["ema"] = p.detach().clone()
-            if p.grad is not None:
-                update(self.optimizer, p.detach(), p.grad, self.state[p], group, per_row)
-            if self.ema_decay is not None:
-                self.state[p]["ema"].lerp_(p.detach(), 1 - self.ema_decay)
+    def _update(self, index: int, scale: Tensor | None, found_inf: Tensor | None):
+        """One step of a parameter group; of the first one, whose parameters are leaves, with their dense weights."""
+        group = self.param_groups[index]
+        momentum, ema = bool(group["momentum"]) and self.optimizer == "sgd", self.ema_decay is not None
+        plan, ledger = self._plans.get(index, (None, None))
+        parameters = group["params"]
+        if plan is None or plan.momentum != momentum or not _planned(plan, parameters, self.state):
+            if index == 0:
+                for p in parameters:
+                    p.link.sync()
+                ledger = Ledger.join([p.link for p in parameters])
+            tensors = [RowTensor(p, self.state[p], *_place(p)) for p in parameters]
+            plan = RowUpdate(self.optimizer, tensors, momentum, ema)
+            self._plans[index] = plan, ledger
+        moved = None if ledger is None else ledger.sync() and plan.moved()
+        hyper = Hyperparameters(
+            group["lr"],
+            group["betas"],
+            group["eps"],
+            group["weight_decay"],
+            momentum and group["momentum"],
+            self.ema_decay,
+        )
+        plan.step([p.grad for p in parameters], hyper, scale, found_inf, moved)
+        if ledger is not None:
+            ledger.settle()
 
     def dense_step(self, parameter: nn.Parameter, state: dict):
         """One ordinary step of a whole candidate parameter, as criterion "movement" measures it."""
-        update(self.optimizer, parameter.detach(), parameter.grad, state, self.param_groups[0], per_row=False)
+        group = self.param_groups[0]
+        hyper = Hyperparameters(group["lr"], group["betas"], group["eps"], group["weight_decay"], group["momentum"])
+        dense_step(self.optimizer, RowTensor(parameter, state), parameter.grad, hyper)
 
     def add_param_group(self, param_group: dict):
         """Adds plain parameters, a miner's say, that train densely from the first step.
@@ -290,6 +320,7 @@ class SparseFinetuner(torch.optim.Optimizer):
         own = copy.deepcopy({name: state_dict[name] for name in ("state", "param_groups", "neurons")})
         neurons = own.pop("neurons")
         super().load_state_dict(own)
+        self._plans.clear()
         state.adopt(self, neurons)
 
     def parameters(self) -> list[nn.Parameter]:
@@ -337,3 +368,17 @@ class SparseFinetuner(torch.optim.Optimizer):
     def _check_usable(self, what: str):
         if self._released:
             raise RuntimeError(f"{what} after release(): the model is plain again; build a new SparseFinetuner")
+
+
+def _place(parameter: nn.Parameter) -> tuple:
+    link = getattr(parameter, "link", None)
+    return () if link is None else (link.dense, link.rows, link.axis)
+
+
+def _planned(plan: RowUpdate, parameters: list[nn.Parameter], state: dict) -> bool:
+    """Whether the plan is of these parameters and this state: someone may have put others there."""
+    if len(plan.tensors) != len(parameters):
+        return False
+    return not parameters or (
+        plan.tensors[-1].leaf is parameters[-1] and plan.tensors[-1].state is state.get(parameters[-1])
+    )

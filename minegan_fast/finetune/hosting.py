@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .leaves import Linked, Rows
-from .link import Link
+from .link import Link, master_dtype
 from .neurons import compact
 
 
@@ -96,19 +96,28 @@ def hold(model: nn.Module, parameter: nn.Parameter, axis: int, rows: Tensor | No
 
     The parameter may be held already, with other rows; its old leaf leaves the model, with its gradient.
     """
+    masters = None
     if isinstance(parameter, Linked):
         link = parameter.link
         link.sync()
         if (link.rows is None) == (rows is None) and (rows is None or link.rows.tolist() == rows.tolist()):
             return link.leaf
         trainable, kind = link.trainable, link.kind
+        if rows is not None and link.leaf is not None and link.leaf.dtype != parameter.dtype:
+            masters = link.rows, link.leaf.detach()
         loosen(model, parameter)
     else:
         trainable, kind = parameter.requires_grad, type(parameter)
     leaf = None
     if rows is not None:
         rows = rows.to(parameter.device)
-        leaf = Rows(compact(parameter.detach(), axis, rows).clone(memory_format=torch.contiguous_format))
+        values = compact(parameter.detach(), axis, rows)
+        dtype = master_dtype(values.dtype)
+        values = values.to(dtype, copy=True, memory_format=torch.contiguous_format)
+        if masters is not None:  # rows that stay keep what half precision would round away
+            kept = torch.isin(rows, masters[0])
+            values[kept] = masters[1][torch.searchsorted(masters[0], rows[kept])]
+        leaf = Rows(values)
     parameter.requires_grad_(False)
     link = Link(parameter, leaf, rows, axis)
     link.trainable, link.kind = trainable, kind

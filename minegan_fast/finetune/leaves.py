@@ -24,16 +24,14 @@ class Rows(nn.Parameter):
     @property
     def data(self):
         self.link.sync()
-        self.link.leaf_accessed = True
+        self.link.access(leaf=True)
         return torch.Tensor.data.__get__(self)
 
     @data.setter
     def data(self, value):
         if value.shape != self.shape:
             raise ValueError(f"the rows {list(self.shape)} of a weight were given data of shape {list(value.shape)}")
-        self.link.sync()
-        self.link.leaf_accessed = True
-        torch.Tensor.data.__set__(self, value)
+        self.link.set_leaf(value)
 
     def __deepcopy__(self, memo):
         return memo.setdefault(id(self), nn.Parameter(self.detach().clone(), self.requires_grad))
@@ -181,7 +179,7 @@ def _require_grad(p, flag=True):
 
 def _get_data(p):
     p.link.sync()
-    p.link.dense_accessed = True
+    p.link.access(dense=True)
     return torch.Tensor.data.__get__(p)
 
 
@@ -191,12 +189,7 @@ def _set_data(p, value):
             f"a sparsely finetuned weight of shape {list(p.shape)} was given data of shape {list(value.shape)}; "
             "release() the model first, and build a new SparseFinetuner on the resized one"
         )
-    p.link.sync()
-    p.link.dense_accessed = True
-    torch.Tensor.data.__set__(p, value)
-    p.link.plain = torch.Tensor.data.__get__(p)
-    if p.link.rows is not None:
-        p.link.rows = p.link.rows.to(p.device)
+    p.link.set_dense(value)
 
 
 def _set_grad(p, value):

@@ -20,7 +20,8 @@ class Alias(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, _, rows, ctx.axis = inputs
+        leaf, _, rows, ctx.axis = inputs
+        ctx.dtype = leaf.dtype
         ctx.save_for_backward(rows)
 
     @staticmethod
@@ -30,7 +31,50 @@ class Alias(torch.autograd.Function):
             raise RuntimeError(
                 "a weight that trains by rows was given a sparse gradient; build its nn.Embedding with sparse=False"
             )
-        return compact(grad, ctx.axis, rows), None, None, None
+        return compact(grad, ctx.axis, rows).to(ctx.dtype), None, None, None
+
+
+def master_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What the rows of a weight train in: half precision would round small steps away."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+class Ledger:
+    """The version counters that the leaves and dense weights of `links` had when they were last equal.
+
+    One list for all links of an optimizer: a step compares and renews it as a whole.
+    """
+
+    def __init__(self, links: list["Link"]):
+        self.links = links
+        self.tensors = [t for link in links for t in (link.leaf, link.dense)]
+        self.versions = [0] * len(self.tensors)
+        self.accesses = -1
+
+    def read(self) -> list[int]:
+        with torch._C.DisableTorchFunctionSubclass():
+            return [t._version for t in self.tensors]
+
+    def sync(self) -> bool:
+        """`Link.sync` of all links. True where anything may have been written or moved since the last step."""
+        if self.accesses == Link.accesses and self.versions == self.read():
+            return False
+        for link in self.links:
+            link.sync()
+        return True
+
+    def settle(self):
+        """Declares all leaves and dense weights equal, after `sync` and a step that wrote both."""
+        self.versions, self.accesses = self.read(), Link.accesses
+
+    @classmethod
+    def join(cls, links: list["Link"]) -> "Ledger":
+        """One ledger for these links, which have just been synced."""
+        ledger = cls(links)
+        for i, link in enumerate(links):
+            link.ledger, link.index = ledger, i
+        ledger.settle()
+        return ledger
 
 
 class Link:
@@ -38,16 +82,20 @@ class Link:
 
     Both sides may be written from outside: `load_state_dict` and EMA copies write the dense weight, weight clipping the
     leaf. Version counters tell, and for writes through `.data`, which they miss, the access itself.
+
+    The leaf of a half-precision weight is float32. It equals the weight where it rounds to it.
     """
+
+    accesses = 0  # to `.data` of any leaf or linked weight: who has seen the present number need not ask every link
 
     def __init__(self, dense: nn.Parameter, leaf: "Rows | None", rows: Tensor | None, axis: int):
         self.dense, self.leaf, self.rows, self.axis = dense, leaf, rows, axis
         self.trainable = dense.requires_grad
         self.wanted = True  # what requires_grad_() said last
         self.kind = type(dense)
-        self.dense_accessed = self.leaf_accessed = False
         self.dense_uses: set[str] = set()  # functions that took the weight whole, for the summary
         self.row_uses: set[str] = set()  # layers that compute the gradient of the rows alone
+        self.ledger, self.index = Ledger([self]), 0
         self.plain = dense.data  # for the compiler, which cannot see past the subclass
         self.settle()
 
@@ -55,29 +103,38 @@ class Link:
         """Declares leaf and dense equal."""
         self.dense_accessed = self.leaf_accessed = False
         if self.leaf is not None:
-            self.versions = self.dense._version, self.leaf._version
+            with torch._C.DisableTorchFunctionSubclass():
+                self.ledger.versions[2 * self.index : 2 * self.index + 2] = self.leaf._version, self.dense._version
+
+    def access(self, dense: bool = False, leaf: bool = False):
+        """Notes that someone may write to one of the two past its version counter."""
+        Link.accesses += 1
+        self.dense_accessed |= dense
+        self.leaf_accessed |= leaf
 
     def leaf_written(self) -> bool:
-        return self.leaf is not None and (self.leaf_accessed or self.leaf._version != self.versions[1])
+        return self.leaf is not None and (
+            self.leaf_accessed or self.leaf._version != self.ledger.versions[2 * self.index]
+        )
 
     @torch.no_grad()
     def sync(self):
         """Makes leaf and dense equal after writes from outside; where both were written, the dense weight counts."""
         if self.leaf is None:
             return
-        dense_changed, leaf_changed = (
-            now != then for now, then in zip((self.dense._version, self.leaf._version), self.versions, strict=True)
-        )
-        if not (dense_changed or leaf_changed or self.dense_accessed or self.leaf_accessed):
-            return
         with torch._C.DisableTorchFunctionSubclass():
+            leaf_known, dense_known = self.ledger.versions[2 * self.index : 2 * self.index + 2]
+            leaf_changed, dense_changed = self.leaf._version != leaf_known, self.dense._version != dense_known
+            if not (dense_changed or leaf_changed or self.dense_accessed or self.leaf_accessed):
+                return
             current = compact(self.dense, self.axis, self.rows)
-            if current.device != self.leaf.device or current.dtype != self.leaf.dtype:
+            if current.device != self.leaf.device or master_dtype(current.dtype) != self.leaf.dtype:
                 return  # module.to() has converted one and comes to the other
-            if not torch.equal(current, self.leaf):
+            equal = current == self.leaf.to(current.dtype)
+            if not equal.all():
                 # a version is proof of a write, an access to .data only a suspicion
                 if dense_changed or (self.dense_accessed and not leaf_changed):
-                    self.leaf.copy_(current)
+                    self.leaf.copy_(torch.where(equal, self.leaf, current.to(self.leaf.dtype)))
                 else:
                     self.write()
         self.settle()
@@ -89,8 +146,39 @@ class Link:
             if self.dense.ndim == 0:
                 self.dense.copy_(self.leaf.reshape(()))
             else:
-                self.dense.index_copy_(self.axis, self.rows, self.leaf.movedim(0, self.axis))
+                values = self.leaf.movedim(0, self.axis).to(self.dense.device, self.dense.dtype)
+                self.dense.index_copy_(self.axis, self.rows, values)
         self.settle()
+
+    @torch.no_grad()
+    def set_dense(self, value: Tensor):
+        """`dense.data = value`. A mere change of dtype, as `model.half()` makes it, leaves the leaf what counts."""
+        self.sync()
+        self.access(dense=True)
+        plain = torch.Tensor.data.__get__(self.dense)
+        converted = self.leaf is not None and value.dtype != plain.dtype and value.shape == plain.shape
+        if converted:
+            now, then = (compact(t, self.axis, self.rows.to(t.device)) for t in (value, plain))
+            converted = torch.equal(now, then.to(now.device, now.dtype))
+        torch.Tensor.data.__set__(self.dense, value)
+        self.plain = torch.Tensor.data.__get__(self.dense)
+        if self.rows is not None:
+            self.rows = self.rows.to(self.dense.device)
+        if converted:
+            self.write()
+            self.access(dense=True)
+
+    @torch.no_grad()
+    def set_leaf(self, value: Tensor):
+        """`leaf.data = value`. The rounding of the leaf to half precision moves it, and does not round it."""
+        self.sync()
+        self.access(leaf=True)
+        plain, dtype = torch.Tensor.data.__get__(self.leaf), master_dtype(value.dtype)
+        if dtype != value.dtype:
+            kept = plain.to(value.device)
+            same = value.shape == kept.shape and torch.equal(kept.to(value.dtype), value)
+            value = (kept if same else value).to(dtype)
+        torch.Tensor.data.__set__(self.leaf, value)
 
     def alias(self) -> Tensor:
         """The dense weight as a differentiable computation sees it."""
@@ -102,6 +190,7 @@ class Link:
         """`alias` for torch.compile, which refuses a Function that returns a view: the same values by a copy."""
         if self.leaf is None:
             return self.plain
+        leaf = self.leaf.to(self.plain.dtype)
         if self.plain.ndim == 0:
-            return self.leaf.reshape(())
-        return self.plain.index_copy(self.axis, self.rows, self.leaf.movedim(0, self.axis))
+            return leaf.reshape(())
+        return self.plain.index_copy(self.axis, self.rows, leaf.movedim(0, self.axis))

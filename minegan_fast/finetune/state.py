@@ -1,5 +1,8 @@
 """What the state dict of a `SparseFinetuner` holds besides torch's: the entry "neurons"."""
 
+import torch
+from torch import Tensor
+
 from .selection import Selection, selection_by_hand
 
 
@@ -11,6 +14,7 @@ def describe(ft) -> dict:
         "evidence": ft.evidence.state_dict(),
         "evidence_used": ft.evidence_used,
         "buffers": dict(ft.buffers.copies) if ft.buffers and selection is None else None,
+        "masters": {name: leaf.detach() for name, leaf in _masters(ft).items()},
         "ever": dict(ft.held.ever),
         "hashes": dict(ft.held.hashes),
         "base": ft.held.base,
@@ -52,4 +56,32 @@ def adopt(ft, neurons: dict):
     if neurons["buffers"] is not None:
         ft.buffers.adopt(neurons["buffers"])
     ft.evidence_used = neurons["evidence_used"]
+    masters = _masters(ft)
+    with torch.no_grad():
+        for name, saved in neurons.get("masters", {}).items():
+            if name in masters:
+                masters[name].copy_(saved)
     ft.held.ever, ft.held.hashes, ft.held.base = neurons["ever"], neurons["hashes"], neurons["base"]
+
+
+def _masters(ft) -> dict[str, Tensor]:
+    """The leaves that hold more than the model does: float32 rows of half-precision weights."""
+    links = {m.name: m.parameter.link for layer in ft.layers for m in layer.members if ft.selection is not None}
+    for link in links.values():
+        link.sync()
+    return {n: link.leaf for n, link in links.items() if link.leaf is not None and link.leaf.dtype != link.plain.dtype}
+
+
+@torch.no_grad()
+def carry(state: dict, old_rows: Tensor, rows: Tensor, leaf: Tensor) -> dict:
+    """The state of a leaf with `rows` from that of its predecessor with `old_rows`: kept rows keep theirs, the moments
+    of new ones start at zero, their EMA at their value."""
+    rows, old_rows = rows.cpu(), old_rows.cpu()
+    kept = torch.isin(rows, old_rows)
+    source = torch.searchsorted(old_rows, rows[kept])
+    carried = {}
+    for key, old in state.items():
+        new = leaf.detach().clone() if key == "ema" else old.new_zeros(len(rows), *old.shape[1:])
+        new[kept.to(new.device)] = old[source.to(old.device)]
+        carried[key] = new
+    return carried

@@ -5,9 +5,13 @@ from .bias_act import bias_act
 from .mmd import mmd2
 from .penalty import gradient_penalty, interpolate, path_length_penalty, r1_penalty
 from .row_gradient import row_gradient
+from .row_update import Hyperparameters, RowTensor, RowUpdate
 
 __all__ = [
     "BackendUnavailable",
+    "Hyperparameters",
+    "RowTensor",
+    "RowUpdate",
     "backend_report",
     "backends",
     "bias_act",

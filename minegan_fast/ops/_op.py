@@ -65,19 +65,25 @@ class Op:
     The first argument is the tensor whose device and dtype decide. All implementations return new tensors, laid out in
     memory as the reference's are. The module that defines an op names its family: `backends()` lists it under that
     name, and its Triton kernels are in `minegan_fast.kernels.<family>`.
+
+    mutates: the op writes into what it is given, as an optimizer's step does; such an op is always called directly and
+    has no bridge to the compiler. Its first argument is anything with a device and a dtype.
     """
 
-    def __init__(self, reference: Callable):
+    def __init__(self, reference: Callable, mutates: bool = False):
         functools.update_wrapper(self, reference)
         self.name = reference.__name__
         self.family = reference.__module__.rpartition(".")[2]
         self._launchers: dict[str, tuple[Callable, tuple[torch.dtype, ...]]] = {}
         self._chosen: dict[tuple[str | None, str, torch.dtype], Callable] = {}
         self.reference = reference
-        # Its calls cost several times the kernel of a small tensor: only the compiler and fake tensors go through it.
-        schema = torch.library.infer_schema(reference, mutates_args=())
-        self.library = torch.library.custom_op(f"minegan_fast::{self.name}", self._run, mutates_args=(), schema=schema)
-        self.library.register_fake(reference)
+        self.library = None
+        if not mutates:
+            # Its calls cost several times the kernel of a small tensor: only the compiler and fake tensors go there.
+            schema = torch.library.infer_schema(reference, mutates_args=())
+            name = f"minegan_fast::{self.name}"
+            self.library = torch.library.custom_op(name, self._run, mutates_args=(), schema=schema)
+            self.library.register_fake(reference)
         _ops.setdefault(self.family, []).append(self)
 
     def register(self, backend: str, dtypes: tuple[torch.dtype, ...] = tuple(DTYPE_CODES)) -> Callable:
@@ -90,7 +96,9 @@ class Op:
         return add
 
     def __call__(self, *args, backend: str | None = None):
-        if torch.compiler.is_compiling() or type(args[0]) not in (torch.Tensor, torch.nn.Parameter):
+        if self.library is not None and (
+            torch.compiler.is_compiling() or type(args[0]) not in (torch.Tensor, torch.nn.Parameter)
+        ):
             return self.library(*args)
         return self._run(*args, backend=backend)
 

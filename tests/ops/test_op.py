@@ -218,3 +218,18 @@ def test_a_real_op_follows_the_forced_backend():
     with use_backend("reference"):
         expected = bias_act(x, act="relu", gain=2.0)
     assert torch.equal(bias_act(x, act="relu", gain=2.0), expected)
+
+
+def test_an_op_that_mutates_is_always_called_directly(calls, monkeypatch):
+    monkeypatch.setattr(_op, "_ops", {})
+
+    def increment(x) -> None:  # no schema could be inferred for it
+        calls.append(type(x).__name__)
+        x.values += 1
+
+    op = _op.Op(increment, mutates=True)
+    box = types.SimpleNamespace(values=torch.zeros(2), device=torch.device("cpu"), dtype=torch.float32)
+    op(box)
+    assert calls == ["SimpleNamespace"]
+    assert box.values.tolist() == [1, 1]
+    assert op.library is None

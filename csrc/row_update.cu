@@ -1,0 +1,288 @@
+// row_update: equations and shapes in ops.h.
+#include <algorithm>
+#include <cmath>
+
+#include "ops.h"
+
+namespace minegan {
+namespace {
+
+// What the equations need of one call, rounded to the type they are computed in.
+template <class A>
+struct Factors {
+  A unscale, lr, decay, keep, mean, square, new_square, eps, momentum, average;
+  bool low;  // the new mean is taken from the old one's side, as torch.lerp does it
+};
+
+template <class A>
+MINEGAN_HD Factors<A> factors(const RowStep& s, const float* grad_scale) {
+  const double mean = 1 - s.beta1;
+  Factors<A> f;
+  f.low = A(mean) < A(0.5);
+  f.unscale = grad_scale ? A(float(1 / double(*grad_scale))) : A(1);
+  f.lr = A(s.lr);
+  f.decay = A(s.decay);
+  f.keep = A(1 - s.lr * s.decay);
+  f.mean = f.low ? A(mean) : A(mean) - 1;
+  f.square = A(s.beta2);
+  f.new_square = A(1 - s.beta2);
+  f.eps = A(s.eps);
+  f.momentum = A(s.momentum);
+  f.average = A(s.average);
+  return f;
+}
+
+// What they need of a row: η / (1 - β₁ᵗ) and √(1 - β₂ᵗ).
+template <class A>
+struct Age {
+  A size, root;
+};
+
+template <class A>
+MINEGAN_HD Age<A> age_of(float t, const RowStep& s) {
+  return {A(s.lr / (1 - std::pow(s.beta1, double(t)))), A(std::sqrt(1 - std::pow(s.beta2, double(t))))};
+}
+
+MINEGAN_HD bool has_age(Rule rule) { return rule == Rule::adam || rule == Rule::adamw; }
+
+template <Rule rule, class A>
+MINEGAN_HD void advance(A& w, A g, A& m, A& v, const Factors<A>& f, Age<A> age) {
+  g *= f.unscale;
+  if (rule == Rule::adamw)
+    w *= f.keep;
+  else
+    g = f.decay != 0 ? g + f.decay * w : g;
+  if (has_age(rule)) {
+    m = (f.low ? m : g) + f.mean * (g - m);
+    v = f.square * v + f.new_square * g * g;
+    w -= age.size * m / (std::sqrt(v) / age.root + f.eps);
+  } else {
+    if (rule == Rule::momentum) g = m = f.momentum * m + g;
+    w -= f.lr * g;
+  }
+}
+
+// torch.lerp(e, w, average), which leaves an average alone that equals w.
+template <class A>
+MINEGAN_HD A averaged(A e, A w, A average) {
+  return average < A(0.5) ? e + average * (w - e) : w - (w - e) * (1 - average);
+}
+
+// ---- CPU ----
+
+constexpr int64_t kRun = 2048;       // elements stepped before they are written through: they are in the cache then
+constexpr int64_t kAlone = 1 << 17;  // elements, below which a second thread costs more to start than it gives
+
+template <Rule rule, class T>
+MINEGAN_INLINE void advance_run(T* __restrict w, const T* __restrict g, T* __restrict m, T* __restrict v, int64_t n,
+                                const Factors<T>& factors, Age<T> age) {
+  const Factors<T> f = factors;
+  for (int64_t i = 0; i < n; ++i) {
+    T mean = rule == Rule::sgd ? T(0) : m[i], square = has_age(rule) ? v[i] : T(0);
+    advance<rule>(w[i], g[i], mean, square, f, age);
+    if (rule != Rule::sgd) m[i] = mean;
+    if (has_age(rule)) v[i] = square;
+  }
+}
+
+template <class T>
+MINEGAN_INLINE void average_run(T* __restrict e, const T* __restrict w, int64_t n, T average) {
+  for (int64_t i = 0; i < n; ++i) e[i] = averaged(e[i], w[i], average);
+}
+
+// Elements [first, first + n) of one row.
+template <class T, class D>
+MINEGAN_INLINE void write_run(const RowTensor& t, int64_t row, const T* __restrict w, int64_t first, int64_t n) {
+  D* const to = (D*)t.dense + t.rows[row] * t.row_stride;
+  int64_t outer = first / t.inner, at = first % t.inner;
+  while (n > 0) {
+    const int64_t count = std::min(n, t.inner - at), stride = t.inner_stride;
+    D* __restrict out = to + outer * t.outer_stride + at * stride;
+    if (stride == 1)
+      for (int64_t i = 0; i < count; ++i) out[i] = narrow<D>(w[i]);
+    else
+      for (int64_t i = 0; i < count; ++i) out[i * stride] = narrow<D>(w[i]);
+    w += count, n -= count, at = 0, ++outer;
+  }
+}
+
+// Rows whose first element is among the elements [begin, end) of all tensors.
+template <Rule rule, class T, class D>
+struct StepRows {
+  static MINEGAN_INLINE void run(const RowTensor* tensors, const void* const* grads, int64_t n, const RowStep* step,
+                                 const Factors<T>* f, int64_t begin, int64_t end) {
+    float known = -1;
+    Age<T> age{};
+    for (int64_t i = 0; i < n && end > 0; ++i) {
+      const RowTensor& t = tensors[i];
+      const int64_t size = t.count * t.length, L = t.length;
+      if (L && begin < size) {
+        const T* grad = (const T*)grads[i];
+        const int64_t stop = std::min(t.count, (end + L - 1) / L);
+        for (int64_t row = (std::max<int64_t>(begin, 0) + L - 1) / L, next; row < stop; row = next) {
+          // Neighbours of one age are one run of memory.
+          for (next = row + 1; next < stop && (next + 1 - row) * L <= kRun; ++next)
+            if (has_age(rule) && t.step[next] != t.step[row]) break;
+          if (grad && has_age(rule)) {
+            if (t.step[row] + 1 != known) age = age_of<T>(known = t.step[row] + 1, *step);
+            for (int64_t r = row; r < next; ++r) t.step[r] = known;
+          }
+          for (int64_t at = row * L; at < next * L; at += kRun) {
+            const int64_t count = std::min(kRun, next * L - at);
+            T* const w = (T*)t.leaf + at;
+            if (grad) advance_run<rule>(w, grad + at, (T*)t.mean + at, (T*)t.square + at, count, *f, age);
+            if (t.average) average_run((T*)t.average + at, w, count, f->average);
+            if (!grad || !t.dense) continue;
+            if (next == row + 1)
+              write_run<T, D>(t, row, w, at - row * L, count);
+            else
+              for (int64_t r = row; r < next; ++r) write_run<T, D>(t, r, w + (r - row) * L, 0, L);
+          }
+        }
+      }
+      begin -= size, end -= size;
+    }
+  }
+};
+
+// Calls f with the types of the leaf and the dense weight, and the rule as a type.
+template <class F>
+void with_kinds(DType dtype, DType dense, Rule rule, F&& f) {
+  const auto with_rule = [&](auto leaf, auto weight) {
+    switch (rule) {
+      case Rule::adam:
+        return f(leaf, weight, std::integral_constant<Rule, Rule::adam>{});
+      case Rule::adamw:
+        return f(leaf, weight, std::integral_constant<Rule, Rule::adamw>{});
+      case Rule::sgd:
+        return f(leaf, weight, std::integral_constant<Rule, Rule::sgd>{});
+      case Rule::momentum:
+        return f(leaf, weight, std::integral_constant<Rule, Rule::momentum>{});
+    }
+  };
+  if (dtype == DType::float64 && dense == DType::float64) return with_rule(double{}, double{});
+  if (dtype == DType::float32 && dense == DType::float32) return with_rule(float{}, float{});
+  if (dtype == DType::float32 && dense == DType::bfloat16) return with_rule(float{}, BFloat16{});
+  if (dtype == DType::float32 && dense == DType::float16) return with_rule(float{}, Float16{});
+  throw std::invalid_argument("row_update takes no such pair of dtypes");
+}
+
+}  // namespace
+
+void row_update_cpu(DType dtype, DType dense, Rule rule, const RowTensor* tensors, const void* const* grads, int64_t n,
+                    const RowStep& step, const float* grad_scale, const float* found_inf, int threads) {
+  if (found_inf && *found_inf != 0) return;
+  int64_t total = 0;
+  for (int64_t i = 0; i < n; ++i) total += tensors[i].count * tensors[i].length;
+  const int sharing = int(std::min<int64_t>(threads, std::max<int64_t>(1, total / kAlone)));
+  with_kinds(dtype, dense, rule, [&](auto leaf, auto weight, auto constant) {
+    using T = decltype(leaf);
+    using Loop = StepRows<decltype(constant)::value, T, decltype(weight)>;
+    const Factors<T> f = factors<T>(step, grad_scale);
+    const RowStep* const s = &step;
+    const Factors<T>* const uniform = &f;
+    parallel_for(total, sharing,
+                 [=](int64_t begin, int64_t end) { run<Loop>(tensors, grads, n, s, uniform, begin, end); });
+  });
+}
+
+// ---- CUDA ----
+
+#ifdef MINEGAN_CUDA
+
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kChunk = 1024;  // elements of a work item: CHUNK in minegan_fast/ops/row_update.py
+
+// Elements threadIdx.x V, (threadIdx.x + kThreads) V, ... of an item that begins at element `first` of its first row.
+template <Rule rule, class T, class D, int V>
+__device__ __forceinline__ void step_item(const RowTensor& t, const RowItem& item, const T* grad, const RowStep& step,
+                                          const Factors<T>& f) {
+  const uint32_t length = uint32_t(t.length), first = uint32_t(item.part) * kChunk;
+  const uint32_t count = item.rows > 1 ? item.rows * length : min(length - first, uint32_t(kChunk));
+  const int64_t base = item.row * t.length + first;
+  float known = -1;
+  Age<T> age{};
+  for (uint32_t i = threadIdx.x * V; i < count; i += kThreads * V) {
+    const uint32_t local = item.rows > 1 ? i / length : 0, column = first + i - local * length;
+    Pack<T, V> w = load<T, V>((T*)t.leaf + base + i);
+    if (grad) {
+      const Pack<T, V> g = load<T, V>(grad + base + i);
+      Pack<T, V> m{}, v{};
+      if (rule != Rule::sgd) m = load<T, V>((T*)t.mean + base + i);
+      if (has_age(rule)) {
+        v = load<T, V>((T*)t.square + base + i);
+        const float taken = t.step[item.row + local];
+        if (taken + 1 != known) age = age_of<T>(known = taken + 1, step);
+      }
+      for (int j = 0; j < V; ++j) advance<rule>(w.at[j], g.at[j], m.at[j], v.at[j], f, age);
+      store((T*)t.leaf + base + i, w);
+      if (rule != Rule::sgd) store((T*)t.mean + base + i, m);
+      if (has_age(rule)) store((T*)t.square + base + i, v);
+      if (t.dense) {
+        const uint32_t inner = uint32_t(t.inner);
+        Pack<D, V> out;
+        for (int j = 0; j < V; ++j) out.at[j] = narrow<D>(w.at[j]);
+        store((D*)t.dense + t.rows[item.row + local] * t.row_stride + column / inner * t.outer_stride +
+                  column % inner * t.inner_stride,
+              out);
+      }
+    }
+    if (t.average) {
+      Pack<T, V> e = load<T, V>((T*)t.average + base + i);
+      for (int j = 0; j < V; ++j) e.at[j] = averaged(e.at[j], w.at[j], f.average);
+      store((T*)t.average + base + i, e);
+    }
+  }
+}
+
+template <Rule rule, class T, class D>
+__global__ void __launch_bounds__(kThreads)
+    row_update_kernel(const RowTensor* __restrict__ tensors, const uintptr_t* __restrict__ grads,
+                      const RowItem* __restrict__ items, RowStep step, const void* lr, bool lr_is_float,
+                      const float* grad_scale, const float* found_inf) {
+  if (found_inf && *found_inf != 0) return;
+  const RowItem item = items[blockIdx.x];
+  const RowTensor& t = tensors[item.tensor];
+  const T* grad = (const T*)grads[item.tensor];
+  if (lr) step.lr = lr_is_float ? double(*(const float*)lr) : *(const double*)lr;
+  const Factors<T> f = factors<T>(step, grad_scale);
+  constexpr int V = 16 / sizeof(T);
+  if (t.wide && uintptr_t(grad) % 16 == 0)
+    step_item<rule, T, D, V>(t, item, grad, step, f);
+  else
+    step_item<rule, T, D, 1>(t, item, grad, step, f);
+  if (!has_age(rule) || !grad) return;
+  // Every thread has read the ages before one of them is advanced; of the blocks that share a row, the last does it.
+  const int parts = int((t.length + kChunk - 1) / kChunk);
+  __syncthreads();
+  if (parts == 1) {
+    for (int r = threadIdx.x; r < item.rows; r += kThreads) t.step[item.row + r] += 1;
+  } else if (threadIdx.x == 0) {
+    __threadfence();
+    if (atomicAdd(t.tickets + item.row, 1) == parts - 1) {
+      t.tickets[item.row] = 0;
+      t.step[item.row] += 1;
+    }
+  }
+}
+
+}  // namespace
+
+void row_update_cuda(DType dtype, DType dense, Rule rule, const RowTensor* tensors, const uintptr_t* grads,
+                     const RowItem* items, int64_t n, const RowStep& step, const void* lr, bool lr_is_float,
+                     const float* grad_scale, const float* found_inf, int device, uintptr_t stream) {
+  if (n == 0) return;
+  DeviceGuard guard(device);
+  with_kinds(dtype, dense, rule, [&](auto leaf, auto weight, auto constant) {
+    row_update_kernel<decltype(constant)::value, decltype(leaf), decltype(weight)>
+        <<<unsigned(n), kThreads, 0, (cudaStream_t)stream>>>(tensors, grads, items, step, lr, lr_is_float, grad_scale,
+                                                             found_inf);
+  });
+  check_cuda(cudaGetLastError(), "row_update");
+}
+
+#endif
+
+}  // namespace minegan

@@ -1,0 +1,218 @@
+"""Triton kernel of row_update: a program takes an item of the work list, several whole rows or a part of a long one."""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+CHUNK = 1024  # elements of an item: CHUNK in minegan_fast/ops/row_update.py
+_OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
+_TYPES = {
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+
+
+@triton.jit
+def _divide(a, b):
+    return a / b if a.dtype == tl.float64 else tl.div_rn(a, b)
+
+
+@triton.jit
+def _sqrt(a):
+    return tl.sqrt(a) if a.dtype == tl.float64 else tl.sqrt_rn(a)
+
+
+@triton.jit
+def _number(x):
+    return tl.full((), x, tl.float64)
+
+
+@triton.jit
+def _age(t, lr, log_beta1, log_beta2, T: tl.constexpr):
+    """lr / (1 - beta1^t) and sqrt(1 - beta2^t), logarithms to the base 2."""
+    t = t.to(tl.float64)
+    return (lr / (1 - tl.exp2(t * log_beta1))).to(T), tl.sqrt(1 - tl.exp2(t * log_beta2)).to(T)
+
+
+@triton.jit
+def _pointer(words, i: tl.constexpr, T: tl.constexpr, PACK: tl.constexpr):
+    pointer = tl.load(words + i).to(tl.pointer_type(T))
+    return tl.multiple_of(pointer, 16) if PACK > 1 else pointer
+
+
+@triton.jit
+def _item(
+    words, grad, row, rows, part, lr, unscale, log_beta1, log_beta2, mean_weight, low, beta2, square_weight, keep, eps,
+    decay, momentum, average, T: tl.constexpr, D: tl.constexpr, RULE: tl.constexpr, HAS_AVERAGE: tl.constexpr,
+    CHUNK: tl.constexpr, PACK: tl.constexpr,
+):  # fmt: skip
+    length = tl.load(words + 9).to(tl.int32)
+    first = part * CHUNK
+    count = rows * length if rows > 1 else tl.minimum(length - first, CHUNK)
+    base = row.to(tl.int64) * length + first
+    if PACK > 1:
+        count, base, length = tl.multiple_of(count, PACK), tl.multiple_of(base, PACK), tl.multiple_of(length, PACK)
+    offsets = tl.arange(0, CHUNK)
+    mask = offsets < count
+    leaf = _pointer(words, 0, T, PACK) + base + offsets
+    w = tl.load(leaf, mask, other=0.0)
+    if rows > 1:
+        local = offsets // length
+        column = offsets - local * length
+    else:
+        local = tl.zeros_like(offsets)
+        column = offsets + first
+    if grad != 0:
+        gradient = grad.to(tl.pointer_type(T))
+        if PACK > 1:
+            gradient = tl.multiple_of(gradient, 16)
+        g = tl.load(gradient + base + offsets, mask, other=0.0) * unscale
+        if RULE == 1:
+            w = w * keep
+        elif decay != 0:
+            g = g + decay * w
+        if RULE <= 1:
+            step = tl.load(words + 6).to(tl.pointer_type(tl.float32)) + row
+            if rows > 1:
+                size, root = _age(tl.load(step + local, mask, other=0.0) + 1, lr, log_beta1, log_beta2, T)
+            else:
+                size, root = _age(tl.load(step) + 1, lr, log_beta1, log_beta2, T)
+                size, root = tl.full((CHUNK,), size, T), tl.full((CHUNK,), root, T)
+            mean, square = _pointer(words, 1, T, PACK) + base + offsets, _pointer(words, 2, T, PACK) + base + offsets
+            m, v = tl.load(mean, mask, other=0.0), tl.load(square, mask, other=0.0)
+            m = tl.where(low, m, g) + mean_weight * (g - m)
+            v = beta2 * v + square_weight * g * g
+            tl.store(mean, m, mask)
+            tl.store(square, v, mask)
+            w = w - _divide(size * m, _divide(_sqrt(v), root) + eps)
+        elif RULE == 3:
+            mean = _pointer(words, 1, T, PACK) + base + offsets
+            m = momentum * tl.load(mean, mask, other=0.0) + g
+            tl.store(mean, m, mask)
+            w = w - lr.to(T) * m
+        else:
+            w = w - lr.to(T) * g
+        tl.store(leaf, w, mask)
+        dense = tl.load(words + 4)
+        if dense != 0:
+            inner, inner_stride = tl.load(words + 12).to(tl.int32), tl.load(words + 13)
+            selected = tl.load(words + 5).to(tl.pointer_type(tl.int64)) + row
+            if rows > 1:
+                target = tl.load(selected + local, mask, other=0) * tl.load(words + 10)
+            else:
+                target = tl.zeros((CHUNK,), tl.int64) + tl.load(selected) * tl.load(words + 10)
+            target += (column // inner) * tl.load(words + 11) + (column % inner) * inner_stride
+            if PACK > 1:
+                target = tl.max_contiguous(tl.multiple_of(target, PACK), PACK)
+            to = dense.to(tl.pointer_type(D))
+            if PACK > 1:
+                to = tl.multiple_of(to, PACK * D.primitive_bitwidth // 8)
+            tl.store(to + target, w.to(D), mask)
+        if RULE <= 1:
+            # Every thread has read the ages before one of them is advanced; of the programs that share a row, the last.
+            tl.debug_barrier()
+            parts = tl.cdiv(length, CHUNK)
+            if parts == 1:
+                own = offsets < rows
+                tl.store(step + offsets, tl.load(step + offsets, own, other=0.0) + 1, own)
+            else:
+                ticket = tl.load(words + 7).to(tl.pointer_type(tl.int32)) + row
+                if tl.atomic_add(ticket, 1, sem="acq_rel") == parts - 1:
+                    tl.store(ticket, 0)
+                    tl.store(step, tl.load(step) + 1)
+    if HAS_AVERAGE:
+        mean_of = _pointer(words, 3, T, PACK) + base + offsets
+        e = tl.load(mean_of, mask, other=0.0)
+        e = tl.where(average < 0.5, e + average * (w - e), w - (w - e) * (1 - average))
+        tl.store(mean_of, e, mask)
+
+
+@triton.jit
+def row_update_kernel(
+    words_ptr,
+    grads_ptr,
+    items_ptr,
+    lr_ptr,
+    scale_ptr,
+    found_ptr,
+    lr: tl.float64,
+    beta1: tl.float64,
+    beta2: tl.float64,
+    log_beta1: tl.float64,
+    log_beta2: tl.float64,
+    eps: tl.float64,
+    decay: tl.float64,
+    momentum: tl.float64,
+    average: tl.float64,
+    T: tl.constexpr,
+    D: tl.constexpr,
+    RULE: tl.constexpr,
+    HAS_LR: tl.constexpr,
+    HAS_AVERAGE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PACK: tl.constexpr,
+):
+    if tl.load(found_ptr) == 0:
+        item = items_ptr + tl.program_id(0).to(tl.int64) * 4
+        tensor, row, rows, part = tl.load(item), tl.load(item + 1), tl.load(item + 2), tl.load(item + 3)
+        words = words_ptr + tensor.to(tl.int64) * 16
+        grad = tl.load(grads_ptr + tensor)
+        if HAS_LR:
+            rate = tl.load(lr_ptr).to(tl.float64)
+        else:
+            rate = _number(lr)
+        unscale = (1 / tl.load(scale_ptr).to(tl.float64)).to(tl.float32).to(T)
+        mean_weight = (1 - _number(beta1)).to(T)
+        low = mean_weight < 0.5
+        mean_weight = tl.where(low, mean_weight, mean_weight - 1)
+        square_keep, square_weight = _number(beta2).to(T), (1 - _number(beta2)).to(T)
+        keep = (1 - rate * _number(decay)).to(T)
+        logs = _number(log_beta1), _number(log_beta2)
+        others = _number(eps).to(T), _number(decay).to(T), _number(momentum).to(T), _number(average).to(T)
+        if (tl.load(words + 14) != 0) & (grad % 16 == 0):
+            _item(
+                words, grad, row, rows, part, rate, unscale, *logs, mean_weight, low, square_keep, square_weight, keep,
+                *others, T, D, RULE, HAS_AVERAGE, CHUNK, PACK,
+            )  # fmt: skip
+        else:
+            _item(
+                words, grad, row, rows, part, rate, unscale, *logs, mean_weight, low, square_keep, square_weight, keep,
+                *others, T, D, RULE, HAS_AVERAGE, CHUNK, 1,
+            )  # fmt: skip
+
+
+def row_update(rule: int, dtype, dense_dtype, table: dict[str, torch.Tensor], numbers, lr, grad_scale, found_inf):
+    step_lr, beta1, beta2, eps, decay, momentum, average = numbers
+    logs = [math.log2(beta) if beta else -math.inf for beta in (beta1, beta2)]
+    constants = {
+        "T": _TYPES[dtype],
+        "D": _TYPES[dense_dtype],
+        "RULE": rule,
+        "CHUNK": CHUNK,
+        "PACK": 16 // dtype.itemsize,
+    }
+    with torch.cuda.device_of(table["items"]):
+        row_update_kernel[(len(table["items"]),)](
+            table["words"],
+            table["grads"],
+            table["items"],
+            table["one"] if lr is None else lr,
+            table["one"] if grad_scale is None else grad_scale,
+            table["zero"] if found_inf is None else found_inf,
+            step_lr,
+            beta1,
+            beta2,
+            *logs,
+            eps,
+            decay,
+            momentum,
+            average,
+            HAS_LR=lr is not None,
+            HAS_AVERAGE=average != 0,
+            **constants,
+            **_OPTIONS,
+        )
