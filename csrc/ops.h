@@ -55,7 +55,7 @@ struct RowTensor {
 enum class Rule : int { adam = 0, adamw = 1, sgd = 2, momentum = 3 };
 
 struct RowStep {
-  double lr, beta1, beta2, eps, decay, momentum, average;
+  double lr, beta1, beta2, log_beta1, log_beta2, eps, decay, momentum, average;  // logarithms to the base 2
 };
 
 // Steps every row with a gradient (grads[i] may be null), g = grad / grad_scale, t = ++step:

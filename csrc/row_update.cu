@@ -40,7 +40,7 @@ struct Age {
 
 template <class A>
 MINEGAN_HD Age<A> age_of(float t, const RowStep& s) {
-  return {A(s.lr / (1 - std::pow(s.beta1, double(t)))), A(std::sqrt(1 - std::pow(s.beta2, double(t))))};
+  return {A(s.lr / (1 - exp2(t * s.log_beta1))), A(std::sqrt(1 - exp2(t * s.log_beta2)))};
 }
 
 MINEGAN_HD bool has_age(Rule rule) { return rule == Rule::adam || rule == Rule::adamw; }
@@ -196,43 +196,55 @@ constexpr int kThreads = 256;
 constexpr int kChunk = 1024;  // elements of a work item: CHUNK in minegan_fast/ops/row_update.py
 
 // Elements threadIdx.x V, (threadIdx.x + kThreads) V, ... of an item that begins at element `first` of its first row.
+// A pointer read from memory could lead anywhere, for all that the compiler knows; accesses to global memory are
+// faster.
+template <class T>
+__device__ __forceinline__ T* global(T* p) {
+  __builtin_assume(__isGlobal(p));
+  return p;
+}
+
 template <Rule rule, class T, class D, int V>
 __device__ __forceinline__ void step_item(const RowTensor& t, const RowItem& item, const T* grad, const RowStep& step,
                                           const Factors<T>& f) {
   const uint32_t length = uint32_t(t.length), first = uint32_t(item.part) * kChunk;
   const uint32_t count = item.rows > 1 ? item.rows * length : min(length - first, uint32_t(kChunk));
   const int64_t base = item.row * t.length + first;
+  T* const leaf = global((T*)t.leaf) + base;
+  T* const mean = global((T*)t.mean) + base;
+  T* const square = global((T*)t.square) + base;
+  T* const average = global((T*)t.average) + base;
   float known = -1;
   Age<T> age{};
   for (uint32_t i = threadIdx.x * V; i < count; i += kThreads * V) {
     const uint32_t local = item.rows > 1 ? i / length : 0, column = first + i - local * length;
-    Pack<T, V> w = load<T, V>((T*)t.leaf + base + i);
+    Pack<T, V> w = load<T, V>(leaf + i);
     if (grad) {
-      const Pack<T, V> g = load<T, V>(grad + base + i);
+      const Pack<T, V> g = load<T, V>(global(grad) + base + i);
       Pack<T, V> m{}, v{};
-      if (rule != Rule::sgd) m = load<T, V>((T*)t.mean + base + i);
+      if (rule != Rule::sgd) m = load<T, V>(mean + i);
       if (has_age(rule)) {
-        v = load<T, V>((T*)t.square + base + i);
-        const float taken = t.step[item.row + local];
+        v = load<T, V>(square + i);
+        const float taken = global(t.step)[item.row + local];
         if (taken + 1 != known) age = age_of<T>(known = taken + 1, step);
       }
       for (int j = 0; j < V; ++j) advance<rule>(w.at[j], g.at[j], m.at[j], v.at[j], f, age);
-      store((T*)t.leaf + base + i, w);
-      if (rule != Rule::sgd) store((T*)t.mean + base + i, m);
-      if (has_age(rule)) store((T*)t.square + base + i, v);
+      store(leaf + i, w);
+      if (rule != Rule::sgd) store(mean + i, m);
+      if (has_age(rule)) store(square + i, v);
       if (t.dense) {
         const uint32_t inner = uint32_t(t.inner);
         Pack<D, V> out;
         for (int j = 0; j < V; ++j) out.at[j] = narrow<D>(w.at[j]);
-        store((D*)t.dense + t.rows[item.row + local] * t.row_stride + column / inner * t.outer_stride +
+        store(global((D*)t.dense) + global(t.rows)[item.row + local] * t.row_stride + column / inner * t.outer_stride +
                   column % inner * t.inner_stride,
               out);
       }
     }
     if (t.average) {
-      Pack<T, V> e = load<T, V>((T*)t.average + base + i);
+      Pack<T, V> e = load<T, V>(average + i);
       for (int j = 0; j < V; ++j) e.at[j] = averaged(e.at[j], w.at[j], f.average);
-      store((T*)t.average + base + i, e);
+      store(average + i, e);
     }
   }
 }

@@ -1,7 +1,5 @@
 """Triton kernel of row_update: a program takes an item of the work list, several whole rows or a part of a long one."""
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -186,8 +184,6 @@ def row_update_kernel(
 
 
 def row_update(rule: int, dtype, dense_dtype, table: dict[str, torch.Tensor], numbers, lr, grad_scale, found_inf):
-    step_lr, beta1, beta2, eps, decay, momentum, average = numbers
-    logs = [math.log2(beta) if beta else -math.inf for beta in (beta1, beta2)]
     constants = {
         "T": _TYPES[dtype],
         "D": _TYPES[dense_dtype],
@@ -203,16 +199,9 @@ def row_update(rule: int, dtype, dense_dtype, table: dict[str, torch.Tensor], nu
             table["one"] if lr is None else lr,
             table["one"] if grad_scale is None else grad_scale,
             table["zero"] if found_inf is None else found_inf,
-            step_lr,
-            beta1,
-            beta2,
-            *logs,
-            eps,
-            decay,
-            momentum,
-            average,
+            *numbers,
             HAS_LR=lr is not None,
-            HAS_AVERAGE=average != 0,
+            HAS_AVERAGE=numbers[-1] != 0,
             **constants,
             **_OPTIONS,
         )

@@ -153,7 +153,9 @@ def cuda_rows(op: str, architecture: int) -> list[Row]:
     names = subprocess.run(["c++filt"], input="\n".join(found), capture_output=True, text=True, check=True).stdout
     rows = []
     for name, numbers in zip(names.splitlines(), found.values(), strict=True):
-        short = re.sub(r"minegan::|\(anonymous namespace\)::|^void |\(.*\)$", "", name.replace("(int)", ""))
+        short = re.sub(
+            r"minegan::|\(anonymous namespace\)::|^void |\(.*\)$", "", re.sub(r"\((int|minegan::Rule)\)", "", name)
+        )
         rows.append(Row(architecture, short, *numbers, bool(re.search(CUDA[op], short))))
     return sorted(rows, key=lambda row: row.kernel)
 

@@ -30,6 +30,10 @@ class SparseFinetuner(torch.optim.Optimizer):
     parameters [k, ...] of the trained rows. What is excluded, was not trainable or is not selected is frozen from the
     selection on; parameters of other modules, or excluded ones, train densely once `add_param_group` has them.
 
+    Rows of half-precision weights are float32 leaves, whose rounding the weights hold; the state dict keeps them, and
+    they stay float32 through `model.half()` and `model.float()`. A CUDA graph can hold forward, backward and `step()`:
+    give lr as a tensor on the GPU, take a step before the capture and keep the gradients' memory.
+
     Args:
         model: any nn.Module; a wrapper of DataParallel, DDP or torch.compile is looked through.
         lr, betas, eps, weight_decay, momentum: of the optimizer; "adam" | "adamw" | "sgd", equal to torch.optim's.

@@ -310,7 +310,8 @@ def _numbers(hyper: Hyperparameters) -> array:
     """RowStep in csrc/ops.h. An lr on a GPU is read there."""
     lr = 0.0 if isinstance(hyper.lr, Tensor) and hyper.lr.is_cuda else float(hyper.lr)
     ema = 0.0 if hyper.ema_decay is None else 1 - hyper.ema_decay
-    return array("d", (lr, *hyper.betas, hyper.eps, hyper.weight_decay, hyper.momentum, ema))
+    logs = [math.log2(beta) if beta else -math.inf for beta in hyper.betas]
+    return array("d", (lr, *hyper.betas, *logs, hyper.eps, hyper.weight_decay, hyper.momentum, ema))
 
 
 def _flag(tensor: Tensor | None) -> int:
