@@ -49,8 +49,7 @@ def main() -> None:
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         if debug:
             raise
-        if rank in (0, getattr(error, "origin", 0)):  # what fails on all processes is said once
-            print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
 
 

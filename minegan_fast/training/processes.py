@@ -72,7 +72,7 @@ class Processes:
             try:
                 outcome[0] = function()
             except Exception as error:
-                outcome[1] = _portable(error, 0)
+                outcome[1] = _portable(error)
         dist.broadcast_object_list(outcome)
         if outcome[1] is not None:
             raise outcome[1]
@@ -88,7 +88,7 @@ class Processes:
         try:
             yield
         except Exception as error:
-            mine = _portable(error, self.rank)
+            mine = _portable(error)
         errors = [None] * self.size
         dist.all_gather_object(errors, mine)
         for error in errors:
@@ -120,7 +120,7 @@ def join(cuda: bool) -> Iterator[Processes]:
             yield Processes(rank, size)
         except BaseException as error:
             if isinstance(error, Exception):
-                error = _first_error(store, error, rank)
+                error = _first_error(store, error)
             if backend == "gloo":  # the others notice by it; with NCCL it would wait for them
                 dist.destroy_process_group()
             raise error
@@ -144,23 +144,26 @@ def local_index() -> int | None:
     return None
 
 
-def _first_error(store, error: Exception, rank: int) -> Exception:
+def _first_error(store, error: Exception) -> Exception:
     """The error of the process that failed first: what the others see is only that it has gone."""
-    mine = _portable(error, rank)
+    error = _portable(error)
+    mine = pickle.dumps(error).hex()
     try:
-        first = pickle.loads(bytes.fromhex(store.compare_set("error", "", pickle.dumps(mine).hex()).decode()))
+        first = store.compare_set("error", "", mine).decode()
     except RuntimeError:  # the store went with the first process
-        return mine
-    return mine if first.origin == rank else first
+        return error
+    return error if first == mine else pickle.loads(bytes.fromhex(first))
 
 
-def _portable(error: Exception, rank: int) -> Exception:
-    """The error as it can be sent; `origin` says which process it is of."""
+def _portable(error: Exception) -> Exception:
+    """The error as it can be sent. The backends' own messages of a lost connection name neither cause nor remedy."""
+    if isinstance(error, dist.DistError) or "/gloo/" in str(error):
+        reason = str(error).splitlines()[0]
+        return RuntimeError(f"another process of this run was lost ({reason}); the run goes on with --resume")
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:
-        error = RuntimeError(f"{type(error).__name__}: {error}")
-    error.origin = getattr(error, "origin", rank)
+        return RuntimeError(f"{type(error).__name__}: {error}")
     return error
 
 
