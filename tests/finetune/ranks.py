@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from sample_networks import build, data
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from minegan_fast.finetune import SparseFinetuner
@@ -66,6 +67,29 @@ def ddp_before_the_selection(wrapped: bool):
     return result
 
 
+def accumulation():
+    """Backward passes inside no_sync() send nothing, the one after them the compact rows, and a hook that was given
+    to DDP before the selection sees it."""
+    net = build("mlp")
+    model, sent = DistributedDataParallel(net), []
+
+    def hook(group, bucket):
+        sent.append(bucket.buffer().numel())
+        return allreduce_hook(group, bucket)
+
+    model.register_comm_hook(None, hook)
+    ft = SparseFinetuner(model, score_steps=2, **ARGUMENTS)
+    for i in range(4):
+        trained = sum(p.numel() for p in ft.parameters())
+        step(model, ft, mine(data(12, seed=i)), parts=3)
+        assert sum(sent) == trained
+        sent.clear()
+    assert trained < sum(p.numel() for p in net.parameters()) / 2
+    same_everywhere([*net.parameters(), *(p.grad for p in ft.parameters())])
+    ft.verify()
+    return net.state_dict(), ft.selection.rows, ft.scores()
+
+
 def ddp_after_the_selection():
     net = build("mlp")
     ft = SparseFinetuner(net, **ARGUMENTS)
@@ -115,6 +139,7 @@ def main(rank: int, folder: str):
         "before": ddp_before_the_selection(wrapped=True),
         "before, model given": ddp_before_the_selection(wrapped=False),
         "after": ddp_after_the_selection(),
+        "accumulation": accumulation(),
     }
     without_ddp()
     selections_by_hand()

@@ -20,8 +20,9 @@ def test_two_processes_equal_one(tmp_path):
                 for x in data(4, seed=3).split(1):
                     net(x).square().mean().backward()
             ft.select()
-        for i in range(3 if name == "after" else 5):
-            ranks.step(net, ft, data(4, seed=i))
+        steps, batch = {"after": (3, 4), "accumulation": (4, 12)}.get(name, (5, 4))
+        for i in range(steps):
+            ranks.step(net, ft, data(batch, seed=i))
         assert {n: r.tolist() for n, r in rows.items()} == {n: r.tolist() for n, r in ft.selection.rows.items()}
         for layer, score in ft.scores().items():
             torch.testing.assert_close(scores[layer], score, rtol=1e-6, atol=0)
