@@ -48,9 +48,9 @@ class Trainer:
         self.critic = critic.to(self.device).train().requires_grad_(True)
         seed_all(config.seed, "miner")
         self.miner = Miner(generator.latent_dim, config.miner_depth, config.miner_width).to(self.device)
-        self.miner_average = copy.deepcopy(self.miner).requires_grad_(False)
         self.mined = Mined(self.generator, self.miner)
         self.processes.equalise([t for net in (self.mined, self.critic) for t in (*net.parameters(), *net.buffers())])
+        self.miner_average = copy.deepcopy(self.miner).requires_grad_(False)
         self.finetuner: SparseFinetuner | None = None
 
         if config.train_critic == "freezed":

@@ -90,7 +90,7 @@ def accumulation():
     return net.state_dict(), ft.selection.rows, ft.scores()
 
 
-def ddp_after_the_selection():
+def ddp_after_the_selection(folder: str):
     net = build("mlp")
     ft = SparseFinetuner(net, **ARGUMENTS)
     with ft.scoring():
@@ -99,9 +99,23 @@ def ddp_after_the_selection():
     ft.select()
     model = DistributedDataParallel(net, gradient_as_bucket_view=True)
     for i in range(3):
+        if i == 2 and dist.get_rank() == 0:
+            torch.save((net.state_dict(), ft.state_dict()), f"{folder}/two.pt")
         step(model, ft, mine(data(4, seed=i)))
         same_everywhere([p.grad for p in ft.parameters()])
     same_everywhere(net.parameters())
+    ft.verify()
+    return net.state_dict(), ft.selection.rows, ft.scores()
+
+
+def begun_by_one(folder: str):
+    """The last step of `ddp_after_the_selection` in a run that one process began."""
+    net = build("mlp")
+    ft = SparseFinetuner(net, **ARGUMENTS)
+    state, optimizer = torch.load(f"{folder}/one.pt", weights_only=True)
+    net.load_state_dict(state)
+    ft.load_state_dict(optimizer)
+    step(DistributedDataParallel(net), ft, mine(data(4, seed=2)))
     ft.verify()
     return net.state_dict(), ft.selection.rows, ft.scores()
 
@@ -138,7 +152,8 @@ def main(rank: int, folder: str):
     results = {
         "before": ddp_before_the_selection(wrapped=True),
         "before, model given": ddp_before_the_selection(wrapped=False),
-        "after": ddp_after_the_selection(),
+        "after": ddp_after_the_selection(folder),
+        "begun by one": begun_by_one(folder),
         "accumulation": accumulation(),
     }
     without_ddp()
