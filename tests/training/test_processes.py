@@ -16,8 +16,11 @@ from tiny_run import RUN
 
 import minegan_fast as mf
 from minegan_fast.finetune import Selection
+from minegan_fast.training import DoesNotFit
+from minegan_fast.training.estimate import Estimate
 from minegan_fast.training.folder import RunFolder
 from minegan_fast.training.processes import Processes
+from minegan_fast.training.sources import choose_device
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available(), reason="this torch is built without torch.distributed"
@@ -142,3 +145,45 @@ def test_the_program_under_torchrun(two, settings, tmp_path):
     assert done.stderr.count("2 processes, 4 images of a step each") == 1
     one, other = weights(tmp_path / "run"), weights(two / "two")
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("batch", [6, 5, 1])
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda n: torch.randn(n, 3),
+        lambda n: torch.rand((7, n)),
+        lambda n: torch.rand_like(torch.empty(n, 1, 2)),
+        lambda n: torch.empty(n, 4).normal_(1, 0.1),
+        lambda n: torch.empty(n).uniform_(),
+    ],
+    ids=["randn", "rand", "rand_like", "normal_", "uniform_"],
+)
+def test_draws_are_parts_of_the_whole_draw(draw, batch):
+    torch.manual_seed(1)
+    whole, after = draw(batch), torch.rand(())
+    axis = whole.shape.index(batch)
+    for rank in (0, 1):
+        processes = Processes(rank, 2)
+        with processes.part(batch) as count:
+            torch.manual_seed(1)
+            if count == 0:
+                continue
+            part, then = draw(count), torch.rand(())
+        assert torch.equal(part.movedim(axis, 0), processes.own(whole.movedim(axis, 0)))
+        assert torch.equal(then, after), "the draws that follow are no longer those of one process"
+
+
+def test_a_process_without_a_gpu_says_how_many_there_are(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match=r"process 2 .* there are 2: start no more .*--nproc-per-node"):
+        choose_device("cuda", index=2)
+
+
+def test_memory_is_that_of_a_part_of_the_batch():
+    one, two = Estimate(100, 10, 150), Estimate(100, 10, 150, processes=2)
+    assert (one.needed(10), two.needed(10), two.needed(11)) == (200, 150, 160)
+    assert (one.largest_batch(), two.largest_batch()) == (5, 10)
+    two.check(10)
+    with pytest.raises(DoesNotFit, match="batch 10 would fit"):
+        two.check(12)
