@@ -30,8 +30,10 @@ VARIANTS = {
     "gradient": {"criterion": "gradient", "train_critic": "sparse", "path_length_weight": 0.0},
     "saliency": {"criterion": "saliency", "score_samples": 3},
     "movement": {"criterion": "movement", "scope": "layer"},
-    "magnitude": {"criterion": "magnitude", "batch": 6, "path_length_weight": 0.0},
+    "magnitude": {"criterion": "magnitude", "batch": 6},  # 3 samples of path length, 2 of them the first process's
 }
+
+LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
 
 
 def one_step_of_each_stage(tiny, settings, processes=None):
@@ -86,7 +88,7 @@ def raise_in_step():
 
 
 def main(rank: int, port: int, folder: str, tiny: dict, settings: dict):
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": LOOPBACK}
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
     torch.set_num_threads(1)
     folder = Path(folder)
@@ -138,6 +140,7 @@ def main(rank: int, port: int, folder: str, tiny: dict, settings: dict):
 
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     found = {name: one_step_of_each_stage(tiny, v, Processes(rank, 2)) for name, v in VARIANTS.items()}
+    found["two samples"] = one_step_of_each_stage(tiny, {"batch": 2}, Processes(rank, 2))
     torch.save(found, folder / f"steps{rank}.pt")
     mf.transfer(**settings, out=folder / "own group")
     assert dist.is_initialized(), "a group that the caller made is the caller's"

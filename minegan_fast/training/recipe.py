@@ -70,9 +70,9 @@ def transfer(
 
     On several processes (`torchrun`, or torch.distributed initialised by the caller) every process calls this with the
     same arguments and sees the same files, computes its part of each batch, and gets the same result; the first one
-    writes. Steps are those of one process but for rounding and for what a critic computes across a batch (StyleGAN2's
-    minibatch standard deviation, where its groups do not divide among the processes; batch norm). A run may be resumed
-    on another number of processes.
+    writes. Steps are those of one process but for rounding and for what is computed across a batch: StyleGAN2's
+    minibatch standard deviation where its groups do not divide among the processes, batch norm, and a hundredth of the
+    length that path length compares with. A run may be resumed on another number of processes.
 
     Raises: ValueError/FileNotFoundError for input that cannot be used, DoesNotFit where memory would not do,
     TrainingDiverged for NaN losses (the last good snapshot stays), RuntimeError for a full disk.
@@ -176,6 +176,7 @@ class Run:
             if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
                 raise
             smaller = min(self.config.batch // 2, self.estimate.largest_batch())
+            smaller -= smaller % self.processes.size
             advice = f"batch {smaller} should fit" if smaller else "even batch 1 may not fit on this device"
             raise DoesNotFit(f"out of memory at batch {self.config.batch}: {advice}; {folder.kept()}") from None
 

@@ -127,8 +127,17 @@ def test_every_rank_has_its_part_of_the_whole_batch(two, tiny, variant):
         # one message of the critic and one of miner and rows, each with its loss; and the path length's mean
         critic, generator = found["trained"]
         assert found["sent"] == [critic + 1, *[1] * path_length, generator + 1]
+
+
+@pytest.mark.parametrize("variant", [*recipe_ranks.VARIANTS, "two samples"])
+def test_all_ranks_have_the_same_state(two, variant):
+    """Also where path length has one sample, of the first process."""
+    one, other = (torch.load(two / f"steps{rank}.pt", weights_only=True)[variant] for rank in (0, 1))
     for key in ("gradients", "rows"):
-        assert all(torch.equal(a, b) for a, b in zip(both[0][key], both[1][key], strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(one[key], other[key], strict=True))
+    assert one["path length"] == other["path length"]
+    assert one["selected"] == other["selected"]
+    assert one["losses"] == other["losses"]
 
 
 def test_the_program_under_torchrun(two, settings, tmp_path):
@@ -136,7 +145,7 @@ def test_the_program_under_torchrun(two, settings, tmp_path):
     for name in settings.keys() - {"source", "images", "progress"}:
         arguments += [f"--{name.replace('_', '-')}", str(settings[name])]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "minegan_fast"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": recipe_ranks.LOOPBACK}
     done = subprocess.run(
         [sys.executable, *launcher, *arguments], capture_output=True, text=True, env=environment, check=False
     )
