@@ -170,7 +170,8 @@ def _portable(error: Exception) -> Exception:
 class _PartOfBatch(TorchFunctionMode):
     """Draws for as many samples as this process has are made for the whole batch, and its own rows kept.
 
-    The samples are the first dimension of that size. Draws of other shapes are made as they are, equal on all ranks.
+    The samples are the first dimension of that size. Draws of other shapes and kinds, a dropout's mask say, are made as
+    they are, equal on all ranks.
     """
 
     def __init__(self, processes: Processes, batch: int):
