@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import json
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -34,13 +35,15 @@ Which = Annotated[
 def main() -> None:
     """Runs the program. A user's mistake is one line on standard error and exit code 1, never a traceback."""
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    if rank := _rank():
+        warnings.simplefilter("ignore")  # the first process says it
     debug = "--debug" in sys.argv
     if debug:
         sys.argv.remove("--debug")
     try:
         app()
     except SystemExit as stopped:
-        if stopped.code == INTERRUPTED:
+        if stopped.code == INTERRUPTED and rank == 0:
             print("interrupted; a run goes on from its newest snapshot with --resume", file=sys.stderr)
         raise
     except (ValueError, OSError, RuntimeError, ImportError) as error:
@@ -48,6 +51,11 @@ def main() -> None:
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+
+
+def _rank() -> int:
+    """Which process this is under torchrun; only the first one talks."""
+    return int(os.environ.get("RANK", 0))
 
 
 def _transfer(
@@ -78,6 +86,7 @@ def _transfer(
     if dry_run:
         _print_estimate(TransferConfig(**merged))
         return
+    quiet = quiet or _rank() > 0
     result = recipe.transfer(**merged, out=out, resume=resume, progress=not quiet)
     if not quiet:
         table = Table(title=f"step {result.step}, in {result.folder / 'best'}")
@@ -98,6 +107,8 @@ def _print_estimate(config: TransferConfig) -> None:
     from .training.recipe import dry_run
 
     memory, mining, finetuning = dry_run(config)
+    if _rank() > 0:
+        return
     seconds = mining * config.mining_steps + finetuning * config.finetune_steps
     gib = 2**30
     console.print(

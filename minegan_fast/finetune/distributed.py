@@ -1,6 +1,7 @@
 """Several processes: the same neurons on every rank, and DDP told of parameters that it did not know."""
 
 import gc
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -43,23 +44,41 @@ def check_equal(selection, group):
 
 
 @torch.no_grad()
-def average_gradients(groups: list[dict], group):
-    """Averages all gradients over the process group, in one message per dtype and device. A rank without a gradient
-    counts as zero. Collective."""
-    if not active(group):
-        return
+def coalesced(tensors: list[Tensor], collective: Callable[[Tensor], object]):
+    """Runs an in-place collective on all tensors, in one message per dtype and device. Collective."""
     buckets: dict[tuple, list[Tensor]] = {}
-    for p in (p for g in groups for p in g["params"]):
+    for t in tensors:
+        buckets.setdefault((t.dtype, t.device), []).append(t)
+    for bucket in buckets.values():
+        flat = torch.cat([t.flatten() for t in bucket])
+        collective(flat)
+        for t, new in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
+            t.copy_(new.view_as(t))
+
+
+def average(tensors: list[Tensor], group):
+    """Makes every tensor its mean over the process group. Collective."""
+
+    def mean(flat):
+        flat /= torch.distributed.get_world_size(group)  # first: the sum of half-precision gradients may overflow
+        torch.distributed.all_reduce(flat, group=group)
+
+    coalesced(tensors, mean)
+
+
+def gradients(groups: list[dict]) -> list[Tensor]:
+    """The gradients of all parameters that train; one that this rank's loss did not reach counts as zero."""
+    parameters = [p for g in groups for p in g["params"]]
+    for p in parameters:
         if p.requires_grad and p.grad is None:
             p.grad = torch.zeros_like(p)
-        if p.grad is not None:
-            buckets.setdefault((p.grad.dtype, p.grad.device), []).append(p.grad)
-    for grads in buckets.values():
-        flat = torch.cat([g.flatten() for g in grads])
-        torch.distributed.all_reduce(flat, group=group)
-        flat /= torch.distributed.get_world_size(group)
-        for g, mean in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
-            g.copy_(mean.view_as(g))
+    return [p.grad for p in parameters if p.grad is not None]
+
+
+def average_gradients(groups: list[dict], group):
+    """Averages all gradients over the process group, in one message per dtype and device. Collective."""
+    if active(group):
+        average(gradients(groups), group)
 
 
 def rebuild_reducers(model: nn.Module):
@@ -82,5 +101,7 @@ def rebuild_reducers(model: nn.Module):
         if parameters:
             names = ddp._build_debug_param_to_name_mapping(parameters)
             ddp._ddp_init_helper(parameters, sparse, names, ddp.static_graph)
+            for hook, state in ddp._comm_hooks:
+                torch.distributed._register_comm_hook(ddp.reducer, state, hook)
             if ddp.static_graph:
                 ddp.reducer._set_static_graph()

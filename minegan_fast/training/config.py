@@ -33,7 +33,7 @@ class TransferConfig:
     mining_steps: int = setting(1000, "Steps of stage 1: miner and critic train, the generator is frozen.")
     finetune_steps: int = setting(2000, "Steps of stage 2: the selected neurons of the generator train too.")
     density: float = setting(0.05, "Fraction of the generator's neurons that train in stage 2.")
-    batch: int = setting(16, "Images a step.")
+    batch: int = setting(16, "Images a step, of all processes together.")
     lr: float = setting(2e-3, "Learning rate: the critic's; the miner's is twice, the generator's half of it.")
     loss: str = setting("nonsaturating", f"Adversarial loss: {', '.join(LOSSES)}.")
     device: str | None = setting(None, "cpu, cuda, cuda:1, ...; default: a GPU where there is one.")

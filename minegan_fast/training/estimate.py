@@ -24,17 +24,19 @@ class DoesNotFit(RuntimeError):  # noqa: N818
 
 @dataclass
 class Estimate:
-    """Bytes: `networks` (weights, gradients, moments, averages), `per_sample` of a batch, `available` on the device."""
+    """Bytes of one process: `networks` (weights, gradients, moments, averages), `per_sample` of its part of a batch,
+    `available` on the device; and how many `processes` share a batch."""
 
     networks: int
     per_sample: int
     available: int
+    processes: int = 1
 
     def needed(self, batch: int) -> int:
-        return self.networks + batch * self.per_sample
+        return self.networks + -(-batch // self.processes) * self.per_sample
 
     def largest_batch(self) -> int:
-        return max(0, (self.available - self.networks) // max(1, self.per_sample))
+        return self.processes * max(0, (self.available - self.networks) // max(1, self.per_sample))
 
     def check(self, batch: int) -> None:
         """DoesNotFit where the run would not; it says which batch would."""
@@ -47,7 +49,7 @@ class Estimate:
         )
 
 
-def estimate_memory(config: TransferConfig, generator: nn.Module, critic: nn.Module) -> Estimate:
+def estimate_memory(config: TransferConfig, generator: nn.Module, critic: nn.Module, processes: int = 1) -> Estimate:
     """Counts what steps at batch 1 and 2 save for their backward, and what networks and optimizers will hold.
 
     The networks are on the device of the run already: what they occupy is not counted again.
@@ -59,8 +61,11 @@ def estimate_memory(config: TransferConfig, generator: nn.Module, critic: nn.Mod
     one, two = (_saved_bytes(config, generator, critic, batch) for batch in (1, 2))
     per_sample = max(1, two - one)
     fixed = max(0, one - per_sample)
-    available = available_memory(next(generator.parameters()).device)
-    return Estimate(networks + fixed, int(HEADROOM * per_sample), available)
+    device = next(generator.parameters()).device
+    available = available_memory(device)
+    if device.type == "cpu":  # torchrun says how many processes share this machine
+        available //= int(os.environ.get("LOCAL_WORLD_SIZE", processes)) if processes > 1 else 1
+    return Estimate(networks + fixed, int(HEADROOM * per_sample), available, processes)
 
 
 def _saved_bytes(config: TransferConfig, generator: nn.Module, critic: nn.Module, batch: int) -> int:

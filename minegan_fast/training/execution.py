@@ -3,6 +3,7 @@
 import json
 import time
 import warnings
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,24 +46,29 @@ class Execution:
     """A run while it goes on: the loop, the snapshots, the search for the best."""
 
     def __init__(self, run, folder: RunFolder, resume: bool, progress: bool):
-        self.prepared, self.config, self.folder = run, run.config, folder
+        self.prepared, self.config, self.folder, self.processes = run, run.config, folder, run.processes
         self.trainer = run.trainer()
         self.fingerprint = run.target.fingerprint()
         self.step, self.best_kid, self.best_step, self.waited = 0, float("inf"), 0, 0
         self.history: list[dict] = []
-        restored = folder.load_snapshot() if resume else None
-        if restored:
-            self._restore(*restored)
-        folder.write_history(self.history)
+        with self.processes.together():
+            self.real = run.features(run.reference) if self.processes.first else None
+            restored = folder.load_snapshot() if resume else None
+            if restored:
+                self._restore(*restored)
+        self.processes.check_equal(self.step, f"the processes see different snapshots in {str(folder.path)!r}")
+        self.processes.from_first(lambda: folder.write_history(self.history))
         self.resumed, self.asked_to_resume = bool(restored), resume
-        self.progress = Progress(self.config.total_steps, enabled=progress, done=self.step)
-        self.real = run.features(run.reference)
+        self.progress = Progress(self.config.total_steps, enabled=progress and self.processes.first, done=self.step)
 
     def run(self) -> TransferResult:
         config = self.config
-        events = EventWriter(self.folder.events, first_step=self.step if self.resumed else None)
-        with self.progress, events, open(self.folder.history, "a") as self.log:
-            self.events = events
+        with ExitStack() as files:
+            files.enter_context(self.progress)
+            if self.processes.first:
+                first_step = self.step if self.resumed else None
+                self.events = files.enter_context(EventWriter(self.folder.events, first_step))
+                self.log = files.enter_context(open(self.folder.history, "a"))
             for note in self.prepared.notes:
                 self.progress.log(note)
             if self.resumed:
@@ -78,12 +84,14 @@ class Execution:
                 self.progress.log("scoring the neurons on the target")
                 self.trainer.begin_finetuning()
                 self.trainer.select()
-                self.trainer.finetuner.selection.save(self.folder.selection)
+                selection = self.trainer.finetuner.selection
+                self.processes.from_first(lambda: selection.save(self.folder.selection))
                 self.progress.log(self._selected())
             self.progress.stage("finetuning", config.finetune_steps, first=config.mining_steps)
             self._steps(config.total_steps)
             if self.trainer.finetuner:
-                self.trainer.finetuner.verify()
+                with self.processes.together():
+                    self.trainer.finetuner.verify()
         return self._result()
 
     def _steps(self, until: int) -> None:
@@ -127,12 +135,17 @@ class Execution:
     def _record(self, values: dict[str, float]) -> None:
         row = {"step": self.step, "stage": self.stage, **values}
         self.history.append(row)
-        self.log.write(json.dumps(row) + "\n")
-        self.log.flush()
-        self.events.scalars(self.step, {k: v for k, v in values.items() if k != "seconds"})
+        if self.processes.first:
+            self.log.write(json.dumps(row) + "\n")
+            self.log.flush()
+            self.events.scalars(self.step, {k: v for k, v in values.items() if k != "seconds"})
 
     def _snapshot(self) -> None:
-        """Measures, writes the results, and the snapshot last: a kill in between repeats the steps since the last."""
+        self.best_kid, self.best_step, self.waited = self.processes.from_first(self._write_snapshot)
+
+    def _write_snapshot(self) -> tuple[float, int, int]:
+        """Measures, writes the results, and the snapshot last: a kill in between repeats the steps since the last.
+        Returns what decides how the run goes on: the best KID, its step, and the snapshots since."""
         config, folder, sampler = self.config, self.folder, self.trainer.average()
         fake = generate(sampler, config.eval_samples, config.seed)
         names = dict.fromkeys((*config.metrics, "kid"))
@@ -157,6 +170,7 @@ class Execution:
             self.best_kid, self.best_step, self.waited = kid, self.step, 0
             folder.copy_last(folder.best)
         folder.save_snapshot(self.step, self._state(), config.keep)
+        return self.best_kid, self.best_step, self.waited
 
     def _state(self) -> dict:
         return {
@@ -177,7 +191,8 @@ class Execution:
         self.history = self.folder.read_history(step)
 
     def _result(self) -> TransferResult:
-        if self.best_step == 0:
+        self.history = self.processes.from_first(lambda: self.history)
+        if self.best_step == 0 and self.processes.first:
             warnings.warn(
                 "by held-out KID no snapshot was better than the source itself, so best/ holds it: train longer, hold "
                 "more images out, or look at last/",

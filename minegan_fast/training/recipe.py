@@ -2,6 +2,8 @@
 
 import copy
 import errno
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -11,6 +13,7 @@ from .estimate import DoesNotFit, Estimate, estimate_memory, estimate_seconds
 from .evaluation import NAMED, choose_features
 from .execution import Execution, TransferResult
 from .folder import RunFolder
+from .processes import Processes, join, local_index
 from .sources import choose_device, open_images, open_networks
 from .trainer import Trainer
 
@@ -46,10 +49,11 @@ def transfer(
         critic: path or module; None takes the source file's discriminator, or a new one, with a message.
         mining_steps: stage 1, the generator frozen. finetune_steps: stage 2. Steps count from 0.
         density: fraction of the generator's neurons that train in stage 2.
+        batch: images a step, of all processes together.
         lr: the critic's learning rate; the miner's is twice, the generator's half of it, unless `miner_lr`,
             `generator_lr` or `critic_lr` say otherwise.
         loss: "nonsaturating" | "wgan" (with a gradient penalty of weight 10) | "hinge".
-        device: None takes a GPU where there is one.
+        device: None takes a GPU where there is one, each process its own.
         resume: go on from the newest snapshot in `out`, or begin where there is none.
         snapshot_every: steps between snapshots; there is one after mining and one at the end too.
         metrics: of "fid", "kid", "kmmd", "mv", "diversity", at every snapshot.
@@ -64,6 +68,12 @@ def transfer(
 
     Returns a `TransferResult`; the folder holds the same and more (see README).
 
+    On several processes (`torchrun`, or torch.distributed initialised by the caller) every process calls this with the
+    same arguments and sees the same files, computes its part of each batch, and gets the same result; the first one
+    writes. Steps are those of one process but for rounding and for what is computed across a batch: StyleGAN2's
+    minibatch standard deviation where its groups do not divide among the processes, batch norm, and a hundredth of the
+    length that path length compares with. A run may be resumed on another number of processes.
+
     Raises: ValueError/FileNotFoundError for input that cannot be used, DoesNotFit where memory would not do,
     TrainingDiverged for NaN losses (the last good snapshot stays), RuntimeError for a full disk.
     """
@@ -75,15 +85,28 @@ def transfer(
         finetune_steps=finetune_steps, density=density, batch=batch, lr=lr, loss=loss, device=device, seed=seed,
         snapshot_every=snapshot_every, metrics=metrics, features=features_name, **settings,
     )  # fmt: skip
-    return Run(config, source, images, critic, features).execute(Path(out), resume, progress)
+    with _prepared(config, source, images, critic, features) as run:
+        return run.execute(Path(out), resume, progress)
 
 
 def dry_run(config: TransferConfig) -> tuple[Estimate, float, float]:
     """(memory, seconds of a mining step, seconds of a finetuning step), measured without writing anything."""
-    run = Run(config, config.source, config.images, config.critic, config.features)
-    with _seeded(run.device):
-        run.estimate.check(config.batch)
+    with _prepared(config, config.source, config.images, config.critic, config.features) as run, _seeded(run.device):
+        with run.processes.together():
+            run.estimate.check(config.batch)
         return run.estimate, *estimate_seconds(run.trainer())
+
+
+@contextmanager
+def _prepared(config: TransferConfig, *materials) -> Iterator["Run"]:
+    """The run on every process, or the same error on all of them."""
+    cuda = torch.cuda.is_available() if config.device is None else config.device.startswith("cuda")
+    with join(cuda) as processes:
+        with processes.together():
+            run = Run(config, *materials, processes)
+        processes.check_equal(run.identity(), "the processes were given different settings or see different images")
+        with torch.cuda.device(run.device) if run.device.type == "cuda" else nullcontext():
+            yield run
 
 
 def _name(thing) -> str | None:
@@ -101,9 +124,14 @@ def _seeded(device: torch.device):
 class Run:
     """Networks, images and features of one configuration, checked; `execute` runs it."""
 
-    def __init__(self, config: TransferConfig, source, images, critic, features):
-        self.config = config
-        self.device = choose_device(config.device)
+    def __init__(self, config: TransferConfig, source, images, critic, features, processes: Processes):
+        self.config, self.processes = config, processes
+        if config.batch % processes.size:
+            raise ValueError(
+                f"batch {config.batch} cannot be divided among {processes.size} processes: take a multiple of "
+                f"{processes.size}, or another number of processes"
+            )
+        self.device = choose_device(config.device, local_index() if processes.size > 1 else None)
         networks = open_networks(source, critic, config)
         self.generator, self.critic = networks.generator.to(self.device), networks.critic.to(self.device)
         self.target, self.held_out = open_images(images, self.generator, config)
@@ -116,20 +144,24 @@ class Run:
         self.notes = [f"{len(self.target)} images to train on, {held_out}; metrics on {self.features.name} features"]
         if not networks.pretrained:
             self.notes.append("the source has no discriminator: a new critic is trained, which takes more steps")
-        self.estimate = estimate_memory(config, self.generator, self.critic)
+        if processes.size > 1:
+            self.notes.append(f"{processes.size} processes, {config.batch // processes.size} images of a step each")
+        self.estimate = estimate_memory(config, self.generator, self.critic, processes.size)
+
+    def identity(self) -> dict:
+        """What all processes must agree on."""
+        return self.config.to_dict() | {"device": None, "images": self.target.fingerprint()}
 
     def trainer(self) -> Trainer:
-        return Trainer(
-            self.config, copy.deepcopy(self.generator), copy.deepcopy(self.critic), self.target.images, self.device
-        )
+        generator, critic = copy.deepcopy(self.generator), copy.deepcopy(self.critic)
+        return Trainer(self.config, generator, critic, self.target.images, self.device, self.processes)
 
     def execute(self, out: Path, resume: bool, progress: bool) -> TransferResult:
         folder = RunFolder(out)
-        self._check_folder(folder, resume)
-        self.estimate.check(self.config.batch)
-        folder.create()
-        folder.clean()
-        self.config.save(folder.config)
+        with self.processes.together():
+            self._check_folder(folder, resume)
+            self.estimate.check(self.config.batch)
+        self.processes.from_first(lambda: self._claim(folder))
         try:
             with _seeded(self.device):
                 return Execution(self, folder, resume, progress).run()
@@ -144,8 +176,14 @@ class Run:
             if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
                 raise
             smaller = min(self.config.batch // 2, self.estimate.largest_batch())
+            smaller -= smaller % self.processes.size
             advice = f"batch {smaller} should fit" if smaller else "even batch 1 may not fit on this device"
             raise DoesNotFit(f"out of memory at batch {self.config.batch}: {advice}; {folder.kept()}") from None
+
+    def _claim(self, folder: RunFolder) -> None:
+        folder.create()
+        folder.clean()
+        self.config.save(folder.config)
 
     def _check_folder(self, folder: RunFolder, resume: bool) -> None:
         if not folder.config.is_file():

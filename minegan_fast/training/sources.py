@@ -80,10 +80,20 @@ def open_images(images, generator: nn.Module, config: TransferConfig) -> tuple[I
     return (train, held_out.images) if len(held_out) >= LEAST_HELD_OUT else (target, None)
 
 
-def choose_device(name: str | None) -> torch.device:
-    """The named device, or a GPU where there is one, else the CPU. ValueError: a device that is not there."""
+def choose_device(name: str | None, index: int | None = None) -> torch.device:
+    """The named device, or a GPU where there is one, else the CPU. ValueError: a device that is not there.
+
+    index: which GPU, where the name does not say: the number of this process on its machine.
+    """
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and index is not None:
+        if index >= (count := torch.cuda.device_count()):
+            raise ValueError(
+                f"process {index} of this machine has no GPU of its own, there are {count}: start no more processes "
+                "than that (--nproc-per-node), or take --device cpu"
+            )
+        name = f"cuda:{index}"
     if name.partition(":")[0] not in ("cpu", "cuda"):
         raise ValueError(f"device {name!r} cannot be used: the devices are cpu, cuda, cuda:1 and so on")
     try:

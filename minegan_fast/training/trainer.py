@@ -13,12 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from ..finetune import SparseFinetuner
+from ..finetune.distributed import gradients
 from ..mining import Mined, Miner
 from ..ops import gradient_penalty, path_length_penalty, r1_penalty
 from .augment import diff_augment
 from .config import TransferConfig
 from .images import to_float
 from .losses import critic_loss, generator_loss
+from .processes import Processes
 from .randomness import DataOrder, seed_all
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -27,18 +29,28 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class Trainer:
     """One run's state: `mined` (generator and miner), `critic`, their averages and optimizers.
 
-    images: uint8 [N, C, R, R] on the CPU. Every step's randomness follows from (config.seed, step).
+    images: uint8 [N, C, R, R] on the CPU. Every step's randomness follows from (config.seed, step). On several
+    processes each takes its part of every batch, and after every step all have the same weights and state.
     """
 
-    def __init__(self, config: TransferConfig, generator: nn.Module, critic: nn.Module, images: Tensor, device):
-        self.config, self.device = config, torch.device(device)
+    def __init__(
+        self,
+        config: TransferConfig,
+        generator: nn.Module,
+        critic: nn.Module,
+        images: Tensor,
+        device,
+        processes: Processes | None = None,
+    ):
+        self.config, self.device, self.processes = config, torch.device(device), processes or Processes()
         self.images, self.order = images, DataOrder(len(images), config.batch, config.seed)
         self.generator = generator.to(self.device).eval().requires_grad_(False)
         self.critic = critic.to(self.device).train().requires_grad_(True)
         seed_all(config.seed, "miner")
         self.miner = Miner(generator.latent_dim, config.miner_depth, config.miner_width).to(self.device)
-        self.miner_average = copy.deepcopy(self.miner).requires_grad_(False)
         self.mined = Mined(self.generator, self.miner)
+        self.processes.equalise([t for net in (self.mined, self.critic) for t in (*net.parameters(), *net.buffers())])
+        self.miner_average = copy.deepcopy(self.miner).requires_grad_(False)
         self.finetuner: SparseFinetuner | None = None
 
         if config.train_critic == "freezed":
@@ -53,10 +65,9 @@ class Trainer:
         self.finite = torch.ones((), dtype=torch.bool, device=self.device)
 
     def step(self, number: int) -> dict[str, Tensor]:
-        """Trains critic, miner and, after `select`, the selected neurons once; returns the losses."""
+        """Trains critic, miner and, after `select`, the selected neurons once; returns the losses of the batch."""
         seed_all(self.config.seed, "step", number)
-        real = to_float(self.images[self.order[number]]).to(self.device)
-        values = {"loss_D": self._train_critic(number, real), "loss_G": self._train_generator(number)}
+        values = {"loss_D": self._train_critic(number), "loss_G": self._train_generator(number)}
         self.scaler.update()
         decay = min(self.config.ema_decay, (number + 1) / (number + 10))
         with torch.no_grad():
@@ -66,22 +77,23 @@ class Trainer:
             self.finite &= torch.isfinite(value)
         return values
 
-    def _train_critic(self, number: int, real: Tensor) -> Tensor:
+    def _train_critic(self, number: int) -> Tensor:
         config = self.config
-        with torch.no_grad(), self._autocast():
-            fake = self.mined(self._latents(config.batch)).float()
-        real, fake = (diff_augment(x, config.augment) for x in (real, fake))
-        with self._autocast():
-            loss = critic_loss(config.loss, self.critic(real), self.critic(fake))
-        total = loss
-        if config.r1_gamma and number % config.r1_every == 0:
-            total = total + config.r1_gamma / 2 * config.r1_every * r1_penalty(self.critic, real)
-        if config.gradient_penalty_weight:
-            total = total + config.gradient_penalty_weight * gradient_penalty(self.critic, real, fake)
+        with self.processes.part(config.batch) as count:
+            real = to_float(self.images[self.processes.own(self.order[number])]).to(self.device)
+            with torch.no_grad(), self._autocast():
+                fake = self.mined(self._latents(count)).float()
+            real, fake = (diff_augment(x, config.augment) for x in (real, fake))
+            with self._autocast():
+                loss = critic_loss(config.loss, self.critic(real), self.critic(fake))
+            total = loss
+            if config.r1_gamma and number % config.r1_every == 0:
+                total = total + config.r1_gamma / 2 * config.r1_every * r1_penalty(self.critic, real)
+            if config.gradient_penalty_weight:
+                total = total + config.gradient_penalty_weight * gradient_penalty(self.critic, real, fake)
         self.critic_optimizer.zero_grad()
         self.scaler.scale(total).backward()
-        self.scaler.step(self.critic_optimizer)
-        return loss.detach()
+        return self._update(loss.detach(), self.critic_optimizer)
 
     def _train_generator(self, number: int) -> Tensor:
         config = self.config
@@ -89,19 +101,39 @@ class Trainer:
         trained = [p for o in optimizers for group in o.param_groups for p in group["params"]]
         for optimizer in optimizers:
             optimizer.zero_grad()
-        with self._autocast():
-            fake = self.mined(self._latents(config.batch))
+        with self.processes.part(config.batch) as count, self._autocast():
+            fake = self.mined(self._latents(count))
             loss = generator_loss(config.loss, self.critic(diff_augment(fake, config.augment)))
         # `inputs` leaves the critic's weight gradients out.
         self.scaler.scale(loss).backward(inputs=trained)
         if self.finetuner and self.path_length_weight and number % config.path_length_every == 0:
-            images, latents = self.mined(self._latents(max(1, config.batch // 2)), return_latents=True)
-            penalty, self.path_length_mean, _ = path_length_penalty(images, latents, self.path_length_mean)
-            weight = self.path_length_weight * config.path_length_every
-            self.scaler.scale(weight * penalty).backward(inputs=trained)
+            self._regularise_path_length(trained)
+        return self._update(loss.detach(), *optimizers)
+
+    def _regularise_path_length(self, trained: list[nn.Parameter]) -> None:
+        """Adds to the gradients. The length that a process compares with is the running mean moved, by a hundredth, by
+        its own samples; the mean that is kept is moved by those of all."""
+        batch, mean = max(1, self.config.batch // 2), self.path_length_mean
+        with self.processes.part(batch) as count:
+            share = count * self.processes.size / batch  # 1 where all have as many samples
+            if count:
+                images, latents = self.mined(self._latents(count), return_latents=True)
+                penalty, mean, _ = path_length_penalty(images, latents, mean)
+                weight = self.path_length_weight * self.config.path_length_every * share
+                self.scaler.scale(weight * penalty).backward(inputs=trained)
+        self.path_length_mean = mean * share
+        self.processes.average([self.path_length_mean])
+
+    def _update(self, loss: Tensor, *optimizers: torch.optim.Optimizer) -> Tensor:
+        """Steps by the gradients of the whole batch, of whose loss this returns the mean. One message carries all: the
+        dense parameters' gradients, the selected rows of the others, and the loss."""
+        if self.processes.size > 1:
+            loss = loss.clone()
+            groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+            self.processes.average([*gradients(groups), loss])
         for optimizer in optimizers:
             self.scaler.step(optimizer)
-        return loss.detach()
+        return loss
 
     def begin_finetuning(self) -> None:
         """Gives the generator its optimizer (and the critic a sparse one, if asked for); nothing is selected yet."""
@@ -132,21 +164,36 @@ class Trainer:
         flags = [p.requires_grad for p in other.parameters()]
         other.requires_grad_(False)
         self.miner.requires_grad_(False)
+        processes, hooks = self.processes, []
         with optimizer.scoring():
+            if config.criterion == "movement" and processes.size > 1:  # its dense steps are steps of the whole batch
+                hooks = [m.parameter.register_hook(self._mean) for layer in optimizer.layers for m in layer.members]
             for k in range(-(-config.score_samples // batch)):
                 seed_all(config.seed, "score", k)
-                evidence(k, batch).backward()
+                samples = torch.arange(k * batch, (k + 1) * batch)
+                if batch % processes.size == 0:
+                    with processes.part(batch):
+                        evidence(processes.own(samples)).backward()
+                elif k % processes.size == processes.rank:
+                    evidence(samples).backward()
+        for hook in hooks:
+            hook.remove()
         self.miner.requires_grad_(True)
         for parameter, flag in zip(other.parameters(), flags, strict=True):
             parameter.requires_grad_(flag)
 
-    def _generator_evidence(self, k: int, batch: int) -> Tensor:
-        fake = self.mined(self._latents(batch))
+    def _mean(self, grad: Tensor) -> Tensor:
+        grad = grad.clone()
+        self.processes.average([grad])
+        return grad
+
+    def _generator_evidence(self, samples: Tensor) -> Tensor:
+        fake = self.mined(self._latents(len(samples)))
         return generator_loss(self.config.loss, self.critic(diff_augment(fake, self.config.augment)))
 
-    def _critic_evidence(self, k: int, batch: int) -> Tensor:
-        real = to_float(self.images[torch.arange(k * batch, (k + 1) * batch) % len(self.images)]).to(self.device)
-        pair = (diff_augment(x, self.config.augment) for x in (real, self.mined(self._latents(batch))))
+    def _critic_evidence(self, samples: Tensor) -> Tensor:
+        real = to_float(self.images[samples % len(self.images)]).to(self.device)
+        pair = (diff_augment(x, self.config.augment) for x in (real, self.mined(self._latents(len(samples)))))
         return critic_loss(self.config.loss, *(self.critic(x) for x in pair))
 
     def average(self) -> Mined:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from sample_networks import build, data
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from minegan_fast.finetune import SparseFinetuner
@@ -66,7 +67,30 @@ def ddp_before_the_selection(wrapped: bool):
     return result
 
 
-def ddp_after_the_selection():
+def accumulation():
+    """Backward passes inside no_sync() send nothing, the one after them the compact rows, and a hook that was given
+    to DDP before the selection sees it."""
+    net = build("mlp")
+    model, sent = DistributedDataParallel(net), []
+
+    def hook(group, bucket):
+        sent.append(bucket.buffer().numel())
+        return allreduce_hook(group, bucket)
+
+    model.register_comm_hook(None, hook)
+    ft = SparseFinetuner(model, score_steps=2, **ARGUMENTS)
+    for i in range(4):
+        trained = sum(p.numel() for p in ft.parameters())
+        step(model, ft, mine(data(12, seed=i)), parts=3)
+        assert sum(sent) == trained
+        sent.clear()
+    assert trained < sum(p.numel() for p in net.parameters()) / 2
+    same_everywhere([*net.parameters(), *(p.grad for p in ft.parameters())])
+    ft.verify()
+    return net.state_dict(), ft.selection.rows, ft.scores()
+
+
+def ddp_after_the_selection(folder: str):
     net = build("mlp")
     ft = SparseFinetuner(net, **ARGUMENTS)
     with ft.scoring():
@@ -75,9 +99,23 @@ def ddp_after_the_selection():
     ft.select()
     model = DistributedDataParallel(net, gradient_as_bucket_view=True)
     for i in range(3):
+        if i == 2 and dist.get_rank() == 0:
+            torch.save((net.state_dict(), ft.state_dict()), f"{folder}/two.pt")
         step(model, ft, mine(data(4, seed=i)))
         same_everywhere([p.grad for p in ft.parameters()])
     same_everywhere(net.parameters())
+    ft.verify()
+    return net.state_dict(), ft.selection.rows, ft.scores()
+
+
+def begun_by_one(folder: str):
+    """The last step of `ddp_after_the_selection` in a run that one process began."""
+    net = build("mlp")
+    ft = SparseFinetuner(net, **ARGUMENTS)
+    state, optimizer = torch.load(f"{folder}/one.pt", weights_only=True)
+    net.load_state_dict(state)
+    ft.load_state_dict(optimizer)
+    step(DistributedDataParallel(net), ft, mine(data(4, seed=2)))
     ft.verify()
     return net.state_dict(), ft.selection.rows, ft.scores()
 
@@ -114,7 +152,9 @@ def main(rank: int, folder: str):
     results = {
         "before": ddp_before_the_selection(wrapped=True),
         "before, model given": ddp_before_the_selection(wrapped=False),
-        "after": ddp_after_the_selection(),
+        "after": ddp_after_the_selection(folder),
+        "begun by one": begun_by_one(folder),
+        "accumulation": accumulation(),
     }
     without_ddp()
     selections_by_hand()

@@ -1,0 +1,198 @@
+"""A run on several processes: each computes a part of every batch, the first one writes, and all end together.
+
+Process r of n takes the samples r, r + n, r + 2n, ... of every batch. Every process draws the random numbers of the
+whole batch and keeps those of its samples, so n processes train on what one would train on. With that order a group of
+StyleGAN2's minibatch standard deviation, too, is one that a single process would form, wherever n divides the groups.
+"""
+
+import functools
+import itertools
+import os
+import pickle
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+from torch.overrides import TorchFunctionMode
+
+from ..finetune.distributed import active, average, coalesced
+
+T = TypeVar("T")
+# Longer than any evaluation, for which the others wait. A process that ends is noticed at once, whatever this is.
+TIMEOUT = timedelta(hours=6)
+_run = itertools.count()
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Which of how many processes this one is; alone where torch.distributed is not in use.
+
+    Every method but `own` and `part` is collective: all processes call it, in the same order.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def own(self, samples: Tensor) -> Tensor:
+        """This process's part of a batch [B, ...]."""
+        return samples[self.rank :: self.size]
+
+    @contextmanager
+    def part(self, batch: int) -> Iterator[int]:
+        """How many of a batch's samples are this process's; draws for so many samples in the block are its part of
+        draws for the whole batch."""
+        with _PartOfBatch(self, batch) if self.size > 1 else nullcontext():
+            yield len(range(self.rank, batch, self.size))
+
+    def average(self, tensors: list[Tensor]) -> None:
+        """Makes the tensors, of which every process has its own values, their means."""
+        if self.size > 1:
+            average(tensors, None)
+
+    def equalise(self, tensors: list[Tensor]) -> None:
+        """Gives all processes the first one's values."""
+        if self.size > 1:
+            coalesced(tensors, functools.partial(dist.broadcast, src=0))
+
+    def from_first(self, function: Callable[[], T]) -> T:
+        """What the first process's call of `function` gives, on all of them; if it raises, all raise that error."""
+        if self.size == 1:
+            return function()
+        outcome: list = [None, None]
+        if self.first:
+            try:
+                outcome[0] = function()
+            except Exception as error:
+                outcome[1] = _portable(error)
+        dist.broadcast_object_list(outcome)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What fails in the block on one process fails on all of them, with the error of the lowest such rank."""
+        if self.size == 1:
+            yield
+            return
+        mine = None
+        try:
+            yield
+        except Exception as error:
+            mine = _portable(error)
+        errors = [None] * self.size
+        dist.all_gather_object(errors, mine)
+        for error in errors:
+            if error is not None:
+                raise error
+
+    def check_equal(self, value, message: str) -> None:
+        """ValueError with this message on all processes where they have different values."""
+        if self.size > 1:
+            values = [None] * self.size
+            dist.all_gather_object(values, value)
+            if any(other != values[0] for other in values):
+                raise ValueError(message)
+
+
+@contextmanager
+def join(cuda: bool) -> Iterator[Processes]:
+    """The processes of this run: those of torch.distributed where the caller has initialised it, else those that
+    torchrun (or whatever sets RANK and WORLD_SIZE) has started; a group that is made here is destroyed afterwards."""
+    if dist.is_available() and dist.is_initialized():
+        yield Processes(dist.get_rank(), dist.get_world_size())
+    elif dist.is_available() and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        store, rank, size = _rendezvous()
+        backend = "cpu:gloo,cuda:nccl" if cuda and dist.is_nccl_available() else "gloo"
+        # Keys of its own: those of an earlier run in these processes would be taken for the new ones.
+        store = dist.PrefixStore(f"minegan_fast/{next(_run)}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+        try:
+            yield Processes(rank, size)
+        except BaseException as error:
+            if isinstance(error, Exception):
+                error = _first_error(store, error)
+            if backend == "gloo":  # the others notice by it; with NCCL it would wait for them
+                dist.destroy_process_group()
+            raise error
+        dist.destroy_process_group()
+    else:
+        yield Processes()
+
+
+@functools.cache
+def _rendezvous():
+    """(store, rank, size). One store as long as the program lives: a later run would find the old one half closed."""
+    return next(dist.rendezvous("env://"))
+
+
+def local_index() -> int | None:
+    """The number of this process on its machine, for the choice of its GPU; None where nothing says so."""
+    if "LOCAL_RANK" in os.environ:
+        return int(os.environ["LOCAL_RANK"])
+    if dist.is_available() and active(None) and torch.cuda.is_available():
+        return torch.cuda.current_device()
+    return None
+
+
+def _first_error(store, error: Exception) -> Exception:
+    """The error of the process that failed first: what the others see is only that it has gone."""
+    error = _portable(error)
+    mine = pickle.dumps(error).hex()
+    try:
+        first = store.compare_set("error", "", mine).decode()
+    except RuntimeError:  # the store went with the first process
+        return error
+    return error if first == mine else pickle.loads(bytes.fromhex(first))
+
+
+def _portable(error: Exception) -> Exception:
+    """The error as it can be sent. The backends' own messages of a lost connection name neither cause nor remedy."""
+    if isinstance(error, dist.DistError) or "/gloo/" in str(error):
+        reason = str(error).splitlines()[0]
+        return RuntimeError(f"another process of this run was lost ({reason}); the run goes on with --resume")
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
+
+
+class _PartOfBatch(TorchFunctionMode):
+    """Draws for as many samples as this process has are made for the whole batch, and its own rows kept.
+
+    The samples are the first dimension of that size. Draws of other shapes and kinds, a dropout's mask say, are made as
+    they are, equal on all ranks.
+    """
+
+    def __init__(self, processes: Processes, batch: int):
+        super().__init__()
+        self.processes, self.batch, self.count = processes, batch, len(range(processes.rank, batch, processes.size))
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function in (torch.rand, torch.randn) and args:
+            shape = torch.Size(args if isinstance(args[0], int) else args[0])
+        elif function in (torch.rand_like, torch.randn_like, Tensor.normal_, Tensor.uniform_):
+            shape = args[0].shape
+        else:
+            return function(*args, **kwargs)
+        if self.count not in shape:
+            return function(*args, **kwargs)
+        axis = shape.index(self.count)
+        whole = (*shape[:axis], self.batch, *shape[axis + 1 :])
+        if function in (torch.rand, torch.randn):
+            drawn = function(whole, **kwargs)
+        else:
+            drawn = function(args[0].new_empty(whole), *args[1:], **kwargs)
+        own = self.processes.own(drawn.movedim(axis, 0)).movedim(0, axis)
+        return args[0].copy_(own) if function in (Tensor.normal_, Tensor.uniform_) else own.contiguous()

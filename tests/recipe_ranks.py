@@ -1,0 +1,151 @@
+"""What each of two processes does for test_processes.py."""
+
+import copy
+import errno
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import minegan_fast as mf
+from minegan_fast.training import TransferConfig
+from minegan_fast.training import folder as run_folder
+from minegan_fast.training.processes import Processes
+from minegan_fast.training.trainer import Trainer
+
+# A batch of 8 on two processes: the minibatch standard deviation has the same groups of 4 as on one.
+TRAINER = {
+    "batch": 8,
+    "score_samples": 16,
+    "r1_every": 1,
+    "augment": "color,translation",
+    "gradient_penalty_weight": 1.0,
+}
+VARIANTS = {
+    "fisher": {"density": 0.2},
+    "gradient": {"criterion": "gradient", "train_critic": "sparse", "path_length_weight": 0.0},
+    "saliency": {"criterion": "saliency", "score_samples": 3},
+    "movement": {"criterion": "movement", "scope": "layer"},
+    "magnitude": {"criterion": "magnitude", "batch": 6},  # 3 samples of path length, 2 of them the first process's
+}
+
+LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
+
+
+def one_step_of_each_stage(tiny, settings, processes=None):
+    """What the critic sees in a step of mining, its gradients and the miner's; the selection; a step after it."""
+    images = torch.randint(0, 256, (10, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    config = TransferConfig(**TRAINER | settings)
+    networks = copy.deepcopy(tiny["generator"]), copy.deepcopy(tiny["discriminator"])
+    trainer = Trainer(config, *networks, images, "cpu", processes)
+    found = {"seen": []}
+    hook = trainer.critic.register_forward_pre_hook(lambda _, inputs: found["seen"].append(inputs[0].detach().clone()))
+    found["losses"] = trainer.step(0)
+    hook.remove()
+    found["gradients"] = [p.grad.clone() for net in (trainer.critic, trainer.miner) for p in net.parameters()]
+    trainer.begin_finetuning()
+    trainer.select()
+    optimizers = [o for o in (trainer.finetuner, trainer.critic_optimizer) if isinstance(o, mf.SparseFinetuner)]
+    found["selected"] = [{n: r.tolist() for n, r in o.selection.rows.items()} for o in optimizers]
+    found["sent"] = []
+    with pytest.MonkeyPatch.context() as patch:
+        reduce = dist.all_reduce
+        patch.setattr(dist, "all_reduce", lambda t, **k: (found["sent"].append(t.numel()), reduce(t, **k)))
+        trainer.step(4)
+    critic = [p for group in trainer.critic_optimizer.param_groups for p in group["params"]]
+    rows = trainer.finetuner.parameters()
+    found["trained"] = [sum(p.numel() for p in ps) for ps in (critic, [*trainer.miner.parameters(), *rows])]
+    found["rows"] = [p.grad.clone() for p in trainer.finetuner.parameters()]
+    found["path length"] = trainer.path_length_mean
+    trainer.finetuner.verify()
+    return found
+
+
+def fails(settings, kind, message):
+    with pytest.raises(kind, match=message):
+        mf.transfer(**settings)
+    assert not dist.is_initialized()
+
+
+def dying_at(step, how):
+    """Trainer.step that does `how` before a step."""
+    whole = Trainer.step
+
+    def stopped(self, number):
+        if number == step:
+            how()
+        return whole(self, number)
+
+    return stopped
+
+
+def raise_in_step():
+    raise FloatingPointError("only on the second process")
+
+
+def main(rank: int, port: int, folder: str, tiny: dict, settings: dict):
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": LOOPBACK}
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
+    torch.set_num_threads(1)
+    folder = Path(folder)
+    settings["images"] = settings.get("images") or tiny["images"]
+
+    written = []
+    watching = [True]
+
+    def watch(event, arguments):
+        # flags of a file that is opened for writing; no file of a run is written but by opening or renaming one
+        opened = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        if watching[0] and (opened or event in ("os.rename", "os.mkdir")) and str(folder) in str(arguments[0]):
+            written.append((event, arguments))
+
+    if rank:
+        sys.addaudithook(watch)
+    result = mf.transfer(**settings, out=folder / "two")
+    assert not dist.is_initialized()
+    resumed = mf.transfer(**settings, out=folder / "one then two", resume=True)
+    mf.transfer(**settings | {"finetune_steps": 3}, out=folder / "two then one")
+    assert not written, f"the second process wrote {written}"
+    watching[0] = False
+    found = {name: (r.sample(3), r.step, r.history) for name, r in (("two", result), ("one then two", resumed))}
+    torch.save(found, folder / f"results{rank}.pt")
+
+    out = folder / "refused"
+    fails(settings | {"batch": 7, "out": out}, ValueError, "batch 7 cannot be divided among 2 processes")
+    fails(settings | {"seed": rank, "out": out}, ValueError, "different settings")
+    if rank == 1:
+        settings["images"] = "nowhere"
+    fails(settings | {"out": out}, FileNotFoundError, "no image folder at 'nowhere'")
+    settings["images"] = tiny["images"]
+    assert not out.exists()
+    fails(settings | {"out": tiny["source"]}, ValueError, "cannot write the run")
+    fails(settings | {"out": folder / "two"}, ValueError, "already holds a run")
+
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 1:
+            patch.setattr(Trainer, "step", dying_at(1, raise_in_step))
+        fails(settings | {"out": folder / "failed"}, FloatingPointError, "only on the second")
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 0:
+
+            def full(*_, **__):
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+            patch.setattr(run_folder.torch, "save", full)
+        fails(settings | {"out": folder / "full"}, RuntimeError, "disk is full.*there is no snapshot yet")
+
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    found = {name: one_step_of_each_stage(tiny, v, Processes(rank, 2)) for name, v in VARIANTS.items()}
+    found["two samples"] = one_step_of_each_stage(tiny, {"batch": 2}, Processes(rank, 2))
+    torch.save(found, folder / f"steps{rank}.pt")
+    mf.transfer(**settings, out=folder / "own group")
+    assert dist.is_initialized(), "a group that the caller made is the caller's"
+    dist.destroy_process_group()
+
+    if rank == 1:
+        Trainer.step = dying_at(6, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    mf.transfer(**settings, out=folder / "killed")
