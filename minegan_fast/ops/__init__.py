@@ -4,6 +4,7 @@ from ._op import BackendUnavailable, backend_report, backends, use_backend
 from .bias_act import bias_act
 from .mmd import mmd2
 from .penalty import gradient_penalty, interpolate, path_length_penalty, r1_penalty
+from .row_score import row_score
 
 __all__ = [
     "BackendUnavailable",
@@ -15,5 +16,6 @@ __all__ = [
     "mmd2",
     "path_length_penalty",
     "r1_penalty",
+    "row_score",
     "use_backend",
 ]
