@@ -12,7 +12,7 @@ from . import delta, distributed, ema, report, state
 from .holding import Held, check_parameters
 from .leaves import Linked
 from .neurons import filter_layers, find_layers
-from .scores import CRITERIA, WITHOUT_EVIDENCE, BufferCopy, Evidence
+from .scores import CRITERIA, WITHOUT_EVIDENCE, BufferCopy, Evidence, check_dense
 from .scoring import collect
 from .selection import Selection, rank, selection_by_hand
 from .update import OPTIMIZERS, carry, unscale, update
@@ -144,7 +144,7 @@ class SparseFinetuner(torch.optim.Optimizer):
 
     def scores(self) -> dict[str, Tensor]:
         """{layer: float32 [neurons]} on the CPU, from the evidence so far. RuntimeError where there is none."""
-        return self.evidence.scores()
+        return {name: score.cpu() for name, score in self.evidence.scores().items()}
 
     def select(self, selection: Selection | Mapping[str, object] | None = None) -> Selection:
         """Chooses the neurons that train from now on, by the scores, or those of `selection` or {layer: rows}.
@@ -162,7 +162,8 @@ class SparseFinetuner(torch.optim.Optimizer):
         if selection is None:
             if distributed.active(self.process_group) and not self.evidence_used:
                 self.evidence.reduce(self.process_group)
-            scores = distributed.agree(self.scores(), self.process_group)
+            several = distributed.active(self.process_group)
+            scores = distributed.agree(self.scores(), self.process_group) if several else self.evidence.scores()
             selection = rank(scores, self.layers, self.density, self.budget, self.scope, self.policy)
             self.evidence_used = True
         else:
@@ -218,7 +219,8 @@ class SparseFinetuner(torch.optim.Optimizer):
         return loss
 
     def _score_step(self):
-        graded = [(layer, m) for layer in self.layers for m in layer.members if m.parameter.grad is not None]
+        graded = [(m, m.parameter.grad) for x in self.layers for m in x.members if m.parameter.grad is not None]
+        check_dense(graded)
         if not graded and self.criterion not in WITHOUT_EVIDENCE:
             return
         if self.criterion == "movement":
@@ -226,10 +228,9 @@ class SparseFinetuner(torch.optim.Optimizer):
                 self.evidence.begin_movement()
                 if self.buffers.outdated(self.model):
                     self.buffers = BufferCopy(self.model)
-            for _, member in graded:
+            for member, _ in graded:
                 self.dense_step(member.parameter, self.state[member.parameter])
-        for layer, member in graded:
-            self.evidence.add(layer, member, member.parameter.grad)
+        self.evidence.add(graded)
         self.evidence.count += 1
 
     def _finish_movement(self):

@@ -70,7 +70,7 @@ class _Passes:
             if self.ft.criterion == "movement":
                 self.pending.append(parameter)
             else:
-                self.ft.evidence.add(layer, member, parameter.grad)
+                self.ft.evidence.add([(member, parameter.grad)])
                 parameter.grad = None
 
         return take
