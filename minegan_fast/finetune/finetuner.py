@@ -121,23 +121,39 @@ class SparseFinetuner(torch.optim.Optimizer):
         return self.held.selection
 
     @contextmanager
-    def scoring(self):
-        """Every backward() inside is one piece of evidence; no weight moves and no gradient stays.
+    def scoring(self, reduction: str = "mean", samples: int | None = None):
+        """Every backward() inside is evidence; no weight moves and no gradient stays.
 
-        The gradient that a backward() brings is one piece: with one sample in each loss, "fisher" is exact per sample;
-        with a batch it is the squared gradient of the batch. For "movement" every backward() is one dense step, and
-        leaving the block gives parameters and buffers their old bits back. Evidence of several blocks adds up until a
-        selection uses it.
+        For "fisher" the pieces of evidence are samples: a backward() of a batch's loss counts as one of each sample's
+        own, without a loop over them. Where a parameter meets the samples in a linear layer, a convolution, a bias, an
+        affine, or a normalisation's affine this is exact, also if it is scaled, normalised or shared before, and as far
+        as the samples do not act on each other (batch norm in training mode, minibatch statistics). Anywhere else (an
+        embedding, attention's and recurrent layers' own functions, a gradient of a gradient), and where axis 0 of the
+        layer's input is not the batch, the square of the summed gradient stands for the sum of the squares, which is
+        its mean where the samples' gradients are independent around zero; a UserWarning names these parameters.
+
+        The other criteria take the gradient that a backward() brings as one piece. For "movement" each is one dense
+        step, and leaving the block gives parameters and buffers their old bits back. Evidence of several blocks adds up
+        until a selection uses it.
+
+        Args:
+            reduction: what the loss does with the samples' losses: "mean" | "sum". Only "fisher" has to know.
+            samples: how many are in each loss; None: as many as axis 0 of the layers' inputs has entries. 1 takes the
+                gradient of each backward() as one piece, whatever the batch.
         """
         self._check_usable("scoring()")
         if self._scoring:
             raise RuntimeError("scoring() is already open; leave the outer block first")
+        if reduction not in ("mean", "sum"):
+            raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
+        if samples is not None and not (isinstance(samples, int) and samples >= 1):
+            raise ValueError(f"samples must be an integer of at least 1, or None, got {samples!r}")
         if self.evidence_used:
             self.evidence.clear()
             self.evidence_used = False
         self._scoring = True
         try:
-            with collect(self):
+            with collect(self, reduction, samples):
                 yield self
         finally:
             self._scoring = False

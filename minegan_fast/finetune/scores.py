@@ -25,7 +25,8 @@ class Evidence:
     """What the pieces of evidence have shown so far, for one criterion; on the devices of the parameters.
 
     totals: per device float64 [rows of all members], for "fisher" and "saliency"; the rows of a member begin at its
-    slot. sums: per parameter, for "gradient" and "movement". count: pieces of evidence.
+    slot. sums: per parameter, for "gradient" and "movement". count: pieces of evidence. by_batch: names of parameters
+    of which a batch's gradient stood for its samples' in "fisher".
     """
 
     def __init__(self, criterion: str, layers: list[Layer], seed: int):
@@ -40,6 +41,7 @@ class Evidence:
 
     def clear(self):
         self.count = 0
+        self.by_batch: set[str] = set()
         self.totals: dict[torch.device, Tensor] = {}
         self.sums: dict[str, Tensor] = {}
         self.start: dict[str, Tensor] = {}  # the parameters before the first step of "movement"
@@ -60,6 +62,7 @@ class Evidence:
 
     def add_samples(self, member: Member, grads: Tensor, factor: float):
         """Adds the squares of per-sample gradients [samples, *shape of the parameter], each `factor` times."""
+        grads = grads[:, None] if grads.dim() == 1 else grads  # of a 0-dimensional parameter, which is one neuron
         self._add_rows(self.totals, [(member, grads)], "square", factor**2, member.axis + 1)
 
     def add_squares(self, member: Member, squares: Tensor):
