@@ -23,42 +23,56 @@ CHUNK_BYTES = 32 << 20  # of the per-sample gradients that exist at one time
 
 @dataclass(eq=False)
 class Use:
-    """A tensor `value`, computed from `roots`, where it meets a batch of samples.
+    """A tensor `value` with the history `trail` (sampled.py) where it meets a batch of samples.
 
-    batch: size of the samples' axis, 0 where it is not known that there is one. counts: whether that size can tell how
-    many samples a pass has. scale: value is the root times that, None where it is something else. twice: it was
-    differentiated with create_graph, so that what a pass brings is no longer all of the gradient. shares: once the
-    pass has come by, (begin, end) -> [end - begin, *value.shape]; squares: (root's axis 0) -> the reduced result.
+    batch: size of the samples' axis, 0 where it is not known that there is one. counts: whether that size tells how
+    many samples a pass has. twice: it was differentiated with create_graph, so that a pass over it brings a part of the
+    gradient only. shares: once the pass has come by, (begin, end) -> [end - begin, *value.shape]; squares: where it is
+    cheaper the sum of their squares for each row.
     """
 
-    roots: tuple[nn.Parameter, ...]
+    trail: "object"
     value: Tensor
     batch: int
     counts: bool
-    scale: float | None
-    host: "object"  # what collects: begin(), exact(), fired(), distributed
     twice: bool = False
     shares: Callable[[int, int], Tensor] | None = None
     squares: Callable[[], Tensor] | None = None
+    again: tuple | None = None
+
+    @property
+    def roots(self) -> tuple[nn.Parameter, ...]:
+        return self.trail.roots
 
     def takes(self) -> bool:
         """Whether the pass that has arrived here is evidence that this use gives sample by sample."""
         if torch.is_grad_enabled():
             self.twice = True
             return False
-        return self.host.exact(self)
+        return self.trail.host.exact(self)
+
+    def fire(self, shares, squares=None) -> Tensor | None:
+        """Hands the shares on; returns what stands for the gradient of the value: nothing, but DDP waits for one."""
+        self.shares, self.squares = shares, squares
+        self.trail.host.fired(self)
+        return self.value.new_zeros(()).expand(self.value.shape) if self.trail.host.distributed else None
+
+    def release(self):
+        self.shares = self.squares = self.again = None
 
     def for_root(self, root: nn.Parameter, begin: int, end: int) -> Tensor:
         """The samples' shares of the gradient of one root, [end - begin, *root.shape]."""
         shares = self.shares(begin, end)
-        if self.scale is not None:
-            return shares if self.scale == 1 else shares * self.scale
-        shares = shares.to(self.value.dtype)
-        return torch.autograd.grad(self.value, root, shares, retain_graph=True, is_grads_batched=True)[0]
-
-    def gives(self) -> Tensor | None:
-        """The gradient of the value where the shares are taken instead: none, but DDP waits for one."""
-        return self.value.new_zeros(()).expand(self.value.shape) if self.host.distributed else None
+        if self.trail.scale is not None:
+            return shares if self.trail.scale == 1 else shares * self.trail.scale
+        if self.again is None:
+            # The graph behind `value` is the pass's own, which frees it as it goes.
+            with torch.enable_grad(), torch._C.DisableTorchFunctionSubclass():
+                leaves = {id(r): r.as_subclass(Tensor).detach().requires_grad_() for r in self.roots}
+                self.again = self.trail.replay(dict(leaves)), leaves
+        value, leaves = self.again
+        shares = shares.to(value.dtype)
+        return torch.autograd.grad(value, leaves[id(root)], shares, retain_graph=True, is_grads_batched=True)[0]
 
 
 def chunk_of(root: nn.Parameter) -> int:
@@ -70,7 +84,7 @@ class Escape(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, value, use):
-        use.host.uses.add(ctx)
+        use.trail.host.uses.add(ctx)
         ctx.found = (use,)
         return value.view_as(value)
 
@@ -84,7 +98,7 @@ class Expand(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, value, ndim, use):
-        use.host.uses.add(ctx)
+        use.trail.host.uses.add(ctx)
         ctx.found, ctx.shape = (use,), value.shape
         return value.reshape(*[1] * (ndim - value.dim()), *value.shape).expand(use.batch, *[-1] * (ndim - 1))
 
@@ -93,9 +107,7 @@ class Expand(torch.autograd.Function):
         (use,) = ctx.found
         if not use.takes():
             return grad.sum(0).reshape(ctx.shape), None, None
-        use.shares = lambda begin, end: grad[begin:end].reshape(end - begin, *ctx.shape)
-        use.host.fired(use)
-        return use.gives(), None, None
+        return use.fire(lambda begin, end: grad[begin:end].reshape(end - begin, *ctx.shape)), None, None
 
 
 @dataclass(frozen=True)
@@ -148,7 +160,7 @@ class Layer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, w, b, kind, use, bias_use):
-        use.host.uses.add(ctx)
+        use.trail.host.uses.add(ctx)
         ctx.found = (use,) if bias_use is None else (use, bias_use)
         ctx.kind = kind
         ctx.save_for_backward(x, w)
@@ -159,26 +171,21 @@ class Layer(torch.autograd.Function):
         x, w = ctx.saved_tensors
         kind, use, bias_use = ctx.kind, ctx.found[0], ctx.found[1] if len(ctx.found) > 1 else None
         axes = [0, *range(2, dy.dim())] if isinstance(kind, Convolution) else list(range(dy.dim() - 1))
+        wide = torch.promote_types(dy.dtype, torch.float32)
         taken, need = use.takes(), ctx.needs_input_grad
         dx, dw = kind.backward(dy, x.to(dy.dtype), w.to(dy.dtype), [need[0], not taken])
-        dw = use.gives() if taken else dw.to(w.dtype)
-        wide = torch.promote_types(dy.dtype, torch.float32)
         if taken:
-            use.shares = lambda begin, end: kind.shares(dy[begin:end].to(wide), x[begin:end].to(wide), w)
-            if x.dim() == 2 and use.scale is not None and kind is Linear:
-                use.squares = lambda: dy.double().square().T @ x.double().square().sum(1) * use.scale**2
-            use.host.fired(use)
+            squares = None
+            if kind is Linear and x.dim() == 2 and use.trail.scale is not None:
+                squares = lambda: dy.double().square().T @ x.double().square().sum(1) * use.trail.scale**2  # noqa: E731
+            dw = use.fire(lambda a, b: kind.shares(dy[a:b].to(wide), x[a:b].to(wide), w), squares)
+        else:
+            dw = dw.to(w.dtype)
         db = None
-        if need[2]:
-            if bias_use is not None and bias_use.takes():
-                rest = [axis for axis in axes if axis]
-                bias_use.shares = lambda begin, end: (
-                    dy[begin:end].to(wide).sum(rest) if rest else dy[begin:end].to(wide)
-                )
-                bias_use.host.fired(bias_use)
-                db = bias_use.gives()
-            else:
-                db = dy.sum(axes)
+        if need[2] and bias_use is not None and bias_use.takes():
+            db = bias_use.fire(lambda a, b: dy[a:b].to(wide).sum(axes[1:]) if axes[1:] else dy[a:b].to(wide))
+        elif need[2]:
+            db = dy.sum(axes)
         return dx if dx is None else dx.to(x.dtype), dw, db, None, None, None
 
 
@@ -207,8 +214,10 @@ def _swap(rest):
 
 
 def samples_of(uses: list[Use]) -> int:
-    """How many samples a pass has: what axis 0 of the layers' inputs says, the smallest where they do not agree."""
-    return min((use.batch for use in uses if use.counts), default=1)
+    """How many samples a pass has: what axis 0 of the layers' inputs says, the smallest where they do not agree; 0
+    where nothing tells."""
+    sizes = {use.batch for use in uses if use.batch == 1 or (use.batch and use.counts)}
+    return min(sizes - {1}, default=len(sizes))
 
 
 def square_sums(evidence, member, uses: list[Use], batch: int, factor: float):

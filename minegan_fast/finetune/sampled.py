@@ -17,14 +17,28 @@ from ..ops import bias_act
 from .per_sample import Escape, Expand, Layer, Linear, Use, resolve
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Trail:
-    """Where a tensor comes from: the parameters, what listens to them, and what it is their multiple by (None: it is
-    something else)."""
+    """Where a tensor comes from: `roots`, the parameters; `host`, what listens to them; `scale`, the multiple of its
+    root that it is (None: it is something else); `call`, the function and arguments that made it and which of the
+    results it is; `version`, before writes in place."""
 
     roots: tuple[nn.Parameter, ...]
     host: object
     scale: float | None
+    call: tuple | None = None
+    version: int = 0
+
+    def replay(self, made: dict[int, Tensor]) -> Tensor:
+        """Computes the tensor anew; made: what exists already, {id of a root or trail: tensor}."""
+        if self.call is None:
+            return made[id(self.roots[0])]
+        if id(self) not in made:
+            func, args, kwargs, which = self.call
+            again = lambda t: t.trail.replay(made) if _followed(t) else t  # noqa: E731
+            result = func(*_map(again, args), **_map(again, kwargs))
+            made[id(self)] = result if which is None else result[which]
+        return made[id(self)]
 
 
 class _Followed:
@@ -100,40 +114,54 @@ def _map(f, x):
     return x
 
 
-def _derived(result, sources, scale=None):
-    """Marks what is differentiable in a result as computed from the roots of the sources."""
+def _derived(func, args, kwargs=None, scale=None):
+    """Calls a function of followed tensors and constants, and follows what is differentiable in the result."""
+    kwargs = kwargs or {}
+    result = func(*args, **kwargs)
+    sources = [t for t in (*_leaves(args), *_leaves(kwargs)) if _followed(t)]
     roots = tuple({id(root): root for t in sources for root in t.trail.roots}.values())
 
-    def mark(x):
-        if isinstance(x, Sampled) or not x.requires_grad:
+    def follow(x, which):
+        if not isinstance(x, Tensor) or _followed(x) or not x.requires_grad:
             return x
-        x = x if _followed(x) else x.as_subclass(Derived)  # it is followed already where it was changed in place
-        x.trail = Trail(roots, sources[0].trail.host, scale)
+        x = x.as_subclass(Derived)
+        x.trail = Trail(roots, sources[0].trail.host, scale, (func, args, kwargs, which), x._version)
         return x
 
-    return _map(mark, result)
+    if isinstance(result, list | tuple) and not hasattr(result, "_fields"):
+        return type(result)(follow(x, i) for i, x in enumerate(result))
+    return follow(result, None)
 
 
-def _use(t, batch: int, counts: bool) -> Use:
-    return Use(t.trail.roots, t.as_subclass(Tensor), batch, counts, t.trail.scale, t.trail.host)
+def _written(t) -> bool:
+    """Whether it was changed in place since: its trail does not know."""
+    return t.trail.call is not None and t._version != t.trail.version
 
 
-def _escape(t):
+def _use(t, batch: int, counts: bool = False) -> Use:
+    return Use(t.trail, t.as_subclass(Tensor), 0 if _written(t) else batch, counts)
+
+
+def _escape(t, batch: int = 0, counts: bool = False):
     if not (_followed(t) and t.requires_grad):
         return t
-    use = _use(t, 0, False)
+    use = _use(t, batch, counts)
     return Escape.apply(use.value, use)
 
 
 def _other(func, args, kwargs):
     """Any function: of followed tensors alone its result is followed on, else they escape into it."""
     tensors = [*_leaves(args), *_leaves(kwargs)]
-    if not any(_foreign(t) for t in tensors) or (
-        func in _OF_CONSTANTS and not any(_foreign(t) and t.requires_grad for t in tensors)
-    ):
-        return _derived(func(*args, **kwargs), [t for t in tensors if _followed(t)])
+    foreign = [t for t in tensors if _foreign(t)]
+    constant = not foreign or (func in _OF_CONSTANTS and not any(t.requires_grad for t in foreign))
+    if constant and func not in _RANDOM and not any(_written(t) for t in tensors if _followed(t)):
+        return _derived(func, args, kwargs)
     return func(*_map(_escape, args), **_map(_escape, kwargs))
 
+
+# They give something else at every call, so that a weight that they made cannot be made again.
+_RANDOM = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, F.rrelu}
+_RANDOM |= {torch.dropout, torch.alpha_dropout, torch.feature_dropout, torch.rrelu, F.gumbel_softmax}
 
 # With vectors that are no data, as spectral norm's: a product of a matrix and a vector has no samples in it.
 _OF_CONSTANTS = {torch.mv, torch.dot, torch.vdot, Tensor.mv, Tensor.dot, Tensor.vdot}
@@ -143,29 +171,32 @@ def _broadcast(t, ndim: int, batch: int):
     """t as every sample sees it, [batch, ...]; None where t has an axis of samples itself."""
     if t.dim() == ndim and t.shape[:1] != (1,):
         return None
-    if batch < 2:
-        return _escape(t)
-    use = _use(t, batch, False)
+    if batch < 2 or _written(t):
+        return _escape(t, batch)
+    use = _use(t, batch)
     return Expand.apply(use.value, ndim, use)
 
 
 def _elementwise(func, a, b, *rest, **kwargs):
     numbers = (a, b) if isinstance(a, Tensor) else (b, a)
     if not isinstance(numbers[1], Tensor):
+        if _written(numbers[0]):
+            return NotImplemented
         scale = numbers[0].trail.scale if func in _SCALES and not (rest or kwargs) else None
         if scale is not None and func in _DIVIDES:
             scale = scale / numbers[1] if numbers[0] is a and numbers[1] else None
         elif scale is not None:
             scale = scale * numbers[1]
-        return _derived(func(a, b, *rest, **kwargs), [numbers[0]], scale)
+        return _derived(func, (a, b, *rest), kwargs, scale)
     t, x = (a, b) if _followed(a) else (b, a)
-    if not _foreign(x) or not t.requires_grad:
+    if not _foreign(x) or not t.requires_grad or _written(t):
         return NotImplemented
     shape = torch.broadcast_shapes(a.shape, b.shape)
-    if shape == t.shape and not x.requires_grad:
-        return _derived(func(a, b, *rest, **kwargs), [t])
+    if not x.requires_grad and (shape == t.shape or shape[0] == 1):  # a constant
+        return _derived(func, (a, b, *rest), kwargs)
     # Without a gradient and with few axes x may be no data but a table, of positions say.
-    if x.dim() != len(shape) or x.shape[0] != shape[0] or not (x.dim() > 1 and x.requires_grad or x.dim() > 3):
+    data = x.dim() > 1 and (x.requires_grad or x.dim() > 3)
+    if not data or x.dim() != len(shape) or x.shape[0] != shape[0]:
         return NotImplemented
     every = _broadcast(t, len(shape), shape[0])
     if every is None:
@@ -202,21 +233,21 @@ _TAILS = {True: ("output_padding", "groups", "dilation"), False: ("dilation", "g
 
 
 def _layer(func, x, weight, bias, ndim, kind, *args):
-    several = x.dim() >= 2 if kind is Linear else x.dim() == ndim
-    if _followed(x) or not several or len(x) < 2 or any(_foreign(t) and t.requires_grad for t in (weight, bias)):
+    batched = x.dim() >= 2 if kind is Linear else x.dim() == ndim
+    if not batched or _followed(x) or not (_followed(weight) and weight.requires_grad) or _written(weight):
         return NotImplemented
-    if not (_followed(weight) and weight.requires_grad):
-        return NotImplemented
+    if len(x) < 2 or any(_foreign(t) and t.requires_grad for t in (weight, bias)):
+        return func(x, _escape(weight, len(x), True), _escape(bias, len(x)), *args)
     use = _use(weight, len(x), True)
-    bias_use = _use(bias, len(x), True) if _followed(bias) and bias.requires_grad else None
+    bias_use = _use(bias, len(x)) if _followed(bias) and bias.requires_grad else None
     return Layer.apply(x, use.value, bias if bias_use is None else bias_use.value, kind, use, bias_use)
 
 
 def _bias_act(func, x, b=None, *, dim=1, **kwargs):
     if _followed(x) or not _followed(b) or not b.requires_grad or dim % x.dim() == 0:
         return NotImplemented
-    along = b.to(x.dtype).view([-1 if d == dim % x.dim() else 1 for d in range(x.dim())])
-    every = _broadcast(_derived(along, [b]), x.dim(), len(x))
+    shape = [-1 if d == dim % x.dim() else 1 for d in range(x.dim())]
+    every = _broadcast(_derived(lambda b: b.to(x.dtype).view(shape), (b,)), x.dim(), len(x))
     return bias_act(x + every, None, dim=dim, **kwargs)
 
 
@@ -230,18 +261,19 @@ def _normalisation(func, *args, **kwargs):
     y = func(**given | {"weight": None, "bias": None})
     for t, together in ((weight, torch.mul), (bias, torch.add)):
         if t is not None:
-            last = func is F.layer_norm
-            shaped = t if last else t.view(-1, *[1] * (x.dim() - 2))
+            shape = t.shape if func is F.layer_norm else (-1, *[1] * (x.dim() - 2))
             if _followed(t) and t.requires_grad:
-                shaped = _broadcast(_derived(shaped, [t]), x.dim(), len(x))
-                if shaped is None:
+                t = _broadcast(_derived(Tensor.view, (t, shape)), x.dim(), len(x))
+                if t is None:
                     return NotImplemented
-            y = together(y, shaped.to(y.dtype))
+            else:
+                t = t.view(shape)
+            y = together(y, t.to(y.dtype))
     return y
 
 
 def _expand(func, t, *sizes):
-    if not (_followed(t) and t.requires_grad):
+    if not (_followed(t) and t.requires_grad) or _written(t):
         return NotImplemented
     sizes = sizes[0].shape if func is Tensor.expand_as else sizes[0] if isinstance(sizes[0], list | tuple) else sizes
     own = t.shape[0] if t.dim() == len(sizes) else 1

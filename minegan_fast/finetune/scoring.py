@@ -65,9 +65,10 @@ def collect(ft, reduction: str, samples: int | None):
         if links:
             distributed.rebuild_reducers(ft.model)
     if passes.by_batch:
+        names = ", ".join(sorted(passes.by_batch))
         warnings.warn(
-            f"scored by the gradient of the whole batch, not sample by sample: {', '.join(sorted(passes.by_batch))}; they "
-            "are used in ways that are not followed. One sample in each backward() scores everything exactly",
+            f"scored by the gradient of a whole batch, not sample by sample: {names}. They are used in ways that are "
+            "not followed; with one sample in each backward() and scoring(samples=1) all are exact",
             stacklevel=4,
         )
 
@@ -90,7 +91,7 @@ class Passes:
         self._forget()
 
     def _forget(self):
-        self.batch, self.factor, self.taken = 1, 1.0, set()
+        self.batch, self.factor, self.unknown, self.taken = 1, 1.0, False, set()
         self.waiting: dict[nn.Parameter, list[Use]] = {}
         self.expected: dict[nn.Parameter, int] = {}
 
@@ -130,7 +131,8 @@ class Passes:
         nodes = [node for node in self.uses if torch._C._will_engine_execute_node(node)]
         found = [use for node in nodes for use in node.found]
         if self.ft.criterion == "fisher":
-            self.batch = self.samples or samples_of(found)
+            told = self.samples or samples_of(found)
+            self.unknown, self.batch = told == 0, max(told, 1)
             self.factor = self.batch if self.reduction == "mean" else 1.0
         taken = {use for use in found if use.batch == self.batch > 1 and not use.twice}
         taken = {use for use in taken if all(map(self._accumulates, use.roots))}
@@ -156,7 +158,7 @@ class Passes:
                 square_sums(self.ft.evidence, self.members[root], uses, self.batch, self.factor)
                 for done in uses:
                     if self.waiting.keys().isdisjoint(done.roots):
-                        done.shares = done.squares = None
+                        done.release()
 
     @torch.no_grad()
     def take(self, parameter: nn.Parameter):
@@ -169,7 +171,7 @@ class Passes:
         if grad is None or (parameter in self.expected and self.distributed):
             return  # its samples' shares were taken; under DDP zeros arrive
         member = self.members[parameter]
-        if self.batch > 1:
+        if self.batch > 1 or self.unknown:
             self.by_batch.add(member.name)
         self.pending.append((member, grad))
         self.bytes += grad.nbytes if grad.layout == torch.strided else 0
