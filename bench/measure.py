@@ -30,7 +30,8 @@ class WrongResultError(AssertionError):
 class Case:
     """What is computed. `bytes` is the least that must move, `flops` is given where arithmetic can be the limit.
 
-    `expected` is in float64; the error of the provider named `yardstick` is the measure of everyone's.
+    `expected` is in float64; the error of the provider named `yardstick` is the measure of everyone's. `rounding` is
+    what one rounding does to a result, where that is more than the dtype's.
     """
 
     op: str
@@ -41,6 +42,7 @@ class Case:
     expected: Sequence[torch.Tensor]
     flops: int = 0
     yardstick: str = "eager"
+    rounding: float = 0.0
 
     @property
     def key(self) -> dict:
@@ -120,7 +122,7 @@ def check(case: Case, providers: list[Provider]) -> tuple[dict[str, float], dict
             if not (refused and provider.name == "torch.compile" and case.which == "double backward"):
                 raise
             notes[provider.name] = "not supported by torch.compile"
-    rounding = torch.finfo(case.dtype).eps
+    rounding = max(case.rounding, torch.finfo(case.dtype).eps)
     for label, error in errors.items():
         allowed = 2 * errors[case.yardstick] + rounding if label.startswith(OURS) else 64 * rounding
         if not error <= allowed:

@@ -47,8 +47,9 @@ class _Followed:
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if torch.compiler.is_compiling():
-            return torch._C._disabled_torch_function_impl(func, types, args, kwargs)
+        if torch.compiler.is_compiling():  # the compiler's graph is no place to look into: its weights escape
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
         with torch._C.DisableTorchFunctionSubclass():
             accessor = getattr(func, "__name__", "") in ("__get__", "__set__") and func.__self__ not in _VIEWS
             if accessor or not torch.is_grad_enabled() or func in _AS_IT_IS:

@@ -69,7 +69,7 @@ def collect(ft, reduction: str, samples: int | None):
         warnings.warn(
             f"scored by the gradient of a whole batch, not sample by sample: {names}. They are used in ways that are "
             "not followed; with one sample in each backward() and scoring(samples=1) all are exact",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 
