@@ -9,6 +9,7 @@ from sample_networks import Attention, EqualLinear, Residual, Standardised, Tied
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
 
 from minegan_fast.finetune import SparseFinetuner, per_sample
 from minegan_fast.models import StyleGAN2Discriminator, StyleGAN2Generator
@@ -449,3 +450,100 @@ def test_wrong_arguments(options, message):
         pass
     with ft.scoring():
         pass
+
+
+@pytest.mark.parametrize("name", ["conv2d", "twice"])
+def test_checkpointed_layers(name):
+    """What a checkpoint computes again in the backward is no second use."""
+
+    def loss(net, x):
+        return checkpoint(net, x, use_reentrant=False).flatten(1).square().sum(1).mean()
+
+    scores, named = scored(make(name), [data(4)], loss)
+    assert named == set()
+    assert_equal(scores, one_by_one(make(name), [data(4)]))
+
+
+def test_under_ddp(tmp_path):
+    """DDP waits for a gradient of every parameter, also of those whose samples' shares are taken instead."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        net, batches = make("conv2d"), [data(4), data(3, seed=2)]
+        model = nn.parallel.DistributedDataParallel(net)
+        ft = SparseFinetuner(model)
+        with ft.scoring():
+            for x in batches:
+                loss_of(model, x).backward()
+        assert_equal(ft.scores(), one_by_one(make("conv2d"), batches))
+        loss_of(model, data(4)).backward()
+        (g,) = torch.autograd.grad(loss_of(net, data(4)), net[0].weight)
+        torch.testing.assert_close(net[0].weight.grad, g)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_compiled_models_fall_back():
+    net, x = make("conv2d"), data(4)
+    torch.compiler.reset()
+    compiled = torch.compile(net, backend="eager")
+    scores, named = scored(net, [x], lambda net, x: loss_of(compiled, x), samples=4)
+    assert named == {name for name, _ in net.named_parameters()}
+    loss_of(net, x, "sum").backward()
+    total = net[0].weight.grad.square().sum((1, 2, 3)) + net[0].bias.grad.square()
+    torch.testing.assert_close(scores["0.weight"], (total / 4).float(), rtol=1e-6, atol=0)
+
+
+class InPlace(nn.Linear):
+    def forward(self, x):
+        weight = self.weight * 2
+        weight.mul_(1.5)
+        return F.linear(x, weight, self.bias)
+
+
+class Dropped(nn.Linear):
+    def forward(self, x):
+        return F.linear(x, F.dropout(self.weight, 0.5), self.bias)
+
+
+@pytest.mark.parametrize("kind", [InPlace, Dropped])
+def test_weights_that_cannot_be_made_again(kind):
+    """Written to in place, or made at random: their gradient is the batch's."""
+    net, x = nn.Sequential(nn.Flatten(), nn.Linear(108, 4), kind(4, 3)).double(), data(4)
+    torch.manual_seed(3)
+    scores, named = scored(net, [x])
+    assert named == {"2.weight", "2.bias"}
+    torch.manual_seed(3)
+    loss_of(net, x, "sum").backward()
+    total = net[2].weight.grad.square().sum(1) + net[2].bias.grad.square()
+    torch.testing.assert_close(scores["2.weight"], (total / 4).float(), rtol=1e-6, atol=0)
+
+
+def test_peak_memory():
+    """Scoring a batch holds hardly more than its backward pass, whose gradients stay."""
+    torch.manual_seed(0)
+    net = StyleGAN2Generator(32, latent_dim=32, channel_base=1024, channel_max=64, mapping_layers=2)
+    z = torch.randn(8, 32)
+    ft = SparseFinetuner(net)
+
+    def peak(call):
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+            call()
+        held = highest = 0
+        for event in profile.profiler.kineto_results.events():
+            if event.name() == "[memory]":
+                held += event.nbytes()
+                highest = max(highest, held)
+        return highest
+
+    def score():
+        with ft.scoring():
+            net(z, noise="constant").square().mean().backward()
+
+    def plain():
+        net(z, noise="constant").square().mean().backward()
+        net.zero_grad()
+
+    plain()
+    score()
+    assert peak(score) <= 1.3 * peak(plain)
