@@ -13,10 +13,14 @@ over the samples (Dangel et al. 2020, arXiv 1912.10985, treat the layers; sharin
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from .sampled import Trail
 
 CHUNK_BYTES = 32 << 20  # of the per-sample gradients that exist at one time
 
@@ -27,11 +31,11 @@ class Use:
 
     batch: size of the samples' axis, 0 where it is not known that there is one. counts: whether that size tells how
     many samples a pass has. twice: it was differentiated with create_graph, so that a pass over it brings a part of the
-    gradient only. shares: once the pass has come by, (begin, end) -> [end - begin, *value.shape]; squares: where it is
-    cheaper the sum of their squares for each row.
+    gradient only. shares: once the pass has come by, (begin, end) -> [end - begin, *value.shape]; squares: where that
+    is cheaper, -> the sum of their squares for each row. again: the value computed anew, and its leaves by root.
     """
 
-    trail: "object"
+    trail: "Trail"
     value: Tensor
     batch: int
     counts: bool
@@ -73,10 +77,6 @@ class Use:
         value, leaves = self.again
         shares = shares.to(value.dtype)
         return torch.autograd.grad(value, leaves[id(root)], shares, retain_graph=True, is_grads_batched=True)[0]
-
-
-def chunk_of(root: nn.Parameter) -> int:
-    return max(1, CHUNK_BYTES // max(1, 4 * root.numel()))
 
 
 class Escape(torch.autograd.Function):
@@ -226,7 +226,7 @@ def square_sums(evidence, member, uses: list[Use], batch: int, factor: float):
     if len(uses) == 1 and uses[0].squares is not None and member.axis == 0:
         evidence.add_squares(member, uses[0].squares() * factor**2)
         return
-    step = min(batch, chunk_of(root))
+    step = max(1, CHUNK_BYTES // (4 * root.numel()))
     for begin in range(0, batch, step):
         end = min(batch, begin + step)
         total = uses[0].for_root(root, begin, end)

@@ -21,13 +21,19 @@ from .per_sample import Escape, Expand, Layer, Linear, Use, resolve
 class Trail:
     """Where a tensor comes from: `roots`, the parameters; `host`, what listens to them; `scale`, the multiple of its
     root that it is (None: it is something else); `call`, the function and arguments that made it and which of the
-    results it is; `version`, before writes in place."""
+    results it is; `constants`, the other tensors among these, and `version`, its own, with what they were then."""
 
     roots: tuple[nn.Parameter, ...]
     host: object
     scale: float | None
     call: tuple | None = None
+    constants: tuple[tuple[Tensor, int], ...] = ()
     version: int = 0
+
+    def outdated(self) -> bool:
+        """Whether something that it was computed from was written to in place since: it cannot be computed anew."""
+        sources = [t.trail for part in (self.call or ())[1:3] for t in _leaves(part) if _followed(t)]
+        return any(t._version != version for t, version in self.constants) or any(t.outdated() for t in sources)
 
     def replay(self, made: dict[int, Tensor]) -> Tensor:
         """Computes the tensor anew; made: what exists already, {id of a root or trail: tensor}."""
@@ -119,14 +125,16 @@ def _derived(func, args, kwargs=None, scale=None):
     """Calls a function of followed tensors and constants, and follows what is differentiable in the result."""
     kwargs = kwargs or {}
     result = func(*args, **kwargs)
-    sources = [t for t in (*_leaves(args), *_leaves(kwargs)) if _followed(t)]
+    tensors = [*_leaves(args), *_leaves(kwargs)]
+    sources = [t for t in tensors if _followed(t)]
+    constants = tuple((t, t._version) for t in tensors if _foreign(t))
     roots = tuple({id(root): root for t in sources for root in t.trail.roots}.values())
 
     def follow(x, which):
         if not isinstance(x, Tensor) or _followed(x) or not x.requires_grad:
             return x
         x = x.as_subclass(Derived)
-        x.trail = Trail(roots, sources[0].trail.host, scale, (func, args, kwargs, which), x._version)
+        x.trail = Trail(roots, sources[0].trail.host, scale, (func, args, kwargs, which), constants, x._version)
         return x
 
     if isinstance(result, list | tuple) and not hasattr(result, "_fields"):

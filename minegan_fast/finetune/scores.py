@@ -1,7 +1,7 @@
 """How much a neuron matters: the evidence that gradients give, reduced to one number per neuron.
 
-With g_s the gradient of piece of evidence s (one backward pass, or one step's accumulated gradient) with respect to all
-parameters of a neuron, w these parameters and S the number of pieces:
+With g_s the gradient of piece of evidence s (one backward pass, one step's accumulated gradient, or for "fisher" in a
+scoring() block one sample) with respect to all parameters of a neuron, w these parameters and S the number of pieces:
 
     fisher     1/S Σ_s |g_s|²         (diagonal of the empirical Fisher information, summed over the neuron)
     gradient   |1/S Σ_s g_s|

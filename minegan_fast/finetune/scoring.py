@@ -135,7 +135,7 @@ class Passes:
             self.unknown, self.batch = told == 0, max(told, 1)
             self.factor = self.batch if self.reduction == "mean" else 1.0
         taken = {use for use in found if use.batch == self.batch > 1 and not use.twice}
-        taken = {use for use in taken if all(map(self._accumulates, use.roots))}
+        taken = {use for use in taken if all(map(self._accumulates, use.roots)) and not use.trail.outdated()}
         while True:  # the shares of all uses add up before they are squared: one that has none spoils the others
             spoilt = {root for use in found if use not in taken for root in use.roots}
             kept = {use for use in taken if spoilt.isdisjoint(use.roots)}
