@@ -30,8 +30,8 @@ class WrongResultError(AssertionError):
 class Case:
     """What is computed. `bytes` is the least that must move, `flops` is given where arithmetic can be the limit.
 
-    `expected` is in float64; the error of the provider named `yardstick` is the measure of everyone's. `extra` is what
-    else its rows hold.
+    `expected` is in float64; the error of the provider named `yardstick` is the measure of everyone's. `rounding` is
+    what one rounding does to a result, where that is more than the dtype's; `extra` is what else its rows hold.
     """
 
     op: str
@@ -43,6 +43,7 @@ class Case:
     flops: int = 0
     yardstick: str = "eager"
     extra: dict = field(default_factory=dict)
+    rounding: float = 0.0
 
     @property
     def key(self) -> dict:
@@ -127,7 +128,7 @@ def check(case: Case, providers: list[Provider]) -> tuple[dict[str, float], dict
             if not (refused and provider.name == "torch.compile" and case.which == "double backward"):
                 raise
             notes[provider.name] = "not supported by torch.compile"
-    rounding = torch.finfo(case.dtype).eps
+    rounding = max(case.rounding, torch.finfo(case.dtype).eps)
     for label, error in errors.items():
         allowed = 2 * errors[case.yardstick] + rounding if label.startswith(OURS) else 64 * rounding
         if not error <= allowed:

@@ -6,6 +6,7 @@ Each tensor gets an allocation of its own, else an access past its end would lan
 """
 
 import argparse
+import functools
 import itertools
 import os
 import sys
@@ -19,7 +20,7 @@ import torch
 from clock import Call
 from measure import PASSES, make_pass, relative_error
 
-from minegan_fast.ops import Hyperparameters, RowTensor, RowUpdate, bias_act, use_backend
+from minegan_fast.ops import Hyperparameters, RowTensor, RowUpdate, bias_act, row_score, use_backend
 
 Check = tuple[str, torch.dtype, Callable[[], Call], Callable[[], Call]]
 
@@ -77,7 +78,30 @@ def check_row_update(device: str) -> Iterator[Check]:
         yield f"{optimizer} {dtype}", dtype, lambda make=make: make(device, False), lambda make=make: make("cpu", True)
 
 
-OPS: dict[str, Callable[[str], Iterator[Check]]] = {"bias_act": check_bias_act, "row_update": check_row_update}
+def check_row_score(device: str) -> Iterator[Check]:
+    """Rows of one element, rows no 16-byte access fits, in many pieces, several launches for a list."""
+    shapes = {(1,): 0, (): 0, (37,): 0, (5, 7): 0, (3, 513, 3, 3): 0, (9, 4, 3, 3): 1, (2, 3, 17, 19): 1, (6, 512): 0}
+    axes, sizes = list(shapes.values()), [shape[axis] if shape else 1 for shape, axis in shapes.items()]
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+
+    def make(kind, grads, weights, place):
+        grads, weights = ([t.to(place) for t in tensors] for tensors in (grads, weights))
+        totals = torch.zeros(sum(sizes), dtype=torch.float64, device=place)
+        others = weights if kind == "product" else None
+        return lambda: (row_score(totals, grads, starts, axes=axes, weights=others, kind=kind),)
+
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        for kind in ("square", "abs", "product"):
+            tensors = [[torch.randn(shape).to(dtype) for shape in shapes] for _ in range(2)]
+            calls = [functools.partial(make, kind, *tensors, place) for place in (device, "cpu")]
+            yield f"{kind} {dtype}", torch.float64, *calls
+
+
+OPS: dict[str, Callable[[str], Iterator[Check]]] = {
+    "bias_act": check_bias_act,
+    "row_update": check_row_update,
+    "row_score": check_row_score,
+}
 
 
 def main() -> int:

@@ -52,6 +52,14 @@ PYBIND11_MODULE(_C, m) {
       },
       no_gil);
 
+  m.def(
+      "row_score_cpu",
+      [](int dtype, Address table, int64_t entries, Address out, int kind, double factor, int threads) {
+        minegan::row_score_cpu(DType(dtype), (const int64_t*)at(table), entries, (double*)at(out), kind, factor,
+                               threads);
+      },
+      no_gil);
+
 #ifdef MINEGAN_CUDA
   m.attr("cuda_version") = MINEGAN_CUDA_VERSION;
   m.attr("cuda_architectures") = MINEGAN_CUDA;

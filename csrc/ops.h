@@ -83,4 +83,12 @@ void row_update_cuda(DType, DType dense, Rule, const RowTensor* tensors, const u
                      const float* found_inf, int device, uintptr_t stream);
 #endif
 
+// ---- row_score ----
+// For each of the table's entries [entries, 6] = (g, w, outer, C, inner, start), in double:
+//   out[start + c] += factor * sum over o, i of t(g[o, c, i], w[o, c, i]),      t = g^2 | |g| | g w   for kind 0 | 1 |
+//   2
+// g, w are addresses of [outer, C, inner]; w may be 0 but for kind 2. No two entries share an element of out. The order
+// of a sum depends on its entry's shape alone.
+void row_score_cpu(DType, const int64_t* table, int64_t entries, double* out, int kind, double factor, int threads);
+
 }  // namespace minegan

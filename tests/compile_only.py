@@ -100,10 +100,26 @@ def row_update_kernels():
             yield Kernel("row_update", "row_update_kernel", f"{name} {label}", pointers, constants=constants, **common)
 
 
-TRITON = {"bias_act": bias_act_kernels, "row_update": row_update_kernels}
+def row_score_kernels():
+    from minegan_fast.kernels.row_score import _OPTIONS, _TILES
+    from triton import language as tl
+
+    elements = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16, "fp64": tl.float64}
+    for long, width in ((True, 4), (True, 1), (False, 4), (False, 1)):
+        for element, kind in (("fp32", 0), ("fp32", 2), ("bf16", 0), ("fp64", 2)):
+            BR, BK = _TILES[long]
+            wide = width if width == 1 else {"bf16": 8, "fp64": 2}.get(element, 4)
+            constants = {"ELEMENT": elements[element], "KIND": kind, "WIDTH": wide, "STEPS": 7, "BR": BR, "BK": BK}
+            label = f"{'long' if long else 'short'} rows, {wide} wide, {element}, kind {kind}"
+            pointers = {"table_ptr": "i64", "out_ptr": "fp64"}
+            common = {"sizes": {"entries": 110}, "scalars": {"factor": "fp64"}, "options": _OPTIONS}
+            yield Kernel("row_score", "row_score_kernel", label, pointers, constants=constants, wide=wide > 1, **common)
+
+
+TRITON = {"bias_act": bias_act_kernels, "row_update": row_update_kernels, "row_score": row_score_kernels}
 
 # <op>.cu: which of its kernels, demangled, must have 16-byte loads.
-CUDA = {"bias_act": r"kernel<.*\b(2|4|8)>", "row_update": r"kernel<"}
+CUDA = {"bias_act": r"kernel<.*\b(2|4|8)>", "row_update": r"kernel<", "row_score": "no kernel"}
 
 
 @dataclass

@@ -14,7 +14,7 @@ from .holding import Held, check_parameters
 from .leaves import Linked
 from .link import Ledger
 from .neurons import filter_layers, find_layers
-from .scores import CRITERIA, WITHOUT_EVIDENCE, BufferCopy, Evidence
+from .scores import CRITERIA, WITHOUT_EVIDENCE, BufferCopy, Evidence, check_dense
 from .scoring import collect
 from .selection import Selection, rank, selection_by_hand
 
@@ -127,30 +127,46 @@ class SparseFinetuner(torch.optim.Optimizer):
         return self.held.selection
 
     @contextmanager
-    def scoring(self):
-        """Every backward() inside is one piece of evidence; no weight moves and no gradient stays.
+    def scoring(self, reduction: str = "mean", samples: int | None = None):
+        """Every backward() inside is evidence; no weight moves and no gradient stays.
 
-        The gradient that a backward() brings is one piece: with one sample in each loss, "fisher" is exact per sample;
-        with a batch it is the squared gradient of the batch. For "movement" every backward() is one dense step, and
-        leaving the block gives parameters and buffers their old bits back. Evidence of several blocks adds up until a
-        selection uses it.
+        For "fisher" the pieces of evidence are samples: a backward() of a batch's loss counts as one of each sample's
+        own, without a loop over them. Where a parameter meets the samples in a linear layer, a convolution, a bias, an
+        affine, or a normalisation's affine this is exact, also if it is scaled, normalised or shared before, and as far
+        as the samples do not act on each other (batch norm in training mode, minibatch statistics). Anywhere else (an
+        embedding, attention's and recurrent layers' own functions, a gradient of a gradient), and where axis 0 of the
+        layer's input is not the batch, the square of the summed gradient stands for the sum of the squares, which is
+        its mean where the samples' gradients are independent around zero; a UserWarning names these parameters.
+
+        The other criteria take the gradient that a backward() brings as one piece. For "movement" each is one dense
+        step, and leaving the block gives parameters and buffers their old bits back. Evidence of several blocks adds up
+        until a selection uses it.
+
+        Args:
+            reduction: what the loss does with the samples' losses: "mean" | "sum". Only "fisher" has to know.
+            samples: how many are in each loss; None: as many as axis 0 of the layers' inputs has entries. 1 takes the
+                gradient of each backward() as one piece, whatever the batch.
         """
         self._check_usable("scoring()")
         if self._scoring:
             raise RuntimeError("scoring() is already open; leave the outer block first")
+        if reduction not in ("mean", "sum"):
+            raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
+        if samples is not None and not (isinstance(samples, int) and samples >= 1):
+            raise ValueError(f"samples must be an integer of at least 1, or None, got {samples!r}")
         if self.evidence_used:
             self.evidence.clear()
             self.evidence_used = False
         self._scoring = True
         try:
-            with collect(self):
+            with collect(self, reduction, samples):
                 yield self
         finally:
             self._scoring = False
 
     def scores(self) -> dict[str, Tensor]:
         """{layer: float32 [neurons]} on the CPU, from the evidence so far. RuntimeError where there is none."""
-        return self.evidence.scores()
+        return {name: score.cpu() for name, score in self.evidence.scores().items()}
 
     def select(self, selection: Selection | Mapping[str, object] | None = None) -> Selection:
         """Chooses the neurons that train from now on, by the scores, or those of `selection` or {layer: rows}.
@@ -168,7 +184,8 @@ class SparseFinetuner(torch.optim.Optimizer):
         if selection is None:
             if distributed.active(self.process_group) and not self.evidence_used:
                 self.evidence.reduce(self.process_group)
-            scores = distributed.agree(self.scores(), self.process_group)
+            several = distributed.active(self.process_group)
+            scores = distributed.agree(self.scores(), self.process_group) if several else self.evidence.scores()
             selection = rank(scores, self.layers, self.density, self.budget, self.scope, self.policy)
             self.evidence_used = True
         else:
@@ -233,7 +250,8 @@ class SparseFinetuner(torch.optim.Optimizer):
                 p.grad.mul_(scale.double().reciprocal().float().to(p.grad.device))
 
     def _score_step(self):
-        graded = [(layer, m) for layer in self.layers for m in layer.members if m.parameter.grad is not None]
+        graded = [(m, m.parameter.grad) for x in self.layers for m in x.members if m.parameter.grad is not None]
+        check_dense(graded)
         if not graded and self.criterion not in WITHOUT_EVIDENCE:
             return
         if self.criterion == "movement":
@@ -241,10 +259,9 @@ class SparseFinetuner(torch.optim.Optimizer):
                 self.evidence.begin_movement()
                 if self.buffers.outdated(self.model):
                     self.buffers = BufferCopy(self.model)
-            for _, member in graded:
+            for member, _ in graded:
                 self.dense_step(member.parameter, self.state[member.parameter])
-        for layer, member in graded:
-            self.evidence.add(layer, member, member.parameter.grad)
+        self.evidence.add(graded)
         self.evidence.count += 1
 
     def _finish_movement(self):

@@ -72,7 +72,7 @@ def sizes_of(layers: list[Layer]) -> dict[str, tuple[int, int]]:
 
 
 def rank(scores: Mapping[str, Tensor], layers, density, budget, scope, policy) -> Selection:
-    """The selection that the scores {layer: [neurons]} ask for.
+    """The selection that the scores {layer: [neurons]} ask for, ranked where they are; only its rows come to the CPU.
 
     "train_top" trains the highest scores, "freeze_top" the lowest; ties go by (name, row). scope "global" ranks all
     neurons together and trains the first max(1, round(density·n)), or with budget "parameters" the first ones until
@@ -80,34 +80,38 @@ def rank(scores: Mapping[str, Tensor], layers, density, budget, scope, policy) -
     max(1, round(density·n)) of each layer; the neurons of a layer are equally large, so both budgets mean the same.
     ValueError where a score is not finite.
     """
-    bad = [name for name, score in scores.items() if not score.isfinite().all()]
-    if bad:
+    sizes = sizes_of(layers)
+    names = sorted(sizes)
+    flat = torch.cat([scores[name] for name in names])
+    if not flat.isfinite().all():
+        bad = [name for name, score in scores.items() if not score.isfinite().all()]
         raise ValueError(
             f"the scores of {', '.join(bad)} are not finite: a gradient was inf or NaN; nothing was selected. "
             "Lower the loss scale or leave out the bad batch, and score again"
         )
-    sizes = sizes_of(layers)
-    names = sorted(sizes)
-    descending = policy == "train_top"
-    rows = {}
+    counts, costs = (torch.tensor(column) for column in zip(*(sizes[name] for name in names), strict=True))
+    layer = torch.repeat_interleave(torch.arange(len(names)), counts).to(flat.device)
+    order = flat.argsort(descending=policy == "train_top", stable=True)
     if scope == "layer":
-        for name in names:
-            order = scores[name].argsort(descending=descending, stable=True)
-            rows[name] = order[: max(1, round(density * len(order)))].sort().values
-        return Selection(rows, sizes, budget)
-    order = torch.cat([scores[name] for name in names]).argsort(descending=descending, stable=True)
-    cost = torch.cat([torch.full((sizes[name][0],), sizes[name][1]) for name in names])[order]
-    if budget == "parameters":
+        order = order[layer[order].argsort(stable=True)]
+        position = torch.arange(len(order)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+        quota = torch.tensor([max(1, round(density * n)) for n in counts.tolist()])
+        taken = position < quota.repeat_interleave(counts)
+    elif budget == "parameters":
         # a target that rounding error alone lifts above a whole number of parameters is that number
-        target = density * int(cost.sum()) * (1 - 1e-12)
-        taken = int(torch.searchsorted(cost.cumsum(0).double(), torch.tensor(target, dtype=torch.float64))) + 1
+        target = density * int((counts * costs).sum()) * (1 - 1e-12)
+        cost = costs.to(flat.device)[layer[order]]
+        taken = (cost.cumsum(0) - cost).double() < target
     else:
-        taken = max(1, round(density * len(order)))
-    chosen = torch.zeros(len(order), dtype=torch.bool)
-    chosen[order[:taken]] = True
-    for name, mask in zip(names, chosen.split([sizes[name][0] for name in names]), strict=True):
-        if mask.any():
-            rows[name] = mask.nonzero().flatten()
+        taken = torch.arange(len(order)) < max(1, round(density * len(order)))
+    chosen = order[taken.to(flat.device)].sort().values.cpu()
+    ends = counts.cumsum(0)
+    parts = chosen.tensor_split(torch.searchsorted(chosen, ends)[:-1])
+    rows = {
+        name: part - end + n
+        for name, part, end, n in zip(names, parts, ends.tolist(), counts.tolist(), strict=True)
+        if len(part)
+    }
     return Selection(rows, sizes, budget)
 
 

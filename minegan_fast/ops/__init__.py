@@ -5,6 +5,7 @@ from .bias_act import bias_act
 from .mmd import mmd2
 from .penalty import gradient_penalty, interpolate, path_length_penalty, r1_penalty
 from .row_gradient import row_gradient
+from .row_score import row_score
 from .row_update import Hyperparameters, RowTensor, RowUpdate
 
 __all__ = [
@@ -21,5 +22,6 @@ __all__ = [
     "path_length_penalty",
     "r1_penalty",
     "row_gradient",
+    "row_score",
     "use_backend",
 ]

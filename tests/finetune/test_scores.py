@@ -61,7 +61,7 @@ def test_scoring_block(name, criterion):
     net = build(name).eval()
     pieces = list(data(4).split(1))
     ft = SparseFinetuner(net, lr=1e-2, criterion=criterion)
-    with ft.scoring():
+    with ft.scoring(samples=1 if name == "constant" else None):  # it has no layer whose input tells their number
         for x in pieces:
             net(x).square().mean().backward()
     scores, want = ft.scores(), expected(criterion, ft, net, pieces)
@@ -77,7 +77,7 @@ def test_drop_in_steps_score_alike(criterion):
     net, twin = build("convolutions"), build("convolutions")
     pieces = list(data(4).split(2))
     by_hand = SparseFinetuner(twin, lr=1e-2, criterion=criterion, density=0.3, seed=5)
-    with by_hand.scoring():
+    with by_hand.scoring(samples=1):
         for x in pieces:
             twin(x).square().mean().backward()
     ft = SparseFinetuner(net, lr=1e-2, criterion=criterion, density=0.3, seed=5, score_steps=2)
@@ -95,8 +95,10 @@ def test_drop_in_steps_score_alike(criterion):
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.filterwarnings("ignore:scored by the gradient of a whole batch")  # of batch norm in training mode
 @pytest.mark.parametrize("selected", [False, True])
-def test_scoring_leaves_nothing_behind(criterion, selected):
+@pytest.mark.parametrize("samples", [None, 1])
+def test_scoring_leaves_nothing_behind(criterion, samples, selected):
     """Gradients, flags, leaves, moments and bits are as before, also when the block raises."""
     net = build("resnet")
     net[1].requires_grad_(False)
@@ -114,16 +116,16 @@ def test_scoring_leaves_nothing_behind(criterion, selected):
     flags = {p: p.requires_grad for p in net.parameters()}
 
     def interrupted():
-        with ft.scoring():
+        with ft.scoring(samples=samples):
             net(data()).square().mean().backward()
             raise KeyError("stop")
 
     with pytest.raises(KeyError, match="stop"):
         interrupted()
-    with ft.scoring():
+    with ft.scoring(samples=samples):
         for seed in (1, 2):
             net(data(seed=seed)).square().mean().backward()
-    assert ft.evidence.count == 3
+    assert ft.evidence.count == 3 * (3 if criterion == "fisher" and samples is None else 1)
     assert {p: p.requires_grad for p in net.parameters()} == flags
     for p, kept in grads.items():
         assert p.grad is (None if kept is None else kept[0])
@@ -225,7 +227,7 @@ def test_random_is_uniform_and_seeded():
 def test_every_network_can_be_scored_and_selected(name):
     net = build(name)
     ft = SparseFinetuner(net, density=0.2)
-    with ft.scoring():
+    with ft.scoring(samples=1):
         for x in data(3).split(1):
             net(x).square().mean().backward()
     assert 0 < ft.select().density <= 0.5

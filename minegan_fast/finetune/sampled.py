@@ -1,0 +1,298 @@
+"""How a weight is followed from its parameter to where it meets the samples, while "fisher" is scored by batches.
+
+During `with ft.scoring():` the candidates are `Sampled` parameters, and what is computed from them alone is `Derived`.
+Where one of either meets other data in a linear layer, a convolution, a sum or product broadcast over the samples, a
+normalisation's affine or bias_act, the meeting becomes a `Use` (per_sample.py). In every other function it is an
+`Escape`: the gradient of its parameters is then that of the batch. Axis 0 of the other data is the samples' axis.
+"""
+
+import inspect
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..ops import bias_act
+from .per_sample import Escape, Expand, Layer, Linear, Use, resolve
+
+
+@dataclass(eq=False)
+class Trail:
+    """Where a tensor comes from: `roots`, the parameters; `host`, what listens to them; `scale`, the multiple of its
+    root that it is (None: it is something else); `call`, the function and arguments that made it and which of the
+    results it is; `constants`, the other tensors among these, and `version`, its own, with what they were then."""
+
+    roots: tuple[nn.Parameter, ...]
+    host: object
+    scale: float | None
+    call: tuple | None = None
+    constants: tuple[tuple[Tensor, int], ...] = ()
+    version: int = 0
+
+    def outdated(self) -> bool:
+        """Whether something that it was computed from was written to in place since: it cannot be computed anew."""
+        sources = [t.trail for part in (self.call or ())[1:3] for t in _leaves(part) if _followed(t)]
+        return any(t._version != version for t, version in self.constants) or any(t.outdated() for t in sources)
+
+    def replay(self, made: dict[int, Tensor]) -> Tensor:
+        """Computes the tensor anew; made: what exists already, {id of a root or trail: tensor}."""
+        if self.call is None:
+            return made[id(self.roots[0])]
+        if id(self) not in made:
+            func, args, kwargs, which = self.call
+            again = lambda t: t.trail.replay(made) if _followed(t) else t  # noqa: E731
+            result = func(*_map(again, args), **_map(again, kwargs))
+            made[id(self)] = result if which is None else result[which]
+        return made[id(self)]
+
+
+class _Followed:
+    trail: Trail
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if torch.compiler.is_compiling():  # the compiler's graph is no place to look into: its weights escape
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        with torch._C.DisableTorchFunctionSubclass():
+            accessor = getattr(func, "__name__", "") in ("__get__", "__set__") and func.__self__ not in _VIEWS
+            if accessor or not torch.is_grad_enabled() or func in _AS_IT_IS:
+                return func(*args, **kwargs)
+            rule = _RULES.get(func)
+            result = NotImplemented if rule is None else rule(func, *args, **kwargs)
+            return _other(func, args, kwargs) if result is NotImplemented else result
+
+
+class Sampled(_Followed, nn.Parameter):
+    """A parameter that is scored; a copy or a pickle of it is a plain one."""
+
+    def __deepcopy__(self, memo):
+        return memo.setdefault(id(self), nn.Parameter(self.detach().clone(), self.requires_grad))
+
+    def __reduce_ex__(self, protocol):
+        return nn.Parameter(self.detach()).__reduce_ex__(protocol)
+
+
+class Derived(_Followed, Tensor):
+    """What was computed from parameters and constants."""
+
+
+_VIEWS = {getattr(Tensor, name) for name in ("T", "mT", "H", "mH")}
+_AS_IT_IS = {
+    torch.autograd.grad,
+    torch.autograd.backward,
+    Tensor.backward,
+    Tensor.register_hook,
+    Tensor.register_post_accumulate_grad_hook,
+    Tensor.requires_grad_,
+    Tensor.detach,
+}
+
+
+def _followed(x) -> bool:
+    return isinstance(x, _Followed)
+
+
+def _foreign(x) -> bool:
+    return isinstance(x, Tensor) and not isinstance(x, _Followed)
+
+
+def _leaves(x):
+    if isinstance(x, dict):
+        x = list(x.values())
+    if isinstance(x, list | tuple):
+        for item in x:
+            yield from _leaves(item)
+    elif isinstance(x, Tensor):
+        yield x
+
+
+def _map(f, x):
+    """f on every tensor in nested lists, tuples and dicts."""
+    if isinstance(x, Tensor):
+        return f(x)
+    if isinstance(x, dict):
+        return {k: _map(f, v) for k, v in x.items()}
+    if isinstance(x, list | tuple):
+        items = [_map(f, v) for v in x]
+        return type(x)(*items) if hasattr(x, "_fields") else type(x)(items)
+    return x
+
+
+def _derived(func, args, kwargs=None, scale=None):
+    """Calls a function of followed tensors and constants, and follows what is differentiable in the result."""
+    kwargs = kwargs or {}
+    result = func(*args, **kwargs)
+    tensors = [*_leaves(args), *_leaves(kwargs)]
+    sources = [t for t in tensors if _followed(t)]
+    constants = tuple((t, t._version) for t in tensors if _foreign(t))
+    roots = tuple({id(root): root for t in sources for root in t.trail.roots}.values())
+
+    def follow(x, which):
+        if not isinstance(x, Tensor) or _followed(x) or not x.requires_grad:
+            return x
+        x = x.as_subclass(Derived)
+        x.trail = Trail(roots, sources[0].trail.host, scale, (func, args, kwargs, which), constants, x._version)
+        return x
+
+    if isinstance(result, list | tuple) and not hasattr(result, "_fields"):
+        return type(result)(follow(x, i) for i, x in enumerate(result))
+    return follow(result, None)
+
+
+def _written(t) -> bool:
+    """Whether it was changed in place since: its trail does not know."""
+    return t.trail.call is not None and t._version != t.trail.version
+
+
+def _use(t, batch: int, counts: bool = False) -> Use:
+    return Use(t.trail, t.as_subclass(Tensor), 0 if _written(t) else batch, counts)
+
+
+def _escape(t, batch: int = 0, counts: bool = False):
+    if not (_followed(t) and t.requires_grad):
+        return t
+    use = _use(t, batch, counts)
+    return Escape.apply(use.value, use)
+
+
+def _other(func, args, kwargs):
+    """Any function: of followed tensors alone its result is followed on, else they escape into it."""
+    tensors = [*_leaves(args), *_leaves(kwargs)]
+    foreign = [t for t in tensors if _foreign(t)]
+    constant = not foreign or (func in _OF_CONSTANTS and not any(t.requires_grad for t in foreign))
+    if constant and func not in _RANDOM and not any(_written(t) for t in tensors if _followed(t)):
+        return _derived(func, args, kwargs)
+    return func(*_map(_escape, args), **_map(_escape, kwargs))
+
+
+# They give something else at every call, so that a weight that they made cannot be made again.
+_RANDOM = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, F.rrelu}
+_RANDOM |= {torch.dropout, torch.alpha_dropout, torch.feature_dropout, torch.rrelu, F.gumbel_softmax}
+
+# With vectors that are no data, as spectral norm's: a product of a matrix and a vector has no samples in it.
+_OF_CONSTANTS = {torch.mv, torch.dot, torch.vdot, Tensor.mv, Tensor.dot, Tensor.vdot}
+
+
+def _broadcast(t, ndim: int, batch: int):
+    """t as every sample sees it, [batch, ...]; None where t has an axis of samples itself."""
+    if t.dim() == ndim and t.shape[:1] != (1,):
+        return None
+    if batch < 2 or _written(t):
+        return _escape(t, batch)
+    use = _use(t, batch)
+    return Expand.apply(use.value, ndim, use)
+
+
+def _elementwise(func, a, b, *rest, **kwargs):
+    numbers = (a, b) if isinstance(a, Tensor) else (b, a)
+    if not isinstance(numbers[1], Tensor):
+        if _written(numbers[0]):
+            return NotImplemented
+        scale = numbers[0].trail.scale if func in _SCALES and not (rest or kwargs) else None
+        if scale is not None and func in _DIVIDES:
+            scale = scale / numbers[1] if numbers[0] is a and numbers[1] else None
+        elif scale is not None:
+            scale = scale * numbers[1]
+        return _derived(func, (a, b, *rest), kwargs, scale)
+    t, x = (a, b) if _followed(a) else (b, a)
+    if not _foreign(x) or not t.requires_grad or _written(t):
+        return NotImplemented
+    shape = torch.broadcast_shapes(a.shape, b.shape)
+    if not x.requires_grad and (shape == t.shape or shape[0] == 1):  # a constant
+        return _derived(func, (a, b, *rest), kwargs)
+    # Without a gradient and with few axes x may be no data but a table, of positions say.
+    data = x.dim() > 1 and (x.requires_grad or x.dim() > 3)
+    if not data or x.dim() != len(shape) or x.shape[0] != shape[0]:
+        return NotImplemented
+    every = _broadcast(t, len(shape), shape[0])
+    if every is None:
+        return NotImplemented
+    return func(every, b, *rest, **kwargs) if t is a else func(a, every, *rest, **kwargs)
+
+
+_SCALES = {getattr(Tensor, n) for n in ("mul", "multiply", "__mul__", "__rmul__", "div", "true_divide", "__truediv__")}
+_SCALES |= {torch.mul, torch.multiply, torch.div, torch.true_divide}
+_DIVIDES = {Tensor.div, Tensor.true_divide, Tensor.__truediv__, torch.div, torch.true_divide}
+_SUMS = {getattr(Tensor, n) for n in ("add", "sub", "__add__", "__radd__", "__sub__", "__rsub__", "__rtruediv__")}
+_SUMS |= {getattr(Tensor, n) for n in ("add_", "sub_", "mul_", "div_", "__iadd__", "__isub__", "__imul__")}
+_SUMS |= {torch.add, torch.sub, torch.subtract, torch.rsub}
+
+
+def _linear(func, input, weight, bias=None):
+    return _layer(func, input, weight, bias, 2, Linear)
+
+
+def _convolution(func, input, weight, bias=None, *args, **kwargs):
+    if not args and kwargs:
+        names = ("stride", "padding", *_TAILS["transpose" in func.__name__])
+        given = {"stride": 1, "padding": 0, "output_padding": 0, "groups": 1, "dilation": 1} | kwargs
+        args = [given[name] for name in names]
+    elif kwargs:
+        return NotImplemented
+    kind = resolve(func, weight, *args)
+    if kind is None:
+        return NotImplemented
+    return _layer(func, input, weight, bias, weight.dim(), kind, *args)
+
+
+_TAILS = {True: ("output_padding", "groups", "dilation"), False: ("dilation", "groups")}
+
+
+def _layer(func, x, weight, bias, ndim, kind, *args):
+    batched = x.dim() >= 2 if kind is Linear else x.dim() == ndim
+    if not batched or _followed(x) or not (_followed(weight) and weight.requires_grad) or _written(weight):
+        return NotImplemented
+    if len(x) < 2 or any(_foreign(t) and t.requires_grad for t in (weight, bias)):
+        return func(x, _escape(weight, len(x), True), _escape(bias, len(x)), *args)
+    use = _use(weight, len(x), True)
+    bias_use = _use(bias, len(x)) if _followed(bias) and bias.requires_grad else None
+    return Layer.apply(x, use.value, bias if bias_use is None else bias_use.value, kind, use, bias_use)
+
+
+def _bias_act(func, x, b=None, *, dim=1, **kwargs):
+    if _followed(x) or not _followed(b) or not b.requires_grad or dim % x.dim() == 0:
+        return NotImplemented
+    shape = [-1 if d == dim % x.dim() else 1 for d in range(x.dim())]
+    every = _broadcast(_derived(lambda b: b.to(x.dtype).view(shape), (b,)), x.dim(), len(x))
+    return bias_act(x + every, None, dim=dim, **kwargs)
+
+
+def _normalisation(func, *args, **kwargs):
+    given = inspect.signature(func).bind(*args, **kwargs)
+    given.apply_defaults()
+    given = given.arguments
+    x, weight, bias = given["input"], given["weight"], given["bias"]
+    if _followed(x) or x.dim() < 2 or (func is F.batch_norm and given["training"]):
+        return NotImplemented  # a batch's statistics tie the samples together
+    y = func(**given | {"weight": None, "bias": None})
+    for t, together in ((weight, torch.mul), (bias, torch.add)):
+        if t is not None:
+            shape = t.shape if func is F.layer_norm else (-1, *[1] * (x.dim() - 2))
+            if _followed(t) and t.requires_grad:
+                t = _broadcast(_derived(Tensor.view, (t, shape)), x.dim(), len(x))
+                if t is None:
+                    return NotImplemented
+            else:
+                t = t.view(shape)
+            y = together(y, t.to(y.dtype))
+    return y
+
+
+def _expand(func, t, *sizes):
+    if not (_followed(t) and t.requires_grad) or _written(t):
+        return NotImplemented
+    sizes = sizes[0].shape if func is Tensor.expand_as else sizes[0] if isinstance(sizes[0], list | tuple) else sizes
+    own = t.shape[0] if t.dim() == len(sizes) else 1
+    if len(sizes) == 0 or own != 1 or sizes[0] in (-1, 1):
+        return NotImplemented
+    return _broadcast(t, len(sizes), sizes[0]).expand(sizes)
+
+
+_RULES = dict.fromkeys(_SCALES | _SUMS, _elementwise)
+_RULES |= {F.linear: _linear, bias_act: _bias_act, Tensor.expand: _expand, Tensor.expand_as: _expand}
+_RULES |= dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), _convolution)
+_RULES |= dict.fromkeys((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), _convolution)
+_RULES |= dict.fromkeys((F.batch_norm, F.layer_norm, F.group_norm, F.instance_norm), _normalisation)
