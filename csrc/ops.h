@@ -41,7 +41,7 @@ int64_t bias_act_backward_splits(Axis);
 // k rows of `length` elements each that are a run of memory: [k, length], in the leaf and in what lies as it does.
 // Element j of row i also is dense[rows[i] row_stride + j / inner outer_stride + j % inner inner_stride].
 // dense, average and the moments that a rule does not have may be null; without dense, rows is not read.
-// 16 words of 8 bytes: `words` in minegan_fast/ops/row_update.py.
+// 16 words of 8 bytes: `words` in minegan_fast/ops/_row_table.py.
 struct RowTensor {
   void *leaf, *mean, *square, *average, *dense;
   const int64_t* rows;

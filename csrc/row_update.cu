@@ -193,7 +193,7 @@ void row_update_cpu(DType dtype, DType dense, Rule rule, const RowTensor* tensor
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kChunk = 1024;  // elements of a work item: CHUNK in minegan_fast/ops/row_update.py
+constexpr int kChunk = 1024;  // elements of a work item: CHUNK in minegan_fast/ops/_row_table.py
 
 // Elements threadIdx.x V, (threadIdx.x + kThreads) V, ... of an item that begins at element `first` of its first row.
 // A pointer read from memory could lead anywhere, for all that the compiler knows; accesses to global memory are

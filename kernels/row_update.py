@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-CHUNK = 1024  # elements of an item: CHUNK in minegan_fast/ops/row_update.py
+CHUNK = 1024  # elements of an item: CHUNK in minegan_fast/ops/_row_table.py
 _OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
 _TYPES = {
     torch.float32: tl.float32,

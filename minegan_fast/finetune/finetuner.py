@@ -8,7 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..ops.row_update import OPTIMIZERS, Hyperparameters, RowTensor, RowUpdate, dense_step
+from ..ops import Hyperparameters, RowTensor, RowUpdate
+from ..ops.row_update import OPTIMIZERS, dense_step
 from . import delta, distributed, ema, report, state
 from .holding import Held, check_parameters
 from .leaves import Linked

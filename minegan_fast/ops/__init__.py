@@ -1,12 +1,13 @@
 """What is computed: one file an op, each with its equations, reference, gradients, checks and backends."""
 
 from ._op import BackendUnavailable, backend_report, backends, use_backend
+from ._row_table import RowTensor
 from .bias_act import bias_act
 from .mmd import mmd2
 from .penalty import gradient_penalty, interpolate, path_length_penalty, r1_penalty
 from .row_gradient import row_gradient
 from .row_score import row_score
-from .row_update import Hyperparameters, RowTensor, RowUpdate
+from .row_update import Hyperparameters, RowUpdate
 
 __all__ = [
     "BackendUnavailable",

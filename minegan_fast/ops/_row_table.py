@@ -1,0 +1,255 @@
+"""The tensors of a `row_update` as its kernels read them: checked, a table of addresses and strides, a work list."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+CHUNK = 1024  # elements of a work item of the GPU kernels: kChunk in csrc/row_update.cu
+_WORDS = 16  # of RowTensor in csrc/ops.h
+
+
+@dataclass(eq=False)
+class RowTensor:
+    """One parameter of a `RowUpdate`.
+
+    leaf: [k, ...], what trains; dense: the weight that it is rows of, None for a parameter that trains as a whole.
+    rows: int64 [k], distinct, along `axis` of dense. state: where "step" (float32 [k]), "exp_avg", "exp_avg_sq",
+    "momentum_buffer" and "ema" are, or are put, as far as the optimizer has them.
+    """
+
+    leaf: Tensor
+    state: dict[str, Tensor] = field(default_factory=dict)
+    dense: Tensor | None = None
+    rows: Tensor | None = None
+    axis: int = 0
+
+    def write(self):
+        """Writes the leaf through to the dense weight."""
+        if self.dense is not None and self.dense.ndim == 0:
+            self.dense.copy_(self.leaf.reshape(()))
+        elif self.dense is not None:
+            values = self.leaf.movedim(0, self.axis).to(self.dense.dtype)
+            self.dense.index_copy_(self.axis, self.rows, values)
+
+
+class Table:
+    """Tensors of one device, dtype and dense dtype as the kernels read them, and the gradients of the present step.
+
+    words: int64 [n, 16], RowTensor in csrc/ops.h. indirect: whose dense memory PyTorch writes. flat: whether the
+    kernels can read the leaves at all.
+    """
+
+    def __init__(self, rule: str, tensors: list[RowTensor], flat: bool):
+        self.rule, self.tensors, self.flat = rule, tensors, flat
+        self.device, self.dtype = tensors[0].leaf.device, tensors[0].leaf.dtype
+        if not flat:
+            return
+        self.dense_dtype = self.dtype if tensors[0].dense is None else tensors[0].dense.dtype
+        self.contiguous = all(t.leaf.is_contiguous() for t in tensors)
+        self.addresses, self.grads, self.indirect, self.on_device = None, None, [], None
+        self.rows = [None if t.rows is None else t.rows.to(self.device).contiguous() for t in tensors]
+        words = []
+        for t, rows in zip(tensors, self.rows, strict=True):
+            place = None if t.dense is None else _place(t.leaf, t.dense, t.axis)
+            if place is None and t.dense is not None:
+                self.indirect.append(t)
+            k, length = _matrix(t.leaf)
+            mean = t.state.get("momentum_buffer") if rule == "momentum" else t.state.get("exp_avg")
+            pointers = [t.leaf, mean, t.state.get("exp_avg_sq"), t.state.get("ema"), t.dense if place else None]
+            pointers = [0 if p is None else p.data_ptr() for p in pointers]
+            row_stride, outer_stride, inner, inner_stride = place or (0, 0, max(length, 1), 1)
+            pack = 16 // self.dtype.itemsize
+            wide = length % pack == 0 and not any(p % 16 for p in pointers[:4])
+            if place:
+                wide &= inner_stride == 1 and pointers[4] % (pack * self.dense_dtype.itemsize) == 0
+                wide &= not any(n % pack for n in (row_stride, outer_stride, inner))
+            step = t.state["step"].data_ptr() if "step" in t.state and rule[:4] == "adam" else 0
+            rows = rows.data_ptr() if place and rows is not None else 0
+            words.append(
+                [*pointers, rows, step, 0, k, length, row_stride, outer_stride, inner, inner_stride, int(wide), 0]
+            )
+        self.words = torch.tensor(words, dtype=torch.int64).reshape(-1, _WORDS)
+
+    def take(self, grads: Sequence[Tensor | None]):
+        """Makes `grads` the gradients of this step; what does not lie as its leaf does is copied."""
+        self.grads = grads
+        if not self.flat:
+            check_grads(self.tensors, grads)
+            return
+        try:
+            addresses = [0 if g is None else g.data_ptr() for g in grads]
+            known = addresses == self.addresses and self.contiguous
+            if known and all(
+                map(Tensor.is_contiguous, grads if all(addresses) else [g for g in grads if g is not None])
+            ):
+                return
+        except (RuntimeError, AttributeError):  # a sparse tensor, or none at all: named below
+            pass
+        check_grads(self.tensors, grads)
+        self.grads = [g if g is None else _alike(t.leaf, g) for t, g in zip(self.tensors, grads, strict=True)]
+        addresses = [0 if g is None else g.data_ptr() for g in self.grads]
+        if addresses != self.addresses:
+            if self.on_device is not None:
+                refuse_capture([self.tensors[0].leaf])
+                self.on_device["grads"].copy_(_pinned(torch.tensor(addresses)), non_blocking=True)
+            self.addresses = addresses
+
+    def write_indirect(self):
+        for t in self.indirect:
+            t.write()
+
+    def to_device(self) -> dict[str, Tensor]:
+        """The table where GPU kernels read it: words, grads int64 [n], and the work list `items` int32 [., 4].
+
+        An item is (tensor, first row, rows, part): several whole rows, or the part-th CHUNK elements of a longer row.
+        """
+        if self.on_device is None:
+            refuse_capture([self.tensors[0].leaf])
+            items, lengths = [], [_matrix(t.leaf) for t in self.tensors]
+            tickets = torch.zeros(sum(k for k, _ in lengths), dtype=torch.int32, device=self.device)
+            offset = 0
+            for i, (k, length) in enumerate(lengths):
+                if not length:
+                    continue
+                together, parts = max(1, CHUNK // length), math.ceil(length / CHUNK)
+                first = torch.arange(0, k, together).repeat_interleave(parts)
+                part = torch.arange(parts).repeat(len(first) // parts)
+                items.append(torch.stack([torch.full_like(first, i), first, (k - first).clamp_max(together), part], 1))
+                self.words[i, 7] = tickets.data_ptr() + 4 * offset
+                offset += k
+            parts = {"words": self.words, "grads": torch.tensor(self.addresses), "items": torch.cat(items).int()}
+            self.on_device = {name: _pinned(t).to(self.device, non_blocking=True) for name, t in parts.items()}
+            self.on_device |= {"tickets": tickets, "one": torch.ones(1, device=self.device)}
+            self.on_device["zero"] = torch.zeros(1, device=self.device)
+        return self.on_device
+
+
+def check(t: RowTensor):
+    """TypeError, ValueError where the parts of a tensor do not fit each other."""
+    leaf, dense, rows = t.leaf, t.dense, t.rows
+    if not leaf.is_floating_point() or leaf.layout != torch.strided:
+        raise TypeError(f"a leaf must be a dense floating-point tensor, got {leaf.dtype}, {leaf.layout}")
+    if torch._debug_has_internal_overlap(leaf) == 1:
+        raise ValueError("elements of a leaf share memory (an expanded tensor?); give it memory of its own: clone() it")
+    if (dense is None) != (rows is None):
+        raise ValueError("dense and rows belong together: give both or neither")
+    if dense is None:
+        return
+    if dense.dtype != leaf.dtype and (leaf.dtype, dense.dtype) not in _MASTERS:
+        raise TypeError(
+            f"a dense weight must have its leaf's dtype, or be float16 or bfloat16 with a float32 leaf; "
+            f"got {dense.dtype} and {leaf.dtype}"
+        )
+    if dense.device != leaf.device:
+        raise ValueError(f"leaf and dense weight must be on one device, got {leaf.device} and {dense.device}")
+    if dense.ndim and not 0 <= t.axis < dense.ndim:
+        raise ValueError(f"axis must be one of the dense weight's {dense.ndim}, got {t.axis}")
+    n = dense.shape[t.axis] if dense.ndim else 1
+    shape = [len(rows), *dense.shape[: t.axis], *dense.shape[t.axis + 1 :]] if dense.ndim else [1]
+    if rows.dtype != torch.int64 or rows.ndim != 1 or not len(rows):
+        raise ValueError(f"rows must be a non-empty int64 vector, got {rows.dtype} {list(rows.shape)}")
+    if list(leaf.shape) != shape:
+        raise ValueError(f"the leaf of these rows must have shape {shape}, got {list(leaf.shape)}")
+    if int(rows.min()) < 0 or int(rows.max()) >= n or len(rows.unique()) != len(rows):
+        raise ValueError(f"rows must be distinct and between 0 and {n - 1}")
+
+
+_MASTERS = {(torch.float32, torch.bfloat16), (torch.float32, torch.float16)}
+
+
+def check_grads(tensors: list[RowTensor], grads: Sequence[Tensor | None]):
+    for t, g in zip(tensors, grads, strict=True):
+        if g is None:
+            continue
+        if not isinstance(g, Tensor) or g.layout != torch.strided or not g.is_floating_point():
+            what = f"{g.dtype}, {g.layout}" if isinstance(g, Tensor) else type(g).__name__
+            raise TypeError(f"a gradient must be a dense floating-point tensor, got {what}; sparse ones: to_dense()")
+        if g.shape != t.leaf.shape or g.device != t.leaf.device:
+            raise ValueError(
+                f"a gradient must have its leaf's shape and device, {list(t.leaf.shape)} on {t.leaf.device}, got "
+                f"{list(g.shape)} on {g.device}"
+            )
+
+
+def refuse_capture(tensors: list[Tensor]):
+    if any(t.is_cuda for t in tensors[:1]) and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "memory that row_update works on has moved, which a CUDA graph under capture cannot follow; take one step "
+            "before the capture and keep the gradients: zero_grad(set_to_none=False)"
+        )
+
+
+def _pinned(tensor: Tensor) -> Tensor:
+    return tensor.pin_memory() if torch.cuda.is_available() else tensor
+
+
+def _alike(leaf: Tensor, tensor: Tensor) -> Tensor:
+    """`tensor` in the leaf's dtype, device and memory layout: itself where it has them."""
+    same = tensor.dtype == leaf.dtype and tensor.device == leaf.device
+    if same and (tensor.stride() == leaf.stride() or (tensor.is_contiguous() and leaf.is_contiguous())):
+        return tensor
+    return torch.empty_like(leaf).copy_(tensor)
+
+
+def fill_state(t: RowTensor, rule: str, ema: bool):
+    names = {"sgd": (), "momentum": ("momentum_buffer",)}.get(rule, ("exp_avg", "exp_avg_sq"))
+    leaf, state = t.leaf.detach(), t.state
+    for name in (*names, *(("ema",) if ema else ())):
+        old = state.get(name)
+        if old is None:
+            state[name] = leaf.clone() if name == "ema" else torch.zeros_like(leaf)
+        elif old.shape != leaf.shape:
+            raise ValueError(f"{name} must have its leaf's shape {list(leaf.shape)}, got {list(old.shape)}")
+        else:
+            state[name] = _alike(leaf, old)
+    if "exp_avg" in names:
+        k, old = _matrix(leaf)[0], state.get("step")
+        if old is None:
+            state["step"] = torch.zeros(k, device=leaf.device)
+        elif old.numel() == 1 or old.shape == (k,):  # one number: torch.optim's count of the whole parameter
+            state["step"] = old.to(leaf.device, torch.float32).reshape(-1).expand(k).contiguous()
+        else:
+            raise ValueError(f"step must be one number for each of {k} rows, got shape {list(old.shape)}")
+
+
+def _matrix(leaf: Tensor) -> tuple[int, int]:
+    """(rows, elements of a row)"""
+    k = leaf.shape[0] if leaf.ndim else 1
+    return k, leaf.numel() // max(k, 1)
+
+
+def _order(leaf: Tensor) -> list[int]:
+    """The axes of a row that are longer than 1, from the outermost in memory to the innermost."""
+    return sorted((d for d in range(1, leaf.ndim) if leaf.shape[d] > 1), key=leaf.stride, reverse=True)
+
+
+def flat_rows(leaf: Tensor) -> bool:
+    """Whether the rows lie one after the other, each a run of memory."""
+    expected = 1
+    for d in reversed(_order(leaf)):
+        if leaf.stride(d) != expected:
+            return False
+        expected *= leaf.shape[d]
+    return leaf.ndim == 0 or leaf.shape[0] == 1 or leaf.stride(0) == expected
+
+
+def _place(leaf: Tensor, dense: Tensor, axis: int) -> tuple[int, int, int, int] | None:
+    """(row_stride, outer_stride, inner, inner_stride): element j of a row, counted in the leaf's memory, is at
+    row row_stride + j // inner outer_stride + j % inner inner_stride in `dense`. None where it is not so simple."""
+    if dense.ndim == 0:
+        return 1, 0, 1, 1
+    moved, blocks = dense.movedim(axis, 0), []
+    for d in _order(leaf):
+        size, stride = leaf.shape[d], moved.stride(d)
+        if blocks and blocks[-1][1] == size * stride:
+            blocks[-1] = blocks[-1][0] * size, stride
+        else:
+            blocks.append((size, stride))
+    if len(blocks) > 2:
+        return None
+    inner, inner_stride = blocks[-1] if blocks else (1, 1)
+    outer_stride = blocks[0][1] if len(blocks) == 2 else 0
+    return moved.stride(0), outer_stride, inner, inner_stride
