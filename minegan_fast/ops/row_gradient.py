@@ -178,3 +178,26 @@ def _own_channels(x: Tensor, gy: Tensor, groups: int, group: Tensor | None) -> T
         kind = f"{group.dtype} {list(group.shape)} on {group.device}" if isinstance(group, Tensor) else group
         raise ValueError(f"with groups > 1 group must be int64 [{k}] on {x.device}, a group of each neuron, got {kind}")
     return x.unflatten(1, (groups, -1)).index_select(1, group).flatten(1, 2)
+
+
+# Launchers. Shapes, dtypes and devices were checked by row_gradient.
+
+
+@row_gradient_convolution.register("cpp", dtypes=(torch.float32,))
+def _(native, x, gy, kernel, stride, padding, dilation, transposed, groups, choose):
+    if x.numel() == 0 or gy.numel() == 0:
+        return x.new_zeros(_weight_shape(x, gy, kernel, groups))
+    if not x[0, 0].is_contiguous():
+        x = x.contiguous()
+    gy, n = gy.contiguous(), len(kernel)
+    dW = x.new_empty(_weight_shape(x, gy, kernel, groups))
+    channels = x.shape[1] // groups
+    counts = [x.shape[0], channels, gy.shape[1], groups, x.stride(0), x.stride(1)]
+    axes = [
+        [fill] * (3 - n) + list(values)
+        for fill, values in ((1, x.shape[2:]), (1, gy.shape[2:]), (1, kernel), (1, stride), (0, padding), (1, dilation))
+    ]
+    native.row_gradient_cpu(
+        x.data_ptr(), gy.data_ptr(), dW.data_ptr(), counts, axes, transposed, torch.get_num_threads()
+    )
+    return dW
