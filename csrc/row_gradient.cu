@@ -14,11 +14,13 @@
 namespace minegan {
 namespace {
 
-constexpr int kChannels = 4;          // of x that a tile takes
-constexpr int64_t kRowsTaps = 144;    // rows times taps that one G holds, about
-constexpr int64_t kBlock = 2048;      // positions of a block: its part of x stays in the L1 cache
-constexpr int64_t kCached = 1 << 17;  // floats of G
-constexpr int64_t kInPlace = 512;  // positions a sample from which on blocks are cut at samples, x being read in place
+constexpr int kChannels = 4;                // of x that a tile takes
+constexpr int kNear = 8;                    // channels whose block of x stays in the L1 cache
+constexpr int64_t kChunk = 256;             // channels whose sums stay in the L2 cache
+constexpr int64_t kRowsTaps = 144;          // rows times taps that one G holds, about
+constexpr int64_t kCached = 1 << 16;        // floats of G
+constexpr int64_t kBlock[2] = {512, 2048};  // positions of a block: at least, at most
+constexpr int64_t kInPlace = 256;  // positions a sample from which on blocks are cut at samples, x being read in place
 constexpr int64_t kAlone = 1 << 22;  // below this many products a second thread costs more to start than it gives
 
 #ifdef __GNUC__
@@ -30,37 +32,56 @@ struct Lanes {
 template <int L>
 struct Lanes {
   struct type {
-    float lane[L];
-    float& operator[](int j) { return lane[j]; }
+    float at[L];
+    friend type operator*(type a, const type& b) {
+      for (int j = 0; j < L; ++j) a.at[j] *= b.at[j];
+      return a;
+    }
+    void operator+=(const type& b) {
+      for (int j = 0; j < L; ++j) at[j] += b.at[j];
+    }
   };
 };
 #endif
 
-// sums[c * N + n] = sum over i of x[c][i] g[n * pitch + i]; count is a multiple of L.
-template <int L, bool fused, int N>
-MINEGAN_INLINE void tile(const float* const* x, const float* g, int64_t pitch, int64_t count, float* sums) {
+MINEGAN_INLINE void prefetch(const float* p) {
+#ifdef __GNUC__
+  __builtin_prefetch(p);
+#endif
+}
+
+// sums[c * N + n][l] += sum over i of x[c][i + l] g[n * pitch + i + l], i over the multiples of L below count. `ahead`
+// is the distance to the elements of x that the next tile wants.
+template <int L, int N>
+MINEGAN_INLINE void tile(const float* const* x, const float* g, int64_t pitch, int64_t count, float* sums,
+                         int64_t ahead) {
   using V = typename Lanes<L>::type;
   V total[kChannels][N] = {};
   for (int64_t i = 0; i < count; i += L) {
     V xs[kChannels];
 #pragma GCC unroll 4
     for (int c = 0; c < kChannels; ++c) memcpy(&xs[c], x[c] + i, sizeof(V));
+    if (ahead) {
+#pragma GCC unroll 4
+      for (int c = 0; c < kChannels; ++c) prefetch(x[c] + i + ahead);
+    }
 #pragma GCC unroll 6
     for (int n = 0; n < N; ++n) {
       V gs;
       memcpy(&gs, g + n * pitch + i, sizeof(V));
 #pragma GCC unroll 4
-      for (int c = 0; c < kChannels; ++c)
-        for (int j = 0; j < L; ++j)
-          total[c][n][j] = fused ? __builtin_fmaf(xs[c][j], gs[j], total[c][n][j]) : total[c][n][j] + xs[c][j] * gs[j];
+      for (int c = 0; c < kChannels; ++c) total[c][n] += xs[c] * gs;
     }
   }
+#pragma GCC unroll 4
   for (int c = 0; c < kChannels; ++c)
-    for (int n = 0; n < N; ++n)
-      for (int half = L / 2; half > 0; half /= 2)
-        for (int j = 0; j < half; ++j) total[c][n][j] += total[c][n][j + half];
-  for (int c = 0; c < kChannels; ++c)
-    for (int n = 0; n < N; ++n) sums[c * N + n] = total[c][n][0];
+#pragma GCC unroll 6
+    for (int n = 0; n < N; ++n) {
+      V before;
+      memcpy(&before, sums + (c * N + n) * L, sizeof(V));
+      before += total[c][n];
+      memcpy(sums + (c * N + n) * L, &before, sizeof(V));
+    }
 }
 
 // A tensor read at the positions step u + offset of a grid of u; nothing lies outside of it but zeros.
@@ -84,13 +105,12 @@ MINEGAN_INLINE void read(const Source& from, const int64_t* grid, int64_t begin,
       first = std::min(count, i2 < 0 ? (step - 1 - i2) / step : 0);
       last = std::max(first, i2 < from.size[2] ? std::min(count, (from.size[2] - i2 + step - 1) / step) : 0);
     }
-    for (int64_t j = 0; j < first; ++j) out[j] = 0;
     const float* line = from.data + b * from.batch + (i0 * from.size[1] + i1) * from.size[2] + i2;
+    const int n = int(count), low = int(first), high = int(last), stride = int(step);
     if (step == 1)
-      for (int64_t j = first; j < last; ++j) out[j] = line[j];
+      for (int j = 0; j < n; ++j) out[j] = j >= low && j < high ? line[j] : 0;
     else
-      for (int64_t j = first; j < last; ++j) out[j] = line[j * step];
-    for (int64_t j = last; j < count; ++j) out[j] = 0;
+      for (int j = 0; j < n; ++j) out[j] = j >= low && j < high ? line[j * stride] : 0;
     out += count;
     begin += count;
     u2 = 0;
@@ -106,43 +126,41 @@ struct Tap {
 };
 
 // The work of one thread: units of kChannels channels of a group.
-template <int L, bool fused>
+template <int L>
 struct RowGradient {
   static constexpr int kWide = L == 16 ? 6 : 3;  // as many columns of G as the registers hold
+  using Buffer = std::vector<float>;
 
   static MINEGAN_INLINE void run(const float* x, const float* gy, float* dW, const Convolution* shape, int64_t begin,
                                  int64_t end) {
     const Convolution& s = *shape;
     const int64_t units = (s.C + kChannels - 1) / kChannels, taps = s.kernel[0] * s.kernel[1] * s.kernel[2];
     const int64_t rows = s.k / s.groups, most = std::max<int64_t>(1, kRowsTaps / taps);
-    std::vector<double> total;
-    std::vector<float> G, packed;
+    Buffer G, packed, sums;
     for (int64_t group = begin / units; group * units < end; ++group) {
-      const int64_t c0 = (std::max(begin, group * units) - group * units) * kChannels;
-      const int64_t c1 = std::min(s.C, (std::min(end, (group + 1) * units) - group * units) * kChannels);
-      for (int64_t r0 = 0; r0 < rows; r0 += most) {
-        const int64_t r1 = std::min(rows, r0 + most);
-        total.assign((c1 - c0) * (r1 - r0) * taps, 0.0);
-        // With a stride, positions of x that differ modulo it meet different taps.
-        int64_t phase[3];
-        const bool strided = !s.transposed;
-        for (phase[0] = 0; phase[0] < (strided ? s.stride[0] : 1); ++phase[0])
-          for (phase[1] = 0; phase[1] < (strided ? s.stride[1] : 1); ++phase[1])
-            for (phase[2] = 0; phase[2] < (strided ? s.stride[2] : 1); ++phase[2])
-              add(x + group * s.C * s.x_channel, gy + group * rows * s.y_channel(), s, phase, c0, c1, r0, r1, taps,
-                  total.data(), G, packed);
-        for (int64_t r = r0; r < r1; ++r)
-          for (int64_t c = c0; c < c1; ++c)
-            for (int64_t t = 0; t < taps; ++t)
-              dW[((group * rows + r) * s.C + c) * taps + t] = float(total[((c - c0) * (r1 - r0) + r - r0) * taps + t]);
-      }
+      const int64_t first = (std::max(begin, group * units) - group * units) * kChannels;
+      const int64_t last = std::min(s.C, (std::min(end, (group + 1) * units) - group * units) * kChannels);
+      const float* group_x = x + group * s.C * s.x_channel;
+      for (int64_t c0 = first; c0 < last; c0 += kChunk)
+        for (int64_t r0 = 0; r0 < rows; r0 += most) {
+          const int64_t c1 = std::min(last, c0 + kChunk), r1 = std::min(rows, r0 + most);
+          const float* rows_gy = gy + (group * rows + r0) * s.y_channel();
+          float* out = dW + (group * rows + r0) * s.C * taps;
+          // With a stride, positions of x that differ modulo it meet different taps.
+          const int64_t one[3] = {1, 1, 1}, *phases = s.transposed ? one : s.stride;
+          int64_t phase[3];
+          for (phase[0] = 0; phase[0] < phases[0]; ++phase[0])
+            for (phase[1] = 0; phase[1] < phases[1]; ++phase[1])
+              for (phase[2] = 0; phase[2] < phases[2]; ++phase[2])
+                part(group_x, rows_gy, out, s, phase, c0, c1, r1 - r0, taps, G, packed, sums);
+        }
     }
   }
 
-  // Adds what the positions of one phase contribute to total [c1 - c0, r1 - r0, taps].
-  static MINEGAN_INLINE void add(const float* x, const float* gy, const Convolution& s, const int64_t* phase,
-                                 int64_t c0, int64_t c1, int64_t r0, int64_t r1, int64_t taps, double* total,
-                                 std::vector<float>& G, std::vector<float>& packed) {
+  // dW [rows, c0 to c1, the taps that the positions of this phase meet].
+  static MINEGAN_INLINE void part(const float* x, const float* gy, float* dW, const Convolution& s,
+                                  const int64_t* phase, int64_t c0, int64_t c1, int64_t rows, int64_t taps, Buffer& G,
+                                  Buffer& packed, Buffer& sums) {
     int64_t grid[3], positions = 1;
     bool in_place = true;
     Source xs{x, s.x_batch, {}, {}, {}}, gs{gy, s.k * s.y_channel(), {}, {}, {}};
@@ -150,7 +168,7 @@ struct RowGradient {
       xs.size[i] = s.size[i], xs.offset[i] = phase[i], xs.step[i] = s.transposed ? 1 : s.stride[i];
       gs.size[i] = s.positions[i], gs.step[i] = s.transposed ? s.stride[i] : 1;
       grid[i] = (s.size[i] - phase[i] + xs.step[i] - 1) / xs.step[i];
-      positions *= std::max<int64_t>(0, grid[i]);
+      positions *= grid[i];
       in_place = in_place && xs.step[i] == 1;
     }
     std::vector<Tap> met;
@@ -165,71 +183,92 @@ struct RowGradient {
       }
       if (meets) met.push_back(tap);
     }
-    const int64_t columns = (r1 - r0) * int64_t(met.size()), all = s.B * positions;
-    if (columns == 0 || all == 0) return;
+    if (met.empty()) return;
+    const int64_t n_taps = int64_t(met.size()), columns = rows * n_taps, all = s.B * positions;
+    int64_t x_grid[3] = {grid[0], grid[1], grid[2]};
+    if (in_place) {  // then a plane is one long row
+      x_grid[0] = x_grid[1] = xs.size[0] = xs.size[1] = 1;
+      x_grid[2] = xs.size[2] = positions;
+    }
     in_place = in_place && positions % L == 0 && positions >= kInPlace;
-    const int64_t block = std::max<int64_t>(L, std::min(kBlock, kCached / columns) / L * L);
+    const int64_t block = std::min(std::max(kCached / columns, kBlock[0]), kBlock[1]) / L * L;
     const int64_t pitch = block + L;  // columns that a power of two apart would share their place in the cache
+    const int64_t tiles = (c1 - c0 + kChannels - 1) / kChannels;
+    std::vector<int64_t> place(columns);  // of a column in dW
+    for (int64_t n = 0; n < columns; ++n) place[n] = n / n_taps * s.C * taps + met[n % n_taps].index;
     if (int64_t(G.size()) < columns * pitch) G.resize(columns * pitch);
-    if (!in_place) packed.resize(kChannels * pitch);
+    if (!in_place) packed.resize(kNear * pitch);
+    sums.assign(tiles * kChannels * columns * L, 0.0f);
     for (int64_t p = 0, next; p < all; p = next) {
       next = std::min(all, p + block);
       if (in_place) next = std::min(next, (p / positions + 1) * positions);
       const int64_t count = (next - p + L - 1) / L * L;
       for (int64_t n = 0; n < columns; ++n) {
         Source one = gs;
-        one.data += (r0 + n / int64_t(met.size())) * s.y_channel();
-        std::copy_n(met[n % met.size()].offset, 3, one.offset);
+        one.data += n / n_taps * s.y_channel();
+        std::copy_n(met[n % n_taps].offset, 3, one.offset);
         read(one, grid, p, next, &G[n * pitch]);
         for (int64_t j = next - p; j < count; ++j) G[n * pitch + j] = 0;
       }
-      for (int64_t c = c0; c < c1; c += kChannels) {
-        const float* line[kChannels];
-        for (int j = 0; j < kChannels; ++j) {
+      for (int64_t c = c0; c < c1; c += kNear) {
+        const float* line[kNear];
+        for (int j = 0; j < kNear; ++j) {
           const int64_t channel = std::min(c + j, c1 - 1);  // the last once more, for nothing, where there is no more
           if (in_place) {
             line[j] = x + p / positions * s.x_batch + channel * s.x_channel + p % positions;
-          } else {
+          } else if (c + j < c1) {
             Source one = xs;
             one.data += channel * s.x_channel;
             line[j] = &packed[j * pitch];
-            read(one, grid, p, next, &packed[j * pitch]);
+            read(one, x_grid, p, next, &packed[j * pitch]);
             for (int64_t i = next - p; i < count; ++i) packed[j * pitch + i] = 0;
+          } else {
+            line[j] = line[j - 1];
           }
         }
-        for (int64_t n = 0; n < columns;) {
-          const int width = int(std::min<int64_t>(kWide, columns - n));
-          float sums[kChannels * kWide];
-          multiply(width, line, &G[n * pitch], pitch, count, sums);
-          for (int j = 0; j < std::min<int64_t>(kChannels, c1 - c); ++j)
-            for (int i = 0; i < width; ++i) {
-              const int64_t row = (n + i) / int64_t(met.size()), tap = met[(n + i) % met.size()].index;
-              total[((c + j - c0) * (r1 - r0) + row) * taps + tap] += sums[j * width + i];
-            }
-          n += width;
-        }
+        for (int64_t n = 0; n < columns; n += kWide)
+          for (int64_t near = 0; near < kNear && c + near < c1; near += kChannels) {
+            const int width = int(std::min<int64_t>(kWide, columns - n));
+            float* at = &sums[((c - c0 + near) * columns + n * kChannels) * L];
+            multiply(width, line + near, &G[n * pitch], pitch, count, at, in_place && n == 0 ? kNear * s.x_channel : 0);
+          }
       }
     }
+    const float* lanes = sums.data();
+    for (int64_t c = c0; c < c1; c += kChannels)
+      for (int64_t first = 0; first < columns; first += kWide) {
+        const int64_t width = std::min<int64_t>(kWide, columns - first);
+        for (int64_t j = 0; j < kChannels; ++j)
+          for (int64_t n = first; n < first + width; ++n, lanes += L) {
+            if (c + j >= c1) continue;
+            float sum[L];
+            std::copy_n(lanes, L, sum);
+#pragma GCC unroll 4
+            for (int half = L / 2; half > 0; half /= 2)
+              for (int i = 0; i < half; ++i) sum[i] += sum[i + half];
+            dW[place[n] + (c + j) * taps] = sum[0];
+          }
+      }
   }
 
   static MINEGAN_INLINE void multiply(int width, const float* const* x, const float* g, int64_t pitch, int64_t count,
-                                      float* sums) {
+                                      float* sums, int64_t ahead) {
     switch (width) {
       case 1:
-        return tile<L, fused, 1>(x, g, pitch, count, sums);
+        return tile<L, 1>(x, g, pitch, count, sums, ahead);
       case 2:
-        return tile<L, fused, 2>(x, g, pitch, count, sums);
+        return tile<L, 2>(x, g, pitch, count, sums, ahead);
       case 3:
-        return tile<L, fused, 3>(x, g, pitch, count, sums);
+        return tile<L, 3>(x, g, pitch, count, sums, ahead);
     }
     if constexpr (kWide == 6) {
       switch (width) {
         case 4:
-          return tile<L, fused, 4>(x, g, pitch, count, sums);
+          return tile<L, 4>(x, g, pitch, count, sums, ahead);
         case 5:
-          return tile<L, fused, 5>(x, g, pitch, count, sums);
+          return tile<L, 5>(x, g, pitch, count, sums, ahead);
         case 6:
-          return tile<L, fused, 6>(x, g, pitch, count, sums);
+          return tile<L, 6>(x, g, pitch, count, sums, ahead);
       }
     }
   }
@@ -244,10 +283,10 @@ void row_gradient_cpu(const float* x, const float* gy, float* dW, const Convolut
   parallel_for(units, products < kAlone ? 1 : threads, [&](int64_t begin, int64_t end) {
     const Convolution* shape = &s;
 #if MINEGAN_X86
-    if (current_isa() == Isa::avx512) return run_avx512<RowGradient<16, true>>(x, gy, dW, shape, begin, end);
-    if (current_isa() == Isa::avx2) return run_avx2<RowGradient<8, true>>(x, gy, dW, shape, begin, end);
+    if (current_isa() == Isa::avx512) return run_avx512<RowGradient<16>>(x, gy, dW, shape, begin, end);
+    if (current_isa() == Isa::avx2) return run_avx2<RowGradient<8>>(x, gy, dW, shape, begin, end);
 #endif
-    RowGradient<4, false>::run(x, gy, dW, shape, begin, end);
+    RowGradient<4>::run(x, gy, dW, shape, begin, end);
   });
 }
 
