@@ -4,13 +4,14 @@ from ._op import BackendUnavailable, backend_report, backends, use_backend
 from .bias_act import bias_act
 from .mmd import mmd2
 from .penalty import gradient_penalty, interpolate, path_length_penalty, r1_penalty
-from .row_gradient import row_gradient
+from .row_gradient import dense_is_faster, row_gradient
 
 __all__ = [
     "BackendUnavailable",
     "backend_report",
     "backends",
     "bias_act",
+    "dense_is_faster",
     "gradient_penalty",
     "interpolate",
     "mmd2",
