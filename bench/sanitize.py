@@ -20,6 +20,7 @@ from clock import Call
 from measure import PASSES, make_pass, relative_error
 
 from minegan_fast.ops import bias_act, row_gradient, use_backend
+from minegan_fast.ops._op import _ops
 
 Check = tuple[str, torch.dtype, Callable[[], Call], Callable[[], Call]]
 
@@ -92,7 +93,7 @@ def main() -> int:
     torch.backends.cudnn.allow_tf32 = False
     torch.manual_seed(0)
     wrong = 0
-    for op in arguments.ops or OPS:
+    for op in arguments.ops or [op for op in OPS if any(arguments.backend in one._launchers for one in _ops[op])]:
         count = 0
         for name, dtype, make, make_expected in OPS[op](device):
             with use_backend(arguments.backend):

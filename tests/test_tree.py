@@ -104,7 +104,8 @@ def test_native_module_knows_nothing_of_torch():
     for trace in (b"libtorch", b"libc10", b"_ZN3c10", b"_ZN2at6", b"_ZN5torch"):
         assert trace not in content
     if shutil.which("nm"):
-        symbols = subprocess.run(["nm", "-D", native.__file__], capture_output=True, text=True, check=True).stdout
+        listed = subprocess.run(["nm", "-D", native.__file__], capture_output=True, text=True, check=True).stdout
+        symbols = "\n".join(line.split()[-1] for line in listed.splitlines())  # an address may hold "c10" as well
         assert "PyInit__C" in symbols
         assert not re.search(r"torch|c10|aten", symbols, re.IGNORECASE)
 
