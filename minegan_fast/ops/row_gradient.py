@@ -182,7 +182,8 @@ def _own_channels(x: Tensor, gy: Tensor, groups: int, group: Tensor | None) -> T
     return x.unflatten(1, (groups, -1)).index_select(1, group).flatten(1, 2)
 
 
-# The cross-overs of bench/bench_row_gradient.py --crossover. Nothing is timed while it is used, so runs repeat.
+# The cross-overs that bench/bench_row_gradient.py --crossover measured. Nothing is timed when they are used, so runs
+# repeat. A processor that was not measured, as yet every GPU, has no part in the table and gets the library's call.
 
 _TABLE = json.loads((Path(__file__).parent / "row_gradient.json").read_text())
 
