@@ -20,7 +20,8 @@ import torch
 from clock import Call
 from measure import PASSES, make_pass, relative_error
 
-from minegan_fast.ops import Hyperparameters, RowTensor, RowUpdate, bias_act, row_score, use_backend
+from minegan_fast.ops import Hyperparameters, RowTensor, RowUpdate, bias_act, row_gradient, row_score, use_backend
+from minegan_fast.ops._op import _ops
 
 Check = tuple[str, torch.dtype, Callable[[], Call], Callable[[], Call]]
 
@@ -97,10 +98,43 @@ def check_row_score(device: str) -> Iterator[Check]:
             yield f"{kind} {dtype}", torch.float64, *calls
 
 
+def check_row_gradient(device: str) -> Iterator[Check]:
+    """Sizes that no tile divides, one to three axes, strides, dilation, channels last."""
+    cases = [  # B, C, k, size of x, of gy, kernel, stride, padding, dilation, transposed
+        (2, 5, 3, (7, 9), (7, 9), (3, 3), 1, 1, 1, False),
+        (1, 130, 17, (6, 11), (6, 11), (3, 3), 1, 1, 1, False),
+        (3, 4, 1, (9, 8), (5, 4), (3, 3), 2, 1, 1, False),
+        (2, 6, 2, (11, 9), (9, 9), (3, 3), 1, (1, 2), 2, False),
+        (2, 4, 3, (5, 6), (11, 13), (3, 3), 2, 0, 1, True),
+        (2, 3, 2, (4, 5, 6), (4, 5, 6), (3, 3, 3), 1, 1, 1, False),
+        (2, 7, 2, (33,), (33,), (5,), 1, 2, 1, False),
+        (2, 7, 5, (3, 3), (3, 3), (1, 1), 1, 0, 1, False),
+    ]
+    dtypes = (torch.float32,) if device == "cpu" else (torch.float32, torch.bfloat16, torch.float16)
+    for (B, C, k, size, positions, *geometry), dtype, last in itertools.product(cases, dtypes, (False, True)):
+        if last and len(size) != 2:
+            continue
+        x, gy = torch.randn(B, C, *size, dtype=dtype), torch.randn(B, k, *positions, dtype=dtype)
+        x = x.contiguous(memory_format=torch.channels_last) if last else x
+
+        def make(place, kind, x=x, gy=gy, geometry=geometry):
+            one, two = x.to(place, kind), gy.to(place, kind)
+            return lambda: (row_gradient(one, two, *geometry),)
+
+        name = f"{list(x.shape)} {geometry} {dtype}{' channels last' * last}"
+        yield (
+            name,
+            dtype,
+            lambda make=make, dtype=dtype: make(device, dtype),
+            lambda make=make: make("cpu", torch.float64),
+        )
+
+
 OPS: dict[str, Callable[[str], Iterator[Check]]] = {
     "bias_act": check_bias_act,
     "row_update": check_row_update,
     "row_score": check_row_score,
+    "row_gradient": check_row_gradient,
 }
 
 
@@ -112,9 +146,10 @@ def main() -> int:
     if unknown := [op for op in arguments.ops if op not in OPS]:
         parser.error(f"no table for {', '.join(unknown)}; there are {', '.join(OPS)}")
     device = "cpu" if arguments.backend == "cpp" else "cuda"
+    torch.backends.cudnn.allow_tf32 = False
     torch.manual_seed(0)
     wrong = 0
-    for op in arguments.ops or OPS:
+    for op in arguments.ops or [op for op in OPS if any(arguments.backend in one._launchers for one in _ops[op])]:
         count = 0
         for name, dtype, make, make_expected in OPS[op](device):
             with use_backend(arguments.backend):

@@ -1,5 +1,10 @@
 // The only file that knows Python. Pointers come as integers, 0 for none; the GIL is released while a function runs.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <array>
+#include <tuple>
 
 #include "ops.h"
 
@@ -57,6 +62,20 @@ PYBIND11_MODULE(_C, m) {
       [](int dtype, Address table, int64_t entries, Address out, int kind, double factor, int threads) {
         minegan::row_score_cpu(DType(dtype), (const int64_t*)at(table), entries, (double*)at(out), kind, factor,
                                threads);
+      },
+      no_gil);
+
+  m.def(
+      "row_gradient_cpu",
+      [](Address x, Address gy, Address dW, std::array<int64_t, 6> counts, std::array<std::array<int64_t, 3>, 6> axes,
+         bool transposed, int threads) {
+        minegan::Convolution shape{};
+        std::tie(shape.B, shape.C, shape.k, shape.groups, shape.x_batch, shape.x_channel) = std::tuple_cat(counts);
+        int64_t (*const fields[])[3] = {&shape.size,   &shape.positions, &shape.kernel,
+                                        &shape.stride, &shape.padding,   &shape.dilation};
+        for (int i = 0; i < 6; ++i) std::copy(axes[i].begin(), axes[i].end(), *fields[i]);
+        shape.transposed = transposed;
+        minegan::row_gradient_cpu((const float*)at(x), (const float*)at(gy), (float*)at(dW), shape, threads);
       },
       no_gil);
 

@@ -91,4 +91,22 @@ void row_update_cuda(DType, DType dense, Rule, const RowTensor* tensors, const u
 // of a sum depends on its entry's shape alone.
 void row_score_cpu(DType, const int64_t* table, int64_t entries, double* out, int kind, double factor, int threads);
 
+// ---- row_gradient ----
+// A convolution in three dimensions; what has fewer has ones in front. Sizes that belong to x, then to gy.
+struct Convolution {
+  int64_t B, C, k, groups;     // C: channels that a neuron sees; x has groups C of them, gy has k
+  int64_t x_batch, x_channel;  // strides of x, whose planes are dense; gy is dense
+  int64_t size[3], positions[3];
+  int64_t kernel[3], stride[3], padding[3], dilation[3];
+  bool transposed;
+  int64_t y_channel() const { return positions[0] * positions[1] * positions[2]; }
+};
+
+// With the sums of products below in float, those of blocks in double, in an order that depends on the shape and the
+// instruction set alone, not on the number of threads:
+//   dW[r, c, d] = sum over b, p of gy[b, r, p] x[b, c of r's group, p stride + d dilation - padding]
+//   transposed:   sum over b, q of gy[b, r, q stride + d dilation - padding] x[b, c, q]
+// x [B, groups C, *size], gy [B, k, *positions], dW [k, C, *kernel]; row r is of group r / (k / groups).
+void row_gradient_cpu(const float* x, const float* gy, float* dW, const Convolution&, int threads);
+
 }  // namespace minegan

@@ -2,8 +2,9 @@
 
     python tests/compile_only.py [op ...]
 
-Prints a table and exits with 1 if a kernel spills registers or has lost its 16-byte loads. Needs a process of its own
-(where Triton interprets, it cannot compile), and nvcc for the CUDA part, which is left out without it.
+Prints a table and exits with 1 if a kernel spills registers or has lost its 16-byte loads or its tensor cores.
+Needs a process of its own (where Triton interprets, it cannot compile), and nvcc for the CUDA part, which is left out
+without it.
 
 An op joins with one entry in TRITON for each kernel and layout that matters, and one in CUDA for its .cu file.
 """
@@ -42,6 +43,7 @@ class Kernel:
     scalars: dict[str, str] = field(default_factory=dict)  # argument: type
     constants: dict[str, object] = field(default_factory=dict)
     wide: bool = True  # 16-byte loads are expected
+    tensor_cores: bool = False  # instructions of theirs are expected
     options: dict[str, object] = field(default_factory=dict)  # of the launch
 
     def compile(self, architecture: int) -> bytes:
@@ -116,10 +118,44 @@ def row_score_kernels():
             yield Kernel("row_score", "row_score_kernel", label, pointers, constants=constants, wide=wide > 1, **common)
 
 
-TRITON = {"bias_act": bias_act_kernels, "row_update": row_update_kernels, "row_score": row_score_kernels}
+def row_gradient_kernels():
+    from minegan_fast.kernels.row_gradient import _OPTIONS, blocks
 
-# <op>.cu: which of its kernels, demangled, must have 16-byte loads.
-CUDA = {"bias_act": r"kernel<.*\b(2|4|8)>", "row_update": r"kernel<", "row_score": "no kernel"}
+    layers = {  # C, k, size of x, of gy, positions' stride, kernel, stride, transposed
+        "512x32x32": (512, 26, (1, 32, 32), (1, 32, 32), 1, (1, 3, 3), 1, False),
+        "512x32x32 channels last": (512, 26, (1, 32, 32), (1, 32, 32), 512, (1, 3, 3), 1, False),
+        "128x256x256 6 rows": (128, 6, (1, 256, 256), (1, 256, 256), 1, (1, 3, 3), 1, False),
+        "512x65x65 stride 2": (512, 26, (1, 65, 65), (1, 32, 32), 1, (1, 3, 3), 2, False),
+        "512x32x32 stride 2 transposed": (512, 26, (1, 32, 32), (1, 65, 65), 1, (1, 3, 3), 2, True),
+        "64x16x16x16": (64, 4, (16, 16, 16), (16, 16, 16), 1, (3, 3, 3), 1, False),
+    }
+    for layout, (C, k, S, P, position, kernel, stride, transposed) in layers.items():
+        channel = 1 if position > 1 else S[0] * S[1] * S[2]
+        taps = kernel[0] * kernel[1] * kernel[2]
+        sizes = {"B": 16, "C": C, "columns": k * taps, "steps": 8, "k": k}
+        sizes |= {"x_batch": C * S[0] * S[1] * S[2], "x_channel": channel, "x_position": position}
+        sizes |= {f"S{i}": size for i, size in enumerate(S)} | {f"P{i}": size for i, size in enumerate(P)}
+        padding = tuple(size // 2 if stride == 1 else 0 for size in kernel)
+        constants = {"STRIDE": (1, stride, stride), "PADDING": padding, "DILATION": (1, 1, 1), "TAPS": taps}
+        constants |= {"K1": kernel[1], "K2": kernel[2], "DIMS": 3 if kernel[0] > 1 else 2, "TRANSPOSED": transposed}
+        for element, precision in (("fp32", "tf32"), ("fp32", "tf32x3"), ("bf16", "tf32")):
+            pointers = {"x_ptr": element, "gy_ptr": element, "partial_ptr": "fp32"}
+            yield Kernel(
+                "row_gradient", "row_gradient_kernel", f"{layout} {element} {precision}", pointers, sizes,
+                constants=constants | blocks(k * taps, element == "bf16") | {"PRECISION": precision},
+                wide=False, tensor_cores=True, options=_OPTIONS,
+            )  # fmt: skip
+
+
+TRITON = {
+    "bias_act": bias_act_kernels,
+    "row_update": row_update_kernels,
+    "row_score": row_score_kernels,
+    "row_gradient": row_gradient_kernels,
+}
+
+# <op>.cu: which of its kernels, demangled, must have 16-byte loads; None: host code alone.
+CUDA = {"bias_act": r"kernel<.*\b(2|4|8)>", "row_update": r"kernel<", "row_score": None, "row_gradient": None}
 
 
 @dataclass
@@ -130,24 +166,29 @@ class Row:
     stack: int
     spills: int
     wide_loads: int
+    tensor_cores: int
     expects_wide: bool
+    expects_tensor_cores: bool = False
 
     @property
     def verdict(self) -> str:
         faults = ["spills"] * (self.spills > 0 or self.stack > 0)
         faults += ["no 16-byte load"] * (self.expects_wide and not self.wide_loads)
+        faults += ["no tensor cores"] * (self.expects_tensor_cores and not self.tensor_cores)
         return ", ".join(faults) or "ok"
 
 
-def machine_code(cubin: Path) -> dict[str, tuple[int, int, int, int]]:
-    """Of every kernel in a cubin: registers, bytes of stack, spill instructions, loads of 16 bytes or more."""
+def machine_code(cubin: Path) -> dict[str, tuple[int, int, int, int, int]]:
+    """Of every kernel: registers, bytes of stack, spills, loads of 16 bytes or more, tensor-core instructions."""
     usage = subprocess.run([CUOBJDUMP, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
     code = subprocess.run([CUOBJDUMP, "-sass", cubin], capture_output=True, text=True, check=True).stdout
     found = {}
     for name, registers, stack in re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", usage):
         body = code.split(f"Function : {name}\n", 1)[1].split("Function : ", 1)[0]
         spills = len(re.findall(r"\b(?:LDL|STL)\b", body))
-        found[name] = (int(registers), int(stack), spills, len(re.findall(r"\bLDG\.E\S*\.(?:128|256)\b", body)))
+        wide = len(re.findall(r"\bLDG\.E\S*\.(?:128|256)\b", body))
+        tensor_cores = len(re.findall(r"\b(?:HMMA|HGMMA|QGMMA|DMMA|UTC\w*MMA)\b", body))
+        found[name] = (int(registers), int(stack), spills, wide, tensor_cores)
     return found
 
 
@@ -157,7 +198,7 @@ def triton_rows(kernel: Kernel):
             file.write(kernel.compile(architecture))
             file.flush()
             ((found),) = machine_code(Path(file.name)).values()
-        yield Row(architecture, f"{kernel.name} [{kernel.layout}]", *found, kernel.wide)
+        yield Row(architecture, f"{kernel.name} [{kernel.layout}]", *found, kernel.wide, kernel.tensor_cores)
 
 
 def cuda_rows(op: str, architecture: int) -> list[Row]:
@@ -185,14 +226,16 @@ def main(ops: list[str]) -> int:
         sys.exit(f"csrc/*.cu and the table CUDA differ: {', '.join(missing)}")
     rows = [row for op in TRITON if not ops or op in ops for kernel in TRITON[op]() for row in triton_rows(kernel)]
     if shutil.which("nvcc"):
-        jobs = [(op, architecture) for op in CUDA if not ops or op in ops for architecture in ARCHITECTURES]
+        jobs = [
+            (op, architecture) for op in CUDA if CUDA[op] and (not ops or op in ops) for architecture in ARCHITECTURES
+        ]
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             for part in pool.map(lambda job: cuda_rows(*job), jobs):
                 rows += part
     width = max(len(row.kernel) for row in rows)
-    print(f"sm   {'kernel':{width}}  registers  stack  spills  16-byte loads")
+    print(f"sm   {'kernel':{width}}  registers  stack  spills  16-byte loads  tensor cores")
     for row in rows:
-        numbers = f"{row.registers:9}  {row.stack:5}  {row.spills:6}  {row.wide_loads:13}"
+        numbers = f"{row.registers:9}  {row.stack:5}  {row.spills:6}  {row.wide_loads:13}  {row.tensor_cores:12}"
         print(f"{row.architecture:<4} {row.kernel:{width}}  {numbers}  {row.verdict}")
     bad = sum(row.verdict != "ok" for row in rows)
     print(

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from ..ops.row_gradient import row_gradient
+from ..ops import dense_is_faster, row_gradient
 from .rowwise import Expression, expression_of
 
 
@@ -37,6 +37,9 @@ class _Linear:
 
     def weight_gradient(self, x, gy, weight, rows):
         return row_gradient(x, gy)
+
+    def geometry(self, weight):
+        return ()
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,9 @@ class _Conv:
         geometry = tuple(weight.shape[2:]), self.stride, self.padding, self.dilation, self.transposed, self.groups
         return row_gradient(x, gy, *geometry, group)
 
+    def geometry(self, weight):
+        return tuple(weight.shape[2:]), self.stride, self.transposed
+
 
 def _selected(gy: Tensor, rows: Tensor, axis: int) -> Tensor:
     return gy if len(rows) == gy.shape[axis] else gy.index_select(axis, rows)
@@ -84,7 +90,12 @@ def _selected(gy: Tensor, rows: Tensor, axis: int) -> Tensor:
 
 def _rows_of_weight(op, x, gy, weight, rows) -> Tensor:
     """dW of the rows, along the weight's own axis."""
-    return op.weight_gradient(x, _selected(gy, rows, op.channel), weight, rows).movedim(0, op.axis)
+    n = weight.shape[op.axis]
+    if len(rows) < n and dense_is_faster(len(rows), n, x, *op.geometry(weight)):
+        gradient = op.weight_gradient(x, gy, weight, torch.arange(n, device=rows.device)).index_select(0, rows)
+    else:
+        gradient = op.weight_gradient(x, _selected(gy, rows, op.channel), weight, rows)
+    return gradient.movedim(0, op.axis)
 
 
 def _wanted(ctx, i: int) -> bool:

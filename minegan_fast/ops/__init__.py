@@ -5,7 +5,7 @@ from ._row_table import RowTensor
 from .bias_act import bias_act
 from .mmd import mmd2
 from .penalty import gradient_penalty, interpolate, path_length_penalty, r1_penalty
-from .row_gradient import row_gradient
+from .row_gradient import dense_is_faster, row_gradient
 from .row_score import row_score
 from .row_update import Hyperparameters, RowUpdate
 
@@ -17,6 +17,7 @@ __all__ = [
     "backend_report",
     "backends",
     "bias_act",
+    "dense_is_faster",
     "gradient_penalty",
     "interpolate",
     "mmd2",

@@ -15,8 +15,10 @@ which are PyTorch's own convolutions, differentiable in turn. A convolution's se
 cotangent ddx of its input gradient, is the same op: dW = row_gradient(ddx, gy).
 """
 
+import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -178,3 +180,85 @@ def _own_channels(x: Tensor, gy: Tensor, groups: int, group: Tensor | None) -> T
         kind = f"{group.dtype} {list(group.shape)} on {group.device}" if isinstance(group, Tensor) else group
         raise ValueError(f"with groups > 1 group must be int64 [{k}] on {x.device}, a group of each neuron, got {kind}")
     return x.unflatten(1, (groups, -1)).index_select(1, group).flatten(1, 2)
+
+
+# The cross-overs that bench/bench_row_gradient.py --crossover measured. Nothing is timed when they are used, so runs
+# repeat. A processor that was not measured, as yet every GPU, has no part in the table and gets the library's call.
+
+_TABLE = json.loads((Path(__file__).parent / "row_gradient.json").read_text())
+
+
+def geometry_name(kernel: Sequence[int], stride: Sequence[int], transposed: bool) -> str:
+    """What a geometry is called in the table: "3x3 stride 2 transposed"; "linear" without a kernel."""
+    if not kernel:
+        return "linear"
+    return f"{'x'.join(map(str, kernel))} stride {max(stride)}{' transposed' * transposed}"
+
+
+def rows_of_own_kernel(processor: str, name: str, channels: int, positions: int) -> int:
+    """Up to how many rows our kernel is faster than the library, by the nearest case that was measured; 0 without."""
+    cases = _TABLE["own"].get(processor, {}).get(name, [])
+
+    def distance(case):
+        return abs(math.log(case["channels"] / channels)) + abs(math.log(case["positions"] / positions))
+
+    return min(cases, key=distance)["rows"] if cases else 0
+
+
+def dense_is_faster(
+    k: int, n: int, x: Tensor, kernel: Sequence[int] = (), stride: int | Sequence[int] = 1, transposed: bool = False
+) -> bool:
+    """Whether the weight gradient of all n neurons and then its k rows is faster than that of k gathered ones.
+
+    By the table of measured cross-overs for x's device and the layer's geometry. Where none was measured gathering is
+    taken to be faster for any k < n; k = n needs no gathering.
+    """
+    name = geometry_name(kernel, [stride] if isinstance(stride, int) else stride, transposed)
+    return k >= n * _TABLE["dense"].get(x.device.type, {}).get(name, 1.0)
+
+
+def _library_is_faster(processor: str, x: Tensor, gy: Tensor, kernel, stride, transposed: bool, groups: int) -> bool:
+    """Of the layouts only the dense one was measured, and no groups."""
+    if groups > 1 or not x.is_contiguous():
+        return True
+    name = geometry_name(kernel, stride, transposed)
+    return gy.shape[1] > rows_of_own_kernel(processor, name, x.shape[1], math.prod(x.shape[2:]))
+
+
+# Launchers. Shapes, dtypes and devices were checked by row_gradient.
+
+
+def _in_three_dimensions(x, gy, kernel, stride, padding, dilation):
+    """x as [B, C, positions]; gy, contiguous; and for each of the three axes, ones in front: S, P, kernel, ..."""
+    fills = ((1, x.shape[2:]), (1, gy.shape[2:]), (1, kernel), (1, stride), (0, padding), (1, dilation))
+    axes = [[fill] * (3 - len(kernel)) + list(values) for fill, values in fills]
+    return x.flatten(2), gy.contiguous(), axes
+
+
+@row_gradient_convolution.register("cpp", dtypes=(torch.float32,))
+def _(native, x, gy, kernel, stride, padding, dilation, transposed, groups, choose):
+    args = kernel, stride, padding, dilation, transposed, groups
+    processor = f"cpu {('baseline', 'avx2', 'avx512')[native.cpu_isa()]}"
+    empty = x.numel() == 0 or gy.numel() == 0
+    if empty or (choose and _library_is_faster(processor, x, gy, kernel, stride, transposed, groups)):
+        return row_gradient_convolution.reference(x, gy, *args, choose)
+    dW = x.new_empty(_weight_shape(x, gy, kernel, groups))
+    x, gy, axes = _in_three_dimensions(x, gy, kernel, stride, padding, dilation)
+    x = x if x.stride(2) == 1 else x.contiguous()
+    counts = [x.shape[0], dW.shape[1], gy.shape[1], groups, x.stride(0), x.stride(1)]
+    threads = torch.get_num_threads()
+    native.row_gradient_cpu(x.data_ptr(), gy.data_ptr(), dW.data_ptr(), counts, axes, transposed, threads)
+    return dW
+
+
+@row_gradient_convolution.register("triton", dtypes=(torch.float32, torch.bfloat16, torch.float16))
+def _(kernels, x, gy, kernel, stride, padding, dilation, transposed, groups, choose):
+    args = kernel, stride, padding, dilation, transposed, groups
+    processor = torch.cuda.get_device_name(x.device) if x.is_cuda else "interpreter"
+    empty = x.numel() == 0 or gy.numel() == 0
+    if empty or (choose and _library_is_faster(processor, x, gy, kernel, stride, transposed, groups)):
+        return row_gradient_convolution.reference(x, gy, *args, choose)
+    shape = _weight_shape(x, gy, kernel, groups)
+    x, gy, axes = _in_three_dimensions(x, gy, kernel, stride, padding, dilation)
+    parts = zip(x.chunk(groups, 1), gy.chunk(groups, 1), strict=True) if groups > 1 else [(x, gy)]
+    return torch.cat([kernels.row_gradient(one, two.contiguous(), *axes, transposed) for one, two in parts]).view(shape)

@@ -438,3 +438,20 @@ def test_the_output_of_a_frozen_mapping_network_can_be_differentiated_by():
     assert ft.parameters()[0].grad.abs().sum() > 0
     assert z.grad is None
     assert not z.requires_grad
+
+
+@pytest.mark.parametrize("name", ["linear", "conv2d", "conv2d grouped", "transposed 2d"])
+def test_where_the_dense_gradient_is_faster_it_is_computed_and_gathered(name, monkeypatch):
+    from minegan_fast.finetune import layers
+
+    seen = []
+    original = layers.row_gradient
+    monkeypatch.setattr(layers, "row_gradient", lambda *a: seen.append(original(*a)) or seen[-1])
+    monkeypatch.setattr(layers, "dense_is_faster", lambda *a: True)
+    make, shape = LAYERS[name]
+    plain, module, ft = held(make)
+    x = torch.randn(shape, dtype=torch.float64)
+    for net in (plain, module):
+        net(x).square().sum().backward()
+    assert [len(t) for t in seen] == [6]
+    assert_close(ft.parameters()[0].grad, taken(plain.weight.grad, module.weight))

@@ -1,3 +1,4 @@
+import importlib
 from dataclasses import dataclass
 
 import pytest
@@ -5,8 +6,8 @@ import torch
 from torch.autograd import grad, gradcheck, gradgradcheck
 from torch.nn import functional as F
 
-from minegan_fast.ops import row_gradient
-from minegan_fast.ops.row_gradient import row_gradient_convolution
+from minegan_fast.ops import dense_is_faster, row_gradient, use_backend
+from minegan_fast.ops.row_gradient import row_gradient_convolution, rows_of_own_kernel
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LAYERS = {
@@ -255,6 +256,66 @@ def test_compiles_in_one_graph(backend, device, name):
     x, _, gy = operands(L[name], torch.float32, device)
     compiled = torch.compile(L[name].ours, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x, gy), L[name].ours(x, gy))
+
+
+@pytest.fixture
+def table(monkeypatch):
+    module = importlib.import_module("minegan_fast.ops.row_gradient")  # the function of that name hides the module
+    found = {"own": {}, "dense": {"cpu": {"3x3 stride 1": 0.5, "linear": 0.75}}}
+    monkeypatch.setattr(module, "_TABLE", found)
+    return found
+
+
+def test_the_table_says_from_which_share_the_dense_gradient_is_faster(table):
+    image = torch.randn(2, 4, 8, 8)
+    assert [dense_is_faster(k, 8, image, (3, 3)) for k in (3, 4, 8)] == [False, True, True]
+    assert [dense_is_faster(k, 8, image[:, 0, 0]) for k in (5, 6)] == [False, True]
+    for other in ({"kernel": (5, 5)}, {"kernel": (3, 3), "stride": 2}, {"kernel": (3, 3), "transposed": True}):
+        assert [dense_is_faster(k, 8, image, **other) for k in (7, 8)] == [False, True]
+
+
+def test_the_nearest_measured_case_decides(table):
+    cases = [{"channels": 512, "positions": 256, "rows": 2}, {"channels": 64, "positions": 65536, "rows": 9}]
+    table["own"]["some processor"] = {"3x3 stride 1": cases}
+    assert rows_of_own_kernel("some processor", "3x3 stride 1", 256, 200) == 2
+    assert rows_of_own_kernel("some processor", "3x3 stride 1", 100, 16384) == 9
+    assert rows_of_own_kernel("some processor", "5x5 stride 1", 512, 256) == 0
+    assert rows_of_own_kernel("another processor", "3x3 stride 1", 512, 256) == 0
+
+
+def test_unforced_the_table_chooses_and_forced_it_does_not(table, monkeypatch):
+    native = pytest.importorskip("minegan_fast._C", reason="the native module is not built here")
+    calls = []
+    own = native.row_gradient_cpu
+    monkeypatch.setattr(native, "row_gradient_cpu", lambda *args: (calls.append(args), own(*args)))
+    layer = L["conv2d_three_rows"]
+    x, _, gy = operands(layer, torch.float32)
+    processor = f"cpu {('baseline', 'avx2', 'avx512')[native.cpu_isa()]}"
+    for rows, expected in ((3, 1), (2, 0)):
+        table["own"][processor] = {"3x3 stride 1": [{"channels": 7, "positions": 300, "rows": rows}]}
+        calls.clear()
+        with use_backend(None):
+            layer.ours(x, gy)
+        assert len(calls) == expected
+    with use_backend("cpp"):
+        layer.ours(x, gy)
+    assert len(calls) == 1
+
+
+def test_every_instruction_set_is_right():
+    native = pytest.importorskip("minegan_fast._C", reason="the native module is not built here")
+    best = native.cpu_isa()
+    try:
+        for isa in range(best + 1):
+            native.set_cpu_isa(isa)
+            for name in ("conv2d_eight_rows", "conv2d_stride_2", "transposed2d_dilation", "conv3d", "depthwise"):
+                x, gy, selected = operands(L[name], torch.float32)
+                with use_backend("cpp"):
+                    actual = L[name].ours(x, selected)
+                expected = L[name].dense(x.double(), gy.double())
+                torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-4)
+    finally:
+        native.set_cpu_isa(best)
 
 
 X, GY = torch.randn(2, 4, 6, 5), torch.randn(2, 3, 6, 5)
