@@ -64,11 +64,11 @@ class Use:
     def release(self):
         self.shares = self.squares = self.again = None
 
-    def for_root(self, root: nn.Parameter, begin: int, end: int) -> Tensor:
-        """The samples' shares of the gradient of one root, [end - begin, *root.shape]."""
+    def for_root(self, root: nn.Parameter, begin: int, end: int) -> tuple[Tensor, float]:
+        """The samples' shares of the gradient of one root, [end - begin, *root.shape], and what to multiply them by."""
         shares = self.shares(begin, end)
         if self.trail.scale is not None:
-            return shares if self.trail.scale == 1 else shares * self.trail.scale
+            return shares.reshape(end - begin, *root.shape), self.trail.scale
         if self.again is None:
             # The graph behind `value` is the pass's own, which frees it as it goes.
             with torch.enable_grad(), torch._C.DisableTorchFunctionSubclass():
@@ -76,7 +76,8 @@ class Use:
                 self.again = self.trail.replay(dict(leaves)), leaves
         value, leaves = self.again
         shares = shares.to(value.dtype)
-        return torch.autograd.grad(value, leaves[id(root)], shares, retain_graph=True, is_grads_batched=True)[0]
+        (shares,) = torch.autograd.grad(value, leaves[id(root)], shares, retain_graph=True, is_grads_batched=True)
+        return shares, 1.0
 
 
 class Escape(torch.autograd.Function):
@@ -223,13 +224,16 @@ def samples_of(uses: list[Use]) -> int:
 def square_sums(evidence, member, uses: list[Use], batch: int, factor: float):
     """Adds Σ_b |Σ_uses share_b|² of a member to the evidence, some samples at a time."""
     root = member.parameter
-    if len(uses) == 1 and uses[0].squares is not None and member.axis == 0:
+    if len(uses) == 1 and uses[0].squares is not None and member.axis == 0 and uses[0].value.shape == root.shape:
         evidence.add_squares(member, uses[0].squares() * factor**2)
         return
     step = max(1, CHUNK_BYTES // (4 * root.numel()))
     for begin in range(0, batch, step):
         end = min(batch, begin + step)
-        total = uses[0].for_root(root, begin, end)
-        for use in uses[1:]:
-            total = total + use.for_root(root, begin, end)
-        evidence.add_samples(member, total, factor)
+        shares = [use.for_root(root, begin, end) for use in uses]
+        total, largest = max(shares, key=lambda share: abs(share[1]))
+        for share, scale in shares if largest else ():
+            if share is not total:
+                # with the largest scale outside, none of the others has to be multiplied in a pass of its own
+                total = torch.add(total, share, alpha=scale / largest)
+        evidence.add_samples(member, total, factor * largest)

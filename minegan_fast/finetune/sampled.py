@@ -19,9 +19,12 @@ from .per_sample import Escape, Expand, Layer, Linear, Use, resolve
 
 @dataclass(eq=False)
 class Trail:
-    """Where a tensor comes from: `roots`, the parameters; `host`, what listens to them; `scale`, the multiple of its
-    root that it is (None: it is something else); `call`, the function and arguments that made it and which of the
-    results it is; `constants`, the other tensors among these, and `version`, its own, with what they were then."""
+    """Where a tensor comes from.
+
+    roots: the parameters. host: what listens to them. scale: its elements are those of its root, in their order, times
+    that; None where they are something else. call: the function and arguments that made it, and which of the results it
+    is. constants: the other tensors among these; and version, its own: with what they were then.
+    """
 
     roots: tuple[nn.Parameter, ...]
     host: object
@@ -164,8 +167,21 @@ def _other(func, args, kwargs):
     foreign = [t for t in tensors if _foreign(t)]
     constant = not foreign or (func in _OF_CONSTANTS and not any(t.requires_grad for t in foreign))
     if constant and func not in _RANDOM and not any(_written(t) for t in tensors if _followed(t)):
-        return _derived(func, args, kwargs)
+        return _derived(func, args, kwargs, args[0].trail.scale if _reshapes(func, args) else None)
     return func(*_map(_escape, args), **_map(_escape, kwargs))
+
+
+def _reshapes(func, args) -> bool:
+    """Whether the result has the elements of the first argument, in their order."""
+    if not args or not _followed(args[0]):
+        return False
+    if func is Tensor.__getitem__:
+        return isinstance(args[1], int) and len(args[0]) == 1
+    return func in _RESHAPING and not any(isinstance(x, torch.dtype) for x in args)
+
+
+_RESHAPING = {getattr(Tensor, n) for n in ("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze")}
+_RESHAPING |= {torch.reshape, torch.flatten, torch.unflatten, torch.squeeze, torch.unsqueeze}
 
 
 # They give something else at every call, so that a weight that they made cannot be made again.
