@@ -14,10 +14,14 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-import torch._dynamo  # imports triton; and notes which functions are torch's, while torch.empty still is
+import torch._dynamo.trace_rules  # imports triton
 from tiny_run import run_settings, tiny  # noqa: F401
 
 from minegan_fast.ops import backend_report, backends, use_backend
+
+# Which functions are torch's is noted now, while torch.empty still is, and never forgotten: reset() would note it anew.
+torch._dynamo.trace_rules.get_torch_obj_rule_map()
+torch._dynamo.trace_rules.clear_lru_cache = lambda: None
 
 DEVICES = {"reference": ("cpu", "cuda"), "cpp": ("cpu",), "triton": ("cpu", "cuda"), "cuda": ("cuda",)}
 
