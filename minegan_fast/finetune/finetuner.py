@@ -214,7 +214,7 @@ class SparseFinetuner(torch.optim.Optimizer):
         """One step: scores while nothing is selected, trains the selected rows afterwards.
 
         Parameters of added groups train in either case. A step that `torch.amp.GradScaler` marks by inf does nothing
-        and does not count. RuntimeError inside scoring().
+        and does not count. RuntimeError inside scoring(), and before any parameter has had a gradient.
         """
         self._check_usable("step()")
         if self._scoring:
@@ -254,6 +254,11 @@ class SparseFinetuner(torch.optim.Optimizer):
         graded = [(m, m.parameter.grad) for x in self.layers for m in x.members if m.parameter.grad is not None]
         check_dense(graded)
         if not graded and self.criterion not in WITHOUT_EVIDENCE:
+            if self.evidence.count == 0 and all(p.grad is None for p in self.parameters()):
+                raise RuntimeError(
+                    "step() before any evidence: no parameter has a gradient, so there is nothing to score the neurons "
+                    "by; call backward() first, and let requires_grad be on for the model's parameters"
+                )
             return
         if self.criterion == "movement":
             if not self.evidence.start:

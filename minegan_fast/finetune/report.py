@@ -15,6 +15,8 @@ def summary(ft) -> str:
         path = _gradient(layer) if k else "none: frozen"
         if ft.selection is None:
             path = "dense: not selected yet"
+        if any(m.name in ft.evidence.by_batch for m in layer.members):
+            path += "; scored by the batch's gradient"
         table.append((layer.name, f"{k}/{n}", f"{k * cost}/{n * cost}", path))
         trained, total = trained + k, total + n
         trained_cost, total_cost = trained_cost + k * cost, total_cost + n * cost

@@ -165,7 +165,7 @@ class Trainer:
         other.requires_grad_(False)
         self.miner.requires_grad_(False)
         processes, hooks = self.processes, []
-        with optimizer.scoring():
+        with optimizer.scoring(samples=1 if batch == 1 else None):
             if config.criterion == "movement" and processes.size > 1:  # its dense steps are steps of the whole batch
                 hooks = [m.parameter.register_hook(self._mean) for layer in optimizer.layers for m in layer.members]
             for k in range(-(-config.score_samples // batch)):

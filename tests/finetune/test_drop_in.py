@@ -86,9 +86,19 @@ def test_steps_skipped_for_inf_do_not_count():
 
 
 def test_steps_without_a_gradient_do_not_count():
-    ft = SparseFinetuner(build("mlp"), score_steps=1)
+    """A miner may train for itself, before and between the steps that score."""
+    net, miner = build("mlp"), nn.Linear(2, 2).double()
+    ft = SparseFinetuner(net, score_steps=2)
+    ft.add_param_group({"params": miner.parameters()})
+    for i in range(3):
+        miner(torch.ones(1, 2).double()).sum().backward()
+        if i == 1:
+            net(data()).sum().backward()
+        ft.step()
+        ft.zero_grad()
+        assert ft.evidence.count == (i >= 1)
     ft.step()
-    assert ft.evidence.count == 0
+    assert ft.evidence.count == 1
     assert ft.selection is None
 
 

@@ -169,12 +169,23 @@ def test_wrong_models():
         SparseFinetuner(net)
 
 
+def test_summary_names_what_was_scored_by_batches():
+    net = nn.Sequential(nn.Embedding(5, 4), nn.Flatten(), nn.Linear(8, 3))
+    ft = SparseFinetuner(net)
+    with pytest.warns(UserWarning, match=r"0\.weight"), ft.scoring():
+        net(torch.tensor([[1, 2], [3, 4]])).square().mean().backward()
+    scored = [line.split()[0] for line in ft.summary().splitlines() if "scored by the batch's gradient" in line]
+    assert scored == ["0.weight"]
+
+
 def test_calls_at_the_wrong_time():
     net = build("mlp")
     ft = SparseFinetuner(net)
     for call in (ft.select, ft.scores):
         with pytest.raises(RuntimeError, match="needs evidence and there is none"):
             call()
+    with pytest.raises(RuntimeError, match=r"step\(\) before any evidence"):
+        ft.step()
     with pytest.raises(RuntimeError, match="select"):
         ft.verify()
     with pytest.raises(RuntimeError, match="ema_decay"):
