@@ -1,6 +1,8 @@
 // What every op shares: element types, wide loads, the choice of the CPU's instruction set, threads, CUDA launches.
 #pragma once
 
+#include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <stdexcept>
@@ -8,6 +10,10 @@
 #include <system_error>
 #include <thread>
 #include <vector>
+
+#if defined(__unix__) || defined(__APPLE__)
+#include <dlfcn.h>
+#endif
 
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
@@ -175,19 +181,37 @@ void run(Args... args) {
   Loop::run(args...);
 }
 
-// Calls f(begin, end) on consecutive ranges that cover [0, count), on `threads` threads of its own: none outlives the
-// call, so fork is safe.
+// GOMP_parallel of the OpenMP runtime that the process has loaded, torch's that is: null without one. Its threads spin
+// for a while after each parallel region, and threads of our own would have to share the cores with them.
+using OpenMP = void (*)(void (*region)(void*), void* data, unsigned threads, unsigned flags);
+inline OpenMP openmp() {
+#if defined(__unix__) || defined(__APPLE__)
+  static const OpenMP found = reinterpret_cast<OpenMP>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  return found;
+#else
+  return nullptr;
+#endif
+}
+
+// Calls f(begin, end) on consecutive ranges that cover [0, count), one for each of `threads` threads.
 template <class F>
 void parallel_for(int64_t count, int threads, const F& f) {
+  if (count <= 0) return;
   const int64_t share = (count + threads - 1) / threads;
+  if (share == count) return f(0, count);
+  std::atomic<int64_t> next{0};
+  const auto take = [&] {  // until no range is left: there may be fewer threads than were asked for
+    for (int64_t begin; (begin = next.fetch_add(share)) < count;) f(begin, std::min(begin + share, count));
+  };
+  if (const OpenMP parallel = openmp())
+    return parallel([](void* data) { (*static_cast<decltype(take)*>(data))(); }, (void*)&take, unsigned(threads), 0);
   std::vector<std::thread> others;
-  int64_t begin = 0;
   try {
-    for (; begin + share < count; begin += share) others.emplace_back(f, begin, begin + share);
+    while (int64_t(others.size()) + 1 < threads) others.emplace_back(take);
   } catch (const std::system_error&) {
     // No more threads to be had: the rest runs here.
   }
-  if (begin < count) f(begin, count);
+  take();
   for (auto& other : others) other.join();
 }
 
