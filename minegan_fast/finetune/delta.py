@@ -1,6 +1,7 @@
 """Deltas: the trained rows of a network as a small file, to be put onto its base, scaled, combined and taken off."""
 
 import json
+import math
 import os
 import weakref
 
@@ -28,7 +29,9 @@ _loaded: "weakref.WeakKeyDictionary[nn.Module, _Loaded]" = weakref.WeakKeyDictio
 
 
 def save_delta(ft, path: str | os.PathLike, ema: bool = False):
-    """Writes every row of `ft.model` that was trained since `ft` was built, and added parameters of the model.
+    """Writes every row of `ft.model` that `ft` has trained, and added parameters of the model; no buffers.
+
+    The base is the model as it was at the first selection, or when parameters of it were added.
 
     ema: the averaged values instead of the live ones.
 
@@ -80,10 +83,13 @@ def _read(path) -> tuple[dict, dict[str, Tensor]]:
 def load_delta(model: nn.Module, path: str | os.PathLike, scale: float = 1.0, strict: bool = True):
     """Adds scale·(trained - base) to the rows of a delta, in place; with scale 1 on bare rows it copies the bits.
 
-    Several deltas may be loaded; rows that are in more than one add up. ValueError, with the model unchanged, where the
-    file is no delta, its base is another model (unless strict=False: then the present rows count as the base) or a
-    tensor does not fit.
+    Several deltas may be loaded; rows that are in more than one add up. One that was trained on a model with deltas is
+    loaded on top of these. Buffers, such as batch-norm statistics, are in no delta. ValueError, with the model
+    unchanged, where the file is no delta, its base is another model (unless strict=False: then the present rows count
+    as the base), a tensor does not fit or scale is not finite.
     """
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}")
     metadata, tensors = _read(path)
     model = unwrap(model)
     parameters = dict(dense_parameters(model))
@@ -106,7 +112,9 @@ def load_delta(model: nn.Module, path: str | os.PathLike, scale: float = 1.0, st
         rows, n = tensors[f"{layer}:rows"], parameters[name].shape[axis] if parameters[name].ndim else 1
         if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < n:
             raise ValueError(f"the delta changes rows of {layer!r} beyond its {n}; it is of another model")
-    if strict and base != metadata["base"]:
+    # trained on the model as it is now, with the deltas that are loaded: its base are the present rows
+    on_top = loaded is not None and base != metadata["base"] and fingerprint(model) == metadata["base"]
+    if strict and base != metadata["base"] and not on_top:
         raise ValueError(
             f"{os.fspath(path)!r} was trained on another base: its fingerprint is {metadata['base'][:12]}, the model's "
             f"is {base[:12]}; load the model that it was trained from, or pass strict=False"
@@ -114,10 +122,10 @@ def load_delta(model: nn.Module, path: str | os.PathLike, scale: float = 1.0, st
     loaded = _loaded.setdefault(model, _Loaded(base))
     for layer, members in layers.items():
         for name, axis in members:
-            _add(parameters[name], loaded, name, axis, tensors[f"{layer}:rows"], tensors[name], scale)
+            _add(parameters[name], loaded, name, axis, tensors[f"{layer}:rows"], tensors[name], scale, on_top)
 
 
-def _add(parameter, loaded, name, axis, rows, trained, scale):
+def _add(parameter, loaded, name, axis, rows, trained, scale, on_top):
     """Adds one tensor's rows and remembers the base values of those that were bare until now."""
     rows, trained = rows.to(parameter.device), trained.to(parameter.device, parameter.dtype)
     current = compact(parameter.detach(), axis, rows).clone()
@@ -127,10 +135,10 @@ def _add(parameter, loaded, name, axis, rows, trained, scale):
     known, order = torch.cat([known, rows[bare]]).sort()
     values = torch.cat([values, current[bare]])[order]
     loaded.rows[name] = axis, known, values
-    base = values[torch.searchsorted(known, rows)]
+    base = current if on_top else values[torch.searchsorted(known, rows)]
     new = current + scale * (trained - base)
     if scale == 1:
-        new[bare] = trained[bare]
+        new = trained if on_top else torch.where(bare.view(-1, *[1] * (new.ndim - 1)), trained, new)
     _put(parameter, axis, rows, new)
 
 

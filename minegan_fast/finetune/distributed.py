@@ -96,7 +96,8 @@ def rebuild_reducers(model: nn.Module):
         if ours.isdisjoint(ddp.module.modules()):
             continue
         ignored = ddp.parameters_to_ignore
-        ddp._module_parameters = [p for name, p in ddp.module.named_parameters() if name not in ignored]
+        listed = nn.Module.named_parameters(ddp.module)  # with the leaves
+        ddp._module_parameters = [p for name, p in listed if name not in ignored]
         parameters, sparse = ddp._build_params_for_reducer()
         if parameters:
             names = ddp._build_debug_param_to_name_mapping(parameters)

@@ -85,6 +85,15 @@ class SparseFinetuner(torch.optim.Optimizer):
         ):
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+        numbers = {"density": density, "eps": eps, "weight_decay": weight_decay, "momentum": momentum}
+        numbers |= {"ema_decay": 0 if ema_decay is None else ema_decay, "lr": 0 if isinstance(lr, Tensor) else lr}
+        for name, value in numbers.items():
+            if not isinstance(value, int | float):
+                raise TypeError(f"{name} must be a number, got {value!r}")
+        if not isinstance(score_steps, int):
+            raise TypeError(f"score_steps must be a whole number, got {score_steps!r}")
+        if not (isinstance(betas, tuple | list) and len(betas) == 2 and all(isinstance(b, int | float) for b in betas)):
+            raise TypeError(f"betas must be two numbers in [0, 1), got {betas!r}")
         for name, value, fits, what in (
             ("density", density, 0 < density <= 1, "above 0 and at most 1"),
             ("lr", lr, lr >= 0, "at least 0"),
@@ -175,8 +184,9 @@ class SparseFinetuner(torch.optim.Optimizer):
         At a later selection kept neurons keep their moments and EMA, new ones start at zero, dropped ones keep their
         trained values and stop. Collective where torch.distributed is initialised: every rank selects the same.
 
-        RuntimeError without evidence or inside scoring(); ValueError where scores are not finite or a given selection
-        does not fit the model. The model is unchanged then.
+        RuntimeError without evidence, inside scoring(), or where a candidate parameter was replaced; ValueError where
+        scores are not finite (the evidence is dropped then); either or TypeError where a given selection does not fit
+        the model. The model is unchanged.
         """
         self._check_usable("select()")
         if self._scoring:
@@ -187,7 +197,11 @@ class SparseFinetuner(torch.optim.Optimizer):
                 self.evidence.reduce(self.process_group)
             several = distributed.active(self.process_group)
             scores = distributed.agree(self.scores(), self.process_group) if several else self.evidence.scores()
-            selection = rank(scores, self.layers, self.density, self.budget, self.scope, self.policy)
+            try:
+                selection = rank(scores, self.layers, self.density, self.budget, self.scope, self.policy)
+            except ValueError:
+                self.evidence.clear()  # what is not finite would stay so, however much is added
+                raise
             self.evidence_used = True
         else:
             selection = selection_by_hand(selection, self.layers, self.budget)
@@ -322,6 +336,8 @@ class SparseFinetuner(torch.optim.Optimizer):
             for p in plain:
                 if id(p) in names:
                     raise ValueError(f"{names[id(p)]!r} is a candidate of this optimizer; exclude its module to add it")
+            if any(p is q for p in plain for q in self.model.parameters()):
+                self.held.begin()
             for p in plain:
                 if isinstance(p, Linked):
                     self.held.thaw(p)
@@ -329,8 +345,15 @@ class SparseFinetuner(torch.optim.Optimizer):
         if self.selection is not None:
             distributed.rebuild_reducers(self.model)
 
+    def __reduce_ex__(self, protocol):
+        raise TypeError(
+            "a SparseFinetuner belongs to its model and is neither copied nor pickled; copy the model, build a "
+            "SparseFinetuner on the copy and give it state_dict()"
+        )
+
     def state_dict(self) -> dict:
         """Optimizer state, selection, evidence, EMA and hashes: all that a run needs to go on as if never stopped."""
+        self._check_usable("state_dict()")
         return {**super().state_dict(), "neurons": state.describe(self)}
 
     def load_state_dict(self, state_dict: dict):
@@ -355,7 +378,8 @@ class SparseFinetuner(torch.optim.Optimizer):
         return [p for group in self.param_groups for p in group["params"]]
 
     def summary(self) -> str:
-        """A table: layer, neurons trained/all, parameters trained/all, how its gradient is computed."""
+        """A table: layer, neurons trained/all, parameters trained/all, how its gradient was computed until now."""
+        self._check_usable("summary()")
         return report.summary(self)
 
     def verify(self):
@@ -364,6 +388,7 @@ class SparseFinetuner(torch.optim.Optimizer):
         By 64-bit hashes of the rows. Buffers, such as batch-norm statistics, are no parameters. RuntimeError before a
         selection.
         """
+        self._check_usable("verify()")
         self.held.verify()
 
     def memory(self) -> dict[str, dict[str, int]]:
@@ -382,7 +407,7 @@ class SparseFinetuner(torch.optim.Optimizer):
         return ema.ema_model(self, self.model if module is None else module)
 
     def save_delta(self, path: str | os.PathLike, ema: bool = False):
-        """Writes every row trained since construction, or its average, as safetensors, atomically; see `load_delta`."""
+        """Writes every row that was trained, or its average, as safetensors, atomically; see `load_delta`."""
         delta.save_delta(self, path, ema)
 
     def release(self):

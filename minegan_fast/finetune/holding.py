@@ -37,16 +37,21 @@ def check_parameters(model: nn.Module):
 class Held:
     """The model's side of a SparseFinetuner.
 
-    base: fingerprint at construction. ever: {layer: mask of the rows that were ever selected}. hashes: {parameter:
-    (hashes of its rows, mask of the frozen ones)} at the selection.
+    base: fingerprint before anything trained, None until then. ever: {layer: mask of the rows that were ever selected}.
+    hashes: {parameter: (hashes of its rows, mask of the frozen ones)} at the selection.
     """
 
     def __init__(self, model: nn.Module, layers: list[Layer]):
         self.model, self.layers = model, layers
         self.selection: Selection | None = None
-        self.base = fingerprint(model)
+        self.base: str | None = None
         self.ever: dict[str, Tensor] = {}
         self.hashes: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def begin(self):
+        """Takes the fingerprint of the base: call it before anything trains."""
+        if self.base is None:
+            self.base = fingerprint(self.model)
 
     def apply(self, selection: Selection, added: set[int]) -> list[tuple[nn.Parameter, Tensor | None, Rows | None]]:
         """Freezes the model but for the selected rows, and but for parameters whose id is in `added`.
@@ -54,7 +59,14 @@ class Held:
         Returns what the candidates were and are, in the layers' order: (what trained: dense weight or old leaf, its
         rows or None, leaf or None).
         """
-        candidates = {id(m.parameter) for layer in self.layers for m in layer.members}
+        candidates = {id(m.parameter): m.name for layer in self.layers for m in layer.members}
+        lost = candidates.keys() - {id(p) for p in self.model.parameters()}
+        if lost:
+            raise RuntimeError(
+                f"{', '.join(sorted(candidates[i] for i in lost))} left the model since this optimizer was built: "
+                "another parameter is in its place; build a new SparseFinetuner"
+            )
+        self.begin()
         for _, parameter in dense_parameters(self.model):
             if id(parameter) not in candidates and id(parameter) not in added and _is_plain(parameter):
                 hold(self.model, parameter, 0, None)
@@ -104,7 +116,8 @@ class Held:
         if changed:
             raise FrozenNeuronsChanged(
                 f"{len(changed)} parameters changed that were frozen at the selection: {'; '.join(changed)}. Something "
-                "besides this optimizer wrote to them: another optimizer, a loaded checkpoint, an in-place operation"
+                "besides this optimizer wrote to them: another optimizer, a loaded checkpoint, an in-place operation, "
+                "a change of dtype"
             )
 
     def thaw(self, parameter: nn.Parameter):

@@ -3,31 +3,38 @@
 import copy
 import copyreg
 import functools
+import sys
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from .leaves import Linked, Rows
 from .link import Link, master_dtype
 from .neurons import compact
 
 
+def _leaves_last(listed) -> list[tuple[str, nn.Parameter]]:
+    return sorted(listed, key=lambda item: isinstance(item[1], Rows))
+
+
 class _Host:
     """Mixed into the class of a module that has leaves in it, itself or below.
 
-    `named_parameters()` lists leaves, so that DDP, clipping and `zero_grad()` find them, behind all dense parameters:
-    code that zips the parameters of a copy with those of the live model still pairs them rightly. `state_dict()`,
+    `parameters()` lists leaves, so that clipping and `zero_grad()` find them, behind all dense parameters: code that
+    zips the parameters of a copy with those of the live model still pairs them rightly. `named_parameters()` has the
+    names of the state dict, as averages by name need it, and lists leaves for DDP alone. `state_dict()`,
     `load_state_dict()`, `copy.deepcopy` and pickling pass them over.
     """
 
+    def parameters(self, recurse=True):
+        yield from (p for _, p in _leaves_last(super().named_parameters(recurse=recurse)))
+
     def named_parameters(self, prefix="", recurse=True, remove_duplicate=True):
-        leaves = []
-        for name, parameter in super().named_parameters(prefix, recurse, remove_duplicate):
-            if isinstance(parameter, Rows):
-                leaves.append((name, parameter))
-            else:
-                yield name, parameter
-        yield from leaves
+        listed = super().named_parameters(prefix, recurse, remove_duplicate)
+        if sys._getframe(1).f_globals.get("__name__") == DistributedDataParallel.__module__:
+            return iter(_leaves_last(listed))
+        return ((name, p) for name, p in listed if not isinstance(p, Rows))
 
     def __setattr__(self, name, value):
         held = self.__dict__.get("_parameters", {}).get(name)

@@ -161,7 +161,7 @@ def _run(op, x: Tensor, weight: Expression, bias):
         y = y * weight.factor.to(y.dtype)
         if bias is None:
             return y
-        bias = (bias if held is None else held.value()).to(y.dtype)
+        bias = (bias if held is None else held.value("add")).to(y.dtype)
         return y + bias.view(-1, *[1] * (y.ndim - 2 if op.channel == 1 else 0))
     bias_part = bias_rows = None
     if held is not None:

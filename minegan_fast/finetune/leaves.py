@@ -132,15 +132,12 @@ def _ordinary(x, name: str) -> torch.Tensor:
         return x.plain
     expression = expression_of(x)
     if expression is None or expression.part is None or not torch.is_grad_enabled():
-        return _alias(x) if isinstance(x, Linked) else expression.value()
+        return _alias(x) if isinstance(x, Linked) else expression.value(name)
     if isinstance(x, Linked) and name.endswith("_") and not name.endswith("__"):
         raise RuntimeError(
             f"{name}: a parameter that trains was used in an in-place operation; do so in torch.no_grad()"
         )
-    if name != "detach":
-        for link in expression.links:
-            link.dense_uses.add(name)
-    return expression.value()
+    return expression.value(name)
 
 
 def _map(f, x, *arguments):

@@ -15,12 +15,12 @@ class Alias(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(leaf, dense, rows, axis):
+    def forward(leaf, dense, rows, axis, links=(), use=""):
         return dense.view_as(dense)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        leaf, _, rows, ctx.axis = inputs
+        leaf, _, rows, ctx.axis, ctx.links, ctx.use = inputs
         ctx.dtype = leaf.dtype
         ctx.save_for_backward(rows)
 
@@ -31,7 +31,9 @@ class Alias(torch.autograd.Function):
             raise RuntimeError(
                 "a weight that trains by rows was given a sparse gradient; build its nn.Embedding with sparse=False"
             )
-        return compact(grad, ctx.axis, rows).to(ctx.dtype), None, None, None
+        for link in ctx.links:
+            link.dense_uses.add(ctx.use)
+        return compact(grad, ctx.axis, rows).to(ctx.dtype), None, None, None, None, None
 
 
 def master_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -93,7 +95,7 @@ class Link:
         self.trainable = dense.requires_grad
         self.wanted = True  # what requires_grad_() said last
         self.kind = type(dense)
-        self.dense_uses: set[str] = set()  # functions that took the weight whole, for the summary
+        self.dense_uses: set[str] = set()  # through which functions a dense gradient came, for the summary
         self.row_uses: set[str] = set()  # layers that compute the gradient of the rows alone
         self.ledger, self.index = Ledger([self]), 0
         self.plain = dense.data  # for the compiler, which cannot see past the subclass

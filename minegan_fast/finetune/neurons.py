@@ -33,7 +33,7 @@ class Layer:
 
     name: str
     members: list[Member]
-    conflict: str = ""  # why its neurons cannot be told apart
+    conflict: str = ""  # why it cannot train by neurons
 
     @property
     def neurons(self) -> int:
@@ -137,8 +137,14 @@ def find_layers(model: nn.Module) -> list[Layer]:
                 axis = row_axis(modules[owner(name)[0]], owner(name)[1], m.parameter)
                 if axis != m.axis and m.name not in declared:
                     layer.conflict = (
-                        f"{m.name!r} has its neurons along axis {m.axis}, and as {name!r} along axis {axis}"
+                        f"{m.name!r} has its neurons along axis {m.axis}, and as {name!r} along axis {axis}: what "
+                        "a neuron of it is cannot be said; exclude its modules, or let a module around them name its "
+                        "neurons by neuron_parameters()"
                     )
+            if getattr(modules.get(owner(m.name)[0]), "max_norm", None) is not None:
+                layer.conflict = (
+                    f"{m.name!r} is rewritten by max_norm in every forward, frozen rows too; exclude its module"
+                )
     order = {name: i for i, name in enumerate(parameters)}
     return sorted(layers, key=lambda layer: order[layer.name])
 
@@ -202,8 +208,5 @@ def filter_layers(layers: list[Layer], include, exclude) -> list[Layer]:
         raise ValueError(f"include={include} and exclude={exclude} leave no neuron to finetune; widen the patterns")
     for layer in kept:
         if layer.conflict:
-            raise ValueError(
-                f"{layer.conflict}: what a neuron of a tensor shared by both is cannot be said; exclude their modules, "
-                "or let a module around them name its neurons by neuron_parameters()"
-            )
+            raise ValueError(layer.conflict)
     return kept

@@ -26,13 +26,13 @@ class Expression(NamedTuple):
     links: tuple[Link, ...]
     factor: Tensor | None = None
 
-    def value(self) -> Tensor:
-        """An ordinary tensor, whose gradient is dense."""
+    def value(self, use: str) -> Tensor:
+        """An ordinary tensor, whose gradient is dense; it is said to come through the function `use`."""
         value = self.dense
         if self.part is not None and value.ndim == 1:  # small: a copy by one native op costs less than the alias
             value = value.index_copy(0, self.rows, self.part.to(value.dtype))
         elif self.part is not None:
-            value = Alias.apply(self.part.movedim(self.axis, 0), self.dense, self.rows, self.axis)
+            value = Alias.apply(self.part.movedim(self.axis, 0), self.dense, self.rows, self.axis, self.links, use)
         return value if self.factor is None else value * self.factor.to(value.dtype)
 
     def transposed(self) -> "Expression":

@@ -121,6 +121,8 @@ def selection_by_hand(rows: Mapping[str, object] | Selection, layers: list[Layer
     ValueError/TypeError where a name or a row does not fit the layers, or nothing is selected.
     """
     sizes = sizes_of(layers)
+    if not isinstance(rows, Selection | Mapping):
+        raise TypeError(f"a selection is a Selection or {{layer: rows}}, got {type(rows).__name__}")
     if isinstance(rows, Selection):
         if any(sizes.get(name) != rows.sizes[name] for name in rows.rows):
             raise ValueError("the selection is of another model: its layers have other names or sizes; select anew")
@@ -133,7 +135,10 @@ def selection_by_hand(rows: Mapping[str, object] | Selection, layers: list[Layer
                 f"it follows the neurons of {followers[name]!r}" if name in followers else f"there are {sorted(sizes)}"
             )
             raise ValueError(f"{name!r} is no layer of neurons; {hint}")
-        given = torch.as_tensor(given).cpu()
+        try:
+            given = torch.as_tensor(given).cpu()
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(f"the rows of {name!r} must be integers or a boolean mask, got {given!r}") from None
         n = sizes[name][0]
         if given.dtype == torch.bool and given.shape == (n,):
             given = given.nonzero().flatten()

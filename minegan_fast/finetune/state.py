@@ -11,6 +11,7 @@ def describe(ft) -> dict:
     selection = ft.selection
     return {
         "selection": selection and {"rows": dict(selection.rows), "sizes": dict(selection.sizes)},
+        "optimizer": ft.optimizer,
         "evidence": ft.evidence.state_dict(),
         "evidence_used": ft.evidence_used,
         "buffers": dict(ft.buffers.copies) if ft.buffers and selection is None else None,
@@ -23,7 +24,7 @@ def describe(ft) -> dict:
 
 def check(ft, state_dict: dict) -> Selection | None:
     """The selection in a state dict that fits `ft`; ValueError where it does not fit."""
-    if "neurons" not in state_dict:
+    if not isinstance(state_dict, dict) or "neurons" not in state_dict:
         raise ValueError("this state dict is not a SparseFinetuner's; load it into the optimizer that it came from")
     neurons = state_dict["neurons"]
     saved = neurons["selection"]
@@ -34,6 +35,11 @@ def check(ft, state_dict: dict) -> Selection | None:
         raise ValueError(
             "the state dict has another selection than this optimizer; load it into a new SparseFinetuner, or "
             "select(...) its neurons first"
+        )
+    optimizer = neurons.get("optimizer", ft.optimizer)
+    if optimizer != ft.optimizer:
+        raise ValueError(
+            f"the state dict is of optimizer={optimizer!r}, this one is {ft.optimizer!r}; build it with the same one"
         )
     criterion = neurons["evidence"]["criterion"]
     if criterion != ft.criterion:

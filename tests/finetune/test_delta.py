@@ -11,6 +11,7 @@ from sample_networks import NETWORKS, assert_same, build, data, loss
 from torch import nn
 
 from minegan_fast.finetune import SparseFinetuner, load_delta, unload_delta
+from minegan_fast.finetune.hashing import fingerprint
 
 
 def trained(name, rows, path, steps=3, seed=0):
@@ -66,7 +67,7 @@ def test_several_overlap(tmp_path):
 def test_a_delta_is_small_and_says_what_it_is(tmp_path):
     net = build("mlp")
     ft = SparseFinetuner(net)
-    base = ft.held.base
+    base = fingerprint(net)
     with pytest.raises(RuntimeError, match="nothing has been trained"):
         ft.save_delta(tmp_path / "d")
     ft.select({"1.weight": [5, 1]})
@@ -179,3 +180,41 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
         trained("mlp", {"1.weight": [1]}, path)
     assert path.read_bytes() == old
     assert [p.name for p in tmp_path.iterdir()] == ["d"]
+
+
+def test_the_base_is_what_was_there_before_training(tmp_path):
+    """Weights loaded between construction and selection are the base."""
+    source, net = build("mlp", seed=5), build("mlp")
+    ft = SparseFinetuner(net, lr=0.1)
+    net.load_state_dict(source.state_dict())
+    ft.select({"1.weight": [1, 3]})
+    net(data()).square().mean().backward()
+    ft.step()
+    ft.save_delta(tmp_path / "d")
+    with pytest.raises(ValueError, match="another base"):
+        load_delta(build("mlp"), tmp_path / "d")
+    load_delta(source, tmp_path / "d")
+    assert_same(source, net)
+
+
+def test_a_delta_trained_on_top_of_another(tmp_path):
+    trained("mlp", {"1.weight": [1, 3]}, tmp_path / "a")
+    first = build("mlp")
+    load_delta(first, tmp_path / "a")
+    ft = SparseFinetuner(first, lr=0.1)
+    ft.select({"1.weight": [3, 4], "3.weight": [0]})
+    first(data()).square().mean().backward()
+    ft.step()
+    ft.save_delta(tmp_path / "c")
+    net = build("mlp")
+    load_delta(net, tmp_path / "a")
+    load_delta(net, tmp_path / "c")
+    assert_same(net, first)
+    unload_delta(net)
+    assert_same(net, build("mlp"))
+
+
+def test_a_scale_that_is_not_finite(tmp_path):
+    trained("mlp", {"1.weight": [1]}, tmp_path / "a")
+    with pytest.raises(ValueError, match="scale must be finite, got nan"):
+        load_delta(build("mlp"), tmp_path / "a", scale=float("nan"))

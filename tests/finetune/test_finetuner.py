@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 
 import pytest
 import torch
@@ -211,6 +212,9 @@ def test_scores_that_are_not_finite_are_named(criterion):
         ft.select()
     assert ft.selection is None
     assert_same(net, build("mlp"))
+    with ft.scoring(samples=1):
+        net(data()).square().mean().backward()
+    ft.select()  # the evidence that was not finite is gone
 
 
 def test_ema_is_a_lerp_of_the_trained_rows():
@@ -279,3 +283,50 @@ def test_wrappers_are_looked_through():
     net = build("mlp")
     for wrapped in (nn.DataParallel(net), torch.compile(net, backend="eager")):
         assert SparseFinetuner(wrapped).model is net
+
+
+def test_an_optimizer_is_neither_copied_nor_pickled():
+    ft = SparseFinetuner(build("mlp"))
+    for attempt in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="belongs to its model"):
+            attempt(ft)
+
+
+def test_nothing_is_asked_of_a_released_optimizer():
+    ft = SparseFinetuner(build("mlp"))
+    ft.select({"1.weight": [1]})
+    ft.release()
+    for call in (ft.summary, ft.verify, ft.state_dict):
+        with pytest.raises(RuntimeError, match=r"after release\(\)"):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"density": "x"}, "density must be a number, got 'x'"),
+        ({"betas": 0.9}, "betas must be two numbers"),
+        ({"score_steps": 1.5}, "score_steps must be a whole number"),
+    ],
+)
+def test_arguments_of_a_wrong_kind(arguments, message):
+    with pytest.raises(TypeError, match=message):
+        SparseFinetuner(build("mlp"), **arguments)
+
+
+def test_a_state_of_another_optimizer_is_refused():
+    state = SparseFinetuner(build("mlp"), optimizer="sgd", momentum=0.9).state_dict()
+    with pytest.raises(ValueError, match="optimizer='sgd', this one is 'adam'"):
+        SparseFinetuner(build("mlp")).load_state_dict(state)
+    with pytest.raises(ValueError, match="not a SparseFinetuner's"):
+        SparseFinetuner(build("mlp")).load_state_dict(None)
+
+
+def test_a_parameter_replaced_before_the_selection_is_named():
+    net = build("mlp")
+    ft = SparseFinetuner(net, criterion="magnitude")
+    net[3].weight = nn.Parameter(net[3].weight.detach() + 1)
+    with pytest.raises(RuntimeError, match=r"3\.weight left the model"):
+        ft.select()
+    assert ft.selection is None
+    assert not any(hasattr(p, "link") for p in net.parameters())

@@ -9,6 +9,7 @@ from torch import nn
 
 from minegan_fast.finetune import SparseFinetuner
 from minegan_fast.finetune.hosting import plain_class
+from minegan_fast.finetune.leaves import Rows
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -23,7 +24,7 @@ def test_state_dict_keeps_names_shapes_and_loads(name):
         plain = build(name, seed=4 + assign)
         assert str(net.load_state_dict(plain.state_dict(), assign=assign)) == "<All keys matched successfully>"
         assert all(torch.equal(v, plain.state_dict()[n]) for n, v in net.state_dict().items())
-        assert len(ft.parameters()) == len([n for n, _ in net.named_parameters() if n.endswith("_rows")])
+        assert len(ft.parameters()) == sum(isinstance(p, Rows) for p in net.parameters())
     plain.load_state_dict(net.state_dict())
     with pytest.raises(RuntimeError, match="Missing key"):
         net.load_state_dict({})
@@ -34,10 +35,9 @@ def test_leaves_are_listed_behind_all_dense_parameters():
     ft = SparseFinetuner(net, density=0.5, criterion="random")
     ft.select()
     for ours, theirs in zip(net.modules(), plain.modules(), strict=True):
-        dense = [n for n, _ in theirs.named_parameters()]
-        names = [n for n, _ in ours.named_parameters()]
-        assert names[: len(dense)] == dense
-        assert all(n.endswith("_rows") for n in names[len(dense) :])
+        dense = len(list(theirs.parameters()))
+        assert [isinstance(p, Rows) for p in list(ours.parameters())[:dense]] == [False] * dense
+        assert all(isinstance(p, Rows) for p in list(ours.parameters())[dense:])
     assert len(list(net.parameters())) == len(list(plain.parameters())) + len(ft.parameters())
 
 
@@ -82,7 +82,7 @@ def test_classes_are_the_modules_own():
     assert repr(net) == repr(build("resnet"))
     ft.select({"1.conv1.weight": [0]})
     assert type(net[2]) is classes[net[2]]  # no leaf is below it any more
-    assert [n for n, _ in net.named_parameters() if "rows" in n] == ["1.conv1.weight_rows"]
+    assert [p for p in net.parameters() if isinstance(p, Rows)] == [net[1].conv1.weight_rows]
 
 
 def test_a_name_that_is_taken_is_avoided():
@@ -120,3 +120,19 @@ def test_a_held_parameter_is_not_replaced_or_resized():
     ft.verify()
     ft.release()
     net[1].weight = nn.Parameter(torch.zeros(7, 108).double())
+
+
+def test_names_are_those_of_the_state_dict():
+    """So that an average by names, made before the selection, still finds its partners."""
+    net = build("resnet")
+    average = copy.deepcopy(net)
+    ft = SparseFinetuner(net)
+    ft.select({"1.conv1.weight": [1]})
+    assert [n for n, _ in net.named_parameters()] == [n for n, _ in average.named_parameters()]
+    assert [n for n, _ in net[1].named_parameters()] == [n for n, _ in average[1].named_parameters()]
+    listed = list(net.parameters())
+    assert listed[-1] is ft.parameters()[0]
+    assert all(p.shape == q.shape for p, q in zip(average.parameters(), listed, strict=False))
+    net(data()).sum().backward()
+    net.zero_grad()
+    assert ft.parameters()[0].grad is None

@@ -175,3 +175,10 @@ def test_a_tensor_shared_along_different_axes_is_an_error():
             return [[("down.weight", 0), ("down.bias", 0)]]
 
     assert filter_layers(find_layers(Named()), None, None)[0].name == "down.weight"
+
+
+def test_an_embedding_that_rewrites_its_rows_is_an_error():
+    net = nn.Sequential(nn.Embedding(5, 4, max_norm=1.0), nn.Linear(4, 2))
+    with pytest.raises(ValueError, match=r"'0\.weight' is rewritten by max_norm"):
+        filter_layers(find_layers(net), None, None)
+    assert [layer.name for layer in filter_layers(find_layers(net), None, "0")] == ["1.weight"]

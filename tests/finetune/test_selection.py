@@ -162,6 +162,12 @@ def test_wrong_selections_leave_the_model_as_it_is(rows, error, message):
     assert ft.selection.rows["1.weight"].tolist() == [1]
 
 
+@pytest.mark.parametrize("rows", [[1, 2], {"1.weight": None}, {"1.weight": "0"}])
+def test_a_selection_of_a_wrong_kind(rows):
+    with pytest.raises(TypeError, match=r"Selection or|must be integers"):
+        SparseFinetuner(build("mlp")).select(rows)
+
+
 def test_a_selection_of_another_model_is_refused():
     selection = SparseFinetuner(build("mlp"), criterion="random").select()
     wider = nn.Sequential(nn.Flatten(), nn.Linear(108, 9), nn.Tanh(), nn.Linear(9, 5)).double()
