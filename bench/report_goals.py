@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from machine import slug
+
 OURS, BACKENDS = "minegan_fast", ("", "cuda", "triton", "cpp", "reference")  # "": the automatic choice
 COMPACT, MASK = "compact leaves", "mask"
 
@@ -165,8 +167,7 @@ def _digits(value: float) -> str:
 
 
 def plot_path(machine: Machine) -> str:
-    name = "".join(c if c.isalnum() else "-" for c in machine.name.lower()).strip("-")
-    return f"bench/results/density-{name}.png"
+    return f"bench/results/density-{slug(machine.name)}.png"
 
 
 def plot(machines: list[dict], root: Path):
