@@ -141,11 +141,11 @@ def _ordinary(x, name: str) -> torch.Tensor:
 
 
 def _map(f, x, *arguments):
-    if isinstance(x, Linked | RowWise):
+    if isinstance(x, (Linked, RowWise)):  # no union: Dynamo of torch 2.8 traces this
         return f(x, *arguments)
     if isinstance(x, dict):
         return {k: _map(f, v, *arguments) for k, v in x.items()}
-    if isinstance(x, list | tuple):
+    if isinstance(x, (list, tuple)):
         items = [_map(f, v, *arguments) for v in x]
         return type(x)(*items) if hasattr(x, "_fields") else type(x)(items)
     return x
