@@ -1,10 +1,14 @@
 """Small float64 networks with every way of using a weight, and a plain optimizer of rows to compare with."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
+
+from minegan_fast.finetune import SparseFinetuner
 
 CUDA = pytest.param(
     "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -222,3 +226,24 @@ def assert_same(a: nn.Module, b: nn.Module, tolerance=0.0):
         torch.testing.assert_close(
             value, theirs[name], rtol=tolerance, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}"
         )
+
+
+ROWS = [0, 2, 5]
+
+
+def held(make, rows=ROWS):
+    """A plain module, a held copy of it, and the copy's optimizer."""
+    plain = make().double()
+    module = copy.deepcopy(plain)
+    ft = SparseFinetuner(module)
+    ft.select({"weight": rows})
+    return plain, module, ft
+
+
+def taken(gradient, parameter):
+    link = parameter.link
+    return gradient.movedim(link.axis, 0)[link.rows]
+
+
+def assert_close(ours, theirs):
+    torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
