@@ -132,7 +132,10 @@ def _ordinary(x, name: str) -> torch.Tensor:
         return x.plain
     expression = expression_of(x)
     if expression is None or expression.part is None or not torch.is_grad_enabled():
-        return _alias(x) if isinstance(x, Linked) else expression.value(name)
+        if not isinstance(x, Linked):
+            return expression.value(name)
+        x.link.sync()
+        return x.link.alias()
     if isinstance(x, Linked) and name.endswith("_") and not name.endswith("__"):
         raise RuntimeError(
             f"{name}: a parameter that trains was used in an in-place operation; do so in torch.no_grad()"
@@ -149,12 +152,6 @@ def _map(f, x, *arguments):
         items = [_map(f, v, *arguments) for v in x]
         return type(x)(*items) if hasattr(x, "_fields") else type(x)(items)
     return x
-
-
-def _alias(p):
-    if p.link.leaf_written():
-        p.link.sync()
-    return p.link.alias()
 
 
 def _traced(p):

@@ -114,11 +114,6 @@ class Link:
         self.dense_accessed |= dense
         self.leaf_accessed |= leaf
 
-    def leaf_written(self) -> bool:
-        return self.leaf is not None and (
-            self.leaf_accessed or self.leaf._version != self.ledger.versions[2 * self.index]
-        )
-
     @torch.no_grad()
     def sync(self):
         """Makes leaf and dense equal after writes from outside; where both were written, the dense weight counts."""
