@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import gc
 import os
 import sys
 
@@ -160,4 +161,5 @@ def main(rank: int, folder: str):
     selections_by_hand()
     if rank == 0:
         torch.save(results, f"{folder}/results.pt")
+    gc.collect()  # a DDP model that is freed after its group can hang
     dist.destroy_process_group()
