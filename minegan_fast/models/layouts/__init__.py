@@ -1,0 +1,1 @@
+"""The public projects' files, one module a family."""
