@@ -147,7 +147,7 @@ def _register_transfer() -> None:
     for field in dataclasses.fields(TransferConfig):
         if "help" not in field.metadata:
             continue
-        plain = {int: int, float: float}.get(field.type, int if field.type == (int | None) else str)
+        plain = {int: int, float: float, bool: bool}.get(field.type, int if field.type == (int | None) else str)
         plain = float if field.type == (float | None) else plain
         default = ",".join(field.default) if isinstance(field.default, tuple) else field.default
         shown = "" if default is None else f" Default: {default}."

@@ -46,7 +46,7 @@ def one_step_of_each_stage(tiny, settings, processes=None):
     hook = trainer.critic.register_forward_pre_hook(lambda _, inputs: found["seen"].append(inputs[0].detach().clone()))
     found["losses"] = trainer.step(0)
     hook.remove()
-    found["gradients"] = [p.grad.clone() for net in (trainer.critic, trainer.miner) for p in net.parameters()]
+    found["gradients"] = [p.grad.clone() for p in (*trainer.critic.parameters(), *trainer.mined.mining_parameters())]
     trainer.begin_finetuning()
     trainer.select()
     optimizers = [o for o in (trainer.finetuner, trainer.critic_optimizer) if isinstance(o, mf.SparseFinetuner)]
@@ -58,7 +58,7 @@ def one_step_of_each_stage(tiny, settings, processes=None):
         trainer.step(4)
     critic = [p for group in trainer.critic_optimizer.param_groups for p in group["params"]]
     rows = trainer.finetuner.parameters()
-    found["trained"] = [sum(p.numel() for p in ps) for ps in (critic, [*trainer.miner.parameters(), *rows])]
+    found["trained"] = [sum(p.numel() for p in ps) for ps in (critic, [*trainer.mined.mining_parameters(), *rows])]
     found["rows"] = [p.grad.clone() for p in trainer.finetuner.parameters()]
     found["path length"] = trainer.path_length_mean
     trainer.finetuner.verify()

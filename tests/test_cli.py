@@ -105,7 +105,7 @@ def test_doctor_says_what_is_there_and_why_not(call):
         (["transfer", "SOURCE", "IMAGES", "--out", "SOURCE"], "cannot write the run"),
         (["transfer", "SOURCE", "IMAGES", "--out", "RUN", "--config", "nope.json"], "no configuration"),
         (["sample", "nowhere", "--out", "RUN"], "no best result"),
-        (["sample", "SOURCE", "--out", "RUN"], "--source"),
+        (["sample", "SOURCE", "--out", "RUN"], "holds no miner"),
         (["sample", "best/delta.safetensors", "--out", "RUN"], "no delta at"),
         (["evaluate", "nowhere", "--images", "IMAGES"], "no best result"),
         (["doctor", "--device", "abacus"], "abacus"),
