@@ -1,0 +1,259 @@
+"""From a checkpoint's bytes to plain data. Reading never runs code from a file."""
+
+import argparse
+import io
+import mmap
+import re
+import warnings
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ._pickles import Array, DamagedError, RefusedError, Storage, Thing, Unpickler
+
+MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of a torch.save file before 1.6
+TRIPLE = ("G", "D", "Gs")  # what NVIDIA's TensorFlow programs write: generator, discriminator, averaged generator
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a file holds.
+
+    Attributes:
+        path: the file.
+        data: nested containers of numbers, strings and tensors; keys are the file's own.
+        metadata: the text entries of a safetensors file.
+    """
+
+    path: Path
+    data: dict
+    metadata: dict[str, str] = field(default_factory=dict)
+
+
+def read(path: str | Path) -> Contents:
+    """The contents of a safetensors file or a torch.save file (zip or legacy).
+
+    Raises:
+        FileNotFoundError, ValueError: no such file; a file of another kind, a truncated one, a pickle that asks for
+            code (named and refused).
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; give the checkpoint file in it")
+    try:
+        with open(path, "rb") as file:
+            head = file.read(512)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no checkpoint at {path}: check the path") from None
+    if not head:
+        raise ValueError(f"{path} is empty; copy or download it again")
+    if head[8:9] == b"{":
+        return _read_safetensors(path)
+    if head.lstrip()[:1] == b"<":
+        raise ValueError(f"{path} is a web page, not a checkpoint: the download gave HTML; fetch the file itself")
+    zipped = head[:2] == b"PK"
+    if not zipped and head[:1] != b"\x80":
+        raise ValueError(f"{path} is neither a safetensors nor a PyTorch file (it begins with {head[:16]})")
+    return Contents(path, _read_pickles(path, zipped))
+
+
+def _read_safetensors(path: Path) -> Contents:
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return Contents(path, tensors, file.metadata() or {})
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error}); copy or download it again") from None
+
+
+def _read_pickles(path: Path, zipped: bool) -> dict:
+    """torch's own reader of plain state dicts first: it maps the file; then the one that knows foreign classes."""
+    try:
+        # Training files of the rosinality layout hold their command line: a Namespace is plain data.
+        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except Exception:  # a damaged pickle can raise anything
+        content = _read_restricted(path, zipped)
+    if isinstance(content, tuple) and len(content) == len(TRIPLE):
+        content = dict(zip(TRIPLE, content, strict=True))
+    if not isinstance(content, dict):
+        kind = content.name if isinstance(content, Thing) else type(content).__name__
+        raise ValueError(f"{path} holds a {kind}, expected a dict of tensors (a state_dict)")
+    return content
+
+
+def _read_restricted(path: Path, zipped: bool):
+    try:
+        if zipped:
+            return plain(_read_zip(path))
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
+            return plain(_read_stream(view, path.stat().st_size))
+    except RefusedError as error:
+        raise ValueError(
+            f"{path} was refused: {error}; nothing of it was run. "
+            "Save the state_dict() of the network on the machine that made the file, and load that"
+        ) from None
+    except (DamagedError, zipfile.BadZipFile, KeyError, RecursionError, OSError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error).splitlines()[0]
+        raise ValueError(
+            f"{path} is truncated, damaged or no file of torch.save ({reason}); nothing of it was run. "
+            "Copy or download it again, or save the network's state_dict() with torch.save"
+        ) from None
+
+
+def _read_zip(path: Path):
+    """A file of torch.save since 1.6: a zip of one pickle, `data.pkl`, and the bytes of each storage."""
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        pickles = [name for name in names if re.fullmatch(r"([^/]+/)?data\.pkl", name)]
+        if len(pickles) != 1:
+            raise DamagedError("it is a zip file without data.pkl")
+        root = pickles[0].removesuffix("data.pkl")
+        if any(name.startswith(f"{root}code/") for name in names):
+            raise DamagedError("it is a TorchScript program")
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise DamagedError("it is compressed, which torch.save never does")
+        if f"{root}byteorder" in names and archive.read(f"{root}byteorder") != b"little":
+            raise DamagedError("it was written on a big-endian machine")
+        storages = {}
+
+        def storage(saved):
+            dtype, key, numel = _described(saved)
+            if key not in storages:
+                content = bytearray(archive.read(f"{root}data/{key}"))
+                if len(content) != numel * dtype.itemsize:
+                    raise DamagedError(f"the tensor data {key} has {len(content)} bytes, not {numel * dtype.itemsize}")
+                storages[key] = torch.frombuffer(content, dtype=dtype) if numel else torch.empty(0, dtype=dtype)
+            return storages[key]
+
+        return Unpickler(io.BytesIO(archive.read(pickles[0])), storage, _read_bytes).load()
+
+
+def _read_stream(file, size: int):
+    """A plain pickle, or a file of torch.save before 1.6: pickles one after the other, then the storages' bytes."""
+    first = Unpickler(file, None, _read_bytes).load()
+    if first != MAGIC:
+        return first
+    Unpickler(file).load()
+    system = Unpickler(file).load()
+    if not isinstance(system, dict) or not system.get("little_endian"):
+        raise DamagedError("it was written on a big-endian machine")
+    storages = {}
+
+    def storage(saved):
+        if isinstance(saved, tuple) and saved[:1] == ("module",):
+            return saved[1]  # a pickled module's class, beside its source
+        dtype, key, numel = _described(saved)
+        if numel * dtype.itemsize > size:
+            raise DamagedError(f"the tensor data {key} is larger than the file")
+        whole = storages.setdefault(key, torch.zeros(numel, dtype=dtype))
+        if len(saved) > 5 and saved[5] is not None:
+            _, offset, length = saved[5]
+            return whole[offset : offset + length]
+        return whole
+
+    content = Unpickler(file, storage, _read_bytes).load()
+    for key in Unpickler(file).load():
+        numel, whole = int.from_bytes(file.read(8), "little"), storages[key]
+        data = file.read(whole.numel() * whole.dtype.itemsize)
+        if numel != whole.numel() or len(data) != whole.numel() * whole.dtype.itemsize:
+            raise DamagedError(f"the tensor data {key} ends early")
+        if numel:
+            whole.copy_(torch.frombuffer(bytearray(data), dtype=whole.dtype))
+    return content
+
+
+def _read_bytes(data):
+    """A file of torch.save inside a pickle: how a tensor is pickled without torch.save."""
+    if not isinstance(data, bytes):
+        raise DamagedError("it holds a torch file that is no bytes")
+    return _read_stream(io.BytesIO(data), len(data))
+
+
+def _described(saved) -> tuple[torch.dtype, str, int]:
+    """(dtype, key, length) of a storage that a pickle refers to."""
+    if not isinstance(saved, tuple) or len(saved) < 5 or saved[0] != "storage" or not isinstance(saved[1], Storage):
+        raise DamagedError("it refers to what is no tensor data")
+    _, kind, key, _, numel = saved[:5]
+    if not isinstance(key, str) or not isinstance(numel, int) or numel < 0:
+        raise DamagedError("it refers to tensor data without a name or a length")
+    return kind.dtype, key, numel
+
+
+def plain(value, known: dict | None = None):
+    """The tree with arrays as tensors, and networks as what tensors they hold under their dotted names."""
+    known = {} if known is None else known
+    if id(value) in known:
+        return known[id(value)][0]
+
+    def remember(made):
+        known[id(value)] = made, value  # which keeps the value alive, and its id its own
+        return made
+
+    if isinstance(value, Array):
+        return remember(None if value.value is None else _as_tensor(value.value))
+    if isinstance(value, dict):
+        made = remember({})
+        made.update((k, plain(v, known)) for k, v in value.items())
+        return made
+    if isinstance(value, list):
+        made = remember([])
+        made.extend(plain(v, known) for v in value)
+        return made
+    if isinstance(value, tuple):
+        return remember(tuple(plain(v, known) for v in value))
+    if isinstance(value, Thing):
+        if tensors := parameters(value):
+            return remember(tensors)
+        return plain(value.items, known) if value.items and value.state is None else value
+    return value
+
+
+def parameters(thing: Thing) -> dict[str, Tensor]:
+    """The tensors of a pickled network; empty for a Thing that is none.
+
+    torch.nn.Module: `_parameters`, `_buffers`, `_modules` of its state; NVIDIA's persistent classes keep that state in
+    their one argument. A TensorFlow network of NVIDIA's: `variables` and, under their names, `components`.
+    """
+    found = {}
+
+    def walk(thing, prefix: str, above: tuple) -> None:
+        if not isinstance(thing, Thing) or thing in above:
+            return
+        state = thing.state
+        if not isinstance(state, dict) and len(thing.arguments) == 1:
+            described = _fields(thing.arguments[0])
+            state = described.get("state") if "class_name" in described else None
+        state = _fields(state)
+        unsaved = state.get("_non_persistent_buffers_set") or ()
+        for group in ("_parameters", "_buffers"):
+            for name, tensor in _fields(state.get(group)).items():
+                if isinstance(tensor, Tensor) and name not in unsaved:
+                    found[f"{prefix}{name}"] = tensor
+        for name, module in _fields(state.get("_modules")).items():
+            walk(module, f"{prefix}{name}.", (*above, thing))
+        if "variables" in state and "components" in state:
+            for name, array in state["variables"]:
+                if isinstance(array, Array) and array.value is not None:
+                    found[f"{prefix}{name}"] = _as_tensor(array.value)
+            if (kernel := _fields(state.get("static_kwargs")).get("resample_kernel")) is not None:
+                found[f"{prefix}resample_kernel"] = torch.tensor(kernel, dtype=torch.float32)
+            for name, network in _fields(state["components"]).items():
+                walk(network, f"{prefix}{name}/", (*above, thing))
+
+    walk(thing, "", ())
+    return found
+
+
+def _fields(value) -> dict:
+    return value if isinstance(value, dict) else value.items if isinstance(value, Thing) else {}
+
+
+def _as_tensor(array: np.ndarray) -> Tensor:
+    return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), order="C"))
