@@ -39,7 +39,7 @@ class Mined(nn.Module):
     ):
         super().__init__()
         self.generator, self.miner, self.class_miner, self.place = generator, miner, class_miner, place
-        self.constant = None if constant is None else nn.Parameter(constant.detach().clone())
+        self.constant = None
         name = type(generator).__name__
         if place not in PLACES:
             raise ValueError(f"place must be one of {', '.join(PLACES)}, got {place!r}")
@@ -52,8 +52,11 @@ class Mined(nn.Module):
         if place == "w":
             self._check_size("the miner takes", getattr(miner, "input_dim", None), latent)
         self._check_size("the class miner gives", getattr(class_miner, "output_dim", None), "class_dim")
-        if constant is not None and constant.shape != (own := learned_constant(generator)).shape:
-            raise ValueError(f"the constant must have shape {list(own.shape)}, got {list(constant.shape)}")
+        if constant is not None:
+            own = learned_constant(generator)
+            if constant.shape != own.shape:
+                raise ValueError(f"the constant must have shape {list(own.shape)}, got {list(constant.shape)}")
+            self.constant = nn.Parameter(constant.detach().to(own, copy=True))
 
     def _check_size(self, what: str, size: int | None, attribute: str) -> None:
         wanted = getattr(self.generator, attribute, None)
