@@ -1,0 +1,140 @@
+"""The whole recipe on the smallest network of every family, and on a conditional module of the user's own."""
+
+import copy
+
+import pytest
+import torch
+from tiny_run import RUN
+from torch import nn
+
+import minegan_fast as mf
+from minegan_fast.models import StyleGAN2Discriminator, StyleGAN2Generator
+from minegan_fast.training.folder import RunFolder
+from minegan_fast.training.results import open_result
+
+SETTINGS = {
+    **RUN, "mining_steps": 2, "finetune_steps": 2, "density": 0.3, "snapshot_every": 100, "held_out": 0.0,
+    "score_samples": 2, "r1_every": 1, "eval_samples": 4, "gradient_penalty_weight": 1.0, "path_length_every": 1,
+}  # fmt: skip
+
+
+class Conditional(nn.Module):
+    """A user's class-conditional generator, with batch norm and spectral norm."""
+
+    latent_dim, class_dim, num_classes, resolution, image_channels = 6, 5, 4, 8, 1
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(4, 5)
+        self.first = torch.nn.utils.parametrizations.spectral_norm(nn.Linear(11, 64))
+        self.norm = nn.BatchNorm2d(4)
+        self.last = nn.ConvTranspose2d(4, 1, 4, 2, 1)
+
+    def class_embeddings(self):
+        return self.table.weight
+
+    def forward(self, z, y):
+        y = y if y.is_floating_point() else self.table(y)
+        x = self.first(torch.cat((z, y), 1)).view(-1, 4, 4, 4)
+        return self.last(self.norm(x).relu()).tanh()
+
+
+class Critic(nn.Sequential):
+    """A critic with spectral norm, whose vectors move in every forward of its training."""
+
+    def __init__(self):
+        super().__init__(
+            nn.utils.parametrizations.spectral_norm(nn.Conv2d(1, 8, 4, 2, 1)),
+            nn.LeakyReLU(0.2),
+            nn.Flatten(),
+            nn.Linear(128, 1),
+        )
+
+
+def stylegan2():
+    sizes = {"resolution": 8, "channel_base": 64, "channel_max": 8, "image_channels": 1}
+    return StyleGAN2Generator(latent_dim=6, style_dim=7, mapping_layers=2, **sizes), StyleGAN2Discriminator(**sizes)
+
+
+# {name: (make networks, settings of the run)}
+FAMILIES = {
+    "a user's": (lambda: (Conditional(), Critic()), {}),
+    "stylegan2 in z": (stylegan2, {}),
+    "stylegan2 in w": (stylegan2, {"mine": "w", "mine_constant": True}),
+}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def run(request, tmp_path_factory):
+    """{"folder", "result", "source", "settings"} of a run of four steps in one go."""
+    make, settings = FAMILIES[request.param]
+    folder = tmp_path_factory.mktemp("family")
+    torch.manual_seed(0)
+    generator, critic = make()
+    if hasattr(generator, "family"):
+        mf.save_model(folder / "source.safetensors", generator, critic)
+        source = {"source": folder / "source.safetensors"}
+    else:
+        source = {"source": generator, "critic": critic}
+    channels, size = generator.image_channels, generator.resolution
+    images = torch.randint(0, 256, (8, channels, size, size), dtype=torch.uint8)
+    settings = {**SETTINGS, **settings, **source, "images": images}
+    result = mf.transfer(**settings, out=folder / "run")
+    return {"folder": folder, "result": result, "source": generator.eval(), "settings": settings}
+
+
+def states(path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return {f"{name}.{k}": v for name in ("generator", "miner") for k, v in load_file(path / f"{name}.safetensors").items()}
+
+
+def test_stage_one_moves_every_miner_and_leaves_the_generator_alone(run):
+    state = states(RunFolder(run["folder"] / "run").mined)
+    own = {k: v for k, v in run["source"].state_dict().items()}
+    for name, tensor in own.items():
+        stored = state.get(f"generator.generator.{name}", state.get(f"generator.{name}"))
+        assert torch.equal(stored, tensor), name
+    last = [v for k, v in state.items() if k.startswith("miner.") and k.endswith("layers.2.weight")]
+    classes = getattr(run["source"], "num_classes", 0)
+    assert len(last) == (2 if classes else 1)
+    assert all(weight.abs().sum() > 0 for weight in last)
+    if classes:
+        assert run["result"].mined.class_miner.output_dim == run["source"].class_dim
+    if run["settings"].get("mine_constant"):
+        assert not torch.equal(state["miner.constant"], run["source"].learned_constant)
+
+
+def test_stage_two_moves_parameters_but_no_buffers(run):
+    before, after = run["source"], run["result"].generator
+    moved = [n for (n, a), b in zip(before.named_parameters(), after.parameters(), strict=True) if not torch.equal(a, b)]
+    assert moved
+    for (name, a), b in zip(before.named_buffers(), after.buffers(), strict=True):
+        assert torch.equal(a, b), f"{name}: batch-norm statistics and spectral-norm vectors stay the source's"
+
+
+def test_resumed_it_ends_on_the_same_bits(run):
+    out = run["folder"] / "resumed"
+    for steps in (1, 2):
+        mf.transfer(**{**run["settings"], "finetune_steps": steps}, out=out, resume=True)
+    whole, resumed = (states(folder / "last") for folder in (run["folder"] / "run", out))
+    assert whole.keys() == resumed.keys()
+    assert [name for name in whole if not torch.equal(whole[name], resumed[name])] == []
+
+
+def test_sampled_from_its_files_and_as_a_delta(run):
+    images = run["result"].sample(3, seed=1)
+    assert images.shape == (3, run["source"].image_channels, run["source"].resolution, run["source"].resolution)
+    assert images.isfinite().all()
+    if not hasattr(run["source"], "family"):
+        return
+    whole = open_result(run["folder"] / "run", "last")
+    delta = open_result(run["folder"] / "run" / "last" / "delta.safetensors", source=run["settings"]["source"])
+    a, b = (mined.sample(2, torch.Generator().manual_seed(0)) for mined in (whole, delta))
+    assert torch.equal(a, b)
+    assert torch.equal(images, mf.training.results.generate(whole, 3, 1))
+
+
+def test_sparse_gradients_are_rows_of_the_dense_ones(run):
+    """Of the loss through critic, generator and miners, as in a step of stage 2."""
+    mined, critic = copy.deepcopy(run["result"].mined).double(), copy.deepcopy(Critic()).double()
