@@ -1,48 +1,55 @@
 """Reading and writing networks. A checkpoint is data: reading one never runs code from it.
 
 This project's files are safetensors whose keys start with `generator.` or `discriminator.` and whose metadata holds
-the constructors' arguments as JSON. PyTorch files are read with `weights_only=True`.
+the constructors' arguments as JSON. The public projects' files are described in `layouts`.
 """
 
-import argparse
 import json
+import logging
 import re
 import warnings
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from .._files import atomic_path, save_tensors
+from .._reading import Contents, read
+from .layouts import MODELS, Layout, State, describe, families, find
 from .stylegan2 import StyleGAN2Discriminator, StyleGAN2Generator
 
-CLASSES = {
-    ("stylegan2", "generator"): StyleGAN2Generator,
-    ("stylegan2", "discriminator"): StyleGAN2Discriminator,
-}
+_log = logging.getLogger(__name__)
 
-# The first of these keys that a file has says what it looks like; the public layouts of each family.
-SIGNATURES = {
-    "conv1.conv.modulation.weight": "StyleGAN2 generator",
-    "final_linear.0.weight": "StyleGAN2 discriminator",
-    "generator.progression.0.conv1.input": "StyleGAN generator",
-    "from_rgb.8.conv.weight_orig": "StyleGAN discriminator",
-    "from_rgb.8.0.conv.weight_orig": "StyleGAN discriminator",
-    "blocks.0.0.bn1.gain.weight": "BigGAN generator",
-    "blocks.0.0.conv_sc.weight": "BigGAN discriminator",
-    "formatLayer.module.weight": "Progressive GAN generator",
-    "groupScaleZero.0.module.weight": "Progressive GAN discriminator",
-    "transform.0.weight": "miner",
-    "layer1.0.conv1.weight": "ResNet classifier",
-}
 
-# Where a training file keeps what is asked for, best first, and the key by which a StyleGAN2 is known there.
-CONTAINERS = {
-    "generator": ("g_ema", "generator", "g", "G_ema", "G"),
-    "discriminator": ("d", "discriminator", "D"),
-}
-KEYS = {"generator": "conv1.conv.modulation.weight", "discriminator": "final_linear.0.weight"}
+@dataclass(frozen=True)
+class Origin:
+    """Where a loaded network's weights come from; a network of `load_generator` has it as its attribute `origin`.
+
+    Attributes:
+        path: the file.
+        project: whose layout the file has.
+        container: the file's key that held the network; None: the file itself.
+        averaged: whether they are an exponential moving average; None: the file does not say.
+        passed_over: other keys of the file that hold the same network.
+        missing: parameters that the file does not have and the network was built with.
+        unexpected: the file's tensors that the network does not have, or whose shape does not fit it.
+    """
+
+    path: str
+    project: str
+    container: str | None = None
+    averaged: bool | None = None
+    passed_over: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        where = f"{self.container!r} in {self.path}" if self.container else self.path
+        kind = {True: "averaged weights (EMA)", False: "weights", None: "weights"}[self.averaged]
+        beside = f"; the raw weights in {', '.join(map(repr, self.passed_over))} were left" if self.passed_over else ""
+        return f"{kind} from {where}, the layout of {self.project}{beside}"
 
 
 def save_model(path: str | Path, generator: nn.Module, discriminator: nn.Module | None = None) -> Path:
@@ -64,9 +71,9 @@ def save_model(path: str | Path, generator: nn.Module, discriminator: nn.Module 
     for model in (generator, discriminator):
         if model is None:
             continue
-        role = next((role for (_, role), cls in CLASSES.items() if isinstance(model, cls)), None)
+        role = next((role for (_, role), cls in MODELS.items() if isinstance(model, cls)), None)
         if role is None:
-            known = ", ".join(cls.__name__ for cls in CLASSES.values())
+            known = ", ".join(cls.__name__ for cls in MODELS.values())
             raise TypeError(f"save_model knows {known}; for a {type(model).__name__} save its state_dict() instead")
         if role in modules:
             raise TypeError(f"a file holds one {role}, got two")
@@ -102,32 +109,47 @@ def export_rosinality(path: str | Path, generator: StyleGAN2Generator, discrimin
     return path
 
 
-def load_generator(path: str | Path, family: str | None = None) -> nn.Module:
-    """The generator in a file: this project's safetensors, or a StyleGAN2 in the rosinality layout (.pt).
+def load_generator(path: str | Path, family: str | None = None, strict: bool = True) -> nn.Module:
+    """The generator in a file of this project or of a public one, told by its keys and sized by its shapes.
 
     Args:
-        path: the file. EMA weights are taken where it holds them.
-        family: "stylegan2", or None to tell by the keys.
+        path: the file, or a folder of BigGAN-PyTorch or pytorch-pretrained-biggan. Averaged weights (EMA) are taken
+            where it holds them; `origin` says which were.
+        family: "biggan" (also BigGAN-deep), "pgan", "stylegan", "stylegan2", or None to tell by the keys.
+        strict: every tensor of the network must be in the file and the other way round. False: what fits is loaded,
+            the rest of the network has the values it is built with (seed 0), and a warning names what did not fit.
 
-    Returns the network in eval mode on the CPU. Half-precision weights become float32. Noise buffers that a file
-    leaves out are drawn from a fixed seed. The global random state is left alone.
+    Returns the network in eval mode on the CPU, with an `Origin` as its attribute `origin`. Half-precision weights
+    become float32. Noise buffers that a file leaves out are drawn from a fixed seed. The global random state is left
+    alone.
 
     Raises:
         FileNotFoundError, ValueError: no such file; a file of another kind, a truncated one, a pickle that asks for
-            code (named and refused), another architecture (says what it looks like and which keys differ).
+            code (named and refused), another architecture (says what it looks like and which keys would have told),
+            tensors that are missing, too many or of another shape (by name).
     """
-    return _load(Path(path), "generator", family)
+    return _load(Path(path), "generator", family, strict)
 
 
-def load_discriminator(path: str | Path, family: str | None = None) -> nn.Module:
+def load_discriminator(path: str | Path, family: str | None = None, strict: bool = True) -> nn.Module:
     """The discriminator in a file. As `load_generator`."""
-    return _load(Path(path), "discriminator", family)
+    return _load(Path(path), "discriminator", family, strict)
 
 
 def has_discriminator(path: str | Path) -> bool:
     """Whether the file holds a discriminator that `load_discriminator` would find. Errors as in `load_generator`."""
-    content, modules = _read(Path(path))
-    return "discriminator" in modules or _extract(content, "discriminator") is not None
+    contents = read(path)
+    modules = described_modules(contents)
+    return "discriminator" in modules if modules else find(contents.data, "discriminator") is not None
+
+
+def described_modules(contents: Contents) -> dict[str, dict]:
+    """{role: {"family", "config"}} of a file of this project, empty for others."""
+    try:
+        modules = json.loads(contents.metadata.get("modules", "{}"))
+        return {role: {key: entry[key] for key in ("family", "config")} for role, entry in modules.items()}
+    except (ValueError, TypeError, AttributeError, KeyError):
+        raise ValueError(f"{contents.path}: its metadata is damaged; write it again with save_model") from None
 
 
 def _writable(path: str | Path) -> Path:
@@ -143,163 +165,89 @@ def _on_cpu(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
 
 
-def _load(path: Path, role: str, family: str | None) -> nn.Module:
-    content, modules = _read(path)
+def _load(path: Path, role: str, family: str | None, strict: bool) -> nn.Module:
+    contents = read(path)
+    modules = described_modules(contents)
     if modules:
         if role not in modules:
             raise ValueError(f"{path} holds no {role}, only a {' and a '.join(modules)}")
-        state = {name[len(role) + 1 :]: t for name, t in content.items() if name.startswith(role + ".")}
-        found, config = modules[role]["family"], modules[role]["config"]
+        state = {name[len(role) + 1 :]: t for name, t in contents.data.items() if name.startswith(role + ".")}
+        kind, config = modules[role]["family"], modules[role]["config"]
+        origin, optional = Origin(str(path), "minegan_fast"), None
     else:
-        state = _extract(content, role)
-        if state is None:
-            raise ValueError(f"{path} holds no StyleGAN2 {role}. {_describe(content, role)}")
-        found, config = "stylegan2", _config(state, role, path)
-    if family not in (None, found):
-        raise ValueError(f"{path} holds a {found} {role}, not {family}; leave family=None to take what is there")
-    if (found, role) not in CLASSES:
-        known = ", ".join(sorted({f for f, _ in CLASSES}))
-        raise ValueError(f"{path}: the family {found!r} is unknown to this version, which reads: {known}")
+        found = find(contents.data, role)
+        if found is None:
+            raise ValueError(f"{path} holds no {role} of a layout known here. {describe(contents.data, role)}")
+        layout, kind = found.layout, found.layout.model.family
+        config, state = sized(layout, found.state, path)
+        origin = Origin(str(path), layout.project, found.container, found.averaged, found.passed_over)
+        optional = layout.optional
+    if family is not None and kind not in families(family):
+        raise ValueError(f"{path} holds a {kind} {role}, not {family}; leave family=None to take what is there")
+    if (kind, role) not in MODELS:
+        known = ", ".join(sorted({f for f, _ in MODELS}))
+        raise ValueError(f"{path}: the family {kind!r} is unknown to this version, which reads: {known}")
+    model = _filled(MODELS[kind, role], config, state, optional, origin, strict)
+    _log.info("%s: %s", type(model).__name__, model.origin)
+    return model.eval()
+
+
+def sized(layout: Layout, state: State, path: Path) -> tuple[dict, State]:
+    """(constructor's arguments, tensors under the model's own names) of tensors in that layout."""
+    looks = f"{path} looks like a {layout.model.family} {layout.role} of {layout.project}"
+    try:
+        return layout.config(state), layout.convert(state)
+    except KeyError as error:
+        raise ValueError(f"{looks} but lacks {error}; is the file complete?") from None
+    except IndexError:
+        raise ValueError(f"{looks}, but its weights have too few dimensions") from None
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"{looks}, but {error}") from None
+
+
+def _filled(cls: type, config: dict, state: State, optional: str | None, origin: Origin, strict: bool) -> nn.Module:
+    """A network with the tensors of the state in CPU memory of its own."""
     try:
         # On meta nothing is allocated before the sizes are known to fit the file, and no random number is drawn.
         with torch.device("meta"):
-            model = CLASSES[found, role](**config)
+            model = cls(**config)
     except (TypeError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"{path} describes a {found} {role} that cannot be built: {reason}") from None
-    return _filled(model, state, path).eval()
-
-
-def _filled(model: nn.Module, state: dict[str, Tensor], path: Path) -> nn.Module:
-    """The model, built on meta, with the tensors of the state in CPU memory of its own."""
+        raise ValueError(f"{origin.path} describes a {cls.__name__} that cannot be built: {reason}") from None
     own = model.state_dict()
-    noises = {k: v for k, v in own.items() if k.startswith("noises.") and k not in state}
-    missing, extra = sorted(own.keys() - state.keys() - noises.keys()), sorted(state.keys() - own.keys())
-    common = sorted(own.keys() & state.keys())
-    wrong = [
-        f"{k} is {list(state[k].shape)}, expected {list(own[k].shape)}"
-        for k in common
-        if own[k].shape != state[k].shape
-    ]
-    wrong += [f"{k} holds {state[k].dtype}, expected floats" for k in common if not state[k].is_floating_point()]
-    kinds = {"missing": missing, "unexpected": extra, "wrong": wrong}
+    missing, extra, wrong = differences(own, state)
+    left_out = [k for k in missing if optional and re.fullmatch(optional, k)]
+    missing = [k for k in missing if k not in left_out]
+    kinds = {"missing": missing, "unexpected": extra, "wrong": list(wrong.values())}
     if missing or extra or wrong:
-        told = "; ".join(f"{kind}: {_shorten(keys)}" for kind, keys in kinds.items() if keys)
-        raise ValueError(f"{path} does not fit a {type(model).__name__} of its size: {told}")
-    seeded = torch.Generator().manual_seed(0)
-    state = state | {k: torch.randn(v.shape, generator=seeded) for k, v in noises.items()}
+        told = "; ".join(f"{kind}: {shorten(keys)}" for kind, keys in kinds.items() if keys)
+        message = f"{origin.path} does not fit a {cls.__name__} of its size: {told}"
+        if strict:
+            raise ValueError(message)
+        warnings.warn(f"{message}; the rest was loaded", stacklevel=4)
+        origin = replace(origin, missing=(*missing, *wrong), unexpected=(*extra, *wrong))
+    state = {k: t for k, t in state.items() if k in own and k not in wrong}
+    if len(state) < len(own):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            state = cls(**config).state_dict() | state
     wide = any(t.dtype == torch.float64 for t in state.values())
     model = model.to(torch.float64 if wide else torch.float32).to_empty(device="cpu")
     model.load_state_dict(state)
+    model.origin = origin
     return model
 
 
-def _shorten(keys: list[str], most: int = 8) -> str:
+def differences(own: State, state: State) -> tuple[list[str], list[str], dict[str, str]]:
+    """(missing, unexpected, {name: what is wrong with it}) of a file's tensors against a network's own."""
+    wrong = {}
+    for k in sorted(own.keys() & state.keys()):
+        if own[k].shape != state[k].shape:
+            wrong[k] = f"{k} is {list(state[k].shape)}, expected {list(own[k].shape)}"
+        elif own[k].is_floating_point() and not state[k].is_floating_point():
+            wrong[k] = f"{k} holds {state[k].dtype}, expected floats"
+    return sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys()), wrong
+
+
+def shorten(keys: list[str], most: int = 8) -> str:
     return ", ".join(keys[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")
-
-
-def _extract(content: dict, role: str) -> dict[str, Tensor] | None:
-    """The StyleGAN2 state dict of that role in a PyTorch file: in a training file's container, or the file itself."""
-    for candidate in (*(content.get(key) for key in CONTAINERS[role]), content):
-        if isinstance(candidate, dict):
-            named = {k: v for k, v in candidate.items() if isinstance(k, str) and isinstance(v, Tensor)}
-            state = {re.sub(r"^((module|_orig_mod)\.)+", "", k): v for k, v in named.items()}
-            if KEYS[role] in state:
-                return state
-    return None
-
-
-def _describe(content: dict, role: str) -> str:
-    keys = [str(k) for k in content]
-    keys += [f"{top}.{key}" for top, inner in content.items() if isinstance(inner, dict) for key in inner]
-    looks = (
-        f"It looks like a {kind} (it has {key}). "
-        for key, kind in SIGNATURES.items()
-        if any(k == key or k.endswith("." + key) for k in keys)
-    )
-    return f"{next(looks, '')}Its first keys: {_shorten(keys, 5)}; a StyleGAN2 {role} has {KEYS[role]}"
-
-
-def _config(state: dict[str, Tensor], role: str, path: Path) -> dict:
-    """The constructor's arguments, told from the shapes."""
-
-    def count(pattern: str) -> int:
-        return sum(re.fullmatch(pattern, key) is not None for key in state)
-
-    try:
-        if role == "generator":
-            stages = count(r"to_rgbs\.\d+\.bias")
-            channels = {4: state["conv1.conv.weight"].shape[1]}
-            channels |= {8 << j: state[f"convs.{2 * j}.conv.weight"].shape[1] for j in range(stages)}
-            return {
-                "resolution": 4 << stages,
-                "latent_dim": state["style.1.weight"].shape[1],
-                "style_dim": state["style.1.weight"].shape[0],
-                "mapping_layers": count(r"style\.\d+\.weight"),
-                "image_channels": state["to_rgb1.conv.weight"].shape[1],
-                "channels": channels,
-            }
-        blocks = count(r"convs\.\d+\.skip\.1\.weight")
-        resolution = 4 << blocks
-        channels = {resolution: state["convs.0.0.weight"].shape[0]}
-        channels |= {resolution >> i: state[f"convs.{i}.conv2.1.weight"].shape[0] for i in range(1, blocks + 1)}
-        return {"resolution": resolution, "image_channels": state["convs.0.0.weight"].shape[1], "channels": channels}
-    except KeyError as error:
-        raise ValueError(f"{path} looks like a StyleGAN2 {role} but lacks {error}; is the file complete?") from None
-    except IndexError:
-        raise ValueError(f"{path} looks like a StyleGAN2 {role}, but its weights have too few dimensions") from None
-
-
-def _read(path: Path) -> tuple[dict, dict]:
-    """(content, modules): what is in the file, and this project's description of it (empty for foreign files)."""
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder; give the checkpoint file in it")
-    try:
-        with open(path, "rb") as file:
-            head = file.read(512)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no checkpoint at {path}: check the path") from None
-    if not head:
-        raise ValueError(f"{path} is empty; copy or download it again")
-    if head[8:9] == b"{":
-        return _read_safetensors(path)
-    if head.lstrip()[:1] == b"<":
-        raise ValueError(f"{path} is a web page, not a checkpoint: the download gave HTML; fetch the file itself")
-    zipped = head[:2] == b"PK"
-    if not zipped and head[:1] != b"\x80":
-        raise ValueError(f"{path} is neither a safetensors nor a PyTorch file (it begins with {head[:16]})")
-    return _read_torch(path, zipped), {}
-
-
-def _read_safetensors(path: Path) -> tuple[dict, dict]:
-    try:
-        with safe_open(path, "pt") as file:
-            content = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            modules = json.loads((file.metadata() or {}).get("modules", "{}"))
-            return content, {role: {key: entry[key] for key in ("family", "config")} for role, entry in modules.items()}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}); copy or download it again") from None
-    except (ValueError, TypeError, AttributeError, KeyError):
-        raise ValueError(f"{path}: its metadata is damaged; write it again with save_model") from None
-
-
-def _read_torch(path: Path, zipped: bool) -> dict:
-    try:
-        # Training files of the rosinality layout hold their command line: a Namespace is plain data.
-        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
-            warnings.simplefilter("ignore")
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except Exception as error:  # a damaged pickle can raise anything
-        if wanted := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            raise ValueError(
-                f"{path} was refused: its pickle asks for {wanted[1]!r}, which is code, and a checkpoint is data. "
-                "Save the state_dict() of the network on the machine that made the file, and load that"
-            ) from None
-        reason = (str(error) or type(error).__name__).splitlines()[0].split(". ")[0]
-        raise ValueError(
-            f"{path} is truncated, damaged or no file of torch.save ({reason}); nothing of it was run. "
-            "Copy or download it again, or save the network's state_dict() with torch.save"
-        ) from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, expected a dict of tensors (a state_dict)")
-    return content

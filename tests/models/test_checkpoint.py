@@ -313,21 +313,10 @@ def test_a_pickled_module_is_refused_by_name(file, generator):
 @pytest.mark.parametrize(
     ("keys", "looks"),
     [
-        (
-            ["shared.weight", "blocks.0.0.conv1.weight", "blocks.0.0.conv_sc.weight", "blocks.0.0.bn1.gain.weight"],
-            "It looks like a BigGAN generator",
-        ),
-        (
-            ["blocks.0.0.conv1.weight", "blocks.0.0.conv_sc.weight", "embed.weight"],
-            "It looks like a BigGAN discriminator",
-        ),
-        (["scaleLayers.0.0.module.weight", "formatLayer.module.weight"], "It looks like a Progressive GAN generator"),
-        (["groupScaleZero.0.module.weight"], "It looks like a Progressive GAN discriminator"),
-        (["style.1.linear.weight_orig", "generator.progression.0.conv1.input"], "It looks like a StyleGAN generator"),
-        (["from_rgb.8.conv.weight_orig"], "It looks like a StyleGAN discriminator"),
         (["conv1.weight", "bn1.weight", "layer1.0.conv1.weight"], "It looks like a ResNet classifier"),
         (["transform.0.weight", "transform.2.weight"], "It looks like a miner"),
-        (["a.weight", "b.weight"], "Its first keys: "),
+        (["final_linear.0.weight"], "It looks like a stylegan2 discriminator"),
+        (["a.weight", "b.weight"], "Its keys: "),
     ],
 )
 @pytest.mark.parametrize("container", [None, "g_ema", "netG"])
@@ -338,13 +327,12 @@ def test_other_architectures_are_recognised(file, keys, looks, container):
         load_generator(file)
     message = str(caught.value)
     assert keys[0] in message
-    assert "a StyleGAN2 generator has conv1.conv.modulation.weight" in message
-    assert not has_discriminator(file)
+    assert "Keys that would have told: conv1.conv.modulation.weight (stylegan2 generator)" in message
 
 
 def test_a_critic_asked_from_a_generators_file(file, generator):
     torch.save({"g_ema": generator.state_dict()}, file)
-    with pytest.raises(ValueError, match=r"no StyleGAN2 discriminator. It looks like a StyleGAN2 generator"):
+    with pytest.raises(ValueError, match=r"no discriminator of a layout known.* looks like a stylegan2 generator"):
         load_discriminator(file)
 
 
@@ -369,7 +357,7 @@ def test_a_state_that_gives_no_sizes(file, generator, critic):
     state = generator.state_dict()
     del state["style.1.weight"]
     torch.save(state, file)
-    with pytest.raises(ValueError, match=r"looks like a StyleGAN2 generator but lacks 'style.1.weight'"):
+    with pytest.raises(ValueError, match=r"looks like a stylegan2 generator of .* but lacks 'style.1.weight'"):
         load_generator(file)
     torch.save(generator.state_dict() | {"to_rgb1.conv.weight": torch.zeros(())}, file)
     with pytest.raises(ValueError, match="its weights have too few dimensions"):

@@ -1,1 +1,96 @@
-"""The public projects' files, one module a family."""
+"""The public projects' files, one module a family, and which of them a file is."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from . import stylegan2
+from ._layout import Layout, State, as_it_is
+
+__all__ = ["LAYOUTS", "MODELS", "Found", "Layout", "State", "as_it_is", "describe", "families", "find"]
+
+# A family adds its module's LAYOUTS here; the first layout that fits a file is taken.
+LAYOUTS: tuple[Layout, ...] = (*stylegan2.LAYOUTS,)
+
+# What a file of this project may hold: {(family, role): class}.
+MODELS = {(layout.model.family, layout.role): layout.model for layout in LAYOUTS}
+
+# How projects call an exponential moving average of a network.
+AVERAGED = r"(?i)ema|avg|average|running|^Gs$"
+
+# Keys of what is no GAN but lies beside one.
+OTHERS = {"transform.0.weight": "miner", "layer1.0.conv1.weight": "ResNet classifier"}
+
+
+@dataclass(frozen=True)
+class Found:
+    """A network's tensors in a file.
+
+    Attributes:
+        layout: how they are written.
+        state: the tensors, under the file's names without `module.` prefixes.
+        container: the file's key that holds them; None: the file itself.
+        averaged: whether they are an exponential moving average.
+        passed_over: other keys of the file that hold the same network (the raw weights beside the averaged ones).
+    """
+
+    layout: Layout
+    state: State
+    container: str | None
+    averaged: bool
+    passed_over: tuple[str, ...]
+
+
+def families(name: str | None) -> tuple[str, ...] | None:
+    """The families that a user means by `name`: "biggan" is either of the BigGANs."""
+    return None if name is None else ("biggan", "biggan_deep") if name == "biggan" else (name,)
+
+
+def find(data: Mapping, role: str) -> Found | None:
+    """The network of that role in a file's data: in a training file's container, or the file itself.
+
+    Where no container that the layout names holds it, one of another name does; averaged weights go before raw ones.
+    """
+    for layout in LAYOUTS:
+        if layout.role != role:
+            continue
+        others = sorted((k for k in data if k not in layout.containers), key=lambda k: not re.search(AVERAGED, str(k)))
+        held = {}
+        for container in (*layout.containers, None, *others):
+            state = _tensors(data if container is None else data.get(container))
+            if all(key in state for key in layout.signature):
+                held[container] = state
+        if held:
+            best, *rest = held
+            averaged = best in layout.averaged or (best in others and re.search(AVERAGED, str(best)) is not None)
+            return Found(layout, held[best], best, averaged, tuple(rest))
+    return None
+
+
+def _tensors(candidate) -> State:
+    """The tensors of a state dict, without the prefixes that wrappers of a module add."""
+    if not isinstance(candidate, Mapping):
+        return {}
+    named = {k: v for k, v in candidate.items() if isinstance(k, str) and isinstance(v, Tensor)}
+    return {re.sub(r"^((module|_orig_mod)\.)+", "", k): v for k, v in named.items()}
+
+
+def describe(data: Mapping, role: str) -> str:
+    """Why no layout of that role fits: what the file looks like, its first keys, and ten keys that would have told."""
+    states = [_tensors(data), *map(_tensors, data.values())]
+    known = {layout.signature[0]: f"{layout.model.family} {layout.role}" for layout in LAYOUTS} | OTHERS
+    looks = (
+        f"It looks like a {kind} (it has {key}). "
+        for key, kind in known.items()
+        if any(k == key or k.endswith("." + key) for state in states for k in state)
+    )
+    names = [str(k) for k in data]
+    names += [f"{top}.{key}" for top, inner in data.items() if isinstance(inner, Mapping) for key in inner]
+    shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+    told = {}
+    for layout in sorted(LAYOUTS, key=lambda layout: layout.role != role):
+        told.setdefault(layout.signature[0], f"{layout.signature[0]} ({layout.model.family} {layout.role})")
+    would = ", ".join([*told.values()][:10])
+    return f"{next(looks, '')}Its keys: {shown or 'none'}. Keys that would have told: {would}"

@@ -22,11 +22,15 @@ class Layout:
         model: the class that is built; its `family` is the layout's.
         signature: parameter names (after `module.` prefixes are gone) that only such a file has; all must be there.
         containers: where a training file keeps the network, best first (averaged weights before raw ones); each is a
-            top-level key of the file. A file that is the network's state dict itself needs no entry.
+            top-level key of the file, or the name of a file in a folder without its suffix. A file that is the
+            network's state dict itself needs no entry.
+        config: the constructor's arguments, told from the shapes. KeyError and IndexError mean: tensors are missing
+            or have too few dimensions; a ValueError says why this file cannot be expressed.
         averaged: those of `containers` that hold an exponential moving average.
-        config: the constructor's arguments, told from the shapes. KeyError and IndexError mean: tensors are missing.
-        convert: renames, reshapes or rescales the tensors to the model's own state dict.
-        optional: regular expression of the model's own names that a file may leave out.
+        convert: renames, reshapes or rescales the tensors to the model's own state dict. What it leaves out of the
+            file is known to be of no use; what it keeps beyond the model's own names is reported as unexpected.
+        optional: regular expression of the model's own names that a file may leave out; they get the values of a
+            freshly built network (seed 0).
     """
 
     project: str

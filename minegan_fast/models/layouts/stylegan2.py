@@ -1,0 +1,54 @@
+"""StyleGAN2's files: rosinality/stylegan2-pytorch, whose names and shapes are this project's own."""
+
+import re
+
+from ..stylegan2 import StyleGAN2Discriminator, StyleGAN2Generator
+from ._layout import Layout, State
+
+
+def _count(state: State, pattern: str) -> int:
+    return sum(re.fullmatch(pattern, key) is not None for key in state)
+
+
+def generator_config(state: State) -> dict:
+    stages = _count(state, r"to_rgbs\.\d+\.bias")
+    channels = {4: state["conv1.conv.weight"].shape[1]}
+    channels |= {8 << j: state[f"convs.{2 * j}.conv.weight"].shape[1] for j in range(stages)}
+    return {
+        "resolution": 4 << stages,
+        "latent_dim": state["style.1.weight"].shape[1],
+        "style_dim": state["style.1.weight"].shape[0],
+        "mapping_layers": _count(state, r"style\.\d+\.weight"),
+        "image_channels": state["to_rgb1.conv.weight"].shape[1],
+        "channels": channels,
+    }
+
+
+def discriminator_config(state: State) -> dict:
+    blocks = _count(state, r"convs\.\d+\.skip\.1\.weight")
+    resolution = 4 << blocks
+    channels = {resolution: state["convs.0.0.weight"].shape[0]}
+    channels |= {resolution >> i: state[f"convs.{i}.conv2.1.weight"].shape[0] for i in range(1, blocks + 1)}
+    return {"resolution": resolution, "image_channels": state["convs.0.0.weight"].shape[1], "channels": channels}
+
+
+LAYOUTS: tuple[Layout, ...] = (
+    Layout(
+        project="rosinality/stylegan2-pytorch",
+        role="generator",
+        model=StyleGAN2Generator,
+        signature=("conv1.conv.modulation.weight",),
+        containers=("g_ema", "generator", "g", "G_ema", "G"),
+        averaged=("g_ema", "G_ema"),
+        config=generator_config,
+        optional=r"noises\..*",
+    ),
+    Layout(
+        project="rosinality/stylegan2-pytorch",
+        role="discriminator",
+        model=StyleGAN2Discriminator,
+        signature=("final_linear.0.weight",),
+        containers=("d", "discriminator", "D"),
+        config=discriminator_config,
+    ),
+)
