@@ -2,22 +2,31 @@
 
 from torch import nn
 
-from ..models import StyleGAN2Discriminator
+from ..models import BigGANDiscriminator, PGANDiscriminator, StyleGAN2Discriminator
+from ..models.biggan_layers import GENERATOR_WIDTHS
 from .randomness import seed_all
 
-# Of each family: the critic, and which of the generator's settings are its own too.
-CRITICS = {
-    "stylegan2": (StyleGAN2Discriminator, ("resolution", "channel_base", "channel_max", "image_channels", "channels")),
-}
+CRITICS = {"pgan": PGANDiscriminator, "stylegan2": StyleGAN2Discriminator}
+SHARED = ("resolution", "channel_base", "channel_max", "image_channels", "channels")
 
 
 def new_critic(generator: nn.Module, seed: int) -> nn.Module:
     """An untrained critic of the generator's family and sizes. ValueError: a generator of no known family."""
-    if getattr(generator, "family", None) not in CRITICS:
-        raise ValueError(f"no critic came with the source {type(generator).__name__}: give one with critic=")
-    network, shared = CRITICS[generator.family]
+    family = getattr(generator, "family", None)
     seed_all(seed, "critic")
-    return network(**{name: generator.config[name] for name in shared})
+    if family in CRITICS:
+        return CRITICS[family](**{name: generator.config[name] for name in SHARED})
+    if family in ("biggan", "biggan_deep"):
+        resolution, last = generator.resolution, generator.config["channels"][-1]
+        # One class: mining takes the critic without its projection, so that table would only lie there.
+        return BigGANDiscriminator(
+            resolution,
+            num_classes=1,
+            channel_width=max(1, last // GENERATOR_WIDTHS[resolution][-1]),
+            attention=generator.config["attention"],
+            image_channels=generator.image_channels,
+        )
+    raise ValueError(f"no critic came with the source {type(generator).__name__}: give one with critic=")
 
 
 def check_fit(generator: nn.Module, critic: nn.Module) -> None:
@@ -34,10 +43,14 @@ def check_fit(generator: nn.Module, critic: nn.Module) -> None:
 def freeze_lower_blocks(critic: nn.Module, count: int) -> None:
     """FreezeD (Mo et al. 2020, arXiv 2002.10964): the `count` blocks nearest to the image do not train.
 
-    Blocks are the entries of the critic's first nn.Sequential or nn.ModuleList, or its children where it has none.
+    Blocks are those that the critic's `image_side_blocks()` lists; else the entries of its first nn.Sequential or
+    nn.ModuleList; else its children.
     """
-    sequences = [m for m in critic.children() if isinstance(m, (nn.Sequential, nn.ModuleList))]
-    blocks = list(sequences[0] if sequences else critic.children())
+    if hasattr(critic, "image_side_blocks"):
+        blocks = critic.image_side_blocks()
+    else:
+        sequences = [m for m in critic.children() if isinstance(m, (nn.Sequential, nn.ModuleList))]
+        blocks = list(sequences[0] if sequences else critic.children())
     if count > len(blocks):
         raise ValueError(f"freeze_blocks is {count}, but {type(critic).__name__} has {len(blocks)} blocks")
     for block in blocks[:count]:

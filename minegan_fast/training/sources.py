@@ -49,7 +49,8 @@ def open_networks(source, critic, config: TransferConfig) -> Networks:
     else:
         critic, pretrained = new_critic(generator, config.seed), False
     check_fit(generator, critic)
-    return Networks(generator, critic, pretrained)
+    # A module may come in train mode: what is measured before the training must not move its statistics.
+    return Networks(generator.eval(), critic.eval(), pretrained)
 
 
 def image_channels(generator: nn.Module) -> int:
