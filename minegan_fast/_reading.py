@@ -72,8 +72,8 @@ def _read_folder(path: Path) -> Contents:
     suffixes = {part["suffix"] or "" for part in found if part["stem"] in ("G_ema", "G", "D")}
     if not suffixes:
         raise ValueError(
-            f"{path} is a folder; give the checkpoint file in it (folders are read that hold G_ema.pth, G.pth or D.pth, "
-            "as of BigGAN-PyTorch, or pytorch_model.bin)"
+            f"{path} is a folder; give the checkpoint file in it (folders are read that hold G_ema.pth, G.pth or "
+            "D.pth, as of BigGAN-PyTorch, or pytorch_model.bin)"
         )
     suffix = next((s for s in ("", "_best0") if s in suffixes), min(suffixes))
     return Contents(path, _read_parts(path, suffix))

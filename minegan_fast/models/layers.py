@@ -5,10 +5,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-def channel_table(resolution: int, base: int, maximum: int, override: dict[int, int] | None) -> dict[int, int]:
+def channel_table(
+    resolution: int, base: int, maximum: int, override: dict[int, int] | None, smallest: int = 8
+) -> dict[int, int]:
     """Channels at every resolution from 4 up: min(base / r, maximum), or `override[r]` where given."""
-    if not isinstance(resolution, int) or resolution < 8 or resolution & (resolution - 1):
-        raise ValueError(f"resolution must be a power of two >= 8, got {resolution!r}")
+    if not isinstance(resolution, int) or resolution < smallest or resolution & (resolution - 1):
+        raise ValueError(f"resolution must be a power of two >= {smallest}, got {resolution!r}")
     table = {2**i: max(1, min(base // 2**i, maximum)) for i in range(2, resolution.bit_length())}
     override = {int(r): int(c) for r, c in (override or {}).items()}
     if unknown := sorted(override.keys() - table.keys()):
@@ -60,3 +62,10 @@ def minibatch_stddev(x: Tensor, group: int = 4) -> Tensor:
     y = y.to(torch.promote_types(x.dtype, torch.float32))
     std = (y.var(0, unbiased=False) + 1e-8).sqrt().mean((1, 2, 3))
     return torch.cat((x, std.to(x.dtype).repeat(size)[:, None, None, None].expand(b, 1, h, w)), 1)
+
+
+def check_images(x: Tensor, channels: int, resolution: int) -> None:
+    """Raises ValueError where x is not [B >= 1, channels, resolution, resolution]."""
+    if x.ndim != 4 or x.shape[1:] != (channels, resolution, resolution) or not len(x):
+        shape = f"[B >= 1, {channels}, {resolution}, {resolution}]"
+        raise ValueError(f"images must have shape {shape}, got {list(x.shape)}")

@@ -6,13 +6,17 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from . import nvidia, stylegan2
+from . import nvidia, pgan, stylegan2
 from ._layout import Layout, State, as_it_is
 
 __all__ = ["LAYOUTS", "MODELS", "Found", "Layout", "State", "as_it_is", "describe", "families", "find"]
 
 # A family adds its module's LAYOUTS here; the first layout that fits a file is taken.
-LAYOUTS: tuple[Layout, ...] = (*stylegan2.LAYOUTS, *nvidia.LAYOUTS)
+LAYOUTS: tuple[Layout, ...] = (
+    *pgan.LAYOUTS,
+    *stylegan2.LAYOUTS,
+    *nvidia.LAYOUTS,
+)
 
 # What a file of this project may hold: {(family, role): class}.
 MODELS = {(layout.model.family, layout.role): layout.model for layout in LAYOUTS}

@@ -31,6 +31,9 @@ class Layout:
             file is known to be of no use; what it keeps beyond the model's own names is reported as unexpected.
         optional: regular expression of the model's own names that a file may leave out; they get the values of a
             freshly built network (seed 0).
+        crop: (tensors under the file's names, resolution) -> those of the network up to that resolution, which `config`
+            and `convert` then see; None stands for the resolution that the network was trained for. Only where the
+            layers of a lower resolution are a network of their own. ValueError: no such resolution in the file.
     """
 
     project: str
@@ -42,3 +45,4 @@ class Layout:
     averaged: tuple[str, ...] = ()
     convert: Callable[[State], State] = as_it_is
     optional: str | None = None
+    crop: Callable[[State, int | None], State] | None = None
