@@ -6,13 +6,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from . import nvidia, pgan, stylegan2
+from . import biggan, nvidia, pgan, stylegan2
 from ._layout import Layout, State, as_it_is
 
 __all__ = ["LAYOUTS", "MODELS", "Found", "Layout", "State", "as_it_is", "describe", "families", "find"]
 
 # A family adds its module's LAYOUTS here; the first layout that fits a file is taken.
 LAYOUTS: tuple[Layout, ...] = (
+    *biggan.LAYOUTS,
     *pgan.LAYOUTS,
     *stylegan2.LAYOUTS,
     *nvidia.LAYOUTS,
