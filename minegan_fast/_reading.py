@@ -17,6 +17,9 @@ from torch import Tensor
 from ._pickles import Array, DamagedError, RefusedError, Storage, Thing, Unpickler
 
 MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of a torch.save file before 1.6
+# A file in a folder of BigGAN-PyTorch.
+PART = re.compile(r"(?P<stem>G_ema|G|D|M|state_dict)(?P<suffix>_(copy|best)\d+)?\.pth")
+OPTIMIZERS = ("G_optim", "D_optim", "M_optim")
 TRIPLE = ("G", "D", "Gs")  # what NVIDIA's TensorFlow programs write: generator, discriminator, averaged generator
 
 
@@ -36,7 +39,13 @@ class Contents:
 
 
 def read(path: str | Path) -> Contents:
-    """The contents of a safetensors file or a torch.save file (zip or legacy).
+    """The contents of a safetensors file, a torch.save file (zip or legacy), a pickle of networks, or a folder.
+
+    A folder is one of BigGAN-PyTorch or the original MineGAN (`G_ema.pth`, `G.pth`, `D.pth`, `M.pth`,
+    `state_dict.pth`): its data are {"G_ema": {...}, "G": {...}, ...}, optimizers left out (an empty dict). Of several
+    suffixes the files without one are taken, else those of `_best0`, else the first. A file of such a folder stands
+    for itself and for what lies beside it of another role and the same suffix. Or it is one of
+    pytorch-pretrained-biggan, with `pytorch_model.bin`: its data are those of that file.
 
     Raises:
         FileNotFoundError, ValueError: no such file; a file of another kind, a truncated one, a pickle that asks for
@@ -44,7 +53,42 @@ def read(path: str | Path) -> Contents:
     """
     path = Path(path)
     if path.is_dir():
-        raise ValueError(f"{path} is a folder; give the checkpoint file in it")
+        return _read_folder(path)
+    contents = _read_file(path)
+    if (part := PART.fullmatch(path.name)) and not contents.metadata:
+        stem, suffix = part["stem"], part["suffix"] or ""
+        if stem == "state_dict":
+            return Contents(path, _read_parts(path.parent, suffix))
+        beside = {"G_ema": "DM", "G": "DM", "D": ("G_ema", "G", "M"), "M": ("G_ema", "G", "D")}.get(stem, ())
+        if flat := {k: v for k, v in contents.data.items() if isinstance(v, Tensor)}:
+            return Contents(path, {stem: flat} | _read_parts(path.parent, suffix, beside))
+    return contents
+
+
+def _read_folder(path: Path) -> Contents:
+    if (file := path / "pytorch_model.bin").is_file():
+        return Contents(path, _read_file(file).data)
+    found = [part for file in sorted(path.iterdir()) if (part := PART.fullmatch(file.name))]
+    suffixes = {part["suffix"] or "" for part in found if part["stem"] in ("G_ema", "G", "D")}
+    if not suffixes:
+        raise ValueError(
+            f"{path} is a folder; give the checkpoint file in it (folders are read that hold G_ema.pth, G.pth or "
+            "D.pth, as of BigGAN-PyTorch, or pytorch_model.bin)"
+        )
+    suffix = next((s for s in ("", "_best0") if s in suffixes), min(suffixes))
+    return Contents(path, _read_parts(path, suffix))
+
+
+def _read_parts(folder: Path, suffix: str, stems=("G_ema", "G", "D", "M", "state_dict")) -> dict:
+    """{stem: what its file in the folder holds}; optimizers' files are named, not read."""
+    data = {}
+    for stem in (*stems, *OPTIMIZERS):
+        if (file := folder / f"{stem}{suffix}.pth").is_file():
+            data[stem] = {} if stem in OPTIMIZERS else _read_file(file).data
+    return data
+
+
+def _read_file(path: Path) -> Contents:
     try:
         with open(path, "rb") as file:
             head = file.read(512)
