@@ -32,7 +32,7 @@ def save_miner(path: str | Path, miner: Miner | Mined) -> None:
 
 def load_miner(path: str | Path) -> Miner:
     """The latent's miner in a file: of a run, or of the original MineGAN code (a StyleGAN or StyleGAN2 training file,
-    BigGAN's M.pth). FileNotFoundError/ValueError: no such file, another kind of file."""
+    BigGAN's M.pth or its folder). FileNotFoundError/ValueError: no such file, another kind of file."""
     return _load(path)[0]
 
 
@@ -47,7 +47,7 @@ def load_mined(path: str | Path, generator: nn.Module) -> Mined:
 
 
 def _load(path: str | Path) -> tuple[Miner, Miner | None, str, Tensor | None]:
-    if not Path(path).is_file():
+    if not Path(path).exists():
         raise FileNotFoundError(f"no miner at {path}; a run keeps its own as last/miner.safetensors")
     contents = read(path)
     if contents.metadata.get("format") == FORMAT:

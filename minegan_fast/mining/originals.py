@@ -4,7 +4,7 @@
     StyleGAN2            `miner_semantic`   a constant [1, 8, 4, 4] through three 1x1 convolutions: the same for every
                                             image, so it is the tensor that comes out, in the learned constant's place
     StyleGAN             `miner_semantic`   noise maps, which that code never trained: not read
-    BigGAN               M.pth              linear .. linear4 give z, linear5 .. linear8 the class embedding; all are
+    BigGAN               `M`, file M.pth    linear .. linear4 give z, linear5 .. linear8 the class embedding; all are
                                             spectrally normalised and nothing is between them
 
 None of them is residual. A spectrally normalised weight becomes W / σ with the σ that evaluation uses.
@@ -24,8 +24,9 @@ State = dict[str, Tensor]
 
 
 def find_original(content: dict) -> tuple[Miner, Miner | None, Tensor | None] | None:
-    """(miner, class miner, constant) in the contents of a training file or a miner's state dict; None: no miner."""
-    state = _tensors(content.get("miner", content))
+    """(miner, class miner, constant) in the contents of a training file, a folder of BigGAN's, or a miner's state dict;
+    None: no miner."""
+    state = _tensors(next((content[name] for name in ("miner", "M") if name in content), content))
     if {"linear.weight", "linear8.weight"} <= state.keys():
         names = ["linear", *(f"linear{i}" for i in range(2, 9))]
         weights = [_normalised(state[f"{name}.weight"], state.get(f"{name}.u0")) for name in names]

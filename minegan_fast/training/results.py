@@ -33,7 +33,7 @@ def open_result(path: str | Path, which: str = "best", device: str | None = None
         # without one the miners are those before the first step
         found = miner or beside.exists()
         mined = load_mined(miner or beside, generator) if found else new_mined(TransferConfig(), generator)
-    elif path.is_file() or any(path.glob("M.pth")):
+    elif path.is_file() or any(path.glob("M*.pth")):
         mined = _with_miner(path, miner)
     else:
         if which not in RESULTS:
@@ -50,7 +50,7 @@ def _with_miner(path: Path, miner) -> Mined:
         raise ValueError(f"{path} is a delta: name the checkpoint that it was trained from with --source")
     generator = load_generator(path)
     try:
-        return load_mined(miner or (path / "M.pth" if path.is_dir() else path), generator)
+        return load_mined(miner or path, generator)
     except ValueError as error:
         raise ValueError(f"{error}; name the file of the miner with --miner") from None
 
