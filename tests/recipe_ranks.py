@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from tiny_conditional import Conditional, Critic
 
 import minegan_fast as mf
 from minegan_fast.training import TransferConfig
@@ -30,6 +31,8 @@ VARIANTS = {
     "gradient": {"criterion": "gradient", "train_critic": "sparse", "path_length_weight": 0.0},
     "saliency": {"criterion": "saliency", "score_samples": 3},
     "movement": {"criterion": "movement", "scope": "layer"},
+    "class miner": {"conditional": True, "density": 0.3, "path_length_weight": 0.0},
+    "constant": {"mine": "w", "mine_constant": True, "criterion": "random"},
     "magnitude": {"criterion": "magnitude", "batch": 6},  # 3 samples of path length, 2 of them the first process's
 }
 
@@ -39,8 +42,11 @@ LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
 def one_step_of_each_stage(tiny, settings, processes=None):
     """What the critic sees in a step of mining, its gradients and the miner's; the selection; a step after it."""
     images = torch.randint(0, 256, (10, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    config = TransferConfig(**TRAINER | settings)
-    networks = copy.deepcopy(tiny["generator"]), copy.deepcopy(tiny["discriminator"])
+    settings = TRAINER | settings
+    torch.manual_seed(0)
+    own = (Conditional(), Critic()) if settings.pop("conditional", False) else None
+    config = TransferConfig(**settings)
+    networks = own or (copy.deepcopy(tiny["generator"]), copy.deepcopy(tiny["discriminator"]))
     trainer = Trainer(config, *networks, images, "cpu", processes)
     found = {"seen": []}
     hook = trainer.critic.register_forward_pre_hook(lambda _, inputs: found["seen"].append(inputs[0].detach().clone()))

@@ -1,7 +1,8 @@
 """The networks and optimizers of a run, and what one step does with them.
 
-Stage 1 trains the miner and the critic while the generator is frozen. Stage 2 selects the generator's neurons on the
-target and trains them too (MineGAN++: Wang et al. 2021, arXiv 2104.13742).
+Stage 1 trains the miners and the critic while the generator is frozen. Stage 2 selects the generator's neurons on the
+target and trains them too (MineGAN++: Wang et al. 2021, arXiv 2104.13742). The generator is in eval mode in both:
+batch statistics of a few images are noisy ones, and a delta holds no buffers.
 """
 
 import copy
@@ -29,7 +30,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Trainer:
-    """One run's state: `mined` (generator and miner), `critic`, their averages and optimizers.
+    """One run's state: `mined` (generator and miners), `critic`, their averages and optimizers.
 
     images: uint8 [N, C, R, R] on the CPU. Every step's randomness follows from (config.seed, step). On several
     processes each takes its part of every batch, and after every step all have the same weights and state.
@@ -69,7 +70,7 @@ class Trainer:
         self.finite = torch.ones((), dtype=torch.bool, device=self.device)
 
     def step(self, number: int) -> dict[str, Tensor]:
-        """Trains critic, miner and, after `select`, the selected neurons once; returns the losses of the batch."""
+        """Trains critic, miners and, after `select`, the selected neurons once; returns the losses of the batch."""
         seed_all(self.config.seed, "step", number)
         values = {"loss_D": self._train_critic(number), "loss_G": self._train_generator(number)}
         self.scaler.update()
@@ -148,6 +149,8 @@ class Trainer:
             "scope": config.scope, "policy": config.policy, "seed": config.seed,
         }  # fmt: skip
         self.generator.requires_grad_(True)
+        if self.mined.constant is not None:  # the generator's own is not read: no neuron of it is to be selected
+            self.generator.learned_constant.requires_grad_(False)
         self.finetuner = SparseFinetuner(self.generator, config.generator_lr, ema_decay=config.ema_decay, **common)
         if config.train_critic == "sparse":
             self.critic_optimizer = SparseFinetuner(self.critic, config.critic_lr, **common)

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_conditional import Conditional, Critic
 from tiny_run import RUN
 from torch import nn
 
@@ -27,40 +28,6 @@ SETTINGS = {
     **RUN, "mining_steps": 2, "finetune_steps": 2, "density": 0.3, "snapshot_every": 100, "held_out": 0.0,
     "score_samples": 2, "r1_every": 1, "eval_samples": 4, "gradient_penalty_weight": 1.0, "path_length_every": 1,
 }  # fmt: skip
-
-
-class Conditional(nn.Module):
-    """A user's class-conditional generator, with batch norm and spectral norm."""
-
-    latent_dim, class_dim, num_classes, resolution, image_channels = 6, 5, 4, 8, 1
-
-    def __init__(self):
-        super().__init__()
-        self.table = nn.Embedding(4, 5)
-        self.first = torch.nn.utils.parametrizations.spectral_norm(nn.Linear(11, 64))
-        self.norm = nn.BatchNorm2d(4)
-        self.last = nn.ConvTranspose2d(4, 1, 4, 2, 1)
-
-    def class_embeddings(self):
-        return self.table.weight
-
-    def forward(self, z, y):
-        y = y if y.is_floating_point() else self.table(y)
-        x = self.first(torch.cat((z, y), 1)).view(-1, 4, 4, 4)
-        return self.last(self.norm(x).relu()).tanh()
-
-
-class Critic(nn.Sequential):
-    """A critic with spectral norm, whose vectors move in every forward of its training."""
-
-    def __init__(self):
-        super().__init__(
-            nn.utils.parametrizations.spectral_norm(nn.Conv2d(1, 8, 4, 2, 1)),
-            nn.LeakyReLU(0.2),
-            nn.Flatten(),
-            nn.Linear(128, 1),
-            nn.Flatten(0),
-        )
 
 
 def stylegan2():
