@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from . import pgan, stylegan2
+from . import pgan, stylegan, stylegan2
 from ._layout import Layout, State, as_it_is
 
 __all__ = ["LAYOUTS", "MODELS", "Found", "Layout", "State", "as_it_is", "describe", "families", "find"]
 
 # A family adds its module's LAYOUTS here; the first layout that fits a file is taken.
-LAYOUTS: tuple[Layout, ...] = (*stylegan2.LAYOUTS, *pgan.LAYOUTS)
+LAYOUTS: tuple[Layout, ...] = (*stylegan2.LAYOUTS, *pgan.LAYOUTS, *stylegan.LAYOUTS)
 
 # What a file of this project may hold: {(family, role): class}.
 MODELS = {(layout.model.family, layout.role): layout.model for layout in LAYOUTS}
