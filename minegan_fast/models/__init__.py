@@ -2,6 +2,7 @@
 
 from .biggan import BigGANDiscriminator, BigGANGenerator
 from .checkpoint import export_rosinality, has_discriminator, load_discriminator, load_generator, save_model
+from .inspection import convert, inspect
 from .pgan import PGANDiscriminator, PGANGenerator
 from .stylegan2 import StyleGAN2Discriminator, StyleGAN2Generator
 
@@ -12,8 +13,10 @@ __all__ = [
     "PGANGenerator",
     "StyleGAN2Discriminator",
     "StyleGAN2Generator",
+    "convert",
     "export_rosinality",
     "has_discriminator",
+    "inspect",
     "load_discriminator",
     "load_generator",
     "save_model",
