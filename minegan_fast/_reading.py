@@ -1,13 +1,26 @@
 """From a checkpoint's bytes to plain data. Reading never runs code from a file."""
 
 import argparse
+import io
+import mmap
 import re
 import warnings
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ._pickles import Array, DamagedError, RefusedError, Storage, Thing, Unpickler
+
+MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of a torch.save file before 1.6
+# A file in a folder of BigGAN-PyTorch.
+PART = re.compile(r"(?P<stem>G_ema|G|D|M|state_dict)(?P<suffix>_(copy|best)\d+)?\.pth")
+OPTIMIZERS = ("G_optim", "D_optim", "M_optim")
+TRIPLE = ("G", "D", "Gs")  # what NVIDIA's TensorFlow programs write: generator, discriminator, averaged generator
 
 
 @dataclass(frozen=True)
@@ -26,7 +39,13 @@ class Contents:
 
 
 def read(path: str | Path) -> Contents:
-    """The contents of a safetensors file or a torch.save file (zip or legacy).
+    """The contents of a safetensors file, a torch.save file (zip or legacy), a pickle of networks, or a folder.
+
+    A folder is one of BigGAN-PyTorch or the original MineGAN (`G_ema.pth`, `G.pth`, `D.pth`, `M.pth`,
+    `state_dict.pth`): its data are {"G_ema": {...}, "G": {...}, ...}, optimizers left out (an empty dict). Of several
+    suffixes the files without one are taken, else those of `_best0`, else the first. A file of such a folder stands
+    for itself and for what lies beside it of another role and the same suffix. Or it is one of
+    pytorch-pretrained-biggan, with `pytorch_model.bin`: its data are those of that file.
 
     Raises:
         FileNotFoundError, ValueError: no such file; a file of another kind, a truncated one, a pickle that asks for
@@ -34,7 +53,42 @@ def read(path: str | Path) -> Contents:
     """
     path = Path(path)
     if path.is_dir():
-        raise ValueError(f"{path} is a folder; give the checkpoint file in it")
+        return _read_folder(path)
+    contents = _read_file(path)
+    if (part := PART.fullmatch(path.name)) and not contents.metadata:
+        stem, suffix = part["stem"], part["suffix"] or ""
+        if stem == "state_dict":
+            return Contents(path, _read_parts(path.parent, suffix))
+        beside = {"G_ema": "DM", "G": "DM", "D": ("G_ema", "G", "M"), "M": ("G_ema", "G", "D")}.get(stem, ())
+        if flat := {k: v for k, v in contents.data.items() if isinstance(v, Tensor)}:
+            return Contents(path, {stem: flat} | _read_parts(path.parent, suffix, beside))
+    return contents
+
+
+def _read_folder(path: Path) -> Contents:
+    if (file := path / "pytorch_model.bin").is_file():
+        return Contents(path, _read_file(file).data)
+    found = [part for file in sorted(path.iterdir()) if (part := PART.fullmatch(file.name))]
+    suffixes = {part["suffix"] or "" for part in found if part["stem"] in ("G_ema", "G", "D")}
+    if not suffixes:
+        raise ValueError(
+            f"{path} is a folder; give the checkpoint file in it (folders are read that hold G_ema.pth, G.pth or "
+            "D.pth, as of BigGAN-PyTorch, or pytorch_model.bin)"
+        )
+    suffix = next((s for s in ("", "_best0") if s in suffixes), min(suffixes))
+    return Contents(path, _read_parts(path, suffix))
+
+
+def _read_parts(folder: Path, suffix: str, stems=("G_ema", "G", "D", "M", "state_dict")) -> dict:
+    """{stem: what its file in the folder holds}; optimizers' files are named, not read."""
+    data = {}
+    for stem in (*stems, *OPTIMIZERS):
+        if (file := folder / f"{stem}{suffix}.pth").is_file():
+            data[stem] = {} if stem in OPTIMIZERS else _read_file(file).data
+    return data
+
+
+def _read_file(path: Path) -> Contents:
     try:
         with open(path, "rb") as file:
             head = file.read(512)
@@ -49,7 +103,7 @@ def read(path: str | Path) -> Contents:
     zipped = head[:2] == b"PK"
     if not zipped and head[:1] != b"\x80":
         raise ValueError(f"{path} is neither a safetensors nor a PyTorch file (it begins with {head[:16]})")
-    return Contents(path, _read_torch(path, zipped))
+    return Contents(path, _read_pickles(path, zipped))
 
 
 def _read_safetensors(path: Path) -> Contents:
@@ -61,23 +115,189 @@ def _read_safetensors(path: Path) -> Contents:
         raise ValueError(f"{path} is not a whole safetensors file ({error}); copy or download it again") from None
 
 
-def _read_torch(path: Path, zipped: bool) -> dict:
+def _read_pickles(path: Path, zipped: bool) -> dict:
+    """torch's own reader of plain state dicts first: it maps the file; then the one that knows foreign classes."""
     try:
         # Training files of the rosinality layout hold their command line: a Namespace is plain data.
         with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
             warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except Exception as error:  # a damaged pickle can raise anything
-        if wanted := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            raise ValueError(
-                f"{path} was refused: its pickle asks for {wanted[1]!r}, which is code, and a checkpoint is data. "
-                "Save the state_dict() of the network on the machine that made the file, and load that"
-            ) from None
-        reason = (str(error) or type(error).__name__).splitlines()[0].split(". ")[0]
+    except Exception:  # a damaged pickle can raise anything
+        content = _read_restricted(path, zipped)
+    if isinstance(content, tuple) and len(content) == len(TRIPLE):
+        content = dict(zip(TRIPLE, content, strict=True))
+    if not isinstance(content, dict):
+        kind = content.name if isinstance(content, Thing) else type(content).__name__
+        raise ValueError(f"{path} holds a {kind}, expected a dict of tensors (a state_dict)")
+    return content
+
+
+def _read_restricted(path: Path, zipped: bool):
+    try:
+        if zipped:
+            return plain(_read_zip(path))
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
+            return plain(_read_stream(view, path.stat().st_size))
+    except RefusedError as error:
+        raise ValueError(
+            f"{path} was refused: {error}; nothing of it was run. "
+            "Save the state_dict() of the network on the machine that made the file, and load that"
+        ) from None
+    except (DamagedError, zipfile.BadZipFile, KeyError, RecursionError, OSError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error).splitlines()[0]
         raise ValueError(
             f"{path} is truncated, damaged or no file of torch.save ({reason}); nothing of it was run. "
             "Copy or download it again, or save the network's state_dict() with torch.save"
         ) from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, expected a dict of tensors (a state_dict)")
+
+
+def _read_zip(path: Path):
+    """A file of torch.save since 1.6: a zip of one pickle, `data.pkl`, and the bytes of each storage."""
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        pickles = [name for name in names if re.fullmatch(r"([^/]+/)?data\.pkl", name)]
+        if len(pickles) != 1:
+            raise DamagedError("it is a zip file without data.pkl")
+        root = pickles[0].removesuffix("data.pkl")
+        if any(name.startswith(f"{root}code/") for name in names):
+            raise DamagedError("it is a TorchScript program")
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise DamagedError("it is compressed, which torch.save never does")
+        if f"{root}byteorder" in names and archive.read(f"{root}byteorder") != b"little":
+            raise DamagedError("it was written on a big-endian machine")
+        storages = {}
+
+        def storage(saved):
+            dtype, key, numel = _described(saved)
+            if key not in storages:
+                content = bytearray(archive.read(f"{root}data/{key}"))
+                if len(content) != numel * dtype.itemsize:
+                    raise DamagedError(f"the tensor data {key} has {len(content)} bytes, not {numel * dtype.itemsize}")
+                storages[key] = torch.frombuffer(content, dtype=dtype) if numel else torch.empty(0, dtype=dtype)
+            return storages[key]
+
+        return Unpickler(io.BytesIO(archive.read(pickles[0])), storage, _read_bytes).load()
+
+
+def _read_stream(file, size: int):
+    """A plain pickle, or a file of torch.save before 1.6: pickles one after the other, then the storages' bytes."""
+    first = Unpickler(file, None, _read_bytes).load()
+    if first != MAGIC:
+        return first
+    Unpickler(file).load()
+    system = Unpickler(file).load()
+    if not isinstance(system, dict) or not system.get("little_endian"):
+        raise DamagedError("it was written on a big-endian machine")
+    storages = {}
+
+    def storage(saved):
+        if isinstance(saved, tuple) and saved[:1] == ("module",):
+            return saved[1]  # a pickled module's class, beside its source
+        dtype, key, numel = _described(saved)
+        if numel * dtype.itemsize > size:
+            raise DamagedError(f"the tensor data {key} is larger than the file")
+        whole = storages.setdefault(key, torch.zeros(numel, dtype=dtype))
+        if len(saved) > 5 and saved[5] is not None:
+            _, offset, length = saved[5]
+            return whole[offset : offset + length]
+        return whole
+
+    content = Unpickler(file, storage, _read_bytes).load()
+    for key in Unpickler(file).load():
+        numel, whole = int.from_bytes(file.read(8), "little"), storages[key]
+        data = file.read(whole.numel() * whole.dtype.itemsize)
+        if numel != whole.numel() or len(data) != whole.numel() * whole.dtype.itemsize:
+            raise DamagedError(f"the tensor data {key} ends early")
+        if numel:
+            whole.copy_(torch.frombuffer(bytearray(data), dtype=whole.dtype))
     return content
+
+
+def _read_bytes(data):
+    """A file of torch.save inside a pickle: how a tensor is pickled without torch.save."""
+    if not isinstance(data, bytes):
+        raise DamagedError("it holds a torch file that is no bytes")
+    return _read_stream(io.BytesIO(data), len(data))
+
+
+def _described(saved) -> tuple[torch.dtype, str, int]:
+    """(dtype, key, length) of a storage that a pickle refers to."""
+    if not isinstance(saved, tuple) or len(saved) < 5 or saved[0] != "storage" or not isinstance(saved[1], Storage):
+        raise DamagedError("it refers to what is no tensor data")
+    _, kind, key, _, numel = saved[:5]
+    if not isinstance(key, str) or not isinstance(numel, int) or numel < 0:
+        raise DamagedError("it refers to tensor data without a name or a length")
+    return kind.dtype, key, numel
+
+
+def plain(value, known: dict | None = None):
+    """The tree with arrays as tensors, and networks as what tensors they hold under their dotted names."""
+    known = {} if known is None else known
+    if id(value) in known:
+        return known[id(value)][0]
+
+    def remember(made):
+        known[id(value)] = made, value  # which keeps the value alive, and its id its own
+        return made
+
+    if isinstance(value, Array):
+        return remember(None if value.value is None else _as_tensor(value.value))
+    if isinstance(value, dict):
+        made = remember({})
+        made.update((k, plain(v, known)) for k, v in value.items())
+        return made
+    if isinstance(value, list):
+        made = remember([])
+        made.extend(plain(v, known) for v in value)
+        return made
+    if isinstance(value, tuple):
+        return remember(tuple(plain(v, known) for v in value))
+    if isinstance(value, Thing):
+        if tensors := parameters(value):
+            return remember(tensors)
+        return plain(value.items, known) if value.items and value.state is None else value
+    return value
+
+
+def parameters(thing: Thing) -> dict[str, Tensor]:
+    """The tensors of a pickled network; empty for a Thing that is none.
+
+    torch.nn.Module: `_parameters`, `_buffers`, `_modules` of its state; NVIDIA's persistent classes keep that state in
+    their one argument. A TensorFlow network of NVIDIA's: `variables` and, under their names, `components`.
+    """
+    found = {}
+
+    def walk(thing, prefix: str, above: tuple) -> None:
+        if not isinstance(thing, Thing) or thing in above:
+            return
+        state = thing.state
+        if not isinstance(state, dict) and len(thing.arguments) == 1:
+            described = _fields(thing.arguments[0])
+            state = described.get("state") if "class_name" in described else None
+        state = _fields(state)
+        unsaved = state.get("_non_persistent_buffers_set") or ()
+        for group in ("_parameters", "_buffers"):
+            for name, tensor in _fields(state.get(group)).items():
+                if isinstance(tensor, Tensor) and name not in unsaved:
+                    found[f"{prefix}{name}"] = tensor
+        for name, module in _fields(state.get("_modules")).items():
+            walk(module, f"{prefix}{name}.", (*above, thing))
+        if "variables" in state and "components" in state:
+            for name, array in state["variables"]:
+                if isinstance(array, Array) and array.value is not None:
+                    found[f"{prefix}{name}"] = _as_tensor(array.value)
+            if (kernel := _fields(state.get("static_kwargs")).get("resample_kernel")) is not None:
+                found[f"{prefix}resample_kernel"] = torch.tensor(kernel, dtype=torch.float32)
+            for name, network in _fields(state["components"]).items():
+                walk(network, f"{prefix}{name}/", (*above, thing))
+
+    walk(thing, "", ())
+    return found
+
+
+def _fields(value) -> dict:
+    return value if isinstance(value, dict) else value.items if isinstance(value, Thing) else {}
+
+
+def _as_tensor(array: np.ndarray) -> Tensor:
+    return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), order="C"))

@@ -22,6 +22,8 @@ from minegan_fast.ops import backend_report, backends, use_backend
 # Which functions are torch's is noted now, while torch.empty still is, and never forgotten: reset() would note it anew.
 torch._dynamo.trace_rules.get_torch_obj_rule_map()
 torch._dynamo.trace_rules.clear_lru_cache = lambda: None
+# Likewise which functions `with torch.device("meta")` moves there.
+torch.utils._device._device_constructors()
 
 DEVICES = {"reference": ("cpu", "cuda"), "cpp": ("cpu",), "triton": ("cpu", "cuda"), "cuda": ("cuda",)}
 

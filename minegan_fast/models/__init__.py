@@ -1,19 +1,25 @@
 """Networks of the paper and their files."""
 
+from .biggan import BigGANDiscriminator, BigGANGenerator
 from .checkpoint import export_rosinality, has_discriminator, load_discriminator, load_generator, save_model
+from .inspection import convert, inspect
 from .pgan import PGANDiscriminator, PGANGenerator
 from .stylegan import StyleGANDiscriminator, StyleGANGenerator
 from .stylegan2 import StyleGAN2Discriminator, StyleGAN2Generator
 
 __all__ = [
+    "BigGANDiscriminator",
+    "BigGANGenerator",
     "PGANDiscriminator",
     "PGANGenerator",
     "StyleGAN2Discriminator",
     "StyleGAN2Generator",
     "StyleGANDiscriminator",
     "StyleGANGenerator",
+    "convert",
     "export_rosinality",
     "has_discriminator",
+    "inspect",
     "load_discriminator",
     "load_generator",
     "save_model",

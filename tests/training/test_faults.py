@@ -270,6 +270,6 @@ def test_class_conditional_sources_are_refused(run_settings, tiny):
 
 
 def test_another_projects_safetensors(run_settings, tmp_path):
-    save_file({"blocks.0.0.bn1.gain.weight": torch.zeros(2)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match="looks like a BigGAN generator"):
+    save_file({"final_linear.0.weight": torch.zeros(2)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="looks like a stylegan2 discriminator"):
         mf.transfer(**{**run_settings, "source": tmp_path / "other.safetensors"})

@@ -6,13 +6,19 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from . import pgan, stylegan, stylegan2
+from . import biggan, nvidia, pgan, stylegan, stylegan2
 from ._layout import Layout, State, as_it_is
 
 __all__ = ["LAYOUTS", "MODELS", "Found", "Layout", "State", "as_it_is", "describe", "families", "find"]
 
 # A family adds its module's LAYOUTS here; the first layout that fits a file is taken.
-LAYOUTS: tuple[Layout, ...] = (*stylegan2.LAYOUTS, *pgan.LAYOUTS, *stylegan.LAYOUTS)
+LAYOUTS: tuple[Layout, ...] = (
+    *biggan.LAYOUTS,
+    *pgan.LAYOUTS,
+    *stylegan.LAYOUTS,
+    *stylegan2.LAYOUTS,
+    *nvidia.LAYOUTS,
+)
 
 # What a file of this project may hold: {(family, role): class}.
 MODELS = {(layout.model.family, layout.role): layout.model for layout in LAYOUTS}
@@ -21,7 +27,11 @@ MODELS = {(layout.model.family, layout.role): layout.model for layout in LAYOUTS
 AVERAGED = r"(?i)ema|avg|average|running|^Gs$"
 
 # Keys of what is no GAN but lies beside one.
-OTHERS = {"transform.0.weight": "miner", "layer1.0.conv1.weight": "ResNet classifier"}
+OTHERS = {
+    "transform.0.weight": "miner",
+    "layer1.0.conv1.weight": "ResNet classifier",
+    "synthesis.input.freqs": "StyleGAN3 generator",
+}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,149 @@
+"""What BigGAN and BigGAN-deep share: channel tables, class embeddings, batch norm, attention, initial weights."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .spectral_norm import SpectralConv2d, SpectralLinear
+
+# Channels in units of the width: of the 4 x 4 map, and after each doubling of the size.
+GENERATOR_WIDTHS = {
+    32: (4, 4, 4, 4),
+    64: (16, 16, 8, 4, 2),
+    128: (16, 16, 8, 4, 2, 1),
+    256: (16, 16, 8, 8, 4, 2, 1),
+    512: (16, 16, 8, 8, 4, 2, 1, 1),
+}
+
+
+def channel_list(table: dict, resolution: int, width: int, override: Sequence[int] | None) -> list[int]:
+    """The channels of a network of that resolution: the table's row times `width`, or `override`."""
+    if resolution not in table:
+        raise ValueError(f"resolution must be one of {list(table)}, got {resolution!r}")
+    channels = [width * m for m in table[resolution]] if override is None else [int(c) for c in override]
+    if len(channels) != len(table[resolution]) or min(channels) < 1:
+        raise ValueError(f"a {resolution} px network has {len(table[resolution])} widths of at least 1, got {channels}")
+    return channels
+
+
+def checked(arguments: dict, *names: str) -> dict:
+    for name in names:
+        if arguments[name] < 1:
+            raise ValueError(f"{name} must be at least 1, got {arguments[name]}")
+    return arguments
+
+
+def class_vectors(y: Tensor | None, classes: int, size: int, table) -> Tensor:
+    """Embeddings [B, size] as they are, or `table(labels)` of labels [B]."""
+    if y is None:
+        raise ValueError(f"the network is conditional: give y, labels [B] below {classes} or embeddings [B, {size}]")
+    if y.is_floating_point():
+        if y.ndim != 2 or y.shape[1] != size:
+            raise ValueError(f"class embeddings must have shape [B, {size}], got {list(y.shape)}")
+        return y
+    return table(checked_labels(y, classes))
+
+
+def checked_labels(y: Tensor, classes: int) -> Tensor:
+    if y.ndim != 1 or y.is_floating_point():
+        raise ValueError(f"labels must be integers of shape [B], got {y.dtype} {list(y.shape)}")
+    # On a GPU this would wait for the device, which reports it itself.
+    if y.device.type == "cpu" and not torch.compiler.is_compiling() and y.numel():
+        low, high = int(y.min()), int(y.max())
+        if low < 0 or high >= classes:
+            raise ValueError(f"labels must lie in 0..{classes - 1}, got {low}..{high}")
+    return y.long()
+
+
+def conv2d(cin: int, cout: int, kernel: int, eps: float | None, bias: bool = True) -> nn.Conv2d:
+    """Spectrally normalised with that eps, plain with None; the size stays."""
+    if eps is None:
+        return nn.Conv2d(cin, cout, kernel, padding=kernel // 2, bias=bias)
+    return SpectralConv2d(cin, cout, kernel, padding=kernel // 2, bias=bias, eps=eps)
+
+
+def linear(cin: int, cout: int, eps: float | None, bias: bool = True) -> nn.Linear:
+    return nn.Linear(cin, cout, bias) if eps is None else SpectralLinear(cin, cout, bias, eps=eps)
+
+
+def initialise(model: nn.Module):
+    """Orthogonal weights, biases of zero."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear | nn.Embedding):
+            nn.init.orthogonal_(module.weight)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+
+
+class ClassTable(nn.Embedding):
+    """A row for every class: of labels [B], or the mixture that weights [B, classes] name."""
+
+    def forward(self, y: Tensor) -> Tensor:
+        return y.to(self.weight.dtype) @ self.weight if y.is_floating_point() else F.embedding(y, self.weight)
+
+
+class BatchNorm(nn.Module):
+    """Normalisation by the batch in train mode, which moves the stored statistics, and by these in eval mode."""
+
+    def __init__(self, channels: int, eps: float):
+        super().__init__()
+        self.eps, self.momentum = eps, 0.1
+        self.register_buffer("stored_mean", torch.zeros(channels))
+        self.register_buffer("stored_var", torch.ones(channels))
+
+    def normalise(self, x: Tensor) -> Tensor:
+        mean, var = self.stored_mean, self.stored_var
+        return F.batch_norm(x, mean, var, training=self.training, momentum=self.momentum, eps=self.eps)
+
+
+class ConditionalBatchNorm(BatchNorm):
+    """Gain 1 + U c and shift V c per sample: c [B, condition], or labels where each class has its own."""
+
+    def __init__(self, channels: int, condition: int, eps: float, sn_eps: float | None, shared: bool):
+        super().__init__(channels, eps)
+        for name in ("gain", "bias"):
+            table = linear(condition, channels, sn_eps, bias=False) if shared else ClassTable(condition, channels)
+            setattr(self, name, table)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        y = self.normalise(x)
+        gain, shift = 1 + self.gain(c), self.bias(c)
+        return y * gain[:, :, None, None].to(y.dtype) + shift[:, :, None, None].to(y.dtype)
+
+
+class OutputBatchNorm(BatchNorm):
+    def __init__(self, channels: int, eps: float):
+        super().__init__(channels, eps)
+        self.gain = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.normalise(x)
+        return y * self.gain[:, None, None].to(y.dtype) + self.bias[:, None, None].to(y.dtype)
+
+
+def attend(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
+    """For every pixel of theta [B, K, H, W], the mean of g over the pixels of phi's size, weighed by softmax(θ·φ)."""
+    # Written out: the fused attention of PyTorch cannot be differentiated twice.
+    weights = torch.bmm(theta.flatten(2).transpose(1, 2), phi.flatten(2)).softmax(-1)
+    return torch.bmm(g.flatten(2), weights.transpose(1, 2)).unflatten(2, theta.shape[2:])
+
+
+class Attention(nn.Module):
+    """x + gamma · o(attention over the pixels of x), keys and values at half the size."""
+
+    def __init__(self, channels: int, eps: float | None):
+        super().__init__()
+        if channels < 8:
+            raise ValueError(f"attention divides the channels by 8 and has {channels}; widen the network or drop it")
+        self.theta = conv2d(channels, channels // 8, 1, eps, bias=False)
+        self.phi = conv2d(channels, channels // 8, 1, eps, bias=False)
+        self.g = conv2d(channels, channels // 2, 1, eps, bias=False)
+        self.o = conv2d(channels // 2, channels, 1, eps, bias=False)
+        self.gamma = nn.Parameter(torch.tensor(0.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = attend(self.theta(x), F.max_pool2d(self.phi(x), 2), F.max_pool2d(self.g(x), 2))
+        return x + self.gamma.to(x.dtype) * self.o(y).to(x.dtype)
