@@ -1,4 +1,4 @@
-"""`minegan-fast demo | transfer | sample | evaluate | doctor`."""
+"""`minegan-fast demo | transfer | sample | evaluate | convert | inspect | doctor`."""
 
 import dataclasses
 import inspect
@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from . import file_commands
 from .training.config import TransferConfig, load_config
 
 app = typer.Typer(
@@ -256,6 +257,10 @@ def demo(
     from .demo import run_demo
 
     run_demo(out, controls, seed, device, console)
+
+
+app.command("convert")(file_commands.convert)
+app.command("inspect")(file_commands.inspect)
 
 
 @app.command()

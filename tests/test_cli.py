@@ -7,7 +7,7 @@ import pytest
 
 from minegan_fast import cli
 
-COMMANDS = ("demo", "transfer", "sample", "evaluate", "doctor")
+COMMANDS = ("demo", "transfer", "sample", "evaluate", "convert", "inspect", "doctor")
 
 
 @pytest.fixture

@@ -46,7 +46,8 @@ class Origin:
     unexpected: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        where = f"{self.container!r} in {self.path}" if self.container else self.path
+        name = Path(self.path).name
+        where = f"{self.container!r} in {name}" if self.container else name
         kind = {True: "averaged weights (EMA)", False: "weights", None: "weights"}[self.averaged]
         beside = f"; the raw weights in {', '.join(map(repr, self.passed_over))} were left" if self.passed_over else ""
         return f"{kind} from {where}, the layout of {self.project}{beside}"
@@ -66,11 +67,14 @@ def save_model(path: str | Path, generator: nn.Module, discriminator: nn.Module 
         TypeError: a module that is no network of this package, or two of one kind.
         OSError: the file cannot be written; what was at `path` is still there.
     """
+    return write_networks(path, [model for model in (generator, discriminator) if model is not None], {})
+
+
+def write_networks(path: str | Path, models: list[nn.Module], sources: dict[str, str]) -> Path:
+    """`save_model`; `sources` may say of each role, in words, where the weights come from."""
     path = _writable(path)
     tensors, modules = {}, {}
-    for model in (generator, discriminator):
-        if model is None:
-            continue
+    for model in models:
         role = next((role for (_, role), cls in MODELS.items() if isinstance(model, cls)), None)
         if role is None:
             known = ", ".join(cls.__name__ for cls in MODELS.values())
@@ -78,6 +82,7 @@ def save_model(path: str | Path, generator: nn.Module, discriminator: nn.Module 
         if role in modules:
             raise TypeError(f"a file holds one {role}, got two")
         modules[role] = {"family": model.family, "config": model.config}
+        modules[role] |= {"source": sources[role]} if role in sources else {}
         tensors |= {f"{role}.{name}": tensor for name, tensor in _on_cpu(model).items()}
     metadata = {"format": "minegan_fast", "version": "1", "modules": json.dumps(modules)}
     try:
@@ -128,28 +133,17 @@ def load_generator(path: str | Path, family: str | None = None, strict: bool = T
             code (named and refused), another architecture (says what it looks like and which keys would have told),
             tensors that are missing, too many or of another shape (by name).
     """
-    return _load(Path(path), "generator", family, strict)
+    return load_network(read(path), "generator", family, strict)
 
 
 def load_discriminator(path: str | Path, family: str | None = None, strict: bool = True) -> nn.Module:
     """The discriminator in a file. As `load_generator`."""
-    return _load(Path(path), "discriminator", family, strict)
+    return load_network(read(path), "discriminator", family, strict)
 
 
 def has_discriminator(path: str | Path) -> bool:
     """Whether the file holds a discriminator that `load_discriminator` would find. Errors as in `load_generator`."""
-    contents = read(path)
-    modules = described_modules(contents)
-    return "discriminator" in modules if modules else find(contents.data, "discriminator") is not None
-
-
-def described_modules(contents: Contents) -> dict[str, dict]:
-    """{role: {"family", "config"}} of a file of this project, empty for others."""
-    try:
-        modules = json.loads(contents.metadata.get("modules", "{}"))
-        return {role: {key: entry[key] for key in ("family", "config")} for role, entry in modules.items()}
-    except (ValueError, TypeError, AttributeError, KeyError):
-        raise ValueError(f"{contents.path}: its metadata is damaged; write it again with save_model") from None
+    return holds(read(path), "discriminator")
 
 
 def _writable(path: str | Path) -> Path:
@@ -165,88 +159,130 @@ def _on_cpu(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
 
 
-def _load(path: Path, role: str, family: str | None, strict: bool) -> nn.Module:
-    contents = read(path)
-    modules = described_modules(contents)
-    if modules:
-        if role not in modules:
-            raise ValueError(f"{path} holds no {role}, only a {' and a '.join(modules)}")
-        state = {name[len(role) + 1 :]: t for name, t in contents.data.items() if name.startswith(role + ".")}
-        kind, config = modules[role]["family"], modules[role]["config"]
-        origin, optional = Origin(str(path), "minegan_fast"), None
-    else:
-        found = find(contents.data, role)
-        if found is None:
-            raise ValueError(f"{path} holds no {role} of a layout known here. {describe(contents.data, role)}")
-        layout, kind = found.layout, found.layout.model.family
-        config, state = sized(layout, found.state, path)
-        origin = Origin(str(path), layout.project, found.container, found.averaged, found.passed_over)
-        optional = layout.optional
-    if family is not None and kind not in families(family):
-        raise ValueError(f"{path} holds a {kind} {role}, not {family}; leave family=None to take what is there")
-    if (kind, role) not in MODELS:
-        known = ", ".join(sorted({f for f, _ in MODELS}))
-        raise ValueError(f"{path}: the family {kind!r} is unknown to this version, which reads: {known}")
-    model = _filled(MODELS[kind, role], config, state, optional, origin, strict)
+def load_network(contents: Contents, role: str, family: str | None, strict: bool) -> nn.Module:
+    """`load_generator` and `load_discriminator`, of what was read of a file."""
+    model = _filled(written_network(contents, role, family), strict)
     _log.info("%s: %s", type(model).__name__, model.origin)
     return model.eval()
 
 
-def sized(layout: Layout, state: State, path: Path) -> tuple[dict, State]:
+@dataclass(frozen=True)
+class Written:
+    """A network as a file has it: what to build, and its tensors under the names of what is built."""
+
+    model: type[nn.Module]
+    config: dict
+    state: State
+    origin: Origin
+    optional: str | None = None
+
+    def on_meta(self) -> nn.Module:
+        """The network without memory: nothing is allocated before the sizes are known to fit the file, and no random
+        number is drawn."""
+        try:
+            with torch.device("meta"):
+                return self.model(**self.config)
+        except (TypeError, ValueError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            name = self.model.__name__
+            raise ValueError(f"{self.origin.path} describes a {name} that cannot be built: {reason}") from None
+
+    def differences(self, own: State) -> tuple[list[str], list[str], dict[str, str]]:
+        """(missing, unexpected, {name: what is wrong with it}) against the tensors of a network."""
+        wrong = {}
+        for k in sorted(own.keys() & self.state.keys()):
+            if own[k].shape != self.state[k].shape:
+                wrong[k] = f"{k} is {list(self.state[k].shape)}, expected {list(own[k].shape)}"
+            elif own[k].is_floating_point() and not self.state[k].is_floating_point():
+                wrong[k] = f"{k} holds {self.state[k].dtype}, expected floats"
+        missing = sorted(own.keys() - self.state.keys())
+        missing = [k for k in missing if not (self.optional and re.fullmatch(self.optional, k))]
+        return missing, sorted(self.state.keys() - own.keys()), wrong
+
+
+def described_modules(contents: Contents) -> dict[str, dict]:
+    """{role: {"family", "config", "source"}} of a file of this project, empty for others."""
+    try:
+        modules = json.loads(contents.metadata.get("modules", "{}"))
+        return {
+            role: {"family": entry["family"], "config": entry["config"], "source": entry.get("source")}
+            for role, entry in modules.items()
+        }
+    except (ValueError, TypeError, AttributeError, KeyError):
+        raise ValueError(f"{contents.path}: its metadata is damaged; write it again with save_model") from None
+
+
+def holds(contents: Contents, role: str) -> bool:
+    """Whether the file holds a network of that role in a layout known here."""
+    modules = described_modules(contents)
+    return role in modules if modules else find(contents.data, role) is not None
+
+
+def written_network(contents: Contents, role: str, family: str | None = None) -> Written:
+    """The network of that role in a file. ValueError: there is none, or none of that family."""
+    path = contents.path
+    if modules := described_modules(contents):
+        if role not in modules:
+            raise ValueError(f"{path} holds no {role}, only a {' and a '.join(modules)}")
+        state = {name[len(role) + 1 :]: t for name, t in contents.data.items() if name.startswith(role + ".")}
+        kind, config = modules[role]["family"], modules[role]["config"]
+        _check_family(path, role, kind, family)
+        if (kind, role) not in MODELS:
+            known = ", ".join(sorted({f for f, _ in MODELS}))
+            raise ValueError(f"{path}: the family {kind!r} is unknown to this version, which reads: {known}")
+        return Written(MODELS[kind, role], config, state, Origin(str(path), "minegan_fast"))
+    found = find(contents.data, role)
+    if found is None:
+        raise ValueError(f"{path} holds no {role} of a layout known here. {describe(contents.data, role)}")
+    layout = found.layout
+    _check_family(path, role, layout.model.family, family)
+    config, state = _sized(layout, found.state, path)
+    origin = Origin(str(path), layout.project, found.container, found.averaged, found.passed_over)
+    return Written(layout.model, config, state, origin, layout.optional)
+
+
+def _check_family(path: Path, role: str, found: str, wanted: str | None) -> None:
+    if wanted is not None and found not in families(wanted):
+        raise ValueError(f"{path} holds a {found} {role}, not {wanted}; leave family=None to take what is there")
+
+
+def _sized(layout: Layout, state: State, path: Path) -> tuple[dict, State]:
     """(constructor's arguments, tensors under the model's own names) of tensors in that layout."""
     looks = f"{path} looks like a {layout.model.family} {layout.role} of {layout.project}"
     try:
+        state = state if layout.crop is None else layout.crop(state, None)
         return layout.config(state), layout.convert(state)
     except KeyError as error:
         raise ValueError(f"{looks} but lacks {error}; is the file complete?") from None
     except IndexError:
         raise ValueError(f"{looks}, but its weights have too few dimensions") from None
     except (ValueError, RuntimeError) as error:
-        raise ValueError(f"{looks}, but {error}") from None
+        raise ValueError(f"{looks}, but {str(error).splitlines()[0]}") from None
 
 
-def _filled(cls: type, config: dict, state: State, optional: str | None, origin: Origin, strict: bool) -> nn.Module:
-    """A network with the tensors of the state in CPU memory of its own."""
-    try:
-        # On meta nothing is allocated before the sizes are known to fit the file, and no random number is drawn.
-        with torch.device("meta"):
-            model = cls(**config)
-    except (TypeError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{origin.path} describes a {cls.__name__} that cannot be built: {reason}") from None
+def _filled(written: Written, strict: bool) -> nn.Module:
+    """The network with the tensors of the file in CPU memory of its own."""
+    model, origin = written.on_meta(), written.origin
     own = model.state_dict()
-    missing, extra, wrong = differences(own, state)
-    left_out = [k for k in missing if optional and re.fullmatch(optional, k)]
-    missing = [k for k in missing if k not in left_out]
-    kinds = {"missing": missing, "unexpected": extra, "wrong": list(wrong.values())}
+    missing, extra, wrong = written.differences(own)
     if missing or extra or wrong:
+        kinds = {"missing": missing, "unexpected": extra, "wrong": list(wrong.values())}
         told = "; ".join(f"{kind}: {shorten(keys)}" for kind, keys in kinds.items() if keys)
-        message = f"{origin.path} does not fit a {cls.__name__} of its size: {told}"
+        message = f"{origin.path} does not fit a {type(model).__name__} of its size: {told}"
         if strict:
             raise ValueError(message)
         warnings.warn(f"{message}; the rest was loaded", stacklevel=4)
         origin = replace(origin, missing=(*missing, *wrong), unexpected=(*extra, *wrong))
-    state = {k: t for k, t in state.items() if k in own and k not in wrong}
+    state = {k: t for k, t in written.state.items() if k in own and k not in wrong}
     if len(state) < len(own):
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            state = cls(**config).state_dict() | state
+            torch.default_generator.manual_seed(0)  # torch.manual_seed would reach the GPU's generator as well
+            state = written.model(**written.config).state_dict() | state
     wide = any(t.dtype == torch.float64 for t in state.values())
     model = model.to(torch.float64 if wide else torch.float32).to_empty(device="cpu")
     model.load_state_dict(state)
     model.origin = origin
     return model
-
-
-def differences(own: State, state: State) -> tuple[list[str], list[str], dict[str, str]]:
-    """(missing, unexpected, {name: what is wrong with it}) of a file's tensors against a network's own."""
-    wrong = {}
-    for k in sorted(own.keys() & state.keys()):
-        if own[k].shape != state[k].shape:
-            wrong[k] = f"{k} is {list(state[k].shape)}, expected {list(own[k].shape)}"
-        elif own[k].is_floating_point() and not state[k].is_floating_point():
-            wrong[k] = f"{k} holds {state[k].dtype}, expected floats"
-    return sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys()), wrong
 
 
 def shorten(keys: list[str], most: int = 8) -> str:
