@@ -5,6 +5,7 @@ from .biggan_deep import BigGANDeepGenerator
 from .checkpoint import export_rosinality, has_discriminator, load_discriminator, load_generator, save_model
 from .inspection import convert, inspect
 from .pgan import PGANDiscriminator, PGANGenerator
+from .stylegan import StyleGANDiscriminator, StyleGANGenerator
 from .stylegan2 import StyleGAN2Discriminator, StyleGAN2Generator
 
 __all__ = [
@@ -15,6 +16,8 @@ __all__ = [
     "PGANGenerator",
     "StyleGAN2Discriminator",
     "StyleGAN2Generator",
+    "StyleGANDiscriminator",
+    "StyleGANGenerator",
     "convert",
     "export_rosinality",
     "has_discriminator",

@@ -250,6 +250,7 @@ def _sized(layout: Layout, state: State, path: Path) -> tuple[dict, State]:
     """(constructor's arguments, tensors under the model's own names) of tensors in that layout."""
     looks = f"{path} looks like a {layout.model.family} {layout.role} of {layout.project}"
     try:
+        state = state if layout.crop is None else layout.crop(state, None)
         return layout.config(state), layout.convert(state)
     except KeyError as error:
         raise ValueError(f"{looks} but lacks {error}; is the file complete?") from None

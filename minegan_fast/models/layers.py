@@ -69,3 +69,25 @@ def check_images(x: Tensor, channels: int, resolution: int) -> None:
     if x.ndim != 4 or x.shape[1:] != (channels, resolution, resolution) or not len(x):
         shape = f"[B >= 1, {channels}, {resolution}, {resolution}]"
         raise ValueError(f"images must have shape {shape}, got {list(x.shape)}")
+
+
+class Progressive(nn.Module):
+    """A network of growing resolution: its sizes, and the weight `alpha` of the highest resolution while it fades in.
+
+    `config` holds the constructor's arguments, alpha as it is now.
+    """
+
+    def __init__(self, alpha: float, **sizes):
+        super().__init__()
+        for name in ("latent_dim", "style_dim", "mapping_layers", "image_channels", "num_classes"):
+            least = 0 if name == "num_classes" else 1
+            if sizes.get(name, least) < least:
+                raise ValueError(f"{name} must be at least {least}, got {sizes[name]}")
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"alpha must be in 0..1, got {alpha}")
+        self.alpha, self._sizes = alpha, sizes
+        self.resolution, self.image_channels = sizes["resolution"], sizes["image_channels"]
+
+    @property
+    def config(self) -> dict:
+        return self._sizes | {"alpha": self.alpha}

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops import bias_act
-from .layers import PixelNorm, channel_table, check_images
+from .layers import PixelNorm, Progressive, channel_table, check_images
 
 
 class Equalised(nn.Module):
@@ -55,28 +55,7 @@ def consecutive_stddev(x: Tensor, group: int = 4) -> Tensor:
     return torch.cat((x, std.to(x.dtype).repeat_interleave(size)[:, None, None, None].expand(b, 1, h, w)), 1)
 
 
-class _Progressive(nn.Module):
-    """What both networks are told, and the weight of the highest resolution while it fades in."""
-
-    family = "pgan"
-
-    def __init__(self, alpha: float, **sizes):
-        super().__init__()
-        for name, least in (("latent_dim", 1), ("image_channels", 1), ("num_classes", 0)):
-            if sizes.get(name, least) < least:
-                raise ValueError(f"{name} must be at least {least}, got {sizes[name]}")
-        if not 0 <= alpha <= 1:
-            raise ValueError(f"alpha must be in 0..1, got {alpha}")
-        self.alpha, self._sizes = alpha, sizes
-        self.resolution, self.image_channels = sizes["resolution"], sizes["image_channels"]
-        self.num_classes = sizes["num_classes"]
-
-    @property
-    def config(self) -> dict:
-        return self._sizes | {"alpha": self.alpha}
-
-
-class PGANGenerator(_Progressive):
+class PGANGenerator(Progressive):
     """Progressive GAN generator: z [B, latent_dim] -> images [B, image_channels, R, R], about [-1, 1].
 
     Args:
@@ -91,6 +70,8 @@ class PGANGenerator(_Progressive):
 
     Attributes: those arguments, `class_dim` (= num_classes), `config` (the constructor's arguments).
     """
+
+    family = "pgan"
 
     def __init__(
         self,
@@ -114,7 +95,7 @@ class PGANGenerator(_Progressive):
             num_classes=num_classes,
             channels={str(r): c for r, c in widths.items()},
         )
-        self.latent_dim, self.class_dim = latent_dim, num_classes
+        self.latent_dim, self.num_classes, self.class_dim = latent_dim, num_classes, num_classes
         widths = list(widths.values())
         self.norm = PixelNorm()
         self.formatLayer = Equalised(latent_dim + num_classes, 16 * widths[0])
@@ -155,11 +136,13 @@ class PGANGenerator(_Progressive):
         return y.to(z.dtype)
 
 
-class PGANDiscriminator(_Progressive):
+class PGANDiscriminator(Progressive):
     """Progressive GAN discriminator: images [B, image_channels, R, R] in [-1, 1] -> logits [B].
 
     Args: as the generator's; with num_classes > 0 the last layer has as many further outputs, see `outputs`.
     """
+
+    family = "pgan"
 
     def __init__(
         self,
@@ -181,6 +164,7 @@ class PGANDiscriminator(_Progressive):
             num_classes=num_classes,
             channels={str(r): c for r, c in widths.items()},
         )
+        self.num_classes = num_classes
         widths = list(widths.values())
         self.fromRGBLayers = nn.ModuleList(Equalised(image_channels, c, 1) for c in widths)
         self.scaleLayers = nn.ModuleList(
