@@ -2,12 +2,12 @@
 
 from torch import nn
 
-from ..models import BigGANDiscriminator, PGANDiscriminator, StyleGAN2Discriminator
+from ..models import BigGANDiscriminator, PGANDiscriminator, StyleGAN2Discriminator, StyleGANDiscriminator
 from ..models.biggan_layers import GENERATOR_WIDTHS
 from .randomness import seed_all
 
-CRITICS = {"pgan": PGANDiscriminator, "stylegan2": StyleGAN2Discriminator}
-SHARED = ("resolution", "channel_base", "channel_max", "image_channels", "channels")
+CRITICS = {"pgan": PGANDiscriminator, "stylegan": StyleGANDiscriminator, "stylegan2": StyleGAN2Discriminator}
+SHARED = ("resolution", "channel_base", "channel_max", "image_channels", "channels", "fused_from")
 
 
 def new_critic(generator: nn.Module, seed: int) -> nn.Module:
@@ -15,7 +15,7 @@ def new_critic(generator: nn.Module, seed: int) -> nn.Module:
     family = getattr(generator, "family", None)
     seed_all(seed, "critic")
     if family in CRITICS:
-        return CRITICS[family](**{name: generator.config[name] for name in SHARED})
+        return CRITICS[family](**{k: v for k, v in generator.config.items() if k in SHARED})
     if family in ("biggan", "biggan_deep"):
         resolution, last = generator.resolution, generator.config["channels"][-1]
         # One class: mining takes the critic without its projection, so that table would only lie there.

@@ -249,11 +249,14 @@ class Trainer:
 
 
 def path_length_weight(config: TransferConfig, generator: nn.Module) -> float:
-    """The configured weight, or by default 2 for generators that return their latents and 0 for others."""
+    """The configured weight, or by default 2 for generators that return their latents and 0 for others, among them
+    StyleGAN, which was trained without."""
     able = "return_latents" in inspect.signature(generator.forward).parameters
     if config.path_length_weight and not able:
         raise ValueError(
             f"path_length_weight needs a generator with a return_latents argument, which {type(generator).__name__} "
             "has not; set path_length_weight to 0"
         )
-    return (2.0 if able else 0.0) if config.path_length_weight is None else config.path_length_weight
+    if config.path_length_weight is not None:
+        return config.path_length_weight
+    return 2.0 if able and getattr(generator, "family", None) != "stylegan" else 0.0
