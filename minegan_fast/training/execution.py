@@ -195,8 +195,8 @@ class Execution:
     def _restore(self, step: int, state: dict) -> None:
         if state["version"] != VERSION:
             raise ValueError(
-                f"the run's snapshots are of version {state['version']}, this library goes on from {VERSION}: finish it "
-                "with the library that began it, or start a new run"
+                f"the run's snapshots are of version {state['version']}, this library goes on from {VERSION}: finish "
+                "it with the library that began it, or start a new run"
             )
         if state["images"] != self.fingerprint:
             raise ValueError("the run began with other training images; put those back, or start a new run")
