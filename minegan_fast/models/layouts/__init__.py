@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from . import biggan, nvidia, pgan, stylegan, stylegan2
+from . import biggan, nvidia, pgan, pgan_tf, stylegan, stylegan2
 from ._layout import Layout, State, as_it_is
 
 __all__ = ["LAYOUTS", "MODELS", "Found", "Layout", "State", "as_it_is", "describe", "families", "find"]
@@ -15,6 +15,7 @@ __all__ = ["LAYOUTS", "MODELS", "Found", "Layout", "State", "as_it_is", "describ
 LAYOUTS: tuple[Layout, ...] = (
     *biggan.LAYOUTS,
     *pgan.LAYOUTS,
+    *pgan_tf.LAYOUTS,
     *stylegan.LAYOUTS,
     *stylegan2.LAYOUTS,
     *nvidia.LAYOUTS,
