@@ -1,4 +1,4 @@
-"""Progressive GAN's TensorFlow files against the equations of their networks: gains, fused layers, biases, deviation."""
+"""Progressive GAN from TensorFlow against the equations of its networks: gains, fused layers, biases, deviation."""
 
 import math
 import pickle
