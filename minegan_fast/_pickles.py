@@ -48,8 +48,8 @@ class Thing:
 # outside KNOWN is ever called; it is what a user wants to know of such a file.
 # fmt: off
 DANGEROUS = frozenset((
-    "_ctypes", "_io", "_operator", "_pickle", "_posixsubprocess", "_thread", "ast", "asyncio", "bdb", "cProfile",
-    "cloudpickle", "code", "codeop", "commands", "concurrent", "copy_reg", "copyreg", "ctypes", "dill",
+    "_ctypes", "_io", "_operator", "_pickle", "_posixsubprocess", "_thread", "ast", "asyncio", "bdb", "cPickle",
+    "cProfile", "cloudpickle", "code", "codeop", "commands", "concurrent", "copy_reg", "copyreg", "ctypes", "dill",
     "distutils", "doctest", "ftplib", "functools", "gc", "http", "imp", "importlib", "inspect", "io", "joblib",
     "linecache", "marshal", "multiprocessing", "nt", "ntpath", "operator", "os", "pdb", "pickle", "pip",
     "pkgutil", "platform", "popen2", "posix", "posixpath", "profile", "pty", "pydoc", "requests", "runpy",
@@ -234,7 +234,8 @@ def lookup(module: str, name: str):
         (root in DANGEROUS and (module, name) != ("types", "SimpleNamespace"))
         or (root in BUILTINS and name not in INERT_BUILTINS)
         or on_the_way & {"os", "sys", "subprocess", "builtins", "shutil", "distutils"}
-        or "__" in f"{module}.{name}".replace("__main__", "")
+        or "__" in name
+        or (root not in BUILTINS and "__" in module.replace("__main__", ""))
     ):
         raise RefusedError(f"{module}.{name}")
     return Thing(f"{module}.{name}")

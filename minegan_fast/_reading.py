@@ -143,8 +143,9 @@ def _read_restricted(path: Path, zipped: bool):
             f"{path} was refused: {error}; nothing of it was run. "
             "Save the state_dict() of the network on the machine that made the file, and load that"
         ) from None
-    except (DamagedError, zipfile.BadZipFile, KeyError, RecursionError, OSError) as error:
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error).splitlines()[0]
+    except Exception as error:  # a damaged file can raise anything
+        deep = isinstance(error, RecursionError)
+        reason = "it is nested too deeply" if deep else (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"{path} is truncated, damaged or no file of torch.save ({reason}); nothing of it was run. "
             "Copy or download it again, or save the network's state_dict() with torch.save"

@@ -1,6 +1,7 @@
 """Networks of the paper and their files."""
 
 from .biggan import BigGANDiscriminator, BigGANGenerator
+from .biggan_deep import BigGANDeepGenerator
 from .checkpoint import export_rosinality, has_discriminator, load_discriminator, load_generator, save_model
 from .inspection import convert, inspect
 from .pgan import PGANDiscriminator, PGANGenerator
@@ -8,6 +9,7 @@ from .stylegan import StyleGANDiscriminator, StyleGANGenerator
 from .stylegan2 import StyleGAN2Discriminator, StyleGAN2Generator
 
 __all__ = [
+    "BigGANDeepGenerator",
     "BigGANDiscriminator",
     "BigGANGenerator",
     "PGANDiscriminator",

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from . import biggan, nvidia, pgan, pgan_tf, stylegan, stylegan2
+from . import biggan, biggan_deep, nvidia, pgan, pgan_tf, stylegan, stylegan2
 from ._layout import Layout, State, as_it_is
 
 __all__ = ["LAYOUTS", "MODELS", "Found", "Layout", "State", "as_it_is", "describe", "families", "find"]
@@ -14,6 +14,7 @@ __all__ = ["LAYOUTS", "MODELS", "Found", "Layout", "State", "as_it_is", "describ
 # A family adds its module's LAYOUTS here; the first layout that fits a file is taken.
 LAYOUTS: tuple[Layout, ...] = (
     *biggan.LAYOUTS,
+    *biggan_deep.LAYOUTS,
     *pgan.LAYOUTS,
     *pgan_tf.LAYOUTS,
     *stylegan.LAYOUTS,
