@@ -146,11 +146,10 @@ def modulated_conv2d(
         TypeError, ValueError: an argument is not as said above; the message names it.
         RuntimeError: a backend is forced (`use_backend`, MINEGAN_BACKEND) that is missing here or takes no such tensor.
     """
-    given = (x, style, noise, strength, bias)
-    if has_torch_function_variadic(*given):  # a weight may be of any kind: only PyTorch's functions are given it
+    if has_torch_function_variadic(x, style):  # any other tensor is given as it is to functions that ask it themselves
         options = {"demodulate": demodulate, "up": up, "down": down, "kernel": kernel, "scale": scale, "eps": eps}
         options |= {"noise": noise, "strength": strength, "bias": bias, "act": act, "alpha": alpha, "gain": gain}
-        return handle_torch_function(modulated_conv2d, given, x, weight, style, **options)
+        return handle_torch_function(modulated_conv2d, (x, style), x, weight, style, **options)
     check(x, None, None, None, None, act, alpha, gain, "x")
     for name, tensor in (("weight", weight), ("style", style)):
         if not isinstance(tensor, Tensor) or tensor.dtype not in DTYPE_CODES:
@@ -176,10 +175,9 @@ def modulated_conv2d(
         x = x.to(torch.get_autocast_dtype(kind))
     size, n = weight.shape[2], 0 if kernel is None else kernel.shape[0]
     with torch.autocast(kind, enabled=False):
-        # Squares overflow float16, and bfloat16 has too few digits for their sum.
         s = (style.to(wide(x.dtype)) * scale).contiguous()
         d = None
-        if demodulate:
+        if demodulate:  # Squares overflow float16, and bfloat16 has too few digits for their sum.
             d = torch.rsqrt(F.linear(s.square(), weight.to(s.dtype).square().sum((2, 3))) + eps)
         if down:
             x = _filter(x, kernel, (n + size - 2) // 2, (n + size - 3) // 2)

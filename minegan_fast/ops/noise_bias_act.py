@@ -127,8 +127,8 @@ def noise_bias_act(
             and the result has their layout.
         d: [B, C] factors, none of them 0: the demodulation coefficients; None for none.
         noise: [B or 1, 1, H, W]; None for none.
-        strength: one element, the factor of the noise; given exactly where noise is.
-        bias: [C]; None for none.
+        strength: one element, the factor of the noise, or [B, 1], one a sample; given exactly where noise is.
+        bias: [C], or [B, C]; None for none.
         act: "linear" or "lrelu" (leaky relu).
         alpha: slope of "lrelu" below zero, finite and > 0: the layer is computed backwards from its result.
         gain: factor on the result, finite and > 0.
@@ -152,7 +152,7 @@ def noise_bias_act(
     kind, size = wide(c.dtype), c.shape[:2]
     d = c.new_ones(size, dtype=kind) if d is None else d.to(kind)
     h = c.new_zeros(size, dtype=kind) if bias is None else bias.to(kind).expand(size)
-    f = c.new_zeros(size, dtype=kind) if noise is None else strength.to(kind).reshape(1, 1).expand(size)
+    f = c.new_zeros(size, dtype=kind) if noise is None else strength.to(kind).reshape(-1, 1).expand(size)
     n = noise if noise is None else noise.to(kind)
     slope = 1.0 if act == "linear" else float(alpha)
     if n is not None and n.requires_grad and torch.is_grad_enabled():  # maps that are searched for, as projectors do
@@ -183,10 +183,10 @@ def check(c, d, noise, strength, bias, act, alpha, gain, name: str = "c") -> Non
         raise ValueError(f"d must have shape [{b}, {channels}], got {list(d.shape)}")
     if noise is not None and noise.shape not in ((b, 1, *size), (1, 1, *size)):
         raise ValueError(f"noise must have shape [{b} or 1, 1, {size[0]}, {size[1]}], got {list(noise.shape)}")
-    if strength is not None and strength.numel() != 1:
-        raise ValueError(f"strength must hold one element, got {list(strength.shape)}")
-    if bias is not None and bias.shape != (channels,):
-        raise ValueError(f"bias must have shape [{channels}], got {list(bias.shape)}")
+    if strength is not None and strength.numel() != 1 and strength.shape != (b, 1):
+        raise ValueError(f"strength must hold one element or have shape [{b}, 1], got {list(strength.shape)}")
+    if bias is not None and bias.shape not in ((channels,), (b, channels)):
+        raise ValueError(f"bias must have shape [{channels}] or [{b}, {channels}], got {list(bias.shape)}")
     if act not in ("linear", "lrelu"):
         raise ValueError(f'act must be "linear" or "lrelu", got {act!r}')
     if not (math.isfinite(alpha) and alpha > 0):
