@@ -8,6 +8,7 @@ from .penalty import gradient_penalty, interpolate, path_length_penalty, r1_pena
 from .row_gradient import dense_is_faster, row_gradient
 from .row_score import row_score
 from .row_update import Hyperparameters, RowUpdate
+from .upfirdn2d import upfirdn2d
 
 __all__ = [
     "BackendUnavailable",
@@ -25,5 +26,6 @@ __all__ = [
     "r1_penalty",
     "row_gradient",
     "row_score",
+    "upfirdn2d",
     "use_backend",
 ]
