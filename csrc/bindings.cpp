@@ -16,6 +16,15 @@ namespace {
 
 void* at(uintptr_t address) { return reinterpret_cast<void*>(address); }
 
+using Pair = std::array<int64_t, 2>;
+
+minegan::Resampling resampling(Pair counts, Pair in, Pair out, std::vector<int64_t> kernel, Pair up, Pair down,
+                               Pair before, bool flip) {
+  return {
+      counts[0],      counts[1],          {in[0], in[1]},         {out[0], out[1]},   {kernel.front(), kernel.back()},
+      {up[0], up[1]}, {down[0], down[1]}, {before[0], before[1]}, kernel.size() == 1, flip};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -76,6 +85,15 @@ PYBIND11_MODULE(_C, m) {
         for (int i = 0; i < 6; ++i) std::copy(axes[i].begin(), axes[i].end(), *fields[i]);
         shape.transposed = transposed;
         minegan::row_gradient_cpu((const float*)at(x), (const float*)at(gy), (float*)at(dW), shape, threads);
+      },
+      no_gil);
+
+  m.def(
+      "upfirdn2d_cpu",
+      [](int dtype, Address x, Address f, Address y, Pair counts, Pair in, Pair out, std::vector<int64_t> kernel,
+         Pair up, Pair down, Pair before, bool flip, double gain, int threads) {
+        minegan::upfirdn2d_cpu(DType(dtype), at(x), at(f), at(y),
+                               resampling(counts, in, out, kernel, up, down, before, flip), gain, threads);
       },
       no_gil);
 

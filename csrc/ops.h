@@ -109,6 +109,20 @@ struct Convolution {
 // x [B, groups C, *size], gy [B, k, *positions], dW [k, C, *kernel]; row r is of group r / (k / groups).
 void row_gradient_cpu(const float* x, const float* gy, float* dW, const Convolution&, int threads);
 
+// ---- upfirdn2d ----
+// Sizes are vertical, then horizontal. x [outer, *in, inner] and y [outer, *out, inner] as they lie in memory.
+struct Resampling {
+  int64_t outer, inner, in[2], out[2], kernel[2], up[2], down[2], before[2];
+  bool separable;  // the filter is kernel [k] times itself, kernel[0] = kernel[1] = k; else kernel [kernel[0],
+                   // kernel[1]]
+  bool flip;
+};
+
+// p[m] = x[(m - before) / up] where that is a whole number and there is such a sample, else 0, on both axes.
+//   y[j] = gain sum over t of f[k - 1 - t] p[j down + t]      (f[t] with flip)
+// f is of the type that sums are in: float, for doubles double.
+void upfirdn2d_cpu(DType, const void* x, const void* f, void* y, const Resampling&, double gain, int threads);
+
 // ---- planes ----
 // A tensor [B, C, P], P the positions of an image, that lies so or, `last`, as [B, P, C]. noise_batch is the stride
 // along B of a noise [B or 1, P], 0 where the samples share it. Below k and sums [.., B, C] and the noise are in float,

@@ -11,6 +11,7 @@ from .row_gradient import dense_is_faster, row_gradient
 from .row_score import row_score
 from .row_update import Hyperparameters, RowUpdate
 from .transposed_conv2d import transposed_conv2d
+from .upfirdn2d import upfirdn2d
 
 __all__ = [
     "BackendUnavailable",
@@ -31,5 +32,6 @@ __all__ = [
     "row_gradient",
     "row_score",
     "transposed_conv2d",
+    "upfirdn2d",
     "use_backend",
 ]

@@ -27,6 +27,7 @@ from ._op import DTYPE_CODES, Op, forced_backend
 from .bias_act import _dense, _laid_out_like
 from .noise_bias_act import addresses, check, noise_bias_act, planes, wide
 from .transposed_conv2d import transposed_conv2d
+from .upfirdn2d import upfirdn2d
 
 
 @Op
@@ -180,7 +181,8 @@ def modulated_conv2d(
         if demodulate:  # Squares overflow float16, and bfloat16 has too few digits for their sum.
             d = torch.rsqrt(F.linear(s.square(), weight.to(s.dtype).square().sum((2, 3))) + eps)
         if down:
-            x = _filter(x, kernel, (n + size - 2) // 2, (n + size - 3) // 2)
+            before, after = (n + size - 2) // 2, (n + size - 3) // 2
+            x = upfirdn2d(x, kernel, padding=(before, after, before, after))
         xs = _Modulate.apply(x, s, forced_backend())
         w = weight.to(xs.dtype)
         with _keeping_factors(x, s, xs):
@@ -189,14 +191,9 @@ def modulated_conv2d(
             else:
                 y = F.conv2d(xs, w, stride=2 if down else 1, padding=0 if down else size // 2)
         if up:
-            y = _filter(y, kernel, (n - size) // 2 + 1, (n - size - 1) // 2 + 1)
+            before, after = (n - size) // 2 + 1, (n - size - 1) // 2 + 1
+            y = upfirdn2d(y, kernel, padding=(before, after, before, after))
         return noise_bias_act(y, d, noise, strength, bias, act=act, alpha=alpha, gain=gain)
-
-
-def _filter(x: Tensor, kernel: Tensor, before: int, after: int) -> Tensor:
-    kernel = torch.outer(kernel, kernel) if kernel.dim() == 1 else kernel
-    weight = kernel.flip(0, 1).to(x.dtype).expand(x.shape[1], 1, -1, -1)
-    return F.conv2d(F.pad(x, (before, after, before, after)), weight, groups=x.shape[1])
 
 
 # Launchers. All images are dense and laid out alike, s and k contiguous.
