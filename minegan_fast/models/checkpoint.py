@@ -251,7 +251,7 @@ def written_network(contents: Contents, role: str, family: str | None = None, re
 
 
 def _of_resolution(written: Written, wanted: int | None) -> Written:
-    if wanted not in (None, held := written.config.get("resolution")):
+    if wanted is not None and wanted != (held := written.config.get("resolution")):
         raise ValueError(
             f"{written.origin.path} holds a {written.model.__name__} of {held} px, not of {wanted}; resolution= takes "
             "a part of a progressively grown network in its public layout"
