@@ -130,6 +130,10 @@ class PGANGenerator(Progressive):
             image = torch.lerp(low, image, self.alpha)
         return image
 
+    def class_embeddings(self) -> Tensor:
+        """What every label stands for, [num_classes, num_classes]."""
+        return torch.eye(self.num_classes, device=self.formatLayer.module.weight.device)
+
     def _labels(self, z: Tensor, y: Tensor | None) -> Tensor:
         if y is not None and not y.is_floating_point() and y.ndim == 1 and self.num_classes:
             y = F.one_hot(y, self.num_classes)
@@ -183,6 +187,10 @@ class PGANDiscriminator(Progressive):
             [Equalised(widths[0] + 1, widths[0], 3), Equalised(16 * widths[0], widths[0])]
         )
         self.decisionLayer = Equalised(widths[0], 1 + num_classes, activate=False)
+
+    def image_side_blocks(self) -> list[nn.Module]:
+        """The blocks, the nearest to the image first."""
+        return [self.fromRGBLayers, *reversed(self.scaleLayers), self.groupScaleZero]
 
     def features(self, x: Tensor, group: int = 4) -> Tensor:
         """Activations before the last layer: [B, channels at 4x4]. With group=1 no sample sees its batch."""

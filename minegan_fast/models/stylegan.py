@@ -225,6 +225,10 @@ class StyleGANDiscriminator(Progressive):
         self.from_rgb = nn.ModuleList(nn.Sequential(conv) if from_rgb_activate else conv for conv in from_rgb)
         self.linear = EqualLinear(widths[4], 1)
 
+    def image_side_blocks(self) -> list[nn.Module]:
+        """The blocks, the nearest to the image first."""
+        return [self.from_rgb, *self.progression]
+
     def features(self, x: Tensor, group: int | None = None) -> Tensor:
         """Activations before the last layer: [B, channels at 4x4].
 
