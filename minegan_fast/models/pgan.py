@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops import bias_act
-from .layers import PixelNorm, Progressive, channel_table, check_images, minibatch_stddev
+from .layers import PixelNorm, Progressive, channel_table, check_images, mean_2x2, minibatch_stddev
 
 
 class Equalised(nn.Module):
@@ -40,7 +40,7 @@ class Equalised(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         weight = self.module.weight * self.constant
         y = F.linear(x, weight) if self.kernel is None else F.conv2d(x, weight, padding=self.kernel // 2)
-        y = F.avg_pool2d(y, 2) if self.pool else y
+        y = mean_2x2(y) if self.pool else y
         return bias_act(y, self.module.bias * self.constant, act=self.act)
 
 
@@ -197,11 +197,11 @@ class PGANDiscriminator(Progressive):
         check_images(x, self.image_channels, self.resolution)
         low = None
         if self.alpha < 1 and len(self.scaleLayers):
-            low = self.fromRGBLayers[-2](F.avg_pool2d(x, 2))
+            low = self.fromRGBLayers[-2](mean_2x2(x))
         x = self.fromRGBLayers[-1](x)
         for first, second in reversed(self.scaleLayers):
             x = second(first(x))
-            x = x if self.fused else F.avg_pool2d(x, 2)
+            x = x if self.fused else mean_2x2(x)
             if low is not None:
                 x, low = torch.lerp(low, x, self.alpha), None
         x = (minibatch_stddev if self.fused else consecutive_stddev)(x, group)
