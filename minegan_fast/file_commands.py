@@ -24,11 +24,11 @@ def convert(
     loose: Annotated[
         bool, typer.Option("--loose", help="Load what fits, name the rest; default: every tensor must fit.")
     ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite OUT.")] = False,
     resolution: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option(help="Of a progressively grown network: the part up to this size; default: as trained."),
+        typer.Option(help="Of a StyleGAN or Progressive GAN; default: the highest that was trained."),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite OUT.")] = False,
 ) -> None:
     """Writes a checkpoint of another project as safetensors of this one.
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from . import biggan, biggan_deep, nvidia, pgan, stylegan, stylegan2
+from . import biggan, biggan_deep, nvidia, pgan, pgan_tf, stylegan, stylegan2
 from ._layout import Layout, State, as_it_is
 
 __all__ = ["LAYOUTS", "MODELS", "Found", "Layout", "State", "as_it_is", "describe", "families", "find"]
@@ -16,6 +16,7 @@ LAYOUTS: tuple[Layout, ...] = (
     *biggan.LAYOUTS,
     *biggan_deep.LAYOUTS,
     *pgan.LAYOUTS,
+    *pgan_tf.LAYOUTS,
     *stylegan.LAYOUTS,
     *stylegan2.LAYOUTS,
     *nvidia.LAYOUTS,
