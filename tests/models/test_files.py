@@ -159,7 +159,7 @@ def test_a_file_without_its_folder(biggan_folder, biggan, tmp_path_factory):
 
 def test_a_folder_of_pytorch_pretrained_biggan(tmp_path):
     torch.manual_seed(2)
-    g = BigGANDeepGenerator(channel_width=4, class_dim=5, num_classes=4, latent_dim=6)
+    g = BigGANDeepGenerator(32, channel_width=4, attention=(16,), class_dim=5, num_classes=4, latent_dim=6)
     torch.save(g.state_dict(), tmp_path / "pytorch_model.bin")
     (tmp_path / "config.json").write_text('{"output_dim": 128}')
     for path in (tmp_path, tmp_path / "pytorch_model.bin"):
