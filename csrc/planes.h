@@ -36,12 +36,13 @@ struct Tensors {
   // Elements at + j, j < width, of the positions i + j or, with k and sums that run along, of one position.
   template <bool along>
   MINEGAN_INLINE void segment(int64_t at, int64_t width, const A* noise, const A* const* k, A* const* sums) const {
+    const A n = along && noise ? *noise : A(0);
     MINEGAN_INDEPENDENT
     for (int64_t j = 0; j < width; ++j) {
       A v[F::inputs], kj[F::coefficients], result[F::outputs], sum[F::sums + 1];
       for (int m = 0; m < F::inputs; ++m) v[m] = widen(in[m][at + j]);
       for (int m = 0; m < F::coefficients; ++m) kj[m] = k[m][along ? j : 0];
-      f(v, noise ? noise[along ? 0 : j] : A(0), kj, result, sum);
+      f(v, along || !noise ? n : noise[j], kj, result, sum);
       for (int m = 0; m < F::outputs; ++m) out[m][at + j] = narrow<T>(result[m]);
       for (int m = 0; m < F::sums; ++m) sums[m][j] += sum[m];
     }

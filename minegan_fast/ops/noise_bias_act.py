@@ -34,6 +34,11 @@ def _each(k: Tensor) -> Tensor:
     return k[..., None, None]
 
 
+def _factor(y: Tensor, k: Tensor, slope: float, gain: float) -> Tensor:
+    gain, leak = (torch.scalar_tensor(v, dtype=k.dtype, device=k.device) for v in (gain, slope * gain))
+    return torch.where(y > 0, gain, leak)
+
+
 @Op
 def noise_bias_act_forward(c: Tensor, n: Tensor | None, k: Tensor, slope: float, gain: float) -> Tensor:
     """k [3, B, C]: d, f, h."""
@@ -49,7 +54,7 @@ def noise_bias_act_backward(
 ) -> tuple[Tensor, Tensor]:
     """gc and, [3, B, C], d gd, gf, gh."""
     d, f, h = _each(k)
-    m = torch.where(y > 0, gain, slope * gain).to(k.dtype)
+    m = _factor(y, k, slope, gain)
     g = gy.to(k.dtype) * m
     c = y.to(k.dtype) / m - h
     c = c if n is None else c - f * n
@@ -63,7 +68,7 @@ def noise_bias_act_double_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """k [4, B, C]: d, e, f, h of m (d hc + e y / m + f n + h). Gives that, e gy and the sum of m gy hc."""
     d, e, f, h = _each(k)
-    m = torch.where(y > 0, gain, slope * gain).to(k.dtype)
+    m = _factor(y, k, slope, gain)
     hc, g = hc.to(k.dtype), gy.to(k.dtype)
     u = d * hc + e * (y.to(k.dtype) / m) + h
     u = u if n is None else u + f * n
@@ -81,14 +86,13 @@ class _NoiseBiasAct(Function):
     @staticmethod
     def backward(ctx, gy):
         y, n, d, f, h = ctx.saved_tensors
-        gc, gd, gf, gh = _Backward.apply(gy, y, n, d, f, h, *ctx.args)
+        gc, gd, gf, gh = _Backward.apply(_laid_out_like(y, gy), y, n, d, f, h, *ctx.args)
         return gc, None, gd, gf, gh, None, None, None
 
 
 class _Backward(Function):
     @staticmethod
     def forward(ctx, gy, y, n, d, f, h, slope, gain, backend):
-        gy = _laid_out_like(y, gy)
         gc, sums = noise_bias_act_backward(gy, y, n, torch.stack((d, f, h)), slope, gain, backend=backend)
         gd, gf, gh = sums[0] / d, sums[1].clone(), sums[2].clone()
         ctx.args = (slope, gain, backend)
