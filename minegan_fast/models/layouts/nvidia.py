@@ -95,6 +95,20 @@ def _refuse(state: State, key: str, what: str) -> None:
         raise ValueError(f"{what} (it has {found}) cannot be expressed here")
 
 
+def _generator_architecture(state: State, first_image: str, skip: str) -> str:
+    if _count(state, skip):
+        return "resnet"
+    if first_image not in state:
+        raise ValueError(f"a generator that is neither skip nor residual (no {first_image}) cannot be expressed here")
+    return "skip"
+
+
+def _critic_architecture(state: State, skip: str, last_image: str) -> str:
+    if skip not in state and last_image not in state:
+        raise ValueError(f"a discriminator that is neither skip nor residual (no {skip}) cannot be expressed here")
+    return "resnet" if skip in state else "skip"
+
+
 def _count(state: State, pattern: str) -> int:
     return sum(re.fullmatch(pattern, key) is not None for key in state)
 
@@ -106,17 +120,16 @@ def _torch_generator_config(state: State) -> dict:
     _refuse(state, r"mapping\.embed\.weight", "a class-conditional StyleGAN2")
     highest = _highest(state, r"synthesis\.b(\d+)\.")
     sizes = _resolutions(highest)
-    if f"synthesis.b{sizes[0]}.torgb.weight" not in state and sizes[0] != highest:
-        raise ValueError("a generator without an image at every resolution (no skip architecture) is not read here")
     first = state["mapping.fc0.weight"]
     return {
         "resolution": highest,
         "latent_dim": first.shape[1],
         "style_dim": first.shape[0],
         "mapping_layers": _count(state, r"mapping\.fc\d+\.weight"),
-        "image_channels": state["synthesis.b4.torgb.weight"].shape[0],
+        "image_channels": state[f"synthesis.b{highest}.torgb.weight"].shape[0],
         "channels": {4: state["synthesis.b4.conv1.weight"].shape[0]}
         | {r: state[f"synthesis.b{r}.conv1.weight"].shape[0] for r in sizes},
+        "architecture": _generator_architecture(state, "synthesis.b4.torgb.weight", r"synthesis\.b\d+\.skip\.weight"),
     }
 
 
@@ -143,14 +156,20 @@ def _torch_generator(state: State) -> State:
     def to_rgb(theirs: str, ours: str) -> Table:
         return [*modulated(theirs, ours), (f"{theirs}.bias", f"{ours}.bias", _column)]
 
+    highest = _highest(state, r"synthesis\.b(\d+)\.")
+    resnet = f"synthesis.b{highest}.skip.weight" in state
     table += styled("synthesis.b4.conv1", "conv1", 0) + to_rgb("synthesis.b4.torgb", "to_rgb1")
-    for j, r in enumerate(_resolutions(_highest(state, r"synthesis\.b(\d+)\."))):
+    for j, r in enumerate(_resolutions(highest)):
         block = f"synthesis.b{r}"
         table += styled(f"{block}.conv0", f"convs.{2 * j}", 2 * j + 1)
         table += styled(f"{block}.conv1", f"convs.{2 * j + 1}", 2 * j + 2)
-        table += to_rgb(f"{block}.torgb", f"to_rgbs.{j}")
         table.append((f"{block}.conv0.resample_filter", f"convs.{2 * j}.conv.blur.kernel", _times4))
-        table.append((f"{block}.resample_filter", f"to_rgbs.{j}.upsample.kernel", _times4))
+        if resnet:
+            table.append((f"{block}.skip.weight", f"skips.{j}.0.weight", _same))
+            table.append((f"{block}.skip.resample_filter", f"skips.{j}.1.kernel", _times4))
+        else:
+            table.append((f"{block}.resample_filter", f"to_rgbs.{j}.upsample.kernel", _times4))
+        table += to_rgb(f"{block}.torgb", "to_rgb" if resnet else f"to_rgbs.{j}")
     return _apply(state, table, r"mapping\.w_avg|.*\.resample_filter")
 
 
@@ -158,16 +177,12 @@ def _torch_discriminator_config(state: State) -> dict:
     _refuse(state, r"mapping\..*", "a class-conditional StyleGAN2")
     highest = _highest(state, r"b(\d+)\.")
     sizes = _resolutions(highest)
-    _refuse(state, rf"b(?!{highest}\.)\d+\.fromrgb\.weight", "a discriminator that sees the image at every resolution")
-    if f"b{highest}.skip.weight" not in state:
-        raise ValueError(
-            f"a discriminator without residual blocks (no b{highest}.skip.weight) cannot be expressed here"
-        )
     return {
         "resolution": highest,
         "image_channels": state[f"b{highest}.fromrgb.weight"].shape[1],
         "channels": {highest: state[f"b{highest}.fromrgb.weight"].shape[0]}
         | {r // 2: state[f"b{r}.conv1.weight"].shape[0] for r in sizes},
+        "architecture": _critic_architecture(state, f"b{highest}.skip.weight", "b4.fromrgb.weight"),
     }
 
 
@@ -193,7 +208,11 @@ def _torch_discriminator(state: State) -> State:
             (f"b{r}.conv1.bias", f"convs.{i}.conv2.2.bias", _same),
             (f"b{r}.skip.resample_filter", f"convs.{i}.skip.0.kernel", _same),
             (f"b{r}.skip.weight", f"convs.{i}.skip.1.weight", _same),
+            (f"b{r // 2}.fromrgb.weight", f"from_rgbs.{i - 1}.0.weight", _same),
+            (f"b{r // 2}.fromrgb.bias", f"from_rgbs.{i - 1}.1.bias", _same),
         ]
+    if "b4.fromrgb.weight" in state:
+        table.append((f"b{highest}.resample_filter", "downsample.kernel", _same))
     return _apply(state, table, r".*\.resample_filter")
 
 
@@ -206,17 +225,16 @@ def _tf_generator_config(state: State) -> dict:
     _refuse(state, r"mapping/LabelConcat/weight|mapping/LabelEmbed/.*", "a class-conditional StyleGAN2")
     highest = _highest(state, r"synthesis/(\d+)x\d+/")
     sizes = _resolutions(highest)
-    if f"synthesis/{sizes[0]}x{sizes[0]}/ToRGB/weight" not in state and sizes[0] != highest:
-        raise ValueError("a generator without an image at every resolution (no skip architecture) is not read here")
     first = state["mapping/Dense0/weight"]
     return {
         "resolution": highest,
         "latent_dim": first.shape[0],
         "style_dim": first.shape[1],
         "mapping_layers": _count(state, r"mapping/Dense\d+/weight"),
-        "image_channels": state["synthesis/4x4/ToRGB/weight"].shape[3],
+        "image_channels": state[f"synthesis/{highest}x{highest}/ToRGB/weight"].shape[3],
         "channels": {4: state["synthesis/4x4/Conv/weight"].shape[3]}
         | {r: state[f"synthesis/{r}x{r}/Conv1/weight"].shape[3] for r in sizes},
+        "architecture": _generator_architecture(state, "synthesis/4x4/ToRGB/weight", r"synthesis/\d+x\d+/Skip/weight"),
     }
 
 
@@ -244,13 +262,19 @@ def _tf_generator(state: State) -> State:
     def to_rgb(theirs: str, ours: str) -> Table:
         return [*modulated(theirs, ours), (f"{theirs}/bias", f"{ours}.bias", _column)]
 
+    highest = _highest(state, r"synthesis/(\d+)x\d+/")
+    resnet = f"synthesis/{highest}x{highest}/Skip/weight" in state
     table += styled("synthesis/4x4/Conv", "conv1", 0) + to_rgb("synthesis/4x4/ToRGB", "to_rgb1")
-    for j, r in enumerate(_resolutions(_highest(state, r"synthesis/(\d+)x\d+/"))):
+    for j, r in enumerate(_resolutions(highest)):
         block = f"synthesis/{r}x{r}"
         table += styled(f"{block}/Conv0_up", f"convs.{2 * j}", 2 * j + 1, _flipped)
         table += styled(f"{block}/Conv1", f"convs.{2 * j + 1}", 2 * j + 2)
-        table += to_rgb(f"{block}/ToRGB", f"to_rgbs.{j}")
-        kernels = (f"convs.{2 * j}.conv.blur.kernel", f"to_rgbs.{j}.upsample.kernel")
+        table += to_rgb(f"{block}/ToRGB", "to_rgb" if resnet else f"to_rgbs.{j}")
+        table.append((f"{block}/Skip/weight", f"skips.{j}.0.weight", _oihw))
+        kernels = (
+            f"convs.{2 * j}.conv.blur.kernel",
+            f"skips.{j}.1.kernel" if resnet else f"to_rgbs.{j}.upsample.kernel",
+        )
         table += [("synthesis/resample_kernel", kernel, _kernel(4.0)) for kernel in kernels]
     state = {"synthesis/resample_kernel": state.get("resample_kernel", DEFAULT_TAPS)} | state
     return _apply(state, table, r"dlatent_avg|(.*/)?lod|(.*/)?resample_kernel")
@@ -261,16 +285,12 @@ def _tf_discriminator_config(state: State) -> dict:
     sizes = _resolutions(highest)
     if state["Output/weight"].shape[1] != 1:
         raise ValueError(f"a class-conditional StyleGAN2 (Output/weight is {list(state['Output/weight'].shape)})")
-    _refuse(state, rf"(?!{highest}x)\d+x\d+/FromRGB/weight", "a discriminator that sees the image at every resolution")
-    if f"{highest}x{highest}/Skip/weight" not in state:
-        raise ValueError(
-            f"a discriminator without residual blocks (no {highest}x{highest}/Skip) cannot be expressed here"
-        )
     return {
         "resolution": highest,
         "image_channels": state[f"{highest}x{highest}/FromRGB/weight"].shape[2],
         "channels": {highest: state[f"{highest}x{highest}/FromRGB/weight"].shape[3]}
         | {r // 2: state[f"{r}x{r}/Conv1_down/weight"].shape[3] for r in sizes},
+        "architecture": _critic_architecture(state, f"{highest}x{highest}/Skip/weight", "4x4/FromRGB/weight"),
     }
 
 
@@ -293,9 +313,14 @@ def _tf_discriminator(state: State) -> State:
             (f"{r}x{r}/Conv1_down/weight", f"convs.{i}.conv2.1.weight", _oihw),
             (f"{r}x{r}/Conv1_down/bias", f"convs.{i}.conv2.2.bias", _same),
             (f"{r}x{r}/Skip/weight", f"convs.{i}.skip.1.weight", _oihw),
+            (f"{r // 2}x{r // 2}/FromRGB/weight", f"from_rgbs.{i - 1}.0.weight", _oihw),
+            (f"{r // 2}x{r // 2}/FromRGB/bias", f"from_rgbs.{i - 1}.1.bias", _same),
             ("resample_kernel", f"convs.{i}.conv2.0.kernel", _kernel(1.0)),
-            ("resample_kernel", f"convs.{i}.skip.0.kernel", _kernel(1.0)),
         ]
+        if f"{r}x{r}/Skip/weight" in state:
+            table.append(("resample_kernel", f"convs.{i}.skip.0.kernel", _kernel(1.0)))
+    if "4x4/FromRGB/weight" in state:
+        table.append(("resample_kernel", "downsample.kernel", _kernel(1.0)))
     return _apply({"resample_kernel": DEFAULT_TAPS} | state, table, "lod")
 
 
