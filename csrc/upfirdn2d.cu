@@ -11,8 +11,10 @@ namespace {
 
 constexpr int64_t kBlockRows = 32;        // rows of a work unit
 constexpr int64_t kBlockElements = 1024;  // of a row in a work unit: a few such rows fit the first cache
-constexpr int64_t kBlockPixels = 32;      // and at least so many pixels, which share a margin of k - 1
+constexpr int64_t kBlockPixels = 16;      // and at least so many pixels, which share a margin of k - 1
 constexpr int64_t kAlone = 1 << 16;       // below this many products a second thread costs more to start than it gives
+constexpr int64_t kAhead = 4;             // rows that are prefetched ahead of their use
+constexpr int64_t kLanes = 16;            // elements that a loop takes at a time
 constexpr int64_t kPixel = 16;            // channels-last pixels of at least so many channels are filtered one by one
 
 int64_t floor_divide(int64_t a, int64_t b) { return a / b - (a % b < 0); }
@@ -49,19 +51,41 @@ struct Filter {
   }
 };
 
-// out[i] = (add ? out[i] : 0) + sum over t < N of weights[t] rows[t][i]
+// Rows are too short, and too far from each other, for the prefetcher of the hardware.
+template <class T, int for_write>
+MINEGAN_INLINE void prefetch(const T* row, int64_t count) {
+#ifdef __GNUC__
+  for (int64_t i = 0; i < count; i += 64 / sizeof(T)) __builtin_prefetch(row + i, for_write);
+#endif
+}
+
+// out[i] = (add ? out[i] : 0) + sum over t < N of weights[t] rows[t][i], for i in [begin, begin + count)
 template <int N, bool add, class A, class In, class Out>
-MINEGAN_INLINE void combine_few(const In* const* rows, const A* weights, Out* __restrict out, int64_t count) {
-  const In *a = rows[0], *b = rows[N > 1 ? 1 : 0], *c = rows[N > 2 ? 2 : 0], *d = rows[N > 3 ? 3 : 0];
-  const A wa = weights[0], wb = weights[N > 1 ? 1 : 0], wc = weights[N > 2 ? 2 : 0], wd = weights[N > 3 ? 3 : 0];
+MINEGAN_INLINE void combine_run(const In* const* rows, const A* weights, Out* __restrict out, int64_t begin,
+                                int64_t count) {
+  const In *a = rows[0] + begin, *b = rows[N > 1 ? 1 : 0] + begin, *c = rows[N > 2 ? 2 : 0] + begin;
+  const In* d = rows[N > 3 ? 3 : 0] + begin;
+  out += begin;
   for (int64_t i = 0; i < count; ++i) {
-    A sum = wa * widen(a[i]);
-    if (N > 1) sum += wb * widen(b[i]);
-    if (N > 2) sum += wc * widen(c[i]);
-    if (N > 3) sum += wd * widen(d[i]);
+    A sum = weights[0] * widen(a[i]);
+    if (N > 1) sum += weights[1] * widen(b[i]);
+    if (N > 2) sum += weights[2] * widen(c[i]);
+    if (N > 3) sum += weights[3] * widen(d[i]);
     if (add) sum += widen(out[i]);
     out[i] = narrow<Out>(sum);
   }
+}
+
+// Whole runs of kLanes, the last of which may overlap the one before: rows are too short for a loop over single ones.
+template <int N, bool add, class A, class In, class Out>
+MINEGAN_INLINE void combine_few(const In* const* rows, const A* given, Out* __restrict out, int64_t count) {
+  const A weights[4] = {given[0], given[N > 1 ? 1 : 0], given[N > 2 ? 2 : 0], given[N > 3 ? 3 : 0]};
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) combine_run<N, add>(rows, weights, out, i, kLanes);
+  if (i < count && i > 0 && !add)
+    combine_run<N, add>(rows, weights, out, count - kLanes, kLanes);
+  else
+    combine_run<N, add>(rows, weights, out, i, count - i);
 }
 
 template <bool add, class A, class In, class Out>
@@ -122,6 +146,10 @@ struct Position {
   int64_t tap, input, taps;
   Position(const Resampling& s, int axis, int64_t output) {
     const int64_t m = output * s.down[axis] - s.before[axis], u = s.up[axis];
+    if (u == 1) {  // divisions would cost as much as a short row
+      tap = 0, input = m, taps = s.kernel[axis];
+      return;
+    }
     input = ceil_divide(m, u);
     tap = input * u - m;
     taps = tap < s.kernel[axis] ? (s.kernel[axis] - tap + u - 1) / u : 0;
@@ -156,11 +184,14 @@ struct Units {
     std::vector<A> memory(blocks->width * inner + (D > 1 ? D * part : 0) + U * sums);
     A *const row = memory.data(), *const parts = row + blocks->width * inner,
              *const sum = parts + (D > 1 ? D * part : 0);
-    std::vector<const T*> inputs(kh);
-    std::vector<const A*> shifted(kw);
-    std::vector<A> above(kh), across(kw);
+    // Work units filter a row of the buffer by `runs` sums of shifted rows: a phase of all pixels, or a pixel, each.
     const bool one_by_one = inner >= kPixel && (U > 1 || D > 1);
-    const bool direct = filter->terms == 1 && (kw + U - 1) / U <= 4 && (one_by_one || U == 1);
+    const int64_t runs = one_by_one ? blocks->pixels : U, most = (kw + U - 1) / U;
+    const bool direct = filter->terms == 1 && most <= 4 && (one_by_one || U == 1);
+    std::vector<const T*> inputs(kh);
+    std::vector<A> above(kh), across(filter->terms * runs * most);
+    std::vector<const A*> shifted(runs * most);
+    std::vector<int64_t> taps_of(runs);
 
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t plane = unit / (blocks->columns * blocks->rows), column = unit / blocks->rows % blocks->columns;
@@ -170,6 +201,18 @@ struct Units {
       const int64_t from = std::min(std::max<int64_t>(low, 0), high), to = std::max(from, std::min(high, s.in[1]));
       std::fill(row, row + (from - low) * inner, A(0));
       std::fill(row + (to - low) * inner, row + (high - low) * inner, A(0));
+
+      const int64_t active = one_by_one ? pixels : std::min(U, pixels);
+      for (int64_t p = 0; p < active; ++p) {
+        const Position at(s, 1, w0 + p);
+        taps_of[p] = at.taps;
+        for (int64_t t = 0; t < at.taps; ++t) {
+          const int64_t i = at.input - low + t;
+          shifted[p * most + t] = one_by_one || D == 1 ? row + i * inner : parts + i % D * part + i / D * inner;
+          for (int64_t term = 0; term < filter->terms; ++term)
+            across[(term * runs + p) * most + t] = filter->horizontal[term * kw + at.tap + t * U];
+        }
+      }
 
       const int64_t h0 = unit % blocks->rows * kBlockRows;
       for (int64_t h = h0; h < std::min(h0 + kBlockRows, s.out[0]); ++h) {
@@ -186,24 +229,21 @@ struct Units {
             above[taps++] = weight;
           }
           if (taps == 0) continue;
+          if (term == 0) {
+            prefetch<T, 0>(inputs[taps - 1] + kAhead * s.in[1] * inner, (to - from) * inner);
+            prefetch<T, 1>(out + kAhead * s.out[1] * inner, pixels * inner);
+          }
           combine(inputs.data(), above.data(), taps, false, row + (from - low) * inner, (to - from) * inner);
           if (D > 1 && !one_by_one) deinterleave(row, D, high - low, inner, parts, part);
-
-          const int64_t runs = one_by_one ? pixels : std::min(U, pixels);
-          for (int64_t p = 0; p < runs; ++p) {
-            const Position at(s, 1, w0 + p);
-            for (int64_t t = 0; t < at.taps; ++t) {
-              const int64_t i = at.input - low + t;
-              shifted[t] = one_by_one || D == 1 ? row + i * inner : parts + i % D * part + i / D * inner;
-              across[t] = filter->horizontal[term * kw + at.tap + t * U];
-            }
-            const int64_t count = one_by_one ? inner : (pixels - p + U - 1) / U * inner;
-            A* wide = sum + (one_by_one ? p % U * sums + p / U * inner : p * sums);
-            if (direct) {
-              combine_upto_4<false>(shifted.data(), across.data(), at.taps, out + (one_by_one ? p * inner : 0), count);
-            } else {
-              combine(shifted.data(), across.data(), at.taps, add, wide, count);
-            }
+          for (int64_t p = 0; p < active; ++p) {
+            const A* const* rows = shifted.data() + p * most;
+            const A* weights = across.data() + (term * runs + p) * most;
+            const int64_t count = one_by_one ? inner : U == 1 ? pixels * inner : (pixels - p + U - 1) / U * inner;
+            if (direct)
+              combine_upto_4<false>(rows, weights, taps_of[p], out + (one_by_one ? p * inner : 0), count);
+            else
+              combine(rows, weights, taps_of[p], add, sum + (one_by_one ? p % U * sums + p / U * inner : p * sums),
+                      count);
           }
           add = true;
         }

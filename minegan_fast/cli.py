@@ -32,6 +32,16 @@ Which = Annotated[
     str, typer.Option(help="Which result of the run: best (by held-out KID), last, or mined (after stage 1).")
 ]
 
+Result = Annotated[
+    Path,
+    typer.Argument(help="Folder of a run, a delta file (then with --source), or a checkpoint of the original MineGAN."),
+]
+Base = Annotated[Optional[str], typer.Option(help="Checkpoint that the delta was trained from.")]  # noqa: UP045
+MinerFile = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option("--miner", help="File of the miner; default: the one beside the delta, or in the checkpoint."),
+]
+
 
 def main() -> None:
     """Runs the program. A user's mistake is one line on standard error and exit code 1, never a traceback."""
@@ -148,7 +158,7 @@ def _register_transfer() -> None:
     for field in dataclasses.fields(TransferConfig):
         if "help" not in field.metadata:
             continue
-        plain = {int: int, float: float}.get(field.type, int if field.type == (int | None) else str)
+        plain = {int: int, float: float, bool: bool}.get(field.type, int if field.type == (int | None) else str)
         plain = float if field.type == (float | None) else plain
         default = ",".join(field.default) if isinstance(field.default, tuple) else field.default
         shown = "" if default is None else f" Default: {default}."
@@ -170,11 +180,11 @@ _register_transfer()
 
 @app.command()
 def sample(
-    run: Annotated[Path, typer.Argument(help="Folder of a run, or a delta file (then with --source).")],
+    run: Result,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for grid.png and the single images.")],
     number: Annotated[int, typer.Option("--number", "-n", min=1, help="How many images.")] = 16,
-    source: Annotated[Optional[str], typer.Option(help="Checkpoint that the delta was trained from.")] = None,  # noqa: UP045
-    miner: Annotated[Optional[Path], typer.Option(help="Miner for a delta; default: the one beside it.")] = None,  # noqa: UP045
+    source: Base = None,
+    miner: MinerFile = None,
     which: Which = "best",
     seed: Seed = 0,
     device: Device = None,
@@ -197,15 +207,15 @@ def sample(
 
 @app.command()
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="Folder of a run, or a delta file (then with --source).")],
+    run: Result,
     images: Annotated[Path, typer.Option(help="Folder of real images to compare with, best ones never trained on.")],
     samples: Annotated[int, typer.Option(min=2, help="Generated images.")] = 1000,
     features: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(help="critic, pixels, digits, or a TorchScript file; default: the run's."),
     ] = None,
-    source: Annotated[Optional[str], typer.Option(help="Checkpoint that the delta was trained from.")] = None,  # noqa: UP045
-    miner: Annotated[Optional[Path], typer.Option(help="Miner for a delta; default: the one beside it.")] = None,  # noqa: UP045
+    source: Base = None,
+    miner: MinerFile = None,
     json_file: Annotated[Optional[Path], typer.Option("--json", help="Write the numbers here too.")] = None,  # noqa: UP045
     which: Which = "best",
     seed: Seed = 0,

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from tiny_conditional import Conditional, Critic
 
 import minegan_fast as mf
 from minegan_fast.training import TransferConfig
@@ -30,6 +31,8 @@ VARIANTS = {
     "gradient": {"criterion": "gradient", "train_critic": "sparse", "path_length_weight": 0.0},
     "saliency": {"criterion": "saliency", "score_samples": 3},
     "movement": {"criterion": "movement", "scope": "layer"},
+    "class miner": {"conditional": True, "density": 0.3, "path_length_weight": 0.0},
+    "constant": {"mine": "w", "mine_constant": True, "criterion": "random"},
     "magnitude": {"criterion": "magnitude", "batch": 6},  # 3 samples of path length, 2 of them the first process's
 }
 
@@ -39,14 +42,17 @@ LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
 def one_step_of_each_stage(tiny, settings, processes=None):
     """What the critic sees in a step of mining, its gradients and the miner's; the selection; a step after it."""
     images = torch.randint(0, 256, (10, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    config = TransferConfig(**TRAINER | settings)
-    networks = copy.deepcopy(tiny["generator"]), copy.deepcopy(tiny["discriminator"])
+    settings = TRAINER | settings
+    torch.manual_seed(0)
+    own = (Conditional(), Critic()) if settings.pop("conditional", False) else None
+    config = TransferConfig(**settings)
+    networks = own or (copy.deepcopy(tiny["generator"]), copy.deepcopy(tiny["discriminator"]))
     trainer = Trainer(config, *networks, images, "cpu", processes)
     found = {"seen": []}
     hook = trainer.critic.register_forward_pre_hook(lambda _, inputs: found["seen"].append(inputs[0].detach().clone()))
     found["losses"] = trainer.step(0)
     hook.remove()
-    found["gradients"] = [p.grad.clone() for net in (trainer.critic, trainer.miner) for p in net.parameters()]
+    found["gradients"] = [p.grad.clone() for p in (*trainer.critic.parameters(), *trainer.mined.mining_parameters())]
     trainer.begin_finetuning()
     trainer.select()
     optimizers = [o for o in (trainer.finetuner, trainer.critic_optimizer) if isinstance(o, mf.SparseFinetuner)]
@@ -58,7 +64,7 @@ def one_step_of_each_stage(tiny, settings, processes=None):
         trainer.step(4)
     critic = [p for group in trainer.critic_optimizer.param_groups for p in group["params"]]
     rows = trainer.finetuner.parameters()
-    found["trained"] = [sum(p.numel() for p in ps) for ps in (critic, [*trainer.miner.parameters(), *rows])]
+    found["trained"] = [sum(p.numel() for p in ps) for ps in (critic, [*trainer.mined.mining_parameters(), *rows])]
     found["rows"] = [p.grad.clone() for p in trainer.finetuner.parameters()]
     found["path length"] = trainer.path_length_mean
     trainer.finetuner.verify()

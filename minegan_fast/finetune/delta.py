@@ -63,6 +63,15 @@ def save_delta(ft, path: str | os.PathLike, ema: bool = False):
     save_tensors(path, tensors, metadata)
 
 
+def is_delta(path: str | os.PathLike) -> bool:
+    """Whether the file is one that `save_delta` wrote."""
+    try:
+        with safe_open(path, "pt") as file:
+            return (file.metadata() or {}).get("format") == FORMAT
+    except SafetensorError:
+        return False
+
+
 def _read(path) -> tuple[dict, dict[str, Tensor]]:
     try:
         with safe_open(path, "pt") as file:

@@ -141,12 +141,13 @@ class SparseFinetuner(torch.optim.Optimizer):
         """Every backward() inside is evidence; no weight moves and no gradient stays.
 
         For "fisher" the pieces of evidence are samples: a backward() of a batch's loss counts as one of each sample's
-        own, without a loop over them. Where a parameter meets the samples in a linear layer, a convolution, a bias, an
-        affine, or a normalisation's affine this is exact, also if it is scaled, normalised or shared before, and as far
-        as the samples do not act on each other (batch norm in training mode, minibatch statistics). Anywhere else (an
-        embedding, attention's and recurrent layers' own functions, a gradient of a gradient), and where axis 0 of the
-        layer's input is not the batch, the square of the summed gradient stands for the sum of the squares, which is
-        its mean where the samples' gradients are independent around zero; a UserWarning names these parameters.
+        own, without a loop over them. Where a parameter meets the samples in a linear layer, an embedding of one label
+        a sample, a convolution, a bias, an affine, or a normalisation's affine this is exact, also if it is scaled,
+        normalised or shared before, and as far as the samples do not act on each other (batch norm in training mode,
+        minibatch statistics). Anywhere else (an embedding of sequences, attention's and recurrent layers' own
+        functions, a gradient of a gradient), and where axis 0 of the layer's input is not the batch, the square of the
+        summed gradient stands for the sum of the squares, which is its mean where the samples' gradients are
+        independent around zero; a UserWarning names these parameters.
 
         The other criteria take the gradient that a backward() brings as one piece. For "movement" each is one dense
         step, and leaving the block gives parameters and buffers their old bits back. Evidence of several blocks adds up

@@ -255,8 +255,28 @@ def _mv(a, b):
         return _matmul(a, b)
 
 
+def _embedding(input, weight, padding_idx=None, max_norm=None, norm_type=2.0, scale_grad_by_freq=False, sparse=False):
+    """The selected rows, or columns, are looked up in their leaf, the others in the dense weight."""
+    e = expression_of(weight)
+    if e is None or e.part is None or e.dense.ndim != 2:
+        return NotImplemented
+    if padding_idx is not None or max_norm is not None or scale_grad_by_freq or sparse:
+        return NotImplemented
+    for link in e.links:
+        link.row_uses.add("embedding")
+    y = F.embedding(input, e.dense)
+    if e.axis == 1:
+        y = y.index_copy(-1, e.rows, F.embedding(input, e.part))
+    else:
+        places = torch.full((len(e.dense),), -1, device=input.device)
+        places = places.index_copy(0, e.rows, torch.arange(len(e.rows), device=input.device))[input]
+        y = torch.where((places >= 0).unsqueeze(-1), F.embedding(places.clamp(min=0), e.part), y)
+    return y if e.factor is None else y * e.factor.to(y.dtype)
+
+
 _LAYERS = {
     F.linear: _linear,
+    F.embedding: _embedding,
     **{function: _conv(n) for n, function in enumerate((torch.conv1d, torch.conv2d, torch.conv3d), 1)},
     torch.conv_transpose1d: _conv_transpose(1),
     torch.conv_transpose2d: _conv_transpose(2),

@@ -241,6 +241,16 @@ def _linear(func, input, weight, bias=None):
     return _layer(func, input, weight, bias, 2, Linear)
 
 
+def _embedding(func, input, weight, padding_idx=None, max_norm=None, norm_type=2.0, *flags, **names):
+    """Of one label per sample: a linear layer of the labels' unit vectors."""
+    if input.dim() != 1 or not _followed(weight) or padding_idx is not None or max_norm is not None:
+        return NotImplemented
+    if any(flags) or any(names.values()) or _written(weight):
+        return NotImplemented
+    units = F.one_hot(input.long(), len(weight)).to(weight.dtype)
+    return _layer(F.linear, units, _derived(Tensor.t, (weight,)), None, 2, Linear)
+
+
 def _convolution(func, input, weight, bias=None, *args, **kwargs):
     if not args and kwargs:
         names = ("stride", "padding", *_TAILS["transpose" in func.__name__])
@@ -318,7 +328,7 @@ def _expand(func, t, *sizes):
 
 
 _RULES = dict.fromkeys(_SCALES | _SUMS, _elementwise)
-_RULES |= {bias_act: _bias_act, noise_bias_act: _noise_bias_act}
+_RULES |= {bias_act: _bias_act, noise_bias_act: _noise_bias_act, F.embedding: _embedding}
 _RULES |= {F.linear: _linear, Tensor.expand: _expand, Tensor.expand_as: _expand}
 _RULES |= dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), _convolution)
 _RULES |= dict.fromkeys((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), _convolution)

@@ -14,7 +14,7 @@ ACTIVATIONS = {"relu": nn.ReLU, "lrelu": lambda: nn.LeakyReLU(0.2), "tanh": nn.T
 
 
 class Miner(nn.Module):
-    """A multilayer perceptron u [B, input_dim] -> z [B, output_dim].
+    """A multilayer perceptron u [B, input_dim] -> z [B, output_dim], or whatever else a generator takes.
 
     Args:
         latent_dim: size of the generator's input.
@@ -24,6 +24,7 @@ class Miner(nn.Module):
         activation: "relu" | "lrelu" | "tanh" | "linear", between the layers.
         residual: z = u + f(u) with f's last layer zero at the start: the miner is the identity until it has learnt.
             Needs input_dim == output_dim.
+        affine: z = A u + b + f(u) with A and b that train too, for sizes that differ; see `match`.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class Miner(nn.Module):
         output_dim: int | None = None,
         activation: str = "relu",
         residual: bool = True,
+        affine: bool = False,
     ):
         super().__init__()
         width, input_dim, output_dim = (latent_dim if d is None else d for d in (width, input_dim, output_dim))
@@ -46,23 +48,27 @@ class Miner(nn.Module):
             "output_dim": output_dim,
             "activation": activation,
             "residual": residual,
+            "affine": affine,
         }
         for name in ("latent_dim", "depth", "width", "input_dim", "output_dim"):
             if self.config[name] < 1:
                 raise ValueError(f"{name} must be at least 1, got {self.config[name]}")
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-        if residual and input_dim != output_dim:
+        if affine and not residual:
+            raise ValueError("affine=True makes a residual miner's skip connection affine; leave residual=True with it")
+        if residual and not affine and input_dim != output_dim:
             raise ValueError(
                 f"a residual miner needs input_dim == output_dim, got {input_dim} and {output_dim}; "
-                "make them equal or pass residual=False"
+                "make them equal or pass residual=False, or affine=True"
             )
-        self.input_dim, self.output_dim, self.residual = input_dim, output_dim, residual
+        self.input_dim, self.output_dim = input_dim, output_dim
         sizes = [input_dim] + [width] * (depth - 1) + [output_dim]
         layers = [nn.Linear(*sizes[:2])]
         for pair in itertools.pairwise(sizes[1:]):
             layers += [ACTIVATIONS[activation](), nn.Linear(*pair)]
         self.layers = nn.Sequential(*layers)
+        self.skip = nn.Linear(input_dim, output_dim) if affine else nn.Identity() if residual else None
         if residual:
             nn.init.zeros_(self.layers[-1].weight)
             nn.init.zeros_(self.layers[-1].bias)
@@ -71,56 +77,22 @@ class Miner(nn.Module):
         if u.ndim != 2 or u.shape[1] != self.input_dim:
             raise ValueError(f"u must have shape [B, {self.input_dim}], got {list(u.shape)}")
         z = self.layers(u)
-        return u + z if self.residual else z
-
-
-class Mined(nn.Module):
-    """A generator behind its miner: u [B, miner.input_dim] -> images.
-
-    Args:
-        generator: z -> images, or (z, class embedding) -> images where there is a class miner.
-        miner: u -> z.
-        class_miner: u -> class embedding, for conditional generators: the class is mined in embedding space.
-
-    Keywords of the call go to the generator.
-    """
-
-    def __init__(self, generator: nn.Module, miner: nn.Module, class_miner: nn.Module | None = None):
-        super().__init__()
-        self.generator, self.miner, self.class_miner = generator, miner, class_miner
-        produced, wanted = getattr(miner, "output_dim", None), getattr(generator, "latent_dim", None)
-        if None not in (produced, wanted) and produced != wanted:
-            raise ValueError(f"the miner gives {produced} numbers, but the generator takes z of {wanted}")
-
-    @property
-    def input_dim(self) -> int:
-        dim = getattr(self.miner, "input_dim", None)
-        if dim is None:
-            raise ValueError(f"{type(self.miner).__name__} has no input_dim; give it one, or call with your own u")
-        return dim
-
-    def forward(self, u: Tensor, **keywords) -> Tensor:
-        z = self.miner(u)
-        if self.class_miner is None:
-            return self.generator(z, **keywords)
-        return self.generator(z, self.class_miner(u), **keywords)
+        return z if self.skip is None else self.skip(u) + z
 
     @torch.no_grad()
-    def sample(self, batch: int, generator: torch.Generator | None = None, **keywords) -> Tensor:
-        """Images of `batch` draws u ~ N(0, I).
-
-        A torch.Generator makes the result reproducible: u comes from it, and so does the seed under which the generator
-        network runs, for its noise injection; the global random state is left as it was.
+    def match(self, samples: Tensor) -> None:
+        """Sets A and b so that A u + b, u ~ N(0, I), has the mean of `samples` [N, output_dim], and of their covariance
+        the input_dim largest principal components: all of it, where input_dim suffices. A single sample is b, A = 0.
         """
-        like = next(itertools.chain(self.miner.parameters(), self.parameters()), torch.empty(()))
-        source = like.device if generator is None else generator.device
-        u = torch.randn(batch, self.input_dim, generator=generator, device=source, dtype=like.dtype).to(like.device)
-        if generator is None:
-            return self(u, **keywords)
-        seed = int(torch.randint(2**62, (), generator=generator, device=source))
-        with torch.random.fork_rng([like.device] if like.is_cuda else []):
-            torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach GPUs that are not forked
-            if like.is_cuda:
-                with torch.cuda.device(like.device):
-                    torch.cuda.manual_seed(seed)
-            return self(u, **keywords)
+        if not isinstance(self.skip, nn.Linear) or samples.ndim != 2 or samples.shape[1] != self.output_dim:
+            raise ValueError(
+                f"match() takes samples [N, {self.output_dim}] and a miner with affine=True, got {list(samples.shape)} "
+                f"and affine={self.config['affine']}"
+            )
+        mean = samples.double().mean(0)
+        _, deviations, axes = torch.linalg.svd((samples.double() - mean) / len(samples) ** 0.5, full_matrices=False)
+        axes, kept = axes[: self.input_dim], deviations[: self.input_dim]
+        axes = axes * axes.gather(1, axes.abs().argmax(1, keepdim=True)).sign()  # an axis has two directions
+        self.skip.bias.copy_(mean)
+        self.skip.weight.zero_()
+        self.skip.weight[:, : len(kept)] = (axes * kept[:, None]).T

@@ -167,6 +167,12 @@ class BigGANGenerator(nn.Module):
                 x = layer(x)
         return self.output_layer(x).tanh()
 
+    def class_embeddings(self) -> Tensor:
+        """What every label stands for, [num_classes, class_dim]."""
+        if self.shared is None:
+            return torch.eye(self.num_classes, device=self.linear.weight.device)
+        return self.shared.weight
+
     @torch.no_grad()
     def standing_statistics(self, inputs: Iterable[tuple[Tensor, Tensor]]):
         """Replaces the stored batch-norm statistics by their mean over batches (z, y) ("standing statistics" of the

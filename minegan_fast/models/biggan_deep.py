@@ -226,6 +226,10 @@ class BigGANDeepGenerator(nn.Module):
         hot = F.one_hot(checked_labels(labels, self.num_classes), self.num_classes)
         return self.embeddings(hot.to(self.embeddings.weight.dtype))
 
+    def class_embeddings(self) -> Tensor:
+        """What every label stands for, [num_classes, class_dim]."""
+        return self.embeddings.weight.t()
+
     def forward(self, z: Tensor, y: Tensor, *, truncation: float = 1.0) -> Tensor:
         """y: labels, integers [B], or class embeddings [B, class_dim].
 

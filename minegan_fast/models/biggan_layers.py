@@ -81,7 +81,7 @@ class ClassTable(nn.Embedding):
     """A row for every class: of labels [B], or the mixture that weights [B, classes] name."""
 
     def forward(self, y: Tensor) -> Tensor:
-        return y.to(self.weight.dtype) @ self.weight if y.is_floating_point() else F.embedding(y, self.weight)
+        return F.linear(y.to(self.weight.dtype), self.weight.t()) if y.is_floating_point() else super().forward(y)
 
 
 class BatchNorm(nn.Module):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops import bias_act
-from .layers import PixelNorm, Progressive, channel_table, check_images, minibatch_stddev
+from .layers import PixelNorm, Progressive, channel_table, check_images, mean_2x2, minibatch_stddev
 
 
 class Equalised(nn.Module):
@@ -40,7 +40,7 @@ class Equalised(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         weight = self.module.weight * self.constant
         y = F.linear(x, weight) if self.kernel is None else F.conv2d(x, weight, padding=self.kernel // 2)
-        y = F.avg_pool2d(y, 2) if self.pool else y
+        y = mean_2x2(y) if self.pool else y
         return bias_act(y, self.module.bias * self.constant, act=self.act)
 
 
@@ -130,6 +130,10 @@ class PGANGenerator(Progressive):
             image = torch.lerp(low, image, self.alpha)
         return image
 
+    def class_embeddings(self) -> Tensor:
+        """What every label stands for, [num_classes, num_classes]."""
+        return torch.eye(self.num_classes, device=self.formatLayer.module.weight.device)
+
     def _labels(self, z: Tensor, y: Tensor | None) -> Tensor:
         if y is not None and not y.is_floating_point() and y.ndim == 1 and self.num_classes:
             y = F.one_hot(y, self.num_classes)
@@ -184,16 +188,20 @@ class PGANDiscriminator(Progressive):
         )
         self.decisionLayer = Equalised(widths[0], 1 + num_classes, activate=False)
 
+    def image_side_blocks(self) -> list[nn.Module]:
+        """The blocks, the nearest to the image first."""
+        return [self.fromRGBLayers, *reversed(self.scaleLayers), self.groupScaleZero]
+
     def features(self, x: Tensor, group: int = 4) -> Tensor:
         """Activations before the last layer: [B, channels at 4x4]. With group=1 no sample sees its batch."""
         check_images(x, self.image_channels, self.resolution)
         low = None
         if self.alpha < 1 and len(self.scaleLayers):
-            low = self.fromRGBLayers[-2](F.avg_pool2d(x, 2))
+            low = self.fromRGBLayers[-2](mean_2x2(x))
         x = self.fromRGBLayers[-1](x)
         for first, second in reversed(self.scaleLayers):
             x = second(first(x))
-            x = x if self.fused else F.avg_pool2d(x, 2)
+            x = x if self.fused else mean_2x2(x)
             if low is not None:
                 x, low = torch.lerp(low, x, self.alpha), None
         x = (minibatch_stddev if self.fused else consecutive_stddev)(x, group)

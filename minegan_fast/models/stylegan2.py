@@ -100,8 +100,9 @@ class ConstantInput(nn.Module):
     def neuron_parameters(self) -> list:
         return [[("input", 1)]]
 
-    def forward(self, batch: int) -> Tensor:
-        return self.input.expand(batch, -1, -1, -1).contiguous(memory_format=torch.channels_last)
+    def forward(self, batch: int, constant: Tensor | None = None) -> Tensor:
+        constant = self.input if constant is None else constant
+        return constant.expand(batch, -1, -1, -1).contiguous(memory_format=torch.channels_last)
 
 
 class StyledConv(nn.Module):
@@ -247,16 +248,22 @@ class StyleGAN2Generator(nn.Module):
         z = torch.randn(samples, self.latent_dim, generator=torch.Generator().manual_seed(seed))
         return self.mapping(z.to(self.input.input)).mean(0, keepdim=True)
 
-    def synthesis(self, w: Tensor, noise: str | list[Tensor] = "random") -> Tensor:
+    @property
+    def learned_constant(self) -> Tensor:
+        """What the synthesis begins with, [1, C, 4, 4]."""
+        return self.input.input
+
+    def synthesis(self, w: Tensor, noise: str | list[Tensor] = "random", constant: Tensor | None = None) -> Tensor:
         """w [B, L, style_dim] -> images.
 
         noise: "random" (a new normal map per sample and layer), "constant" (the buffers in `noises`), "none", or L - 1
         maps [1 or B, 1, r, r], one per styled convolution: r = 4, 8, 8, 16, 16, ...
+        constant: [1 or B, C, 4, 4] in the place of `learned_constant`.
         """
         if w.ndim != 3 or w.shape[1:] != (self.num_layers, self.style_dim):
             raise ValueError(f"w must have shape [B, {self.num_layers}, {self.style_dim}], got {list(w.shape)}")
         maps = self._noise_maps(noise, w)
-        x = self.conv1(self.input(w.shape[0]), w[:, 0], maps[0])
+        x = self.conv1(self.input(w.shape[0], constant), w[:, 0], maps[0])
         skip = self.config["architecture"] == "skip"
         image = self.to_rgb1(x, w[:, 1], None) if skip else None
         for j in range(len(self.convs) // 2):
@@ -294,6 +301,7 @@ class StyleGAN2Generator(nn.Module):
         noise: str | list[Tensor] = "random",
         latents: bool = False,
         return_latents: bool = False,
+        constant: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Images of z.
 
@@ -304,6 +312,7 @@ class StyleGAN2Generator(nn.Module):
             noise: "random" | "constant" | "none" | list of maps, as in `synthesis`.
             latents: z is already w, [B, style_dim] or [B, L, style_dim].
             return_latents: return (images, w [B, L, style_dim]) instead of images.
+            constant: as in `synthesis`.
 
         Raises:
             ValueError: a shape, crossover or noise that is not as above.
@@ -325,7 +334,7 @@ class StyleGAN2Generator(nn.Module):
         if truncation != 1.0:
             center = self.mean_latent().to(w.dtype)
             w = center + truncation * (w - center)
-        image = self.synthesis(w, noise)
+        image = self.synthesis(w, noise, constant)
         return (image, w) if return_latents else image
 
     def _layer_styles(self, z: Tensor, latents: bool) -> Tensor:

@@ -3,12 +3,14 @@
 import dataclasses
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 from .._files import atomic_path
 from ..finetune.scores import CRITERIA
+from ..mining.mined import PLACES
 from .augment import parse_policy
 from .losses import LOSSES
 
@@ -47,6 +49,11 @@ class TransferConfig:
     score_samples: int = setting(64, "Generated images that score the neurons.")
     train_critic: str = setting("all", "What of the critic trains: all, sparse (as the generator), freezed (FreezeD).")
     freeze_blocks: int = setting(3, "Blocks nearest to the image that FreezeD freezes.")
+    mine: str = setting("z", "Where the miner acts: z, or w (behind the mapping network of StyleGAN and StyleGAN2).")
+    mine_constant: bool = setting(False, "Mine the learned constant of StyleGAN and StyleGAN2 too.")
+    mined_class: int | str | None = setting(
+        None, "Labels at whose embeddings the class miner starts: 207, or 207,208; default: all of the source's."
+    )
     miner_depth: int = setting(2, "Linear layers of the miner.")
     miner_width: int | None = setting(None, "Width of the miner; default: the latent size.")
     miner_lr: float | None = setting(None, "Learning rate of the miner.")
@@ -78,6 +85,8 @@ class TransferConfig:
         self.metrics = tuple(self.metrics)
         if self.gradient_penalty_weight is None:
             self.gradient_penalty_weight = 10.0 if self.loss == "wgan" else 0.0
+        if self.mined_class is not None:
+            self.mined_class = str(self.mined_class)
         self.miner_lr = 2 * self.lr if self.miner_lr is None else self.miner_lr
         self.generator_lr = self.lr / 2 if self.generator_lr is None else self.generator_lr
         self.critic_lr = self.lr if self.critic_lr is None else self.critic_lr
@@ -107,12 +116,14 @@ class TransferConfig:
             raise ValueError(
                 f"density is the fraction of neurons that train, above 0 and at most 1; got {self.density!r}"
             )
+        if self.mined_class is not None and not re.fullmatch(r"\d+(,\d+)*", self.mined_class):
+            raise ValueError(f"mined_class takes labels, as in 207 or 207,208; got {self.mined_class!r}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay!r}")
         for name, known in (
             ("loss", LOSSES), ("train_critic", CRITIC_TRAINING), ("precision", PRECISIONS), ("criterion", CRITERIA),
             ("budget", ("neurons", "parameters")), ("scope", ("global", "layer")),
-            ("policy", ("train_top", "freeze_top")),
+            ("policy", ("train_top", "freeze_top")), ("mine", PLACES),
         ):  # fmt: skip
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
@@ -166,9 +177,9 @@ def _check_type(name: str, value: Any, annotation: Any) -> None:
             raise ValueError(f"{name} must be a list of words, got {value!r}")
         return
     kinds = get_args(annotation) or (annotation,)
-    fits = isinstance(value, (*kinds, int) if float in kinds else kinds) and not isinstance(value, bool)
+    fits = isinstance(value, (*kinds, int) if float in kinds else kinds) and isinstance(value, bool) <= (bool in kinds)
     if not fits:
-        names = {int: "a whole number", float: "a number", str: "a text", type(None): "null"}
+        names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "null"}
         raise ValueError(f"{name} must be {' or '.join(names[kind] for kind in kinds)}, got {value!r}")
 
 

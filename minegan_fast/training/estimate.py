@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..ops import r1_penalty
 from .config import TransferConfig
 from .losses import generator_loss
+from .places import new_mined
 from .trainer import DTYPES, Trainer
 
 # Gradients of activations, workspaces and the allocator's rounding come on top of what is saved for backward.
@@ -73,8 +74,9 @@ def _saved_bytes(config: TransferConfig, generator: nn.Module, critic: nn.Module
     device = next(generator.parameters()).device
     dtype = DTYPES[config.precision]
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        mined = new_mined(config, generator).to(device)
         with _counting() as generator_step, torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            fake = generator(torch.randn(batch, generator.latent_dim, device=device, requires_grad=True))
+            fake = mined(torch.randn(batch, mined.input_dim, device=device))
             generator_loss(config.loss, critic(fake))
         with _counting() as critic_step:
             r1_penalty(critic, fake.detach().float())

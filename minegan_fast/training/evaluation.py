@@ -1,5 +1,6 @@
 """How good is a run: metrics between generated and real images on features of the user's choice."""
 
+import inspect
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -21,9 +22,11 @@ class CriticFeatures(nn.Module):
     def __init__(self, critic: nn.Module):
         super().__init__()
         self.critic = critic
+        # no image sees its batch: minibatch statistics are of one each
+        self.alone = {"group": 1} if "group" in inspect.signature(critic.features).parameters else {}
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.critic.features(x, group=1)
+        return self.critic.features(x, **self.alone)
 
 
 class PixelFeatures(nn.Module):

@@ -9,13 +9,15 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from ..mining import Mined, Miner, load_miner, save_miner
+from ..mining import Mined, Miner, load_mined, save_miner
 from .evaluation import generate, measure
 from .events import EventWriter
 from .folder import RunFolder, read_generator, write_generator
 from .plots import loss_curves, save_grid
 from .progress import Progress
 from .randomness import derived_seed
+
+VERSION = 2  # of the snapshots
 
 
 class TrainingDiverged(RuntimeError):  # noqa: N818
@@ -26,20 +28,29 @@ class TrainingDiverged(RuntimeError):  # noqa: N818
 class TransferResult:
     """What a run gives back.
 
-    generator, miner: averaged weights of the best snapshot by held-out KID, or of the last where nothing is held out.
-    step: the step they are of. history: rows of history.jsonl. metrics: those of that step. folder: where all of it is.
+    mined: generator and miners, averaged weights of the best snapshot by held-out KID, or of the last where nothing is
+    held out. step: the step they are of. history: rows of history.jsonl. metrics: those of that step. folder: where all
+    of it is.
     """
 
-    generator: nn.Module
-    miner: Miner
+    mined: Mined
     step: int
     history: list[dict]
     metrics: dict[str, float]
     folder: Path
 
+    @property
+    def generator(self) -> nn.Module:
+        return self.mined.generator
+
+    @property
+    def miner(self) -> Miner:
+        """The miner of z or w; of a conditional source, `mined.class_miner` gives the class embeddings."""
+        return self.mined.miner
+
     def sample(self, n: int, seed: int = 0) -> Tensor:
         """n images [n, C, R, R] in [-1, 1] on the CPU; the same for the same seed."""
-        return generate(Mined(self.generator, self.miner), n, seed)
+        return generate(self.mined, n, seed)
 
 
 class Execution:
@@ -146,7 +157,7 @@ class Execution:
     def _write_snapshot(self) -> tuple[float, int, int]:
         """Measures, writes the results, and the snapshot last: a kill in between repeats the steps since the last.
         Returns what decides how the run goes on: the best KID, its step, and the snapshots since."""
-        config, folder, sampler = self.config, self.folder, self.trainer.average()
+        config, folder, sampler = self.config, self.folder, self.trainer.result()
         fake = generate(sampler, config.eval_samples, config.seed)
         names = dict.fromkeys((*config.metrics, "kid"))
         values = measure(self.prepared.features(fake), self.real, names)
@@ -159,7 +170,7 @@ class Execution:
         loss_curves(folder.curves, self.history)
 
         write_generator(folder.last / "generator.safetensors", sampler.generator)
-        save_miner(folder.last / "miner.safetensors", sampler.miner)
+        save_miner(folder.last / "miner.safetensors", sampler)
         if self.trainer.finetuner:
             self.trainer.finetuner.save_delta(folder.last / "delta.safetensors", ema=True)
         if self.step == config.mining_steps:
@@ -174,7 +185,7 @@ class Execution:
 
     def _state(self) -> dict:
         return {
-            "version": 1,
+            "version": VERSION,
             "step": self.step,
             "best": {"kid": self.best_kid, "step": self.best_step, "waited": self.waited},
             "images": self.fingerprint,
@@ -182,6 +193,11 @@ class Execution:
         }
 
     def _restore(self, step: int, state: dict) -> None:
+        if state["version"] != VERSION:
+            raise ValueError(
+                f"the run's snapshots are of version {state['version']}, this library goes on from {VERSION}: finish "
+                "it with the library that began it, or start a new run"
+            )
         if state["images"] != self.fingerprint:
             raise ValueError("the run began with other training images; put those back, or start a new run")
         self.step = step
@@ -201,7 +217,5 @@ class Execution:
         generator = read_generator(self.folder.best / "generator.safetensors", self.prepared.generator)
         rows = [row for row in self.history if row["step"] == self.best_step and "kid" in row]
         metrics = {k: v for k, v in rows[-1].items() if k not in ("step", "stage")}
-        miner = load_miner(self.folder.best / "miner.safetensors").to(self.prepared.device)
-        return TransferResult(
-            generator.to(self.prepared.device), miner, self.best_step, self.history, metrics, self.folder.path
-        )
+        mined = load_mined(self.folder.best / "miner.safetensors", generator).to(self.prepared.device)
+        return TransferResult(mined, self.best_step, self.history, metrics, self.folder.path)

@@ -42,8 +42,13 @@ def transfer(
 ) -> TransferResult:
     """Adapts a pretrained GAN to a few images: mining, then finetuning of the neurons that matter.
 
+    Of a class-conditional source the class is mined too, in the space of its class embeddings; the critic judges
+    without labels. In both stages the generator runs in eval mode: its batch-norm statistics and spectral-norm vectors
+    stay the source's, of which a few images would tell little.
+
     Args:
-        source: a checkpoint's path, or a generator module with `latent_dim` and `resolution` (copied, not changed).
+        source: a checkpoint's path, or a generator module with `latent_dim` and `resolution` (copied, not changed). One
+            with `num_classes` > 0 takes (z, class embedding) and has `class_embeddings()` [num_classes, class_dim].
         images: a folder, or a tensor [N, C, R, R], float in [-1, 1] or uint8.
         out: the run's folder. One that holds a run is refused unless `resume`.
         critic: path or module; None takes the source file's discriminator, or a new one, with a message.
@@ -62,9 +67,11 @@ def transfer(
         **settings: any other field of `TransferConfig`: held_out (fraction set aside where that makes 5 images or more,
             or a folder), patience (snapshots without a gain in held-out KID after which stage 2 stops; 0 never),
             criterion, scope, budget, policy, score_samples, train_critic ("all" | "sparse" | "freezed") and
-            freeze_blocks, miner_depth, miner_width, r1_gamma, r1_every, path_length_weight, path_length_every,
-            gradient_penalty_weight, augment, ema_decay, precision ("fp32" | "bf16" | "fp16"), eval_samples, keep, grid,
-            log_every.
+            freeze_blocks, mine ("z" | "w": behind a StyleGAN's mapping network), mine_constant (a StyleGAN's learned
+            constant too), mined_class (a label, or "207,208": where the class miner starts; by default at the
+            distribution of all classes' embeddings), miner_depth, miner_width, r1_gamma, r1_every, path_length_weight,
+            path_length_every, gradient_penalty_weight, augment, ema_decay, precision ("fp32" | "bf16" | "fp16"),
+            eval_samples, keep, grid, log_every.
 
     Returns a `TransferResult`; the folder holds the same and more (see README).
 

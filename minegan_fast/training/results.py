@@ -5,43 +5,54 @@ from pathlib import Path
 import torch
 
 from ..finetune import load_delta
-from ..mining import Mined, Miner, load_miner
+from ..finetune.delta import is_delta
+from ..mining import Mined, load_mined
 from ..models import has_discriminator, load_discriminator, load_generator
 from .config import TransferConfig, load_config
 from .evaluation import MEASURES, choose_features, generate, measure
 from .folder import RESULTS, RunFolder
 from .images import load_images
+from .places import new_mined
 from .sources import choose_device, image_channels
 
 
 def open_result(path: str | Path, which: str = "best", device: str | None = None, source=None, miner=None) -> Mined:
-    """The sampler in a run's folder, or of a delta file over its `source` (with `miner`, or the one beside it).
+    """The sampler in a run's folder; of a delta file over its `source`, with `miner` or the one beside it; or of a
+    checkpoint with a miner: a training file of the original MineGAN (for BigGAN the folder with G.pth and M.pth), or
+    any checkpoint with `miner`.
 
-    ValueError/FileNotFoundError: no run there, none of that name, a delta without its source.
+    ValueError/FileNotFoundError: no run there, none of that name, a delta without its source, no miner.
     """
     path, where = Path(path), choose_device(device)
     if path.suffix == ".safetensors" and not path.exists():
         raise FileNotFoundError(f"no delta at {str(path)!r}: check the path; results from before stage 2 have none")
-    if path.is_file():
-        if source is None:
-            raise ValueError(f"{path} is a delta: name the checkpoint that it was trained from with --source")
+    if path.is_file() and source is not None:
         generator = load_generator(source)
         load_delta(generator, path)
         beside = path.with_name("miner.safetensors")
-        network = load_miner(miner or beside) if miner or beside.exists() else _identity(generator.latent_dim)
+        # without one the miners are those before the first step
+        found = miner or beside.exists()
+        mined = load_mined(miner or beside, generator) if found else new_mined(TransferConfig(), generator)
+    elif path.is_file() or any(path.glob("M*.pth")):
+        mined = _with_miner(path, miner)
     else:
         if which not in RESULTS:
             raise ValueError(f"which must be one of {', '.join(RESULTS)}, got {which!r}")
         folder = getattr(RunFolder(path), which)
         if not (folder / "generator.safetensors").is_file():
             raise FileNotFoundError(f"no {which} result in {str(path)!r}: give the folder that transfer wrote")
-        generator, network = load_generator(folder / "generator.safetensors"), load_miner(folder / "miner.safetensors")
-    return Mined(generator, network).to(where).eval()
+        mined = load_mined(folder / "miner.safetensors", load_generator(folder / "generator.safetensors"))
+    return mined.to(where).eval()
 
 
-def _identity(latent_dim: int) -> Miner:
-    """A residual miner before its first step."""
-    return Miner(latent_dim, depth=1).eval()
+def _with_miner(path: Path, miner) -> Mined:
+    if path.is_file() and is_delta(path):
+        raise ValueError(f"{path} is a delta: name the checkpoint that it was trained from with --source")
+    generator = load_generator(path)
+    try:
+        return load_mined(miner or path, generator)
+    except ValueError as error:
+        raise ValueError(f"{error}; name the file of the miner with --miner") from None
 
 
 @torch.no_grad()
@@ -51,7 +62,7 @@ def evaluate_result(path, which, device, source, miner, images, samples: int, fe
     generator = sampler.generator
     real = load_images(images, generator.resolution, image_channels(generator)).images
     critic = None
-    if Path(path).is_dir():
+    if RunFolder(path).config.is_file():
         config = TransferConfig(**load_config(path))
         features, source = features or config.features, config.source
         if config.critic:

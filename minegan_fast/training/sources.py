@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..models import StyleGAN2Discriminator, has_discriminator, load_discriminator, load_generator
+from ..models import has_discriminator, load_discriminator, load_generator
 from .config import TransferConfig
+from .critics import check_fit, new_critic
 from .images import ImageSet, load_images
-from .randomness import seed_all
 
 # A KID against fewer images than this would choose the best snapshot by chance: then none is set aside.
 LEAST_HELD_OUT = 5
@@ -39,8 +39,6 @@ def open_networks(source, critic, config: TransferConfig) -> Networks:
     for name in ("latent_dim", "resolution"):
         if not isinstance(getattr(generator, name, None), int):
             raise ValueError(f"the source {type(generator).__name__} has no {name}: set it as an integer attribute")
-    if getattr(generator, "num_classes", 0):
-        raise ValueError("the source is class-conditional; this version adapts unconditional generators")
     pretrained = True
     if isinstance(critic, nn.Module):
         critic = copy.deepcopy(critic)
@@ -49,21 +47,10 @@ def open_networks(source, critic, config: TransferConfig) -> Networks:
     elif not isinstance(source, nn.Module) and has_discriminator(source):
         critic = load_discriminator(source)
     else:
-        critic, pretrained = _new_critic(generator, config.seed), False
-    for name in ("resolution", "image_channels"):
-        made, judged = getattr(generator, name, None), getattr(critic, name, None)
-        if None not in (made, judged) and made != judged:
-            raise ValueError(f"generator and critic do not fit: {name} is {made} and {judged}")
-    return Networks(generator, critic, pretrained)
-
-
-def _new_critic(generator: nn.Module, seed: int) -> nn.Module:
-    settings = getattr(generator, "config", {})
-    if getattr(generator, "family", None) != "stylegan2":
-        raise ValueError(f"no critic came with the source {type(generator).__name__}: give one with critic=")
-    shared = {k: settings[k] for k in ("resolution", "channel_base", "channel_max", "image_channels", "channels")}
-    seed_all(seed, "critic")
-    return StyleGAN2Discriminator(**shared)
+        critic, pretrained = new_critic(generator, config.seed), False
+    check_fit(generator, critic)
+    # A module may come in train mode: what is measured before the training must not move its statistics.
+    return Networks(generator.eval(), critic.eval(), pretrained)
 
 
 def image_channels(generator: nn.Module) -> int:

@@ -1,7 +1,8 @@
 """The networks and optimizers of a run, and what one step does with them.
 
-Stage 1 trains the miner and the critic while the generator is frozen. Stage 2 selects the generator's neurons on the
-target and trains them too (MineGAN++: Wang et al. 2021, arXiv 2104.13742).
+Stage 1 trains the miners and the critic while the generator is frozen. Stage 2 selects the generator's neurons on the
+target and trains them too (MineGAN++: Wang et al. 2021, arXiv 2104.13742). The generator is in eval mode in both:
+batch statistics of a few images are noisy ones, and a delta holds no buffers.
 """
 
 import copy
@@ -14,12 +15,14 @@ from torch import Tensor, nn
 
 from ..finetune import SparseFinetuner
 from ..finetune.distributed import gradients
-from ..mining import Mined, Miner
+from ..mining import Mined
 from ..ops import gradient_penalty, path_length_penalty, r1_penalty
 from .augment import diff_augment
 from .config import TransferConfig
+from .critics import freeze_lower_blocks
 from .images import to_float
 from .losses import critic_loss, generator_loss
+from .places import new_mined
 from .processes import Processes
 from .randomness import DataOrder, seed_all
 
@@ -27,7 +30,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Trainer:
-    """One run's state: `mined` (generator and miner), `critic`, their averages and optimizers.
+    """One run's state: `mined` (generator and miners), `critic`, their averages and optimizers.
 
     images: uint8 [N, C, R, R] on the CPU. Every step's randomness follows from (config.seed, step). On several
     processes each takes its part of every batch, and after every step all have the same weights and state.
@@ -46,11 +49,11 @@ class Trainer:
         self.images, self.order = images, DataOrder(len(images), config.batch, config.seed)
         self.generator = generator.to(self.device).eval().requires_grad_(False)
         self.critic = critic.to(self.device).train().requires_grad_(True)
-        seed_all(config.seed, "miner")
-        self.miner = Miner(generator.latent_dim, config.miner_depth, config.miner_width).to(self.device)
-        self.mined = Mined(self.generator, self.miner)
+        self.mined = new_mined(config, self.generator).to(self.device)
         self.processes.equalise([t for net in (self.mined, self.critic) for t in (*net.parameters(), *net.buffers())])
-        self.miner_average = copy.deepcopy(self.miner).requires_grad_(False)
+        self.average = self.mined.before(self.generator)
+        for parameter in self.average.mining_parameters():
+            parameter.requires_grad_(False)
         self.finetuner: SparseFinetuner | None = None
 
         if config.train_critic == "freezed":
@@ -58,20 +61,23 @@ class Trainer:
         self.betas = (config.beta1, config.beta2)
         trained = [p for p in self.critic.parameters() if p.requires_grad]
         self.critic_optimizer = torch.optim.Adam(trained, config.critic_lr, betas=self.betas, fused=True)
-        self.miner_optimizer = torch.optim.Adam(self.miner.parameters(), config.miner_lr, betas=self.betas, fused=True)
+        self.miner_optimizer = torch.optim.Adam(
+            self.mined.mining_parameters(), config.miner_lr, betas=self.betas, fused=True
+        )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
         self.path_length_weight = path_length_weight(config, generator)
         self.path_length_mean = torch.zeros((), device=self.device)
         self.finite = torch.ones((), dtype=torch.bool, device=self.device)
 
     def step(self, number: int) -> dict[str, Tensor]:
-        """Trains critic, miner and, after `select`, the selected neurons once; returns the losses of the batch."""
+        """Trains critic, miners and, after `select`, the selected neurons once; returns the losses of the batch."""
         seed_all(self.config.seed, "step", number)
         values = {"loss_D": self._train_critic(number), "loss_G": self._train_generator(number)}
         self.scaler.update()
         decay = min(self.config.ema_decay, (number + 1) / (number + 10))
         with torch.no_grad():
-            for average, live in zip(self.miner_average.parameters(), self.miner.parameters(), strict=True):
+            pairs = zip(self.average.mining_parameters(), self.mined.mining_parameters(), strict=True)
+            for average, live in pairs:
                 average.lerp_(live, 1 - decay)
         for value in values.values():
             self.finite &= torch.isfinite(value)
@@ -143,6 +149,8 @@ class Trainer:
             "scope": config.scope, "policy": config.policy, "seed": config.seed,
         }  # fmt: skip
         self.generator.requires_grad_(True)
+        if self.mined.constant is not None:  # the generator's own is not read: no neuron of it is to be selected
+            self.generator.learned_constant.requires_grad_(False)
         self.finetuner = SparseFinetuner(self.generator, config.generator_lr, ema_decay=config.ema_decay, **common)
         if config.train_critic == "sparse":
             self.critic_optimizer = SparseFinetuner(self.critic, config.critic_lr, **common)
@@ -161,9 +169,11 @@ class Trainer:
             return
         # The Fisher information is the mean of per-sample squares: one sample a backward.
         batch = 1 if config.criterion == "fisher" else config.batch
-        flags = [p.requires_grad for p in other.parameters()]
-        other.requires_grad_(False)
-        self.miner.requires_grad_(False)
+        still = [*other.parameters(), *self.mined.mining_parameters()]
+        flags = [p.requires_grad for p in still]
+        for parameter in still:
+            parameter.requires_grad_(False)
+        self.critic.eval()  # on several processes its buffers would see other samples
         processes, hooks = self.processes, []
         with optimizer.scoring(samples=1 if batch == 1 else None):
             if config.criterion == "movement" and processes.size > 1:  # its dense steps are steps of the whole batch
@@ -178,8 +188,8 @@ class Trainer:
                     evidence(samples).backward()
         for hook in hooks:
             hook.remove()
-        self.miner.requires_grad_(True)
-        for parameter, flag in zip(other.parameters(), flags, strict=True):
+        self.critic.train()
+        for parameter, flag in zip(still, flags, strict=True):
             parameter.requires_grad_(flag)
 
     def _mean(self, grad: Tensor) -> Tensor:
@@ -196,17 +206,17 @@ class Trainer:
         pair = (diff_augment(x, self.config.augment) for x in (real, self.mined(self._latents(len(samples)))))
         return critic_loss(self.config.loss, *(self.critic(x) for x in pair))
 
-    def average(self) -> Mined:
-        """A copy that samples as the run's result does: averaged miner before the generator with averaged neurons."""
+    def result(self) -> Mined:
+        """A copy that samples as the run's result does: averaged miners before the generator with averaged neurons."""
         generator = self.finetuner.ema_model() if self.finetuner else copy.deepcopy(self.generator)
-        return Mined(generator, copy.deepcopy(self.miner_average)).eval().requires_grad_(False)
+        return self.average.before(generator).eval().requires_grad_(False)
 
     def state_dict(self) -> dict:
         return {
             "generator": self.generator.state_dict(),
             "critic": self.critic.state_dict(),
-            "miner": self.miner.state_dict(),
-            "miner_average": self.miner_average.state_dict(),
+            "mined": self.mined.mining_state(),
+            "average": self.average.mining_state(),
             "miner_optimizer": self.miner_optimizer.state_dict(),
             "critic_optimizer": self.critic_optimizer.state_dict(),
             "finetuner": self.finetuner.state_dict() if self.finetuner else None,
@@ -221,13 +231,15 @@ class Trainer:
             self.finetuner.load_state_dict(state["finetuner"])
         self.critic_optimizer.load_state_dict(state["critic_optimizer"])
         self.miner_optimizer.load_state_dict(state["miner_optimizer"])
-        for name in ("generator", "critic", "miner", "miner_average"):
+        for name in ("generator", "critic"):
             getattr(self, name).load_state_dict(state[name])
+        for name in ("mined", "average"):
+            getattr(self, name).load_mining_state(state[name])
         self.scaler.load_state_dict(state["scaler"])
         self.path_length_mean = state["path_length_mean"].to(self.device)
 
     def _latents(self, batch: int) -> Tensor:
-        return torch.randn(batch, self.miner.input_dim, device=self.device)
+        return torch.randn(batch, self.mined.input_dim, device=self.device)
 
     @contextmanager
     def _autocast(self) -> Iterator[None]:
@@ -237,24 +249,14 @@ class Trainer:
 
 
 def path_length_weight(config: TransferConfig, generator: nn.Module) -> float:
-    """The configured weight, or by default 2 for generators that return their latents and 0 for others."""
+    """The configured weight, or by default 2 for generators that return their latents and 0 for others, among them
+    StyleGAN, which was trained without."""
     able = "return_latents" in inspect.signature(generator.forward).parameters
     if config.path_length_weight and not able:
         raise ValueError(
             f"path_length_weight needs a generator with a return_latents argument, which {type(generator).__name__} "
             "has not; set path_length_weight to 0"
         )
-    return (2.0 if able else 0.0) if config.path_length_weight is None else config.path_length_weight
-
-
-def freeze_lower_blocks(critic: nn.Module, count: int) -> None:
-    """FreezeD (Mo et al. 2020, arXiv 2002.10964): the `count` blocks nearest to the image do not train.
-
-    Blocks are the entries of the critic's first nn.Sequential or nn.ModuleList, or its children where it has none.
-    """
-    sequences = [m for m in critic.children() if isinstance(m, (nn.Sequential, nn.ModuleList))]
-    blocks = list(sequences[0] if sequences else critic.children())
-    if count > len(blocks):
-        raise ValueError(f"freeze_blocks is {count}, but {type(critic).__name__} has {len(blocks)} blocks")
-    for block in blocks[:count]:
-        block.requires_grad_(False)
+    if config.path_length_weight is not None:
+        return config.path_length_weight
+    return 2.0 if able and getattr(generator, "family", None) != "stylegan" else 0.0

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from minegan_fast.training.config import TransferConfig
+from minegan_fast.training.critics import freeze_lower_blocks
 from minegan_fast.training.randomness import DataOrder, derived_seed
-from minegan_fast.training.trainer import Trainer, freeze_lower_blocks
+from minegan_fast.training.trainer import Trainer
 
 
 def make(tiny, **settings):
@@ -20,7 +21,7 @@ def test_gradients_do_not_accumulate_over_steps(tiny):
     gradients = []
     for _ in range(3):
         trainer.step(1)
-        gradients.append([p.grad.clone() for p in trainer.miner.parameters()])
+        gradients.append([p.grad.clone() for p in trainer.mined.mining_parameters()])
     # The last layer starts at zero, so only it has a gradient; the learning rate is too small to move anything.
     assert gradients[0][-1].abs().sum() > 0
     for other in gradients[1:]:
@@ -93,11 +94,11 @@ def test_average_of_the_miner(tiny):
     values = []
     for number in range(20, 23):
         trainer.step(number)
-        values.append(trainer.miner.layers[-1].weight.detach().clone())
+        values.append(trainer.mined.miner.layers[-1].weight.detach().clone())
     expected = torch.zeros_like(values[0])
     for value in values:
         expected = expected.lerp(value, 0.5)
-    torch.testing.assert_close(trainer.miner_average.layers[-1].weight, expected)
+    torch.testing.assert_close(trainer.average.miner.layers[-1].weight, expected)
 
 
 def test_state_goes_on_exactly(tiny):
@@ -112,7 +113,7 @@ def test_state_goes_on_exactly(tiny):
     for trainer in (one, two):
         trainer.step(2)
         trainer.step(3)
-    for a, b in zip(one.average().state_dict().values(), two.average().state_dict().values(), strict=True):
+    for a, b in zip(one.result().state_dict().values(), two.result().state_dict().values(), strict=True):
         assert torch.equal(a, b)
     two.finetuner.verify()
 

@@ -1,0 +1,132 @@
+"""A generator behind its miners: where in a pretrained GAN mining takes place."""
+
+import copy
+import itertools
+
+import torch
+from torch import Tensor, nn
+
+PLACES = ("z", "w")
+
+
+class Mined(nn.Module):
+    """A generator behind its miners: u [B, input_dim] -> images.
+
+    What is mined depends on the generator's family (MineGAN, arXiv 1912.05270, mines z, and in BigGAN the class too):
+
+        z                            G(M(u))
+        z and class embedding        G(M(u), C(u))          BigGAN: C(u) takes the place of the embedding of a label
+        w                            G(M(mapping(u)))       StyleGAN, StyleGAN2: M stands behind the mapping network
+        the learned constant         G(..., constant=c)     StyleGAN, StyleGAN2: c [1, C, 4, 4] trains; with z or w
+
+    Args:
+        generator: z -> images, or (z, class embedding) -> images where there is a class miner.
+        miner: u -> z, or w -> w.
+        class_miner: u -> class embedding, for conditional generators: the class is mined in embedding space.
+        place: "z" | "w". "w" needs a generator with `mapping(z) -> w` and the keyword `latents`.
+        constant: [1, C, 4, 4], copied: takes the place of the generator's learned constant, and trains.
+
+    Keywords of the call go to the generator.
+    """
+
+    def __init__(
+        self,
+        generator: nn.Module,
+        miner: nn.Module,
+        class_miner: nn.Module | None = None,
+        place: str = "z",
+        constant: Tensor | None = None,
+    ):
+        super().__init__()
+        self.generator, self.miner, self.class_miner, self.place = generator, miner, class_miner, place
+        self.constant = None
+        name = type(generator).__name__
+        if place not in PLACES:
+            raise ValueError(f"place must be one of {', '.join(PLACES)}, got {place!r}")
+        if place == "w" and not hasattr(generator, "mapping"):
+            raise ValueError(f"{name} has no mapping network, so w cannot be mined in it: take z")
+        if class_miner is not None and getattr(generator, "num_classes", None) == 0:
+            raise ValueError(f"{name} has no classes, so it takes no class miner")
+        latent = "latent_dim" if place == "z" else "style_dim"
+        self._check_size("the miner gives", getattr(miner, "output_dim", None), latent)
+        if place == "w":
+            self._check_size("the miner takes", getattr(miner, "input_dim", None), latent)
+        self._check_size("the class miner gives", getattr(class_miner, "output_dim", None), "class_dim")
+        if constant is not None:
+            own = learned_constant(generator)
+            if constant.shape != own.shape:
+                raise ValueError(f"the constant must have shape {list(own.shape)}, got {list(constant.shape)}")
+            self.constant = nn.Parameter(constant.detach().to(own, copy=True))
+
+    def _check_size(self, what: str, size: int | None, attribute: str) -> None:
+        wanted = getattr(self.generator, attribute, None)
+        if None not in (size, wanted) and size != wanted:
+            kind = {"latent_dim": "z", "style_dim": "w", "class_dim": "class embeddings"}[attribute]
+            raise ValueError(f"{what} {size} numbers, but the generator takes {kind} of {wanted}")
+
+    @property
+    def input_dim(self) -> int:
+        """The size of u."""
+        holder, name = (self.miner, "input_dim") if self.place == "z" else (self.generator, "latent_dim")
+        dim = getattr(holder, name, None)
+        if dim is None:
+            raise ValueError(f"{type(holder).__name__} has no {name}; give it one, or call with your own u")
+        return dim
+
+    def forward(self, u: Tensor, **keywords) -> Tensor:
+        if self.constant is not None:
+            keywords = {"constant": self.constant, **keywords}
+        if self.place == "w":
+            return self.generator(self.miner(self.generator.mapping(u)), latents=True, **keywords)
+        if self.class_miner is None:
+            return self.generator(self.miner(u), **keywords)
+        return self.generator(self.miner(u), self.class_miner(u), **keywords)
+
+    def before(self, generator: nn.Module) -> "Mined":
+        """Copies of these miners, before another generator."""
+        return Mined(generator, *copy.deepcopy((self.miner, self.class_miner)), self.place, self.constant)
+
+    def mining_parameters(self) -> list[nn.Parameter]:
+        """What mining trains: the parameters of the miners, and the constant."""
+        miners = [m for m in (self.miner, self.class_miner) if m is not None]
+        return [p for m in miners for p in m.parameters()] + ([] if self.constant is None else [self.constant])
+
+    def mining_state(self) -> dict[str, Tensor]:
+        """The state dict without the generator's part."""
+        return {name: t for name, t in self.state_dict().items() if not name.startswith("generator.")}
+
+    def load_mining_state(self, state: dict[str, Tensor]) -> None:
+        """What `mining_state` gave; the generator stays as it is. RuntimeError where the names differ."""
+        if state.keys() != self.mining_state().keys():
+            raise RuntimeError(f"the miners have {sorted(self.mining_state())}, not {sorted(state)}")
+        self.load_state_dict(state, strict=False)
+
+    @torch.no_grad()
+    def sample(self, batch: int, generator: torch.Generator | None = None, **keywords) -> Tensor:
+        """Images of `batch` draws u ~ N(0, I).
+
+        A torch.Generator makes the result reproducible: u comes from it, and so does the seed under which the generator
+        network runs, for its noise injection; the global random state is left as it was.
+        """
+        like = next(itertools.chain(self.miner.parameters(), self.parameters()), torch.empty(()))
+        source = like.device if generator is None else generator.device
+        u = torch.randn(batch, self.input_dim, generator=generator, device=source, dtype=like.dtype).to(like.device)
+        if generator is None:
+            return self(u, **keywords)
+        seed = int(torch.randint(2**62, (), generator=generator, device=source))
+        with torch.random.fork_rng([like.device] if like.is_cuda else []):
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach GPUs that are not forked
+            if like.is_cuda:
+                with torch.cuda.device(like.device):
+                    torch.cuda.manual_seed(seed)
+            return self(u, **keywords)
+
+
+def learned_constant(generator: nn.Module) -> Tensor:
+    """The learned constant [1, C, 4, 4] that a generator's synthesis begins with. ValueError: it has none."""
+    constant = getattr(generator, "learned_constant", None)
+    if not isinstance(constant, Tensor):
+        raise ValueError(
+            f"{type(generator).__name__} has no learned constant to mine; that is possible in StyleGAN and StyleGAN2"
+        )
+    return constant

@@ -1,0 +1,57 @@
+"""Where in the source a run mines, and where its miners start: at the source's own distribution."""
+
+import torch
+from torch import Tensor, nn
+
+from ..mining import Mined, Miner
+from ..mining.mined import learned_constant
+from .config import TransferConfig
+from .randomness import seeded
+
+
+def new_mined(config: TransferConfig, generator: nn.Module) -> Mined:
+    """The generator behind new miners.
+
+    The miner of z or w starts as the identity, a mined constant as the generator's own. The class miner starts as an
+    affine map of u whose values have the mean and the covariance of the source's class embeddings, or of those of the
+    labels that `mined_class` names: a single one is the embedding of that class, whatever u is. Of the source's own
+    distribution that leaves out that classes are points, and independent of z.
+
+    ValueError: the source has nothing to mine there, `mined_class` names what is no label of it.
+    """
+    if config.mine == "w" and not hasattr(generator, "mapping"):
+        raise ValueError(f"mine is w, but {type(generator).__name__} has no mapping network: take mine z")
+    classes, class_miner = getattr(generator, "num_classes", 0), None
+    if config.mined_class and not classes:
+        raise ValueError(f"mined_class is {config.mined_class}, but {type(generator).__name__} has no classes")
+    size = generator.latent_dim if config.mine == "z" else generator.style_dim
+    shape = {"depth": config.miner_depth, "width": config.miner_width}
+    with seeded(config.seed, "miner"):
+        miner = Miner(size, **shape)
+        if classes:
+            start = _embeddings(generator)[_labels(config.mined_class, classes)]
+            class_miner = Miner(generator.latent_dim, **shape, output_dim=start.shape[1], affine=True)
+            class_miner.match(start)
+    constant = learned_constant(generator) if config.mine_constant else None
+    return Mined(generator, miner, class_miner, config.mine, constant)
+
+
+def _embeddings(generator: nn.Module) -> Tensor:
+    """[num_classes, class_dim] on the CPU."""
+    if not hasattr(generator, "class_embeddings"):
+        raise ValueError(
+            f"the source {type(generator).__name__} is class-conditional, but has no class_embeddings(): a method that "
+            "returns the embedding of every class, [num_classes, class_dim], which the generator takes for a label"
+        )
+    with torch.no_grad():
+        return generator.class_embeddings().float().cpu()
+
+
+def _labels(named: str | None, classes: int) -> list[int]:
+    """Of "207,208": [207, 208]; of None: all."""
+    if named is None:
+        return list(range(classes))
+    labels = [int(word) for word in named.split(",")]
+    if max(labels) >= classes:
+        raise ValueError(f"mined_class is {named}, but the source's labels are 0 to {classes - 1}")
+    return labels
