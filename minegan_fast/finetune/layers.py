@@ -1,4 +1,4 @@
-"""Layers on held weights: linear, convolutions and transposed ones with the weight gradient of the selected rows alone.
+"""Layers on held weights: linear, convolutions, transposed ones and embeddings with the gradient of the selected rows.
 
     forward             y  = x * W + b
     input gradient      dx = W ⋆ dy                   with d(dy) = d(dx) * W,  dW_r += row_gradient(d(dx), dy_r)
