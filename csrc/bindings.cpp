@@ -16,6 +16,15 @@ namespace {
 
 void* at(uintptr_t address) { return reinterpret_cast<void*>(address); }
 
+using Pair = std::array<int64_t, 2>;
+
+minegan::Resampling resampling(Pair counts, Pair in, Pair out, std::vector<int64_t> kernel, Pair up, Pair down,
+                               Pair before, bool flip) {
+  return {
+      counts[0],      counts[1],          {in[0], in[1]},         {out[0], out[1]},   {kernel.front(), kernel.back()},
+      {up[0], up[1]}, {down[0], down[1]}, {before[0], before[1]}, kernel.size() == 1, flip};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -76,6 +85,63 @@ PYBIND11_MODULE(_C, m) {
         for (int i = 0; i < 6; ++i) std::copy(axes[i].begin(), axes[i].end(), *fields[i]);
         shape.transposed = transposed;
         minegan::row_gradient_cpu((const float*)at(x), (const float*)at(gy), (float*)at(dW), shape, threads);
+      },
+      no_gil);
+
+  m.def(
+      "upfirdn2d_cpu",
+      [](int dtype, Address x, Address f, Address y, Pair counts, Pair in, Pair out, std::vector<int64_t> kernel,
+         Pair up, Pair down, Pair before, bool flip, double gain, int threads) {
+        minegan::upfirdn2d_cpu(DType(dtype), at(x), at(f), at(y),
+                               resampling(counts, in, out, kernel, up, down, before, flip), gain, threads);
+      },
+      no_gil);
+
+  // B, C, P, last, noise_batch
+  using Shape = std::array<int64_t, 5>;
+  const auto planes = [](const Shape& s) { return minegan::Planes{s[0], s[1], s[2], s[3] != 0, s[4]}; };
+  m.def(
+      "modulated_conv2d_modulate_cpu",
+      [planes](int dtype, Address x, Address s, Address y, const Shape& shape, int threads) {
+        minegan::modulated_conv2d_modulate_cpu(DType(dtype), at(x), at(s), at(y), planes(shape), threads);
+      },
+      no_gil);
+  m.def(
+      "modulated_conv2d_backward_cpu",
+      [planes](int dtype, Address gy, Address x, Address s, Address gx, Address gs, const Shape& shape, int threads) {
+        minegan::modulated_conv2d_backward_cpu(DType(dtype), at(gy), at(x), at(s), at(gx), at(gs), planes(shape),
+                                               threads);
+      },
+      no_gil);
+  m.def(
+      "modulated_conv2d_double_backward_cpu",
+      [planes](int dtype, Address hx, Address gy, Address x, Address k, Address dgy, Address dx, Address ds,
+               const Shape& shape, int threads) {
+        minegan::modulated_conv2d_double_backward_cpu(DType(dtype), at(hx), at(gy), at(x), at(k), at(dgy), at(dx),
+                                                      at(ds), planes(shape), threads);
+      },
+      no_gil);
+  m.def(
+      "noise_bias_act_cpu",
+      [planes](int dtype, Address c, Address noise, Address k, Address y, const Shape& shape, double slope, double gain,
+               int threads) {
+        minegan::noise_bias_act_cpu(DType(dtype), at(c), at(noise), at(k), at(y), planes(shape), slope, gain, threads);
+      },
+      no_gil);
+  m.def(
+      "noise_bias_act_backward_cpu",
+      [planes](int dtype, Address gy, Address y, Address noise, Address k, Address gc, Address sums, const Shape& shape,
+               double slope, double gain, int threads) {
+        minegan::noise_bias_act_backward_cpu(DType(dtype), at(gy), at(y), at(noise), at(k), at(gc), at(sums),
+                                             planes(shape), slope, gain, threads);
+      },
+      no_gil);
+  m.def(
+      "noise_bias_act_double_backward_cpu",
+      [planes](int dtype, Address hc, Address gy, Address y, Address noise, Address k, Address dgy, Address dy,
+               Address dd, const Shape& shape, double slope, double gain, int threads) {
+        minegan::noise_bias_act_double_backward_cpu(DType(dtype), at(hc), at(gy), at(y), at(noise), at(k), at(dgy),
+                                                    at(dy), at(dd), planes(shape), slope, gain, threads);
       },
       no_gil);
 

@@ -109,4 +109,52 @@ struct Convolution {
 // x [B, groups C, *size], gy [B, k, *positions], dW [k, C, *kernel]; row r is of group r / (k / groups).
 void row_gradient_cpu(const float* x, const float* gy, float* dW, const Convolution&, int threads);
 
+// ---- upfirdn2d ----
+// Sizes are vertical, then horizontal. x [outer, *in, inner] and y [outer, *out, inner] as they lie in memory.
+struct Resampling {
+  int64_t outer, inner, in[2], out[2], kernel[2], up[2], down[2], before[2];
+  bool separable;  // the filter is kernel [k] times itself, kernel[0] = kernel[1] = k; else kernel [kernel[0],
+                   // kernel[1]]
+  bool flip;
+};
+
+// p[m] = x[(m - before) / up] where that is a whole number and there is such a sample, else 0, on both axes.
+//   y[j] = gain sum over t of f[k - 1 - t] p[j down + t]      (f[t] with flip)
+// f is of the type that sums are in: float, for doubles double.
+void upfirdn2d_cpu(DType, const void* x, const void* f, void* y, const Resampling&, double gain, int threads);
+
+// ---- planes ----
+// A tensor [B, C, P], P the positions of an image, that lies so or, `last`, as [B, P, C]. noise_batch is the stride
+// along B of a noise [B or 1, P], 0 where the samples share it. Below k and sums [.., B, C] and the noise are in float,
+// for doubles in double; sums are taken in an order that depends on the shape alone.
+struct Planes {
+  int64_t B, C, P;
+  bool last;
+  int64_t noise_batch;
+};
+
+// ---- modulated_conv2d ----
+//   y = s x
+void modulated_conv2d_modulate_cpu(DType, const void* x, const void* s, void* y, const Planes&, int threads);
+//   gx = s gy,   gs = sum over p of gy x
+void modulated_conv2d_backward_cpu(DType, const void* gy, const void* x, const void* s, void* gx, void* gs,
+                                   const Planes&, int threads);
+//   dgy = s hx + hs x,   dx = hs gy,   ds = sum over p of hx gy;   k = s, hs
+void modulated_conv2d_double_backward_cpu(DType, const void* hx, const void* gy, const void* x, const void* k,
+                                          void* dgy, void* dx, void* ds, const Planes&, int threads);
+
+// ---- noise_bias_act ----
+// With u = d c + f n + h and m = gain where u > 0, else slope gain; slope, gain > 0, and y's sign is u's:
+//   y = m u                                                                                       k = d, f, h
+// n, the noise, may be null.
+void noise_bias_act_cpu(DType, const void* c, const void* noise, const void* k, void* y, const Planes&, double slope,
+                        double gain, int threads);
+//   gc = m d gy,   sums = sum over p of m gy (y / m - f n - h), of m gy n, of m gy                k = d, f, h
+void noise_bias_act_backward_cpu(DType, const void* gy, const void* y, const void* noise, const void* k, void* gc,
+                                 void* sums, const Planes&, double slope, double gain, int threads);
+//   dgy = m (d hc + e y / m + f n + h),   dy = e gy,   dd = sum over p of m gy hc                 k = d, e, f, h
+void noise_bias_act_double_backward_cpu(DType, const void* hc, const void* gy, const void* y, const void* noise,
+                                        const void* k, void* dgy, void* dy, void* dd, const Planes&, double slope,
+                                        double gain, int threads);
+
 }  // namespace minegan

@@ -2,7 +2,7 @@
 
 from . import metrics, models
 from .finetune import FrozenNeuronsChanged, Selection, SparseFinetuner, load_delta, unload_delta
-from .mining import Mined, Miner
+from .mining import Mined, Miner, load_mined
 from .models import load_discriminator, load_generator, save_model
 from .ops import backends, gradient_penalty, interpolate, mmd2, path_length_penalty, r1_penalty, use_backend
 from .training import transfer
@@ -21,6 +21,7 @@ __all__ = [
     "load_delta",
     "load_discriminator",
     "load_generator",
+    "load_mined",
     "metrics",
     "mmd2",
     "models",

@@ -283,13 +283,13 @@ def parameters(thing: Thing) -> dict[str, Tensor]:
                     found[f"{prefix}{name}"] = tensor
         for name, module in _fields(state.get("_modules")).items():
             walk(module, f"{prefix}{name}.", (*above, thing))
-        if "variables" in state and "components" in state:
+        if "variables" in state and "build_func_name" in state:
             for name, array in state["variables"]:
                 if isinstance(array, Array) and array.value is not None:
                     found[f"{prefix}{name}"] = _as_tensor(array.value)
             if (kernel := _fields(state.get("static_kwargs")).get("resample_kernel")) is not None:
                 found[f"{prefix}resample_kernel"] = torch.tensor(kernel, dtype=torch.float32)
-            for name, network in _fields(state["components"]).items():
+            for name, network in _fields(state.get("components")).items():
                 walk(network, f"{prefix}{name}/", (*above, thing))
 
     walk(thing, "", ())

@@ -24,7 +24,15 @@ def convert(
     loose: Annotated[
         bool, typer.Option("--loose", help="Load what fits, name the rest; default: every tensor must fit.")
     ] = False,
+    resolution: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Of a progressively grown network: the part up to this size; default: as trained."),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite OUT.")] = False,
+    resolution: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Of a StyleGAN or Progressive GAN; default: the highest that was trained."),
+    ] = None,
 ) -> None:
     """Writes a checkpoint of another project as safetensors of this one.
 
@@ -32,7 +40,7 @@ def convert(
     """
     from . import models
 
-    models.convert(source, out, family, only, not loose, force)
+    models.convert(source, out, family, only, not loose, force, resolution)
     for network in models.inspect(out).networks:
         print(f"{network.role}: {network.source}")
     print(f"written to {out}")

@@ -147,15 +147,52 @@ def row_gradient_kernels():
             )  # fmt: skip
 
 
+def upfirdn2d_kernels():
+    from minegan_fast.kernels.upfirdn2d import _OPTIONS, blocks
+    from triton import language as tl
+
+    layers = {  # outer, inner, size of x, of y, up, down, padding before
+        "blur 257x257": (2048, 1, (257, 257), (256, 256), 1, 1, 1),
+        "blur 256x256": (2048, 1, (256, 256), (257, 257), 1, 1, 2),
+        "blur 257x257 channels last": (16, 128, (257, 257), (256, 256), 1, 1, 1),
+        "twice 128x128": (48, 1, (128, 128), (256, 256), 2, 1, 2),
+        "twice 64x64 channels last": (16, 512, (64, 64), (128, 128), 2, 1, 2),
+        "half 256x256": (2048, 1, (256, 256), (128, 128), 1, 2, 1),
+        "half 8x8 channels last": (16, 512, (8, 8), (4, 4), 1, 2, 1),
+    }
+    wides = {"fp32": tl.float32, "bf16": tl.float32, "fp64": tl.float64}
+    for layer, (outer, inner, size, out, up, down, before) in layers.items():
+        plane = max(size[0] * size[1], out[0] * out[1]) * inner
+        tile = blocks(outer, out[0], out[1] * inner, plane, up)
+        names = ("outer", "inner", "H", "W", "OH", "OW", "before_y", "before_x")
+        sizes = dict(zip(names, (outer, inner, *size, *out, before, before), strict=True))
+        constants = {"UY": up, "UX": up, "DY": down, "DX": down, "KH": 4, "KW": 4, "PHASE": -before % up}
+        for element, separable in (("fp32", True), ("bf16", True), ("fp32", False), ("fp64", True)):
+            pointers = {"x_ptr": element, "f_ptr": "fp64" if element == "fp64" else "fp32", "y_ptr": element}
+            flags = {"SEPARABLE": separable, "FLIP": False, "WIDE": wides[element]}
+            label = f"{layer} {element}{'' if separable else ' not separable'}"
+            yield Kernel(
+                "upfirdn2d", "upfirdn2d_kernel", label, pointers, sizes, {"gain": "fp64"}, constants | flags | tile,
+                wide=inner > 1, options=_OPTIONS,
+            )  # fmt: skip
+
+
 TRITON = {
     "bias_act": bias_act_kernels,
     "row_update": row_update_kernels,
     "row_score": row_score_kernels,
     "row_gradient": row_gradient_kernels,
+    "upfirdn2d": upfirdn2d_kernels,
 }
 
 # <op>.cu: which of its kernels, demangled, must have 16-byte loads; None: host code alone.
-CUDA = {"bias_act": r"kernel<.*\b(2|4|8)>", "row_update": r"kernel<", "row_score": None, "row_gradient": None}
+CUDA = {
+    "bias_act": r"kernel<.*\b(2|4|8)>",
+    "row_update": r"kernel<",
+    "row_score": None,
+    "row_gradient": None,
+    "upfirdn2d": None,
+}
 
 
 @dataclass

@@ -4,6 +4,7 @@ import json
 import sys
 
 import pytest
+import torch
 
 from minegan_fast import cli
 
@@ -66,6 +67,15 @@ def test_transfer_sample_evaluate(call, transfer, run_settings, tmp_path):
     report = json.loads(numbers.read_text())
     assert {"fid", "kid", "kmmd", "mv"} <= set(report["metrics"])
     assert "kmmd" in out
+
+
+def test_a_run_of_the_original_code_is_sampled(call, tiny, tmp_path):
+    layers = {f"transform.{i}.weight": torch.randn(8, 8) for i in (0, 2)}
+    layers |= {f"transform.{i}.bias": torch.randn(8) for i in (0, 2)}
+    torch.save({"g_ema": tiny["generator"].state_dict(), "miner": layers}, tmp_path / "100000.pt")
+    code, out, err = call("sample", tmp_path / "100000.pt", "--out", tmp_path / "s", "-n", 3)
+    assert code == 0, err
+    assert "3 images" in out
 
 
 def test_config_file_with_options_that_win(call, transfer, run_settings, tmp_path):

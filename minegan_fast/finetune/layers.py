@@ -18,6 +18,8 @@ from torch.autograd import Function
 from torch.nn import functional as F
 
 from ..ops import dense_is_faster, row_gradient
+from ..ops._op import backward_wants
+from ..ops.transposed_conv2d import transposed_forward
 from .rowwise import Expression, expression_of
 
 
@@ -67,6 +69,8 @@ class _Conv:
         return self.stride, self.padding, self.dilation, self.transposed, self.output_padding, self.groups
 
     def forward(self, x, weight, bias):
+        if self == _UPSAMPLING and bias is None:
+            return transposed_forward(x, weight)
         return torch.ops.aten.convolution(x, weight, bias, *self._arguments)
 
     def input_gradient(self, gy, weight, shape):
@@ -84,6 +88,9 @@ class _Conv:
         return tuple(weight.shape[2:]), self.stride, self.transposed
 
 
+_UPSAMPLING = _Conv((2, 2), (0, 0), (1, 1), 1, True, (0, 0))
+
+
 def _selected(gy: Tensor, rows: Tensor, axis: int) -> Tensor:
     return gy if len(rows) == gy.shape[axis] else gy.index_select(axis, rows)
 
@@ -98,17 +105,6 @@ def _rows_of_weight(op, x, gy, weight, rows) -> Tensor:
     return gradient.movedim(0, op.axis)
 
 
-def _wanted(ctx, i: int) -> bool:
-    """Whether the backward that runs now asks for the gradient of input i, 0 or 1: the inner pass of a penalty wants
-    that of the images alone, and needs_input_grad does not say so."""
-    if not ctx.needs_input_grad[i]:
-        return False
-    try:
-        return torch._C._will_engine_execute_node(ctx.next_functions[i][0])
-    except RuntimeError:  # it is a leaf that autograd.grad was given
-        return True
-
-
 class _Layer(Function):
     @staticmethod
     def forward(ctx, x, part, bias, bias_part, weight, rows, bias_rows, op):
@@ -120,7 +116,7 @@ class _Layer(Function):
     @staticmethod
     def backward(ctx, gy):
         x, part, weight, rows, bias_rows = ctx.saved_tensors
-        op, needs = ctx.op, (_wanted(ctx, 0), _wanted(ctx, 1), *ctx.needs_input_grad[2:])
+        op, needs = ctx.op, (backward_wants(ctx, 0), backward_wants(ctx, 1), *ctx.needs_input_grad[2:])
         gx = gpart = gbias = gbias_part = None
         if needs[0]:
             gx = _InputGradient.apply(gy, part, weight, rows, op, ctx.shape)
@@ -145,9 +141,9 @@ class _InputGradient(Function):
     def backward(ctx, ggx):
         gy, part, weight, rows = ctx.saved_tensors
         ggy = gpart = None
-        if _wanted(ctx, 0):
+        if backward_wants(ctx, 0):
             ggy = _Layer.apply(ggx, part, None, None, weight, rows, None, ctx.op)
-        if _wanted(ctx, 1):
+        if backward_wants(ctx, 1):
             gpart = _rows_of_weight(ctx.op, ggx, gy, weight, rows)
         return ggy, gpart, None, None, None, None
 

@@ -2,8 +2,8 @@
 
 During `with ft.scoring():` the candidates are `Sampled` parameters, and what is computed from them alone is `Derived`.
 Where one of either meets other data in a linear layer, a convolution, a sum or product broadcast over the samples, a
-normalisation's affine or bias_act, the meeting becomes a `Use` (per_sample.py). In every other function it is an
-`Escape`: the gradient of its parameters is then that of the batch. Axis 0 of the other data is the samples' axis.
+normalisation's affine, bias_act or noise_bias_act, the meeting becomes a `Use` (per_sample.py). In every other function
+it is an `Escape`: its parameters' gradient is then that of the batch. Axis 0 of the other data is the samples' axis.
 """
 
 import inspect
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops import bias_act
+from ..ops import bias_act, noise_bias_act
 from .per_sample import Escape, Expand, Layer, Linear, Use, resolve
 
 
@@ -286,6 +286,16 @@ def _bias_act(func, x, b=None, *, dim=1, **kwargs):
     return bias_act(x + every, None, dim=dim, **kwargs)
 
 
+def _noise_bias_act(func, c, d=None, noise=None, strength=None, bias=None, **kwargs):
+    if any(map(_followed, (c, d, noise))):
+        return NotImplemented
+    every = [
+        _broadcast(_derived(Tensor.view, (t, (1, -1))), 2, len(c)) if _followed(t) and t.requires_grad else t
+        for t in (strength, bias)
+    ]
+    return func(c, d, noise, *every, **kwargs)
+
+
 def _normalisation(func, *args, **kwargs):
     given = inspect.signature(func).bind(*args, **kwargs)
     given.apply_defaults()
@@ -318,13 +328,8 @@ def _expand(func, t, *sizes):
 
 
 _RULES = dict.fromkeys(_SCALES | _SUMS, _elementwise)
-_RULES |= {
-    F.linear: _linear,
-    F.embedding: _embedding,
-    bias_act: _bias_act,
-    Tensor.expand: _expand,
-    Tensor.expand_as: _expand,
-}
+_RULES |= {bias_act: _bias_act, noise_bias_act: _noise_bias_act, F.embedding: _embedding}
+_RULES |= {F.linear: _linear, Tensor.expand: _expand, Tensor.expand_as: _expand}
 _RULES |= dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), _convolution)
 _RULES |= dict.fromkeys((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), _convolution)
 _RULES |= dict.fromkeys((F.batch_norm, F.layer_norm, F.group_norm, F.instance_norm), _normalisation)

@@ -114,7 +114,9 @@ def export_rosinality(path: str | Path, generator: StyleGAN2Generator, discrimin
     return path
 
 
-def load_generator(path: str | Path, family: str | None = None, strict: bool = True) -> nn.Module:
+def load_generator(
+    path: str | Path, family: str | None = None, strict: bool = True, resolution: int | None = None
+) -> nn.Module:
     """The generator in a file of this project or of a public one, told by its keys and sized by its shapes.
 
     Args:
@@ -123,6 +125,8 @@ def load_generator(path: str | Path, family: str | None = None, strict: bool = T
         family: "biggan" (also BigGAN-deep), "pgan", "stylegan", "stylegan2", or None to tell by the keys.
         strict: every tensor of the network must be in the file and the other way round. False: what fits is loaded,
             the rest of the network has the values it is built with (seed 0), and a warning names what did not fit.
+        resolution: of a progressively grown network (Progressive GAN, StyleGAN) in a public layout, take the part up to
+            this image size; None: the size it was trained for.
 
     Returns the network in eval mode on the CPU, with an `Origin` as its attribute `origin`. Half-precision weights
     become float32. Noise buffers that a file leaves out are drawn from a fixed seed. The global random state is left
@@ -133,12 +137,14 @@ def load_generator(path: str | Path, family: str | None = None, strict: bool = T
             code (named and refused), another architecture (says what it looks like and which keys would have told),
             tensors that are missing, too many or of another shape (by name).
     """
-    return load_network(read(path), "generator", family, strict)
+    return load_network(read(path), "generator", family, strict, resolution)
 
 
-def load_discriminator(path: str | Path, family: str | None = None, strict: bool = True) -> nn.Module:
+def load_discriminator(
+    path: str | Path, family: str | None = None, strict: bool = True, resolution: int | None = None
+) -> nn.Module:
     """The discriminator in a file. As `load_generator`."""
-    return load_network(read(path), "discriminator", family, strict)
+    return load_network(read(path), "discriminator", family, strict, resolution)
 
 
 def has_discriminator(path: str | Path) -> bool:
@@ -159,9 +165,11 @@ def _on_cpu(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
 
 
-def load_network(contents: Contents, role: str, family: str | None, strict: bool) -> nn.Module:
+def load_network(
+    contents: Contents, role: str, family: str | None = None, strict: bool = True, resolution: int | None = None
+) -> nn.Module:
     """`load_generator` and `load_discriminator`, of what was read of a file."""
-    model = _filled(written_network(contents, role, family), strict)
+    model = _filled(written_network(contents, role, family, resolution), strict)
     _log.info("%s: %s", type(model).__name__, model.origin)
     return model.eval()
 
@@ -218,8 +226,8 @@ def holds(contents: Contents, role: str) -> bool:
     return role in modules if modules else find(contents.data, role) is not None
 
 
-def written_network(contents: Contents, role: str, family: str | None = None) -> Written:
-    """The network of that role in a file. ValueError: there is none, or none of that family."""
+def written_network(contents: Contents, role: str, family: str | None = None, resolution: int | None = None) -> Written:
+    """The network of that role in a file. ValueError: there is none, none of that family, or not of that resolution."""
     path = contents.path
     if modules := described_modules(contents):
         if role not in modules:
@@ -230,15 +238,25 @@ def written_network(contents: Contents, role: str, family: str | None = None) ->
         if (kind, role) not in MODELS:
             known = ", ".join(sorted({f for f, _ in MODELS}))
             raise ValueError(f"{path}: the family {kind!r} is unknown to this version, which reads: {known}")
-        return Written(MODELS[kind, role], config, state, Origin(str(path), "minegan_fast"))
+        written = Written(MODELS[kind, role], config, state, Origin(str(path), "minegan_fast"))
+        return _of_resolution(written, resolution)
     found = find(contents.data, role)
     if found is None:
         raise ValueError(f"{path} holds no {role} of a layout known here. {describe(contents.data, role)}")
     layout = found.layout
     _check_family(path, role, layout.model.family, family)
-    config, state = _sized(layout, found.state, path)
+    config, state = _sized(layout, found.state, path, resolution)
     origin = Origin(str(path), layout.project, found.container, found.averaged, found.passed_over)
-    return Written(layout.model, config, state, origin, layout.optional)
+    return _of_resolution(Written(layout.model, config, state, origin, layout.optional), resolution)
+
+
+def _of_resolution(written: Written, wanted: int | None) -> Written:
+    if wanted is not None and wanted != (held := written.config.get("resolution")):
+        raise ValueError(
+            f"{written.origin.path} holds a {written.model.__name__} of {held} px, not of {wanted}; resolution= takes "
+            "a part of a progressively grown network in its public layout"
+        )
+    return written
 
 
 def _check_family(path: Path, role: str, found: str, wanted: str | None) -> None:
@@ -246,11 +264,11 @@ def _check_family(path: Path, role: str, found: str, wanted: str | None) -> None
         raise ValueError(f"{path} holds a {found} {role}, not {wanted}; leave family=None to take what is there")
 
 
-def _sized(layout: Layout, state: State, path: Path) -> tuple[dict, State]:
+def _sized(layout: Layout, state: State, path: Path, resolution: int | None) -> tuple[dict, State]:
     """(constructor's arguments, tensors under the model's own names) of tensors in that layout."""
     looks = f"{path} looks like a {layout.model.family} {layout.role} of {layout.project}"
     try:
-        state = state if layout.crop is None else layout.crop(state, None)
+        state = state if layout.crop is None else layout.crop(state, resolution)
         return layout.config(state), layout.convert(state)
     except KeyError as error:
         raise ValueError(f"{looks} but lacks {error}; is the file complete?") from None

@@ -105,13 +105,14 @@ def convert(
     only: str | None = None,
     strict: bool = True,
     force: bool = False,
+    resolution: int | None = None,
 ) -> Path:
     """Writes the generator and the discriminator of any file that is read here as this project's safetensors.
 
     Args:
         source: as `load_generator`'s path.
         out: the file to write.
-        family, strict: as in `load_generator`.
+        family, strict, resolution: as in `load_generator`.
         only: "generator" or "discriminator": leave the other network out.
         force: overwrite `out` where it exists.
 
@@ -130,7 +131,7 @@ def convert(
     if not roles:
         wanted = only or "generator"
         raise ValueError(f"{source} holds no {wanted} of a layout known here. {describe(contents.data, wanted)}")
-    models = {role: load_network(contents, role, family, strict) for role in roles}
+    models = {role: load_network(contents, role, family, strict, resolution) for role in roles}
     return write_networks(out, [*models.values()], {role: str(model.origin) for role, model in models.items()})
 
 

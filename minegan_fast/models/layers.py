@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..ops import upfirdn2d
+
 
 def channel_table(
     resolution: int, base: int, maximum: int, override: dict[int, int] | None, smallest: int = 8
@@ -62,6 +64,11 @@ def minibatch_stddev(x: Tensor, group: int = 4) -> Tensor:
     y = y.to(torch.promote_types(x.dtype, torch.float32))
     std = (y.var(0, unbiased=False) + 1e-8).sqrt().mean((1, 2, 3))
     return torch.cat((x, std.to(x.dtype).repeat(size)[:, None, None, None].expand(b, 1, h, w)), 1)
+
+
+def mean_2x2(x: Tensor, stride: int = 2, padding: int = 0) -> Tensor:
+    """Average pooling, whose native CPU code is many times slower."""
+    return upfirdn2d(x, x.new_ones(2), down=stride, padding=padding, gain=0.25)
 
 
 def check_images(x: Tensor, channels: int, resolution: int) -> None:

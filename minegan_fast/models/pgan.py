@@ -19,24 +19,28 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops import bias_act
-from .layers import PixelNorm, Progressive, channel_table, check_images
+from .layers import PixelNorm, Progressive, channel_table, check_images, mean_2x2, minibatch_stddev
 
 
 class Equalised(nn.Module):
-    """Linear layer (kernel None) or convolution of unchanged size; `activate` adds a leaky ReLU of slope 0.2."""
+    """Linear layer (kernel None) or convolution of unchanged size; `activate` adds a leaky ReLU of slope 0.2.
 
-    def __init__(self, cin: int, cout: int, kernel: int | None = None, activate: bool = True):
+    pool: mean over 2x2 pixels, between the convolution and the bias.
+    """
+
+    def __init__(self, cin: int, cout: int, kernel: int | None = None, activate: bool = True, pool: bool = False):
         super().__init__()
         shape = (cout, cin) if kernel is None else (cout, cin, kernel, kernel)
         self.module = nn.Module()
         self.module.weight = nn.Parameter(torch.randn(shape))
         self.module.bias = nn.Parameter(torch.zeros(cout))
         self.constant = math.sqrt(2 / math.prod(shape[1:]))
-        self.kernel, self.act = kernel, "lrelu" if activate else "linear"
+        self.kernel, self.pool, self.act = kernel, pool, "lrelu" if activate else "linear"
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.module.weight * self.constant
         y = F.linear(x, weight) if self.kernel is None else F.conv2d(x, weight, padding=self.kernel // 2)
+        y = mean_2x2(y) if self.pool else y
         return bias_act(y, self.module.bias * self.constant, act=self.act)
 
 
@@ -144,6 +148,8 @@ class PGANDiscriminator(Progressive):
     """Progressive GAN discriminator: images [B, image_channels, R, R] in [-1, 1] -> logits [B].
 
     Args: as the generator's; with num_classes > 0 the last layer has as many further outputs, see `outputs`.
+        fused: as in the authors' program, convolution and halving are one step, before bias and activation, and the
+            deviation over the batch is `minibatch_stddev`; else as in the paper's tables, and `consecutive_stddev`.
     """
 
     family = "pgan"
@@ -156,6 +162,7 @@ class PGANDiscriminator(Progressive):
         image_channels: int = 3,
         num_classes: int = 0,
         channels: dict[int, int] | None = None,
+        fused: bool = False,
         alpha: float = 1.0,
     ):
         widths = channel_table(resolution, channel_base, channel_max, channels, smallest=4)
@@ -167,12 +174,13 @@ class PGANDiscriminator(Progressive):
             image_channels=image_channels,
             num_classes=num_classes,
             channels={str(r): c for r, c in widths.items()},
+            fused=fused,
         )
-        self.num_classes = num_classes
+        self.num_classes, self.fused = num_classes, fused
         widths = list(widths.values())
         self.fromRGBLayers = nn.ModuleList(Equalised(image_channels, c, 1) for c in widths)
         self.scaleLayers = nn.ModuleList(
-            nn.ModuleList([Equalised(high, high, 3), Equalised(high, low, 3)])
+            nn.ModuleList([Equalised(high, high, 3), Equalised(high, low, 3, pool=fused)])
             for low, high in itertools.pairwise(widths)
         )
         self.groupScaleZero = nn.ModuleList(
@@ -189,14 +197,15 @@ class PGANDiscriminator(Progressive):
         check_images(x, self.image_channels, self.resolution)
         low = None
         if self.alpha < 1 and len(self.scaleLayers):
-            low = self.fromRGBLayers[-2](F.avg_pool2d(x, 2))
+            low = self.fromRGBLayers[-2](mean_2x2(x))
         x = self.fromRGBLayers[-1](x)
         for first, second in reversed(self.scaleLayers):
-            x = F.avg_pool2d(second(first(x)), 2)
+            x = second(first(x))
+            x = x if self.fused else mean_2x2(x)
             if low is not None:
                 x, low = torch.lerp(low, x, self.alpha), None
-        x = self.groupScaleZero[0](consecutive_stddev(x, group))
-        return self.groupScaleZero[1](x.flatten(1))
+        x = (minibatch_stddev if self.fused else consecutive_stddev)(x, group)
+        return self.groupScaleZero[1](self.groupScaleZero[0](x).flatten(1))
 
     def outputs(self, x: Tensor) -> Tensor:
         """Everything the last layer says: [B, 1 + num_classes], the logit first."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops import bias_act
-from .layers import PixelNorm, Progressive, channel_table, check_images, minibatch_stddev
+from .layers import PixelNorm, Progressive, channel_table, check_images, mean_2x2, minibatch_stddev
 from .stylegan_layers import (
     AdaptiveInstanceNorm,
     Blur,
@@ -237,7 +237,7 @@ class StyleGANDiscriminator(Progressive):
         """
         check_images(x, self.image_channels, self.resolution)
         *blocks, last = self.progression
-        low = self.from_rgb[1](F.avg_pool2d(x, 2)) if self.alpha < 1 and blocks else None
+        low = self.from_rgb[1](mean_2x2(x)) if self.alpha < 1 and blocks else None
         x = self.from_rgb[0](x)
         for block in blocks:
             x = block(x)

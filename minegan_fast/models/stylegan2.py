@@ -1,13 +1,13 @@
-"""StyleGAN2 (Karras et al. 2020, arXiv 1912.04958): skip generator and residual discriminator.
+"""StyleGAN2 (Karras et al. 2020, arXiv 1912.04958): generators and discriminators of figure 7, skip and residual.
 
 A generator layer scales the input channels by the style s, convolves, divides by the expected norm of the output
 (demodulation, eq. 3), adds noise, and applies bias and leaky ReLU:
 
     y_o = lrelu( d_o · Σ_i W_oi * (s_i x_i) + noise + b_o ) · √2,      d_o = 1 / √( Σ_i Σ_k (s_i W_oik)² + 1e-8 )
 
-Scaling activations instead of weights keeps one convolution for the whole batch. Weights are stored as N(0, 1) and
-scaled by 1 / √fan-in in the forward (equalised learning rate). Parameter names and shapes are those of the public
-rosinality layout, so its checkpoints load by name.
+which is one op, `modulated_conv2d`. Weights are stored as N(0, 1) and scaled by 1 / √fan-in in the forward (equalised
+learning rate). Parameter names and shapes of the skip generator and the residual discriminator are those of the public
+rosinality layout, so its checkpoints load by name. Activations are channels-last, which convolutions are faster with.
 """
 
 import itertools
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops import bias_act
+from ..ops import bias_act, modulated_conv2d
 from .layers import Blur, PixelNorm, Upsample, channel_table, minibatch_stddev
 
 SQRT2 = math.sqrt(2.0)
@@ -66,32 +66,30 @@ class ModulatedConv2d(nn.Module):
         self.weight = nn.Parameter(torch.randn(1, cout, cin, kernel, kernel))
         self.modulation = EqualLinear(style_dim, cin, bias=1.0)
         self.scale = 1 / math.sqrt(cin * kernel * kernel)
-        self.demodulate, self.padding = demodulate, kernel // 2
+        self.demodulate = demodulate
         self.blur = Blur(padding=1, gain=4.0) if upsample else None
 
-    def forward(self, x: Tensor, style: Tensor) -> Tensor:
-        s = self.modulation(style)
-        weight = self.weight[0] * self.scale
-        x = x * s[:, :, None, None].to(x.dtype)
-        if self.blur is None:
-            y = F.conv2d(x, weight, padding=self.padding)
-        else:
-            y = self.blur(F.conv_transpose2d(x, weight.transpose(0, 1), stride=2))
-        if self.demodulate:
-            # Squares overflow float16, and bfloat16 has too few digits for their sum.
-            with torch.autocast(x.device.type, enabled=False):
-                squares = F.linear(s.to(weight.dtype).square(), weight.square().sum((2, 3)))
-            y = y * torch.rsqrt(squares + 1e-8)[:, :, None, None].to(y.dtype)
-        return y
+    def forward(self, x: Tensor, style: Tensor, **epilogue) -> Tensor:
+        """epilogue: what follows in the same pass, as of the op."""
+        up = self.blur is not None
+        return modulated_conv2d(
+            x,
+            self.weight[0],
+            self.modulation(style),
+            demodulate=self.demodulate,
+            up=up,
+            kernel=self.blur.kernel if up else None,
+            scale=self.scale,
+            **epilogue,
+        )
 
 
 class NoiseInjection(nn.Module):
+    """The strength of a layer's noise."""
+
     def __init__(self):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(1))
-
-    def forward(self, x: Tensor, noise: Tensor | None) -> Tensor:
-        return x if noise is None else x + self.weight.to(x.dtype) * noise.to(x.dtype)
 
 
 class ConstantInput(nn.Module):
@@ -103,7 +101,8 @@ class ConstantInput(nn.Module):
         return [[("input", 1)]]
 
     def forward(self, batch: int, constant: Tensor | None = None) -> Tensor:
-        return (self.input if constant is None else constant).expand(batch, -1, -1, -1)
+        constant = self.input if constant is None else constant
+        return constant.expand(batch, -1, -1, -1).contiguous(memory_format=torch.channels_last)
 
 
 class StyledConv(nn.Module):
@@ -117,7 +116,9 @@ class StyledConv(nn.Module):
         return [[("conv.weight", 1), ("activate.bias", 0)]]
 
     def forward(self, x: Tensor, style: Tensor, noise: Tensor | None) -> Tensor:
-        return self.activate(self.noise(self.conv(x, style), noise))
+        strength = None if noise is None else self.noise.weight
+        epilogue = {"bias": self.activate.bias, "act": "lrelu", "gain": SQRT2}
+        return self.conv(x, style, noise=noise, strength=strength, **epilogue)
 
 
 class ToRGB(nn.Module):
@@ -133,7 +134,8 @@ class ToRGB(nn.Module):
         return [[("conv.weight", 1), ("bias", 1)]]
 
     def forward(self, x: Tensor, style: Tensor, skip: Tensor | None) -> Tensor:
-        y = self.conv(x, style) + self.bias.to(x.dtype)
+        y = self.conv(x, style)
+        y = y + self.bias.to(y.dtype)
         return y if skip is None else y + self.upsample(skip)
 
 

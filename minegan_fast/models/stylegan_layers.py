@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops import bias_act
+from ..ops import bias_act, upfirdn2d
+from .layers import mean_2x2
 
 
 def _weight(*shape: int, fan_in: int) -> tuple[nn.Parameter, float]:
@@ -42,7 +43,7 @@ class EqualConv2d(nn.Module):
         if not self.activate:
             return F.conv2d(x, weight, self.conv.bias, padding=self.padding)
         y = F.conv2d(x, weight, padding=self.padding)
-        return bias_act(F.avg_pool2d(y, 2) if self.pool else y, self.conv.bias, act="lrelu")
+        return bias_act(mean_2x2(y) if self.pool else y, self.conv.bias, act="lrelu")
 
 
 class FusedUpsample(nn.Module):
@@ -59,7 +60,7 @@ class FusedUpsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.conv_transpose2d(x, self.weight * self.scale, stride=2)
-        return bias_act(F.avg_pool2d(y, 2, stride=1), self.bias)
+        return bias_act(mean_2x2(y, stride=1), self.bias)
 
 
 class FusedDownsample(nn.Module):
@@ -71,7 +72,7 @@ class FusedDownsample(nn.Module):
         self.bias = nn.Parameter(torch.zeros(cout))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.conv2d(F.avg_pool2d(x, 2, stride=1, padding=1), self.weight * self.scale, stride=2)
+        y = F.conv2d(mean_2x2(x, stride=1, padding=1), self.weight * self.scale, stride=2)
         return bias_act(y, self.bias, act="lrelu")
 
 
@@ -86,7 +87,7 @@ class Blur(nn.Module):
         self.register_buffer("weight_flip", kernel.clone())  # the layout's; the filter is symmetric
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.weight.to(x.dtype), padding=1, groups=x.shape[1])
+        return upfirdn2d(x, self.weight[0, 0], padding=1)
 
 
 class AdaptiveInstanceNorm(nn.Module):

@@ -4,10 +4,14 @@ from ._op import BackendUnavailable, backend_report, backends, use_backend
 from ._row_table import RowTensor
 from .bias_act import bias_act
 from .mmd import mmd2
+from .modulated_conv2d import modulated_conv2d
+from .noise_bias_act import noise_bias_act
 from .penalty import gradient_penalty, interpolate, path_length_penalty, r1_penalty
 from .row_gradient import dense_is_faster, row_gradient
 from .row_score import row_score
 from .row_update import Hyperparameters, RowUpdate
+from .transposed_conv2d import transposed_conv2d
+from .upfirdn2d import upfirdn2d
 
 __all__ = [
     "BackendUnavailable",
@@ -21,9 +25,13 @@ __all__ = [
     "gradient_penalty",
     "interpolate",
     "mmd2",
+    "modulated_conv2d",
+    "noise_bias_act",
     "path_length_penalty",
     "r1_penalty",
     "row_gradient",
     "row_score",
+    "transposed_conv2d",
+    "upfirdn2d",
     "use_backend",
 ]

@@ -59,6 +59,18 @@ def device_and_stream(x: torch.Tensor) -> tuple[int, int]:
     return x.device.index, torch.cuda.current_stream(x.device).cuda_stream
 
 
+def backward_wants(ctx, i: int) -> bool:
+    """Whether the backward that runs now asks for the gradient of input i of a Function: the inner pass of a penalty
+    wants that of the images alone, and needs_input_grad does not say so. For inputs 0, 1, ... that are tensors, up to
+    the first that is not."""
+    if not ctx.needs_input_grad[i]:
+        return False
+    try:
+        return torch._C._will_engine_execute_node(ctx.next_functions[i][0])
+    except RuntimeError:  # it is a leaf that autograd.grad was given
+        return True
+
+
 class Op:
     """A decorator: makes of a reference function an op that faster implementations can be registered for.
 

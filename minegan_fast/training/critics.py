@@ -4,7 +4,7 @@ from torch import nn
 
 from ..models import BigGANDiscriminator, PGANDiscriminator, StyleGAN2Discriminator, StyleGANDiscriminator
 from ..models.biggan_layers import GENERATOR_WIDTHS
-from .randomness import seed_all
+from .randomness import seeded
 
 CRITICS = {"pgan": PGANDiscriminator, "stylegan": StyleGANDiscriminator, "stylegan2": StyleGAN2Discriminator}
 SHARED = ("resolution", "channel_base", "channel_max", "image_channels", "channels", "fused_from")
@@ -12,20 +12,20 @@ SHARED = ("resolution", "channel_base", "channel_max", "image_channels", "channe
 
 def new_critic(generator: nn.Module, seed: int) -> nn.Module:
     """An untrained critic of the generator's family and sizes. ValueError: a generator of no known family."""
-    family = getattr(generator, "family", None)
-    seed_all(seed, "critic")
-    if family in CRITICS:
-        return CRITICS[family](**{k: v for k, v in generator.config.items() if k in SHARED})
-    if family in ("biggan", "biggan_deep"):
-        resolution, last = generator.resolution, generator.config["channels"][-1]
-        # One class: mining takes the critic without its projection, so that table would only lie there.
-        return BigGANDiscriminator(
-            resolution,
-            num_classes=1,
-            channel_width=max(1, last // GENERATOR_WIDTHS[resolution][-1]),
-            attention=generator.config["attention"],
-            image_channels=generator.image_channels,
-        )
+    family, config = getattr(generator, "family", None), getattr(generator, "config", {})
+    with seeded(seed, "critic"):
+        if family in CRITICS:
+            return CRITICS[family](**{name: value for name, value in config.items() if name in SHARED})
+        if family in ("biggan", "biggan_deep"):
+            resolution = generator.resolution
+            # One class: mining takes the critic without its projection, so that table would only lie there.
+            return BigGANDiscriminator(
+                resolution,
+                num_classes=1,
+                channel_width=max(1, config["channels"][-1] // GENERATOR_WIDTHS[resolution][-1]),
+                attention=config["attention"],
+                image_channels=generator.image_channels,
+            )
     raise ValueError(f"no critic came with the source {type(generator).__name__}: give one with critic=")
 
 

@@ -17,6 +17,8 @@ from .plots import loss_curves, save_grid
 from .progress import Progress
 from .randomness import derived_seed
 
+VERSION = 2  # of the snapshots
+
 
 class TrainingDiverged(RuntimeError):  # noqa: N818
     """A loss became NaN or infinite."""
@@ -183,7 +185,7 @@ class Execution:
 
     def _state(self) -> dict:
         return {
-            "version": 1,
+            "version": VERSION,
             "step": self.step,
             "best": {"kid": self.best_kid, "step": self.best_step, "waited": self.waited},
             "images": self.fingerprint,
@@ -191,6 +193,11 @@ class Execution:
         }
 
     def _restore(self, step: int, state: dict) -> None:
+        if state["version"] != VERSION:
+            raise ValueError(
+                f"the run's snapshots are of version {state['version']}, this library goes on from {VERSION}: finish "
+                "it with the library that began it, or start a new run"
+            )
         if state["images"] != self.fingerprint:
             raise ValueError("the run began with other training images; put those back, or start a new run")
         self.step = step

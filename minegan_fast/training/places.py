@@ -6,15 +6,16 @@ from torch import Tensor, nn
 from ..mining import Mined, Miner
 from ..mining.mined import learned_constant
 from .config import TransferConfig
-from .randomness import seed_all
+from .randomness import seeded
 
 
 def new_mined(config: TransferConfig, generator: nn.Module) -> Mined:
     """The generator behind new miners.
 
-    The miner of z or w starts as the identity, a mined constant as the generator's own. The class miner starts where
-    its embeddings have the mean and the covariance of those of the source's classes, or of the labels that
-    `mined_class` names: a single one is the embedding of that class, whatever u is.
+    The miner of z or w starts as the identity, a mined constant as the generator's own. The class miner starts as an
+    affine map of u whose values have the mean and the covariance of the source's class embeddings, or of those of the
+    labels that `mined_class` names: a single one is the embedding of that class, whatever u is. Of the source's own
+    distribution that leaves out that classes are points, and independent of z.
 
     ValueError: the source has nothing to mine there, `mined_class` names what is no label of it.
     """
@@ -24,13 +25,13 @@ def new_mined(config: TransferConfig, generator: nn.Module) -> Mined:
     if config.mined_class and not classes:
         raise ValueError(f"mined_class is {config.mined_class}, but {type(generator).__name__} has no classes")
     size = generator.latent_dim if config.mine == "z" else generator.style_dim
-    seed_all(config.seed, "miner")
-    miner = Miner(size, config.miner_depth, config.miner_width)
-    if classes:
-        start = _embeddings(generator)[_labels(config.mined_class, classes)]
-        sizes = {"input_dim": generator.latent_dim, "output_dim": start.shape[1]}
-        class_miner = Miner(generator.latent_dim, config.miner_depth, config.miner_width, **sizes, affine=True)
-        class_miner.match(start)
+    shape = {"depth": config.miner_depth, "width": config.miner_width}
+    with seeded(config.seed, "miner"):
+        miner = Miner(size, **shape)
+        if classes:
+            start = _embeddings(generator)[_labels(config.mined_class, classes)]
+            class_miner = Miner(generator.latent_dim, **shape, output_dim=start.shape[1], affine=True)
+            class_miner.match(start)
     constant = learned_constant(generator) if config.mine_constant else None
     return Mined(generator, miner, class_miner, config.mine, constant)
 

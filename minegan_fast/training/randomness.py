@@ -1,6 +1,8 @@
 """Randomness as a function of (seed, step): nothing to save, and a resumed run repeats the uninterrupted one."""
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -15,6 +17,14 @@ def derived_seed(seed: int, *purpose: int | str) -> int:
 def seed_all(seed: int, *purpose: int | str) -> None:
     """Seeds PyTorch's default generators of all devices for one purpose."""
     torch.manual_seed(derived_seed(seed, *purpose))
+
+
+@contextmanager
+def seeded(seed: int, *purpose: int | str) -> Iterator[None]:
+    """Draws on the CPU in the block are those after `seed_all`; the caller's random state comes back."""
+    with torch.random.fork_rng([]):
+        torch.default_generator.manual_seed(derived_seed(seed, *purpose))  # torch.manual_seed would reach GPUs too
+        yield
 
 
 class DataOrder:

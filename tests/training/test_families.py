@@ -49,8 +49,8 @@ def biggan():
 
 
 def biggan_deep():
-    generator = BigGANDeepGenerator(32, 4, 5, 4, channel_width=8, attention=[16], image_channels=1, steps=2)
-    return generator, BigGANDiscriminator(32, 1, channel_width=2, attention=[16], image_channels=1)
+    generator = BigGANDeepGenerator(32, 4, 5, 4, channel_width=4, attention=[16], image_channels=1, steps=2)
+    return generator, BigGANDiscriminator(32, 1, channel_width=4, attention=[16], image_channels=1)
 
 
 def stylegan():
@@ -60,9 +60,9 @@ def stylegan():
 
 # {name: (make networks, settings of the run)}
 FAMILIES = {
-    "biggan": (biggan, {}),
-    "biggan_deep": (biggan_deep, {"mined_class": "1,2"}),
-    "pgan": (pgan, {}),
+    "biggan": (biggan, {"train_critic": "sparse"}),
+    "biggan_deep": (biggan_deep, {"mined_class": "1,2", "loss": "hinge"}),
+    "pgan": (pgan, {"train_critic": "freezed", "freeze_blocks": 1}),
     "stylegan": (stylegan, {"mine": "w", "mine_constant": True}),
     "a user's": (lambda: (Conditional(), Critic()), {}),
     "stylegan2 in z": (stylegan2, {}),

@@ -111,6 +111,14 @@ def test_an_existing_run_is_not_overwritten(run_settings):
         mf.transfer(**{**run_settings, "batch": 8, "resume": True})
 
 
+def test_a_snapshot_of_another_version(run_settings):
+    mf.transfer(**{**run_settings, "finetune_steps": 0})
+    path = sorted((run_settings["out"] / "snapshots").iterdir())[-1]
+    torch.save(torch.load(path, weights_only=True) | {"version": 1}, path)
+    with pytest.raises(ValueError, match=r"snapshots are of version 1, this library goes on from 2"):
+        mf.transfer(**{**run_settings, "finetune_steps": 0, "mining_steps": 6, "resume": True})
+
+
 def test_other_images_on_resume(run_settings, tmp_path):
     mf.transfer(**{**run_settings, "finetune_steps": 0})
     folder = Path(run_settings["images"])

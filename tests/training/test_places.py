@@ -7,7 +7,7 @@ from tiny_conditional import Conditional, Critic
 import minegan_fast as mf
 from minegan_fast.models import PGANGenerator, StyleGAN2Generator
 from minegan_fast.training.config import TransferConfig
-from minegan_fast.training.critics import check_fit
+from minegan_fast.training.critics import check_fit, new_critic
 from minegan_fast.training.places import new_mined
 
 
@@ -48,6 +48,15 @@ def test_a_named_class_is_where_its_miner_starts():
 def test_the_miner_of_z_does_not_depend_on_what_else_is_mined():
     one, other = (new_mined(TransferConfig(**s), stylegan2()) for s in ({}, {"mine_constant": True}))
     assert all(torch.equal(a, b) for a, b in zip(one.miner.parameters(), other.miner.parameters(), strict=True))
+
+
+def test_new_networks_leave_the_callers_random_state_alone():
+    generator, conditional = stylegan2(), Conditional()
+    before = torch.get_rng_state()
+    new_mined(TransferConfig(), generator)
+    new_mined(TransferConfig(), conditional)
+    new_critic(generator, seed=0)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 class Unnamed(Conditional):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import minegan_fast as mf
-from minegan_fast.models import BigGANGenerator, StyleGAN2Generator
+from minegan_fast.models import BigGANGenerator, StyleGAN2Generator, StyleGANGenerator
 from minegan_fast.training.results import evaluate_result, open_result
 
 
@@ -42,6 +42,18 @@ def test_an_original_run_of_stylegan2_is_evaluated(stylegan2_run, tmp_path):
         stylegan2_run[0], "best", None, None, None, tmp_path / "images", samples=6, features="pixels", seed=0
     )
     assert report["metrics"]["fid"] >= 0
+
+
+def test_an_original_run_of_stylegan_is_sampled_with_the_generators_own_noise(tmp_path):
+    generator = StyleGANGenerator(8, 6, channel_base=64, channel_max=8, mapping_layers=2).eval()
+    layers = mlp(6, "transform.0", "transform.2")
+    content = {"generator": generator.state_dict(), "g_running": generator.state_dict(), "miner": layers}
+    torch.save(content | {"miner_semantic": {"transform_4.0.weight": torch.zeros(16, 16)}}, tmp_path / "000200.model")
+    with pytest.warns(UserWarning, match="never reached"):
+        mined = open_result(tmp_path / "000200.model")
+    u = torch.randn(2, 6)
+    assert torch.equal(mined(u, noise="none"), generator(mined.miner(u), noise="none"))
+    assert mined.constant is None
 
 
 def test_an_original_run_of_biggan_is_sampled(tmp_path):

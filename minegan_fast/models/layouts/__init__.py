@@ -2,11 +2,11 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from . import biggan, biggan_deep, nvidia, pgan, stylegan, stylegan2
+from . import biggan, biggan_deep, nvidia, pgan, pgan_tf, stylegan, stylegan2
 from ._layout import Layout, State, as_it_is
 
 __all__ = ["LAYOUTS", "MODELS", "Found", "Layout", "State", "as_it_is", "describe", "families", "find"]
@@ -16,6 +16,7 @@ LAYOUTS: tuple[Layout, ...] = (
     *biggan.LAYOUTS,
     *biggan_deep.LAYOUTS,
     *pgan.LAYOUTS,
+    *pgan_tf.LAYOUTS,
     *stylegan.LAYOUTS,
     *stylegan2.LAYOUTS,
     *nvidia.LAYOUTS,
@@ -51,7 +52,7 @@ class Found:
     state: State
     container: str | None
     averaged: bool
-    passed_over: tuple[str, ...]
+    passed_over: tuple[str, ...] = ()
 
 
 def families(name: str | None) -> tuple[str, ...] | None:
@@ -62,22 +63,23 @@ def families(name: str | None) -> tuple[str, ...] | None:
 def find(data: Mapping, role: str) -> Found | None:
     """The network of that role in a file's data: in a training file's container, or the file itself.
 
-    Where no container that the layout names holds it, one of another name does; averaged weights go before raw ones.
+    Averaged weights go before raw ones. Where no container that the layout names holds the network, one of another name
+    does; its name may say that it is averaged.
     """
+    held = []
     for layout in LAYOUTS:
-        if layout.role != role:
-            continue
-        others = sorted((k for k in data if k not in layout.containers), key=lambda k: not re.search(AVERAGED, str(k)))
-        held = {}
-        for container in (*layout.containers, None, *others):
-            state = _tensors(data if container is None else data.get(container))
-            if all(key in state for key in layout.signature):
-                held[container] = state
-        if held:
-            best, *rest = held
-            averaged = best in layout.averaged or (best in others and re.search(AVERAGED, str(best)) is not None)
-            return Found(layout, held[best], best, averaged, tuple(rest))
-    return None
+        if layout.role == role:
+            others = [k for k in data if k not in layout.containers and re.search(AVERAGED, str(k))]
+            others += [k for k in data if k not in layout.containers and k not in others]
+            for container in (*layout.containers, None, *others):
+                state = _tensors(data if container is None else data.get(container))
+                if all(key in state for key in layout.signature):
+                    by_name = container in others and re.search(AVERAGED, str(container)) is not None
+                    held.append(Found(layout, state, container, container in layout.averaged or by_name))
+    if not held:
+        return None
+    best = next((found for found in held if found.averaged), held[0])
+    return replace(best, passed_over=tuple(found.container for found in held if found is not best))
 
 
 def _tensors(candidate) -> State:

@@ -1,0 +1,126 @@
+"""Triton kernels of the passes around modulated_conv2d's convolution."""
+
+import torch
+import triton
+import triton.language as tl
+
+from .noise_bias_act import _OPTIONS, flags, geometry, steps, store_sums, tile
+
+
+@triton.jit
+def modulate_kernel(
+    x_ptr,
+    s_ptr,
+    y_ptr,
+    B,
+    C,
+    P,
+    channel_stride,
+    position_stride,
+    WIDE: tl.constexpr,
+    BC: tl.constexpr,
+    BP: tl.constexpr,
+):
+    b, c, in_c, _, in_p, base, at = tile(0, B, C, P, channel_stride, position_stride, BC, BP, 1)
+    y = tl.load(x_ptr + base + at, in_c & in_p).to(WIDE) * tl.load(s_ptr + b * C + c, in_c)
+    tl.store(y_ptr + base + at, y.to(y_ptr.dtype.element_ty), in_c & in_p)
+
+
+@triton.jit
+def modulate_backward_kernel(
+    gy_ptr,
+    x_ptr,
+    s_ptr,
+    gx_ptr,
+    gs_ptr,
+    B,
+    C,
+    P,
+    channel_stride,
+    position_stride,
+    WIDE: tl.constexpr,
+    BC: tl.constexpr,
+    BP: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    total = tl.zeros((BC, BP), WIDE)
+    for step in range(STEPS):
+        b, c, in_c, _, in_p, base, at = tile(step, B, C, P, channel_stride, position_stride, BC, BP, STEPS)
+        gy = tl.load(gy_ptr + base + at, in_c & in_p, other=0.0).to(WIDE)
+        x = tl.load(x_ptr + base + at, in_c & in_p, other=0.0).to(WIDE)
+        gx = gy * tl.load(s_ptr + b * C + c, in_c)
+        tl.store(gx_ptr + base + at, gx.to(gx_ptr.dtype.element_ty), in_c & in_p)
+        total += gy * x
+    store_sums(gs_ptr, total, 0, 1, B, C, BC)
+
+
+@triton.jit
+def modulate_double_backward_kernel(
+    hx_ptr,
+    gy_ptr,
+    x_ptr,
+    k_ptr,
+    dgy_ptr,
+    dx_ptr,
+    ds_ptr,
+    B,
+    C,
+    P,
+    channel_stride,
+    position_stride,
+    WIDE: tl.constexpr,
+    BC: tl.constexpr,
+    BP: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    total = tl.zeros((BC, BP), WIDE)
+    for step in range(STEPS):
+        b, c, in_c, _, in_p, base, at = tile(step, B, C, P, channel_stride, position_stride, BC, BP, STEPS)
+        mask = in_c & in_p
+        hx = tl.load(hx_ptr + base + at, mask, other=0.0).to(WIDE)
+        gy = tl.load(gy_ptr + base + at, mask, other=0.0).to(WIDE)
+        x = tl.load(x_ptr + base + at, mask).to(WIDE)
+        s, hs = tl.load(k_ptr + b * C + c, in_c), tl.load(k_ptr + (B + b) * C + c, in_c)
+        tl.store(dgy_ptr + base + at, (s * hx + hs * x).to(dgy_ptr.dtype.element_ty), mask)
+        tl.store(dx_ptr + base + at, (hs * gy).to(dx_ptr.dtype.element_ty), mask)
+        total += hx * gy
+    store_sums(ds_ptr, total, 0, 1, B, C, BC)
+
+
+def modulate(x, s) -> torch.Tensor:
+    y = torch.empty_like(x)
+    if x.numel() == 0:
+        return y
+    sizes, tile = geometry(x)
+    programs = triton.cdiv(sizes[1], tile["BC"]) * sizes[0] * triton.cdiv(sizes[2], tile["BP"])
+    with torch.cuda.device_of(x):
+        modulate_kernel[(programs,)](x, s, y, *sizes, **flags(x), **tile, **_OPTIONS)
+    return y
+
+
+def modulate_backward(gy, x, s) -> tuple[torch.Tensor, torch.Tensor]:
+    gx = torch.empty_like(x)
+    if x.numel() == 0:
+        return gx, torch.zeros_like(s)
+    sizes, tile = geometry(x)
+    count, splits, programs = steps(x, tile)
+    gs = torch.empty(splits, *s.shape, dtype=s.dtype, device=s.device)
+    with torch.cuda.device_of(x):
+        modulate_backward_kernel[(programs,)](
+            gy, x, s, gx, gs, *sizes, STEPS=count, **flags(x), **tile, **_OPTIONS
+        )  # fmt: skip
+    return gx, gs[0] if splits == 1 else gs.sum(0)
+
+
+def modulate_double_backward(hx, gy, x, k) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    dgy, dx = torch.empty_like(x), torch.empty_like(x)
+    if x.numel() == 0:
+        return dgy, dx, torch.zeros_like(k[0])
+    sizes, tile = geometry(x)
+    count, splits, programs = steps(x, tile)
+    ds = torch.empty(splits, *k.shape[1:], dtype=k.dtype, device=k.device)
+    with torch.cuda.device_of(x):
+        modulate_double_backward_kernel[(programs,)](
+            hx, gy, x, k, dgy, dx, ds, *sizes, STEPS=count, **flags(x), **tile, **_OPTIONS
+        )
+    return dgy, dx, ds[0] if splits == 1 else ds.sum(0)

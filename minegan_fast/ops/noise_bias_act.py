@@ -1,0 +1,252 @@
+"""What follows the convolution of a styled layer in StyleGAN2 (Karras et al. 2020), in one pass.
+
+For every sample b and channel o a demodulation coefficient d, a noise strength f and a bias h; n is the noise of a
+position, u = d c + f n + h, and m = gain where u > 0, else slope gain:
+
+    forward        y   = m u
+    backward       gc  = m d gy,   gd = sum of m gy c,   gf = sum of m gy n,   gh = sum of m gy        over positions
+    second order   with e = hd / d and cotangents hc, hd, hf, hh of the above
+                   dgy = m (d hc + e y / m + (hf - e f) n + hh - e h),   dy = e gy,
+                   dd  = sum of m gy hc - e gd,   df = -e gf,   dh = -e gh
+
+As slope and gain are above 0, y gives u back, and c = (y / m - f n - h) / d: y is saved, and c is free to go. The
+second order therefore has a gradient by y, which autograd sends through the forward's backward once more.
+c, y, gy, gc are [B, C, H, W]; d, f, h and their gradients [B, C]; n is [B or 1, 1, H, W].
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.overrides import handle_torch_function, has_torch_function_variadic
+
+from ._op import DTYPE_CODES, Op, forced_backend
+from .bias_act import _dense, _laid_out_like
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of coefficients and sums: float32, for float64 float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _each(k: Tensor) -> Tensor:
+    return k[..., None, None]
+
+
+def _factor(y: Tensor, k: Tensor, slope: float, gain: float) -> Tensor:
+    gain, leak = (torch.scalar_tensor(v, dtype=k.dtype, device=k.device) for v in (gain, slope * gain))
+    return torch.where(y > 0, gain, leak)
+
+
+@Op
+def noise_bias_act_forward(c: Tensor, n: Tensor | None, k: Tensor, slope: float, gain: float) -> Tensor:
+    """k [3, B, C]: d, f, h."""
+    d, f, h = _each(k)
+    u = c.to(k.dtype) * d + h
+    u = u if n is None else u + f * n
+    return (torch.where(u > 0, u, u * slope) * gain).to(c.dtype)
+
+
+@Op
+def noise_bias_act_backward(
+    gy: Tensor, y: Tensor, n: Tensor | None, k: Tensor, slope: float, gain: float
+) -> tuple[Tensor, Tensor]:
+    """gc and, [3, B, C], d gd, gf, gh."""
+    d, f, h = _each(k)
+    m = _factor(y, k, slope, gain)
+    g = gy.to(k.dtype) * m
+    c = y.to(k.dtype) / m - h
+    c = c if n is None else c - f * n
+    sums = [(g * c).sum((2, 3)), torch.zeros_like(k[0]) if n is None else (g * n).sum((2, 3)), g.sum((2, 3))]
+    return (g * d).to(gy.dtype), torch.stack(sums)
+
+
+@Op
+def noise_bias_act_double_backward(
+    hc: Tensor, gy: Tensor, y: Tensor, n: Tensor | None, k: Tensor, slope: float, gain: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """k [4, B, C]: d, e, f, h of m (d hc + e y / m + f n + h). Gives that, e gy and the sum of m gy hc."""
+    d, e, f, h = _each(k)
+    m = _factor(y, k, slope, gain)
+    hc, g = hc.to(k.dtype), gy.to(k.dtype)
+    u = d * hc + e * (y.to(k.dtype) / m) + h
+    u = u if n is None else u + f * n
+    return (m * u).to(y.dtype), (e * g).to(y.dtype), (m * g * hc).sum((2, 3))
+
+
+class _NoiseBiasAct(Function):
+    @staticmethod
+    def forward(ctx, c, n, d, f, h, slope, gain, backend):
+        y = noise_bias_act_forward(_dense(c), n, torch.stack((d, f, h)), slope, gain, backend=backend)
+        ctx.args = (slope, gain, backend)
+        ctx.save_for_backward(y, n, d, f, h)
+        return y
+
+    @staticmethod
+    def backward(ctx, gy):
+        y, n, d, f, h = ctx.saved_tensors
+        gc, gd, gf, gh = _Backward.apply(gy, y, n, d, f, h, *ctx.args)
+        return gc, None, gd, gf, gh, None, None, None
+
+
+class _Backward(Function):
+    @staticmethod
+    def forward(ctx, gy, y, n, d, f, h, slope, gain, backend):
+        gy = _laid_out_like(y, gy)
+        gc, sums = noise_bias_act_backward(gy, y, n, torch.stack((d, f, h)), slope, gain, backend=backend)
+        gd, gf, gh = sums[0] / d, sums[1].clone(), sums[2].clone()
+        ctx.args = (slope, gain, backend)
+        ctx.save_for_backward(gy, y, n, d, f, h, gd, gf, gh)
+        return gc, gd, gf, gh
+
+    @staticmethod
+    def backward(ctx, hc, hd, hf, hh):
+        gy, y, n, d, f, h, gd, gf, gh = ctx.saved_tensors
+        slope, gain, backend = ctx.args
+        e = hd / d
+        k = torch.stack((d, e, hf - e * f, hh - e * h))
+        if torch.is_grad_enabled():  # a third order: the reference is differentiable as it stands
+            dgy, dy, dd = noise_bias_act_double_backward.reference(hc, gy, y, n, k, slope, gain)
+        else:
+            hc = _laid_out_like(y, hc)
+            dgy, dy, dd = noise_bias_act_double_backward(hc, gy, y, n, k, slope, gain, backend=backend)
+        return dgy, dy, None, dd - e * gd, -e * gf, -e * gh, None, None, None
+
+
+def noise_bias_act(
+    c: Tensor,
+    d: Tensor | None = None,
+    noise: Tensor | None = None,
+    strength: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    act: str = "linear",
+    alpha: float = 0.2,
+    gain: float = 1.0,
+) -> Tensor:
+    """act(d c + strength noise + bias) * gain in one pass, differentiable any number of times.
+
+    Args:
+        c: [B, C, H, W]; float32, float64, bfloat16 or float16. Contiguous and channels-last ones are read as they are,
+            and the result has their layout.
+        d: [B, C] factors, none of them 0: the demodulation coefficients; None for none.
+        noise: [B or 1, 1, H, W]; None for none.
+        strength: one element, the factor of the noise, or [B, 1], one a sample; given exactly where noise is.
+        bias: [C], or [B, C]; None for none.
+        act: "linear" or "lrelu" (leaky relu).
+        alpha: slope of "lrelu" below zero, finite and > 0: the layer is computed backwards from its result.
+        gain: factor on the result, finite and > 0.
+
+    The small tensors may have any floating dtype and are read in float32, for a float64 c in float64.
+
+    Returns:
+        A tensor of c's shape, dtype and layout (c itself where there is nothing to compute). Gradients are summed in a
+        fixed order.
+
+    Raises:
+        TypeError, ValueError: an argument is not as said above; the message names it.
+        RuntimeError: a backend is forced (`use_backend`, MINEGAN_BACKEND) that is missing here or takes no such tensor.
+    """
+    small = (d, noise, strength, bias)
+    if has_torch_function_variadic(c, *small):
+        return handle_torch_function(noise_bias_act, (c, *small), c, *small, act=act, alpha=alpha, gain=gain)
+    check(c, d, noise, strength, bias, act, alpha, gain)
+    if d is None and noise is None and bias is None and act == "linear" and gain == 1:
+        return c
+    kind, size = wide(c.dtype), c.shape[:2]
+    d = c.new_ones(size, dtype=kind) if d is None else d.to(kind)
+    h = c.new_zeros(size, dtype=kind) if bias is None else bias.to(kind).expand(size)
+    f = c.new_zeros(size, dtype=kind) if noise is None else strength.to(kind).reshape(-1, 1).expand(size)
+    n = noise if noise is None else noise.to(kind)
+    slope = 1.0 if act == "linear" else float(alpha)
+    if n is not None and n.requires_grad and torch.is_grad_enabled():  # maps that are searched for, as projectors do
+        return noise_bias_act_forward.reference(c, n, torch.stack((d, f, h)), slope, float(gain))
+    n = n if n is None else n.contiguous()
+    return _NoiseBiasAct.apply(c, n, d, f, h, slope, float(gain), forced_backend())
+
+
+def check(c, d, noise, strength, bias, act, alpha, gain, name: str = "c") -> None:
+    """Raises what noise_bias_act says it raises; c is called `name`."""
+    if not isinstance(c, Tensor) or c.dtype not in DTYPE_CODES:
+        kind = c.dtype if isinstance(c, Tensor) else type(c).__name__
+        raise TypeError(f"{name} must be a float32, float64, bfloat16 or float16 tensor, got {kind}")
+    if c.dim() != 4:
+        raise ValueError(f"{name} must have shape [B, C, H, W], got {list(c.shape)}")
+    b, channels, *size = c.shape
+    for label, tensor in (("d", d), ("noise", noise), ("strength", strength), ("bias", bias)):
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor) or tensor.dtype not in DTYPE_CODES:
+            kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(f"{label} must be a float32, float64, bfloat16 or float16 tensor or None, got {kind}")
+        if tensor.device != c.device:
+            raise ValueError(f"{label} must be on the device of {name}, {c.device}, got {tensor.device}")
+    if (noise is None) != (strength is None):
+        raise ValueError("noise and strength go together: give both or neither")
+    if d is not None and d.shape != (b, channels):
+        raise ValueError(f"d must have shape [{b}, {channels}], got {list(d.shape)}")
+    if noise is not None and noise.shape not in ((b, 1, *size), (1, 1, *size)):
+        raise ValueError(f"noise must have shape [{b} or 1, 1, {size[0]}, {size[1]}], got {list(noise.shape)}")
+    if strength is not None and strength.numel() != 1 and strength.shape != (b, 1):
+        raise ValueError(f"strength must hold one element or have shape [{b}, 1], got {list(strength.shape)}")
+    if bias is not None and bias.shape not in ((channels,), (b, channels)):
+        raise ValueError(f"bias must have shape [{channels}] or [{b}, {channels}], got {list(bias.shape)}")
+    if act not in ("linear", "lrelu"):
+        raise ValueError(f'act must be "linear" or "lrelu", got {act!r}')
+    if not (math.isfinite(alpha) and alpha > 0):
+        raise ValueError(f"alpha must be finite and > 0, got {alpha}")
+    if not (math.isfinite(gain) and gain > 0):
+        raise ValueError(f"gain must be finite and > 0, got {gain}")
+
+
+# Launchers. c, y and their gradients are dense and laid out alike, n and k contiguous.
+
+
+def planes(c: Tensor, n: Tensor | None = None) -> list[int]:
+    """c as it lies in memory: B, C, P, whether channels are last, and the noise's stride along B."""
+    last = not c.is_contiguous()
+    positions = c.shape[2] * c.shape[3]
+    return [c.shape[0], c.shape[1], positions, last, 0 if n is None or n.shape[0] == 1 else positions]
+
+
+def addresses(*tensors: Tensor | None) -> list[int]:
+    return [0 if t is None else t.data_ptr() for t in tensors]
+
+
+@noise_bias_act_forward.register("cpp")
+def _(native, c, n, k, slope, gain):
+    y, code = torch.empty_like(c), DTYPE_CODES[c.dtype]
+    native.noise_bias_act_cpu(code, *addresses(c, n, k, y), planes(c, n), slope, gain, torch.get_num_threads())
+    return y
+
+
+@noise_bias_act_backward.register("cpp")
+def _(native, gy, y, n, k, slope, gain):
+    gc, sums, code = torch.empty_like(gy), torch.empty_like(k), DTYPE_CODES[y.dtype]
+    pointers, threads = addresses(gy, y, n, k, gc, sums), torch.get_num_threads()
+    native.noise_bias_act_backward_cpu(code, *pointers, planes(gy, n), slope, gain, threads)
+    return gc, sums
+
+
+@noise_bias_act_double_backward.register("cpp")
+def _(native, hc, gy, y, n, k, slope, gain):
+    dgy, dy, dd, code = torch.empty_like(y), torch.empty_like(y), torch.empty_like(k[0]), DTYPE_CODES[y.dtype]
+    pointers, threads = addresses(hc, gy, y, n, k, dgy, dy, dd), torch.get_num_threads()
+    native.noise_bias_act_double_backward_cpu(code, *pointers, planes(y, n), slope, gain, threads)
+    return dgy, dy, dd
+
+
+@noise_bias_act_forward.register("triton")
+def _(kernels, c, n, k, slope, gain):
+    return kernels.noise_bias_act(c, n, k, slope, gain)
+
+
+@noise_bias_act_backward.register("triton")
+def _(kernels, gy, y, n, k, slope, gain):
+    return kernels.noise_bias_act_backward(gy, y, n, k, slope, gain)
+
+
+@noise_bias_act_double_backward.register("triton")
+def _(kernels, hc, gy, y, n, k, slope, gain):
+    return kernels.noise_bias_act_double_backward(hc, gy, y, n, k, slope, gain)

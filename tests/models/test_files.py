@@ -1,0 +1,408 @@
+"""Files and folders as users have them: what is taken of them, what is said of them, converting and inspecting."""
+
+import argparse
+import collections
+import json
+import warnings
+
+import pytest
+import torch
+from crafted_pickles import asks_for
+from nvidia_files import ada_of, critic_of, module_tree, network_tree, tf_of, write_tf_pickle, write_torch_pickle
+from safetensors.torch import save_file
+from torch import nn
+
+from minegan_fast.models import (
+    BigGANDeepGenerator,
+    BigGANDiscriminator,
+    BigGANGenerator,
+    PGANDiscriminator,
+    PGANGenerator,
+    StyleGAN2Discriminator,
+    StyleGAN2Generator,
+    convert,
+    has_discriminator,
+    inspect,
+    load_discriminator,
+    load_generator,
+    save_model,
+)
+
+SIZES = {4: 6, 8: 5, 16: 3}
+
+
+@pytest.fixture
+def file(tmp_path):
+    return tmp_path / "network"
+
+
+@pytest.fixture(scope="module")
+def stylegan2():
+    torch.manual_seed(0)
+    return StyleGAN2Generator(16, 9, mapping_layers=2, channels=SIZES), StyleGAN2Discriminator(16, channels=SIZES)
+
+
+@pytest.fixture(scope="module")
+def biggan():
+    torch.manual_seed(1)
+    g = BigGANGenerator(32, latent_dim=16, class_dim=5, num_classes=4, channel_width=2, attention=(16,))
+    return g, BigGANDiscriminator(32, num_classes=4, channel_width=2, attention=(16,))
+
+
+@pytest.fixture
+def biggan_folder(tmp_path, biggan):
+    """A folder as BigGAN-PyTorch leaves it, and the original MineGAN."""
+    g, d = biggan
+    settings = {"itr": 7, "config": {"G_activation": nn.ReLU(inplace=False), "num_epochs": 3}}
+
+    def write(suffix="", factor=1.0):
+        torch.save(times(g, factor), tmp_path / f"G_ema{suffix}.pth")
+        torch.save(times(g, 3 * factor), tmp_path / f"G{suffix}.pth")
+        torch.save(times(d, factor), tmp_path / f"D{suffix}.pth")
+        torch.save(settings, tmp_path / f"state_dict{suffix}.pth")
+        torch.save({f"linear{i}.weight": torch.ones(2, 2) for i in ("", *range(2, 9))}, tmp_path / f"M{suffix}.pth")
+        (tmp_path / f"G_optim{suffix}.pth").write_bytes(b"never read")
+
+    write()
+    return tmp_path, write
+
+
+def times(model, factor):
+    return collections.OrderedDict((k, t * factor) for k, t in model.state_dict().items())
+
+
+def assert_holds(model, source, factor=1.0):
+    expected = times(source, factor)
+    assert model.state_dict().keys() == expected.keys()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+# Averaged weights and raw ones
+
+
+@pytest.mark.parametrize(
+    ("names", "taken", "averaged"),
+    [
+        (("g", "g_ema"), "g_ema", True),
+        (("generator", "g_ema"), "g_ema", True),
+        (("g",), "g", False),
+        (("my_net", "my_net_EMA"), "my_net_EMA", True),
+        (("weights", "average"), "average", True),
+        (("weights",), "weights", False),
+    ],
+)
+def test_averaged_weights_are_taken_and_it_is_said(file, stylegan2, names, taken, averaged, caplog):
+    g, _ = stylegan2
+    torch.save({name: times(g, 1.0 if name == taken else 2.0) for name in names}, file)
+    with warnings.catch_warnings(), caplog.at_level("INFO", "minegan_fast"):
+        warnings.simplefilter("error")
+        loaded = load_generator(file)
+    assert_holds(loaded, g)
+    assert (loaded.origin.container, loaded.origin.averaged) == (taken, averaged)
+    assert loaded.origin.passed_over == tuple(name for name in names if name != taken)
+    said = str(loaded.origin)
+    assert f"from '{taken}' in network, the layout of rosinality/stylegan2-pytorch" in said
+    assert ("averaged weights (EMA)" in said) == averaged
+    assert ("the raw weights in" in said) == (len(names) > 1)
+    assert said in caplog.text
+    (report,) = inspect(file).networks
+    assert (report.container, report.averaged, report.passed_over) == (taken, averaged, loaded.origin.passed_over)
+
+
+# Folders
+
+
+def test_a_folder_of_biggan_pytorch(biggan_folder, biggan):
+    folder, _ = biggan_folder
+    g, d = load_generator(folder), load_discriminator(folder)
+    assert_holds(g, biggan[0])
+    assert_holds(d, biggan[1])
+    assert (g.origin.container, g.origin.averaged, g.origin.passed_over) == ("G_ema", True, ("G",))
+    assert has_discriminator(folder)
+    assert load_generator(folder, family="biggan").family == "biggan"
+
+
+@pytest.mark.parametrize(
+    ("name", "factor", "averaged"), [("G_ema", 1, True), ("G", 3, False), ("D", 1, True), ("state_dict", 1, True)]
+)
+def test_a_file_of_that_folder(biggan_folder, biggan, name, factor, averaged):
+    """It stands for itself, and for the networks of another role beside it."""
+    folder, _ = biggan_folder
+    g = load_generator(folder / f"{name}.pth")
+    assert_holds(g, biggan[0], factor)
+    assert g.origin.averaged is averaged
+    assert_holds(load_discriminator(folder / f"{name}.pth"), biggan[1])
+
+
+def test_suffixes(biggan_folder, biggan):
+    folder, write = biggan_folder
+    write("_best0", 2.0)
+    write("_copy1", 4.0)
+    assert_holds(load_generator(folder), biggan[0])
+    assert_holds(load_generator(folder / "G_ema_copy1.pth"), biggan[0], 4.0)
+    assert_holds(load_discriminator(folder / "G_ema_copy1.pth"), biggan[1], 4.0)
+    for stem in ("G_ema", "G", "D"):
+        (folder / f"{stem}.pth").unlink()
+    assert_holds(load_generator(folder), biggan[0], 2.0)
+    assert_holds(load_discriminator(folder), biggan[1], 2.0)
+
+
+def test_a_file_without_its_folder(biggan_folder, biggan, tmp_path_factory):
+    folder, _ = biggan_folder
+    alone = tmp_path_factory.mktemp("alone") / "G_ema.pth"
+    (folder / "G_ema.pth").rename(alone)
+    assert_holds(load_generator(alone), biggan[0])
+    assert not has_discriminator(alone)
+    assert_holds(load_generator(folder), biggan[0], 3.0)
+
+
+def test_a_folder_of_pytorch_pretrained_biggan(tmp_path):
+    torch.manual_seed(2)
+    g = BigGANDeepGenerator(channel_width=4, class_dim=5, num_classes=4, latent_dim=6)
+    torch.save(g.state_dict(), tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text('{"output_dim": 128}')
+    for path in (tmp_path, tmp_path / "pytorch_model.bin"):
+        loaded = load_generator(path, family="biggan")
+        assert loaded.family == "biggan_deep"
+        assert_holds(loaded, g)
+        assert not has_discriminator(path)
+    with pytest.raises(ValueError, match="holds a biggan_deep generator, not pgan"):
+        load_generator(tmp_path, family="pgan")
+
+
+def test_a_folder_of_other_things(tmp_path):
+    (tmp_path / "notes.txt").write_text("")
+    with pytest.raises(ValueError, match=r"is a folder; give the checkpoint file in it .*G_ema.pth.*pytorch_model.bin"):
+        load_generator(tmp_path)
+
+
+# Training files with objects of classes that are not here
+
+
+class BaseConfig:
+    """In place of pytorch_GAN_zoo's class of that name."""
+
+    def __init__(self):
+        self.depthScales = [8, 4]
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_training_file_with_a_pickled_config(file, zipped, monkeypatch):
+    torch.manual_seed(3)
+    g, d = PGANGenerator(8, latent_dim=6, channel_max=5), PGANDiscriminator(8, channel_max=5)
+    old = collections.OrderedDict((k.replace(".module", ""), t) for k, t in times(g, 1.0).items())
+    content = {"config": BaseConfig(), "netG": times(g, 2.0), "avgG": old, "netD": d.state_dict()}
+    torch.save(content, file, _use_new_zipfile_serialization=zipped)
+    monkeypatch.setattr(BaseConfig, "__new__", None)  # it could not be made
+    assert_holds(load_generator(file), g)
+    assert_holds(load_discriminator(file), d)
+    assert inspect(file).others == {"config": f"object of {BaseConfig.__module__}.BaseConfig, not read"}
+
+
+@pytest.mark.parametrize("kind", ["torch", "tf"])
+def test_nvidias_pickles_that_ask_for_code(file, stylegan2, kind):
+    g, d = stylegan2
+    evil = asks_for(print, "run")
+    if kind == "torch":
+        write_torch_pickle(file, G_ema={**ada_of(g.state_dict())}, D=critic_of(d.state_dict(), 16, False))
+        network = module_tree(ada_of(g.state_dict()), ())
+        network.meta["state"]["_modules"]["mapping"].meta["state"]["hook"] = evil
+        write = write_torch_pickle
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("nvidia_files.module_tree", lambda *_: network)
+            write(file, G_ema={})
+    else:
+        write_tf_pickle(file, *[network_tree(tf_of(g.state_dict()), resample_kernel=evil)] * 3)
+    with pytest.raises(ValueError, match=r"refused: its pickle asks for 'builtins.print', which is code"):
+        load_generator(file)
+
+
+def test_files_of_the_original_minegan(file, stylegan2):
+    g, d = stylegan2
+    miner = {f"module.transform.{i}.{p}": torch.ones(9) for i in (0, 2) for p in ("weight", "bias")}
+    semantic = {"input.input": torch.ones(1, 8, 4, 4), "conv3.weight": torch.ones(6, 8, 1, 1)}
+    content = {"g": times(g, 2), "g_ema": g.state_dict(), "d": d.state_dict(), "miner": miner, "step": 3}
+    content |= {"miner_semantic": semantic, "g_optim": torch.optim.SGD(g.parameters()).state_dict()}
+    torch.save(content | {"args": argparse.Namespace(size=16)}, file)
+    assert_holds(load_generator(file), g)
+    assert inspect(file).others == {
+        "miner": "miner of the original MineGAN for StyleGAN or StyleGAN2",
+        "miner_semantic": "miner of the learned constant, of the original MineGAN for StyleGAN2",
+        "g_optim": "optimizer",
+        "args": "Namespace",
+        "step": "3",
+    }
+
+
+# strict=False
+
+
+def test_what_fits_is_loaded_and_the_rest_is_named(file, stylegan2):
+    g, _ = stylegan2
+    state = g.state_dict()
+    del state["convs.1.noise.weight"], state["convs.1.conv.modulation.bias"]
+    state |= {"extra": torch.zeros(1), "conv1.activate.bias": torch.zeros(4)}
+    torch.save({"g_ema": state}, file)
+    with pytest.raises(
+        ValueError, match=r"missing: convs.1.conv.modulation.bias, convs.1.noise.weight; unexpected: ext"
+    ):
+        load_generator(file)
+    before = torch.get_rng_state()
+    with pytest.warns(
+        UserWarning, match=r"missing: .*noise.weight; unexpected: extra; wrong: conv1.activate.bias is \[4\]"
+    ):
+        loaded = load_generator(file, strict=False)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert loaded.origin.missing == ("convs.1.conv.modulation.bias", "convs.1.noise.weight", "conv1.activate.bias")
+    assert loaded.origin.unexpected == ("extra", "conv1.activate.bias")
+    assert torch.equal(loaded.convs[1].conv.modulation.bias, torch.ones(5)), "the value a new network has"
+    assert torch.equal(loaded.convs[0].conv.weight, g.convs[0].conv.weight)
+    assert all(p.isfinite().all() for p in loaded.parameters())
+
+
+# Sizes that no network here has
+
+
+def test_resolutions_that_are_no_power_of_two(file, stylegan2):
+    state = {k.replace("b16.", "b12."): t for k, t in ada_of(stylegan2[0].state_dict()).items()}
+    write_torch_pickle(file, G_ema=state)
+    with pytest.raises(ValueError, match="but its resolution must be a power of two >= 8, got 12"):
+        load_generator(file)
+    assert "power of two" in inspect(file).networks[0].problem
+    state = {k.replace("16x16", "24x24"): t for k, t in tf_of(stylegan2[0].state_dict()).items()}
+    write_tf_pickle(file, *[network_tree(state)] * 3)
+    with pytest.raises(ValueError, match="but its resolution must be a power of two >= 8, got 24"):
+        load_generator(file)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"mapping.embed.weight": (9, 3)},
+            "a class-conditional StyleGAN2 .it has mapping.embed.weight. cannot be expr",
+        ),
+        ({"synthesis.b8.torgb.weight": None}, "without an image at every resolution"),
+        ({"mapping.fc0.weight": None}, "but lacks 'mapping.fc0.weight'; is the file complete"),
+        ({"synthesis.b4.torgb.weight": ()}, "its weights have too few dimensions"),
+        ({"synthesis.b8.conv0.strange": (3,)}, "unexpected: synthesis.b8.conv0.strange"),
+        ({"synthesis.b8.conv0.affine.bias": None}, "missing: convs.0.conv.modulation.bias"),
+    ],
+)
+def test_stylegan2_of_nvidia_that_cannot_be_expressed(file, stylegan2, change, message):
+    state = ada_of(stylegan2[0].state_dict()) | {k: torch.zeros(s) for k, s in change.items() if s is not None}
+    write_torch_pickle(file, G_ema={k: t for k, t in state.items() if change.get(k, ...) is not None})
+    with pytest.raises(ValueError, match=message) as caught:
+        load_generator(file)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("tf", [True, False])
+@pytest.mark.parametrize(
+    ("names", "shape", "message"),
+    [
+        (("Output/weight", "mapping.embed.weight"), (6, 3), "class-conditional StyleGAN2"),
+        (("8x8/FromRGB/weight", "b8.fromrgb.weight"), (1, 1, 3, 5), "sees the image at every resolution"),
+        (("16x16/Skip/weight", "b16.skip.weight"), None, "without residual blocks"),
+    ],
+)
+def test_discriminators_of_nvidia_that_cannot_be_expressed(file, stylegan2, tf, names, shape, message):
+    state = critic_of(stylegan2[1].state_dict(), 16, tf)
+    name = names[not tf]
+    if shape is None:
+        del state[name]
+    else:
+        state[name] = torch.zeros(shape)
+    if tf:
+        write_tf_pickle(file, *[network_tree(state, ())] * 3)
+    else:
+        write_torch_pickle(file, D=state)
+    with pytest.raises(ValueError, match=message):
+        load_discriminator(file)
+
+
+def test_a_lower_resolution_of_a_grown_network(file, stylegan2):
+    torch.manual_seed(4)
+    g = PGANGenerator(16, latent_dim=6, channel_max=5)
+    torch.save({"avgG": g.state_dict()}, file)
+    assert load_generator(file).resolution == 16
+    assert load_generator(file, resolution=8).resolution == 8
+    torch.save({"g_ema": stylegan2[0].state_dict()}, file)
+    assert load_generator(file, resolution=16).resolution == 16
+    with pytest.raises(ValueError, match="holds a StyleGAN2Generator of 16 px, not of 8; resolution= takes a part"):
+        load_generator(file, resolution=8)
+
+
+# convert and inspect
+
+
+def test_convert_writes_what_was_read(file, tmp_path, stylegan2, biggan_folder, biggan):
+    out = tmp_path / "out.safetensors"
+    g, d = stylegan2
+    torch.save({"g": times(g, 2), "g_ema": g.state_dict(), "d": d.state_dict()}, file)
+    assert convert(file, out) == out
+    assert_holds(load_generator(out), g)
+    assert_holds(load_discriminator(out), d)
+    generator, critic = inspect(out).networks
+    assert generator.source.startswith("averaged weights (EMA) from 'g_ema' in network")
+    assert critic.source.startswith("weights from 'd' in network")
+    with pytest.raises(FileExistsError, match=r"exists already; .*--force"):
+        convert(file, out)
+    convert(biggan_folder[0], out, family="biggan", only="generator", force=True)
+    assert_holds(load_generator(out), biggan[0])
+    assert not has_discriminator(out)
+
+
+def test_convert_refuses_and_leaves_the_old_file(file, tmp_path, stylegan2):
+    out = tmp_path / "out.safetensors"
+    save_model(out, stylegan2[0])
+    old = out.read_bytes()
+    torch.save({"a": torch.zeros(1)}, file)
+    with pytest.raises(
+        ValueError, match=r"holds no generator of a layout known here\. Its keys: a\. Keys that would have"
+    ):
+        convert(file, out, force=True)
+    with pytest.raises(ValueError, match='only must be "generator" or "discriminator", got \'critic\''):
+        convert(file, out, only="critic", force=True)
+    torch.save({"g_ema": stylegan2[0].state_dict()}, file)
+    with pytest.raises(ValueError, match="holds a stylegan2 generator, not pgan"):
+        convert(file, out, family="pgan", force=True)
+    assert out.read_bytes() == old
+
+
+def test_inspect_says_what_is_in_a_file(file, stylegan2):
+    g, d = stylegan2
+    state = g.state_dict()
+    del state["conv1.activate.bias"]
+    state["more"] = torch.zeros(2)
+    state["to_rgb1.bias"] = torch.zeros(2)
+    torch.save({"g_ema": state, "d": times(d.double(), 1), "latent_avg": torch.zeros(9), "args": [1]}, file)
+    d.float()
+    report = inspect(file)
+    generator, critic = report.networks
+    assert (generator.role, generator.family, generator.layout) == (
+        "generator",
+        "stylegan2",
+        "rosinality/stylegan2-pytorch",
+    )
+    assert (generator.resolution, generator.image_channels, generator.latent_dim) == (16, 3, 9)
+    assert (generator.num_classes, generator.config["channels"]) == (0, {"4": 6, "8": 5, "16": 3})
+    assert generator.parameters == sum(p.numel() for p in g.parameters())
+    assert (generator.missing, generator.unexpected) == (("conv1.activate.bias",), ("more",))
+    assert generator.wrong == ("to_rgb1.bias is [2], expected [1, 3, 1, 1]",)
+    assert (critic.role, critic.dtypes, critic.averaged, critic.missing) == ("discriminator", ("float64",), False, ())
+    assert report.others == {"latent_avg": "tensor [9]", "args": "list"}
+    assert report.unknown is None
+    assert json.loads(json.dumps(report.as_dict()))["networks"][0]["missing"] == ["conv1.activate.bias"]
+
+
+def test_inspect_of_a_file_with_no_known_network(file):
+    torch.save({"net": {f"layer{i}.weight": torch.zeros(1) for i in range(20)}, "epoch": 3}, file)
+    report = inspect(file)
+    assert report.networks == ()
+    assert report.others == {"net": "20 tensors", "epoch": "3"}
+    assert "net.layer0.weight" in report.unknown
+    assert "Keys that would have told" in report.unknown
+    save_file({"net.0.weight": torch.zeros(1)}, file, {"format": "minegan_fast.miner"})
+    assert inspect(file).others == {"": "a miner of this project"}
