@@ -143,7 +143,7 @@ def _parameter(data, *_):
 
 
 def _subclass(make, cls, arguments, state=None):
-    return make.make(*arguments) if isinstance(make, _Known) else Thing(str(cls), arguments, state)
+    return make.make(*arguments) if isinstance(make, _Known) else Thing(_name(cls), arguments, state)
 
 
 def _encoded(text, encoding="latin-1") -> bytes:
@@ -159,6 +159,11 @@ def _bytes(data=b"", encoding="latin-1") -> bytes:
 def _container(kind: type) -> Callable:
     def make(*values):
         _require(all(isinstance(v, (list, tuple, dict, set, frozenset)) for v in values), f"a {kind} of what is none")
+        for value in values:
+            if issubclass(kind, (set, frozenset)):
+                _hashable(value)
+            elif issubclass(kind, dict) and not isinstance(value, dict):
+                _hashable(key for key, _ in value)
         return kind(*values)
 
     return make
@@ -170,7 +175,24 @@ def _complex(real=0.0, imag=0.0) -> complex:
 
 
 def _reconstructed(cls, *_):
-    return Thing(cls.name if isinstance(cls, Thing) else str(cls))
+    return Thing(_name(cls))
+
+
+def _name(cls) -> str:
+    return cls.name if isinstance(cls, (Thing, _Known)) else type(cls).__name__
+
+
+def _device(kind, index=None) -> str:
+    _require(isinstance(kind, str) and isinstance(index, (int, type(None))), "a device without a name")
+    return kind if index is None else f"{kind}:{index}"
+
+
+def _hashable(values) -> None:
+    """A tuple of tuples of tuples can take longer to hash than there is time, in a file of a few bytes."""
+    flat = (int, float, complex, str, bytes, bool, type(None), Thing, Tensor, torch.dtype)
+    for value in values:
+        parts = value if isinstance(value, (tuple, frozenset)) else (value,)
+        _require(all(isinstance(part, flat) for part in parts), "a key is a container of containers")
 
 
 def _each(modules: str, name: str, make: Callable) -> dict:
@@ -195,7 +217,7 @@ KNOWN = (
     | _each("numpy.core.numeric numpy._core.numeric", "_frombuffer", lambda *a: Array(_array(*a)))
     | _each("numpy", "dtype", _dtype)
     | _each("torch", "Size", lambda size=(): tuple(size))
-    | _each("torch", "device", lambda *where: ":".join(map(str, where)))
+    | _each("torch", "device", _device)
     | _each("torch._utils", "_rebuild_tensor", _tensor)
     | _each("torch._utils", "_rebuild_tensor_v2", _tensor)
     | _each("torch._utils", "_rebuild_tensor_v3", _tensor_of_dtype)
@@ -301,7 +323,10 @@ class Unpickler:
                 del stack[-number:]
                 stack.append(values)
             case "TUPLE" | "LIST" | "FROZENSET":
-                stack.append({"TUPLE": tuple, "LIST": list, "FROZENSET": frozenset}[opcode](self._above_mark()))
+                values = self._above_mark()
+                if opcode == "FROZENSET":
+                    _hashable(values)
+                stack.append({"TUPLE": tuple, "LIST": list, "FROZENSET": frozenset}[opcode](values))
             case "DICT":
                 stack.append(_pairs(self._above_mark()))
             case "APPEND" | "APPENDS":
@@ -310,6 +335,7 @@ class Unpickler:
             case "ADDITEMS":
                 values = self._above_mark()
                 _require(isinstance(stack[-1], set), "items are added to what is no set")
+                _hashable(values)
                 stack[-1].update(values)
             case "SETITEM" | "SETITEMS":
                 values = [stack.pop() for _ in "kv"][::-1] if opcode == "SETITEM" else self._above_mark()
@@ -373,6 +399,7 @@ class Unpickler:
 
 
 def _pairs(values: list) -> dict:
+    _hashable(values[::2])
     return dict(zip(values[::2], values[1::2], strict=True))
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from ._pickles import Array, DamagedError, RefusedError, Storage, Thing, Unpickler
 
 MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of a torch.save file before 1.6
+MOST_MODULES = 100_000  # a module that is a part of itself many times over would make endless names
 # A file in a folder of BigGAN-PyTorch.
 PART = re.compile(r"(?P<stem>G_ema|G|D|M|state_dict)(?P<suffix>_(copy|best)\d+)?\.pth")
 OPTIMIZERS = ("G_optim", "D_optim", "M_optim")
@@ -266,11 +267,15 @@ def parameters(thing: Thing) -> dict[str, Tensor]:
     torch.nn.Module: `_parameters`, `_buffers`, `_modules` of its state; NVIDIA's persistent classes keep that state in
     their one argument. A TensorFlow network of NVIDIA's: `variables` and, under their names, `components`.
     """
-    found = {}
+    found, walked = {}, 0
 
     def walk(thing, prefix: str, above: tuple) -> None:
+        nonlocal walked
         if not isinstance(thing, Thing) or thing in above:
             return
+        walked += 1
+        if walked > MOST_MODULES:
+            raise DamagedError(f"a network of more than {MOST_MODULES} modules")
         state = thing.state
         if not isinstance(state, dict) and len(thing.arguments) == 1:
             described = _fields(thing.arguments[0])

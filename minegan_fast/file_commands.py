@@ -24,10 +24,6 @@ def convert(
     loose: Annotated[
         bool, typer.Option("--loose", help="Load what fits, name the rest; default: every tensor must fit.")
     ] = False,
-    resolution: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(help="Of a progressively grown network: the part up to this size; default: as trained."),
-    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite OUT.")] = False,
     resolution: Annotated[
         Optional[int],  # noqa: UP045

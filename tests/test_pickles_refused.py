@@ -177,6 +177,13 @@ def test_no_opcode_calls_what_a_file_names(content):
         b"c__builtin__\nlist\n(K\x05tR.",
         b"c__builtin__\nbytearray\n(J\xff\xff\xff\x7ftR.",
         b"(" * 3000 + b"t" * 2999 + b"R.",
+        b"}K\x01\x85\x85K\x02s.",
+        b"(K\x01\x85\x85d.",
+        b"\x80\x04\x8f(K\x01\x85\x85\x90.",
+        b"\x80\x04(K\x01\x85\x85\x91.",
+        b"c__builtin__\nset\n(]K\x01\x85\x85atR.",
+        b"ccollections\nOrderedDict\n(]K\x01\x85\x85K\x02\x86atR.",
+        b"ctorch\ndevice\n]\x85R.",
     ],
 )
 def test_what_is_no_pickle_is_damaged(content):
@@ -310,3 +317,18 @@ def test_zip_files_that_torch_does_not_write(tmp_path):
         archive.writestr("x/code/__torch__.py", "def forward(self): ...")
     with pytest.raises(ValueError, match="it is a TorchScript program"):
         read(file)
+
+
+def test_sharing_takes_no_longer_than_reading(tmp_path):
+    """Forty lists or modules, each twice in the next: a million million paths."""
+    nested, module = [], torch.nn.Module()
+    for _ in range(40):
+        nested = [nested, nested]
+        module, inner = torch.nn.Module(), module
+        module.a, module.b = inner, inner
+    (tmp_path / "file").write_bytes(pickle.dumps({"a": nested}))
+    data = read(tmp_path / "file").data
+    assert data["a"][0] is data["a"][1]
+    (tmp_path / "file").write_bytes(pickle.dumps({"a": module}))
+    with pytest.raises(ValueError, match="a network of more than 100000 modules"):
+        read(tmp_path / "file")

@@ -125,8 +125,8 @@ def load_generator(
         family: "biggan" (also BigGAN-deep), "pgan", "stylegan", "stylegan2", or None to tell by the keys.
         strict: every tensor of the network must be in the file and the other way round. False: what fits is loaded,
             the rest of the network has the values it is built with (seed 0), and a warning names what did not fit.
-        resolution: of a progressively grown network (Progressive GAN, StyleGAN) in a public layout, take the part up to
-            this image size; None: the size it was trained for.
+        resolution: of a StyleGAN or Progressive GAN, whose public files hold a network of every lower resolution too,
+            and a StyleGAN's those above, untrained; None: the highest that was trained.
 
     Returns the network in eval mode on the CPU, with an `Origin` as its attribute `origin`. Half-precision weights
     become float32. Noise buffers that a file leaves out are drawn from a fixed seed. The global random state is left
@@ -166,7 +166,7 @@ def _on_cpu(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_network(
-    contents: Contents, role: str, family: str | None = None, strict: bool = True, resolution: int | None = None
+    contents: Contents, role: str, family: str | None, strict: bool, resolution: int | None = None
 ) -> nn.Module:
     """`load_generator` and `load_discriminator`, of what was read of a file."""
     model = _filled(written_network(contents, role, family, resolution), strict)
@@ -227,7 +227,7 @@ def holds(contents: Contents, role: str) -> bool:
 
 
 def written_network(contents: Contents, role: str, family: str | None = None, resolution: int | None = None) -> Written:
-    """The network of that role in a file. ValueError: there is none, none of that family, or not of that resolution."""
+    """The network of that role in a file. ValueError: there is none, or none of that family or resolution."""
     path = contents.path
     if modules := described_modules(contents):
         if role not in modules:
@@ -238,8 +238,8 @@ def written_network(contents: Contents, role: str, family: str | None = None, re
         if (kind, role) not in MODELS:
             known = ", ".join(sorted({f for f, _ in MODELS}))
             raise ValueError(f"{path}: the family {kind!r} is unknown to this version, which reads: {known}")
-        written = Written(MODELS[kind, role], config, state, Origin(str(path), "minegan_fast"))
-        return _of_resolution(written, resolution)
+        _check_resolution(f"{path} holds a {kind} {role}", config, resolution)
+        return Written(MODELS[kind, role], config, state, Origin(str(path), "minegan_fast"))
     found = find(contents.data, role)
     if found is None:
         raise ValueError(f"{path} holds no {role} of a layout known here. {describe(contents.data, role)}")
@@ -247,16 +247,7 @@ def written_network(contents: Contents, role: str, family: str | None = None, re
     _check_family(path, role, layout.model.family, family)
     config, state = _sized(layout, found.state, path, resolution)
     origin = Origin(str(path), layout.project, found.container, found.averaged, found.passed_over)
-    return _of_resolution(Written(layout.model, config, state, origin, layout.optional), resolution)
-
-
-def _of_resolution(written: Written, wanted: int | None) -> Written:
-    if wanted is not None and wanted != (held := written.config.get("resolution")):
-        raise ValueError(
-            f"{written.origin.path} holds a {written.model.__name__} of {held} px, not of {wanted}; resolution= takes "
-            "a part of a progressively grown network in its public layout"
-        )
-    return written
+    return Written(layout.model, config, state, origin, layout.optional)
 
 
 def _check_family(path: Path, role: str, found: str, wanted: str | None) -> None:
@@ -264,18 +255,25 @@ def _check_family(path: Path, role: str, found: str, wanted: str | None) -> None
         raise ValueError(f"{path} holds a {found} {role}, not {wanted}; leave family=None to take what is there")
 
 
-def _sized(layout: Layout, state: State, path: Path, resolution: int | None) -> tuple[dict, State]:
+def _sized(layout: Layout, state: State, path: Path, resolution: int | None = None) -> tuple[dict, State]:
     """(constructor's arguments, tensors under the model's own names) of tensors in that layout."""
     looks = f"{path} looks like a {layout.model.family} {layout.role} of {layout.project}"
     try:
         state = state if layout.crop is None else layout.crop(state, resolution)
-        return layout.config(state), layout.convert(state)
+        config, state = layout.config(state), layout.convert(state)
     except KeyError as error:
         raise ValueError(f"{looks} but lacks {error}; is the file complete?") from None
     except IndexError:
         raise ValueError(f"{looks}, but its weights have too few dimensions") from None
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{looks}, but {str(error).splitlines()[0]}") from None
+    _check_resolution(looks, config, resolution)
+    return config, state
+
+
+def _check_resolution(what: str, config: dict, wanted: int | None) -> None:
+    if isinstance(config, dict) and wanted not in (None, config.get("resolution")):
+        raise ValueError(f"{what} of {config.get('resolution')} px, which has no other resolution; got {wanted}")
 
 
 def _filled(written: Written, strict: bool) -> nn.Module:

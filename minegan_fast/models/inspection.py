@@ -178,6 +178,6 @@ def _kind(key: str, value) -> str:
         return f"{tensors} tensors" if tensors else f"{len(value)} entries"
     if isinstance(value, Thing):
         return f"object of {value.name}, not read"
-    if isinstance(value, (str, int, float, bool, type(None))):
+    if isinstance(value, (str, float, bool, type(None))) or (isinstance(value, int) and abs(value) < 2**63):
         return repr(value)[:60]
     return f"{type(value).__name__}"

@@ -2,7 +2,8 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from ..ops import upfirdn2d
 
 from ..ops import upfirdn2d
 
@@ -33,19 +34,17 @@ class Blur(nn.Module):
         self.padding = padding
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.kernel.flip(0, 1).to(x.dtype).expand(x.shape[1], 1, -1, -1)
-        return F.conv2d(x, weight, padding=self.padding, groups=x.shape[1])
+        return upfirdn2d(x, self.kernel, padding=self.padding)
 
 
 class Upsample(Blur):
-    """Twice the size: zeros between the pixels, then the filter; in one step, a transposed convolution."""
+    """Twice the size: zeros between the pixels, then the filter."""
 
     def __init__(self):
         super().__init__(padding=1, gain=4.0)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.kernel.to(x.dtype).expand(x.shape[1], 1, -1, -1)
-        return F.conv_transpose2d(x, weight, stride=2, padding=self.padding, groups=x.shape[1])
+        return upfirdn2d(x, self.kernel, up=2, padding=(2, 1, 2, 1))
 
 
 class PixelNorm(nn.Module):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops import bias_act, modulated_conv2d
+from ..ops import bias_act, modulated_conv2d, upfirdn2d
 from .layers import Blur, PixelNorm, Upsample, channel_table, minibatch_stddev
 
 SQRT2 = math.sqrt(2.0)
@@ -139,8 +139,23 @@ class ToRGB(nn.Module):
         return y if skip is None else y + self.upsample(skip)
 
 
+class UpsampledSkip(nn.Sequential):
+    """The short way past a residual block: 1x1 convolution, then upsampling, which it commutes with."""
+
+    def __init__(self, cin: int, cout: int):
+        super().__init__(EqualConv2d(cin, cout, 1, stride=1, padding=0), Upsample())
+
+    def neuron_parameters(self) -> list:
+        return [[("0.weight", 0)]]
+
+
+def _check_architecture(architecture: str) -> None:
+    if architecture not in ("skip", "resnet"):
+        raise ValueError(f'architecture must be "skip" or "resnet", got {architecture!r}')
+
+
 class StyleGAN2Generator(nn.Module):
-    """StyleGAN2 generator with skip connections: z [B, latent_dim] -> images [B, image_channels, R, R], about [-1, 1].
+    """StyleGAN2 generator: z [B, latent_dim] -> images [B, image_channels, R, R], about [-1, 1].
 
     Args:
         resolution: output size R, a power of two >= 8.
@@ -151,6 +166,8 @@ class StyleGAN2Generator(nn.Module):
         style_dim: size of w; None takes latent_dim.
         image_channels: 3 for RGB, 1 for grey.
         channels: {resolution: channels} where a network departs from the rule.
+        architecture: "skip" (figure 7b: each resolution adds to the image) or "resnet" (figure 7c: residual blocks, one
+            image at the end).
 
     Attributes: `latent_dim`, `style_dim`, `resolution`, `image_channels`, `num_classes` (0), `num_layers` (the number L
     of w vectors that the synthesis reads), `config` (the constructor's arguments).
@@ -169,8 +186,10 @@ class StyleGAN2Generator(nn.Module):
         style_dim: int | None = None,
         image_channels: int = 3,
         channels: dict[int, int] | None = None,
+        architecture: str = "skip",
     ):
         super().__init__()
+        _check_architecture(architecture)
         style_dim = latent_dim if style_dim is None else style_dim
         widths = channel_table(resolution, channel_base, channel_max, channels)
         self.config = {
@@ -182,6 +201,7 @@ class StyleGAN2Generator(nn.Module):
             "style_dim": style_dim,
             "image_channels": image_channels,
             "channels": {str(r): c for r, c in widths.items()},
+            "architecture": architecture,
         }
         for name in ("latent_dim", "mapping_layers", "style_dim", "image_channels"):
             if self.config[name] < 1:
@@ -198,13 +218,21 @@ class StyleGAN2Generator(nn.Module):
         )
         self.input = ConstantInput(widths[4])
         self.conv1 = StyledConv(widths[4], widths[4], style_dim)
-        self.to_rgb1 = ToRGB(widths[4], image_channels, style_dim, upsample=False)
-        self.convs, self.to_rgbs, self.noises = nn.ModuleList(), nn.ModuleList(), nn.Module()
+        self.convs, self.noises = nn.ModuleList(), nn.Module()
+        if architecture == "skip":
+            self.to_rgb1 = ToRGB(widths[4], image_channels, style_dim, upsample=False)
+            self.to_rgbs = nn.ModuleList()
+        else:
+            self.to_rgb = ToRGB(widths[resolution], image_channels, style_dim, upsample=False)
+            self.skips = nn.ModuleList()
         self.noises.register_buffer("noise_0", torch.randn(1, 1, 4, 4))
         for low, high in itertools.pairwise(sizes):
             self.convs.append(StyledConv(widths[low], widths[high], style_dim, upsample=True))
             self.convs.append(StyledConv(widths[high], widths[high], style_dim))
-            self.to_rgbs.append(ToRGB(widths[high], image_channels, style_dim))
+            if architecture == "skip":
+                self.to_rgbs.append(ToRGB(widths[high], image_channels, style_dim))
+            else:
+                self.skips.append(UpsampledSkip(widths[low], widths[high]))
             for k in (len(self.convs) - 1, len(self.convs)):
                 self.noises.register_buffer(f"noise_{k}", torch.randn(1, 1, high, high))
 
@@ -236,13 +264,17 @@ class StyleGAN2Generator(nn.Module):
             raise ValueError(f"w must have shape [B, {self.num_layers}, {self.style_dim}], got {list(w.shape)}")
         maps = self._noise_maps(noise, w)
         x = self.conv1(self.input(w.shape[0], constant), w[:, 0], maps[0])
-        image = self.to_rgb1(x, w[:, 1], None)
-        for i, to_rgb in zip(range(0, len(self.convs), 2), self.to_rgbs, strict=True):
-            x = self.convs[i](x, w[:, i + 1], maps[i + 1])
-            x = self.convs[i + 1](x, w[:, i + 2], maps[i + 2])
-            # The next block's first convolution reads this w as well.
-            image = to_rgb(x, w[:, i + 3], image)
-        return image
+        skip = self.config["architecture"] == "skip"
+        image = self.to_rgb1(x, w[:, 1], None) if skip else None
+        for j in range(len(self.convs) // 2):
+            i = 2 * j
+            y = self.convs[i](x, w[:, i + 1], maps[i + 1])
+            y = self.convs[i + 1](y, w[:, i + 2], maps[i + 2])
+            if skip:
+                # The next block's first convolution reads this w as well.
+                image = self.to_rgbs[j](y, w[:, i + 3], image)
+            x = y if skip else (y + self.skips[j](x)) / SQRT2
+        return image if skip else self.to_rgb(x, w[:, -1], None)
 
     def _noise_maps(self, noise: str | list[Tensor], w: Tensor) -> list[Tensor | None]:
         constant = [getattr(self.noises, f"noise_{k}") for k in range(self.num_layers - 1)]
@@ -327,20 +359,34 @@ class ConvLayer(nn.Sequential):
 
 
 class ResBlock(nn.Module):
-    def __init__(self, cin: int, cout: int):
+    """Two convolutions, the second of which halves the size, and, where `residual`, a short way past them."""
+
+    def __init__(self, cin: int, cout: int, residual: bool = True):
         super().__init__()
         self.conv1 = ConvLayer(cin, cin, 3)
         self.conv2 = ConvLayer(cin, cout, 3, downsample=True)
-        self.skip = ConvLayer(cin, cout, 1, downsample=True, activate=False)
+        self.skip = ConvLayer(cin, cout, 1, downsample=True, activate=False) if residual else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return (self.conv2(self.conv1(x)) + self.skip(x)) / SQRT2
+        y = self.conv2(self.conv1(x))
+        return y if self.skip is None else (y + self.skip(x)) / SQRT2
+
+
+class Downsample(Blur):
+    """Half the size: the filter, then every second pixel."""
+
+    def __init__(self):
+        super().__init__(padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return upfirdn2d(x, self.kernel, down=2, padding=self.padding)
 
 
 class StyleGAN2Discriminator(nn.Module):
-    """StyleGAN2 residual discriminator: images [B, image_channels, R, R] in [-1, 1] -> logits [B].
+    """StyleGAN2 discriminator: images [B, image_channels, R, R] in [-1, 1] -> logits [B].
 
-    Args: as the generator's; `config` holds them.
+    Args: as the generator's, but `architecture`, which is "resnet" (figure 7c) or "skip" (figure 7b: at each resolution
+    the image, made smaller, is read anew and added to the activations). `config` holds them.
     """
 
     family = "stylegan2"
@@ -353,8 +399,10 @@ class StyleGAN2Discriminator(nn.Module):
         channel_max: int = 512,
         image_channels: int = 3,
         channels: dict[int, int] | None = None,
+        architecture: str = "resnet",
     ):
         super().__init__()
+        _check_architecture(architecture)
         widths = channel_table(resolution, channel_base, channel_max, channels)
         if image_channels < 1:
             raise ValueError(f"image_channels must be at least 1, got {image_channels}")
@@ -364,13 +412,15 @@ class StyleGAN2Discriminator(nn.Module):
             "channel_max": channel_max,
             "image_channels": image_channels,
             "channels": {str(r): c for r, c in widths.items()},
+            "architecture": architecture,
         }
         self.resolution, self.image_channels = resolution, image_channels
-        sizes = list(widths)[::-1]
-        self.convs = nn.Sequential(
-            ConvLayer(image_channels, widths[resolution], 1),
-            *(ResBlock(widths[high], widths[low]) for high, low in itertools.pairwise(sizes)),
-        )
+        resnet, pairs = architecture == "resnet", itertools.pairwise([*widths.values()][::-1])
+        first, blocks = ConvLayer(image_channels, widths[resolution], 1), [ResBlock(*p, residual=resnet) for p in pairs]
+        self.convs = nn.Sequential(first, *blocks)
+        if not resnet:
+            self.downsample = Downsample()
+            self.from_rgbs = nn.ModuleList(ConvLayer(image_channels, c, 1) for c in [*widths.values()][-2::-1])
         self.final_conv = ConvLayer(widths[4] + 1, widths[4], 3)
         self.final_linear = nn.Sequential(
             EqualLinear(widths[4] * 16, widths[4], activate=True), EqualLinear(widths[4], 1)
@@ -382,7 +432,13 @@ class StyleGAN2Discriminator(nn.Module):
         if x.ndim != 4 or x.shape[1:] != expected or not len(x):
             shape = "[B >= 1, {}, {}, {}]".format(*expected)
             raise ValueError(f"images must have shape {shape}, got {list(x.shape)}")
-        x = self.final_conv(minibatch_stddev(self.convs(x), group))
+        image, x = x, self.convs[0](x)
+        for i, block in enumerate(self.convs[1:]):
+            x = block(x)
+            if self.config["architecture"] == "skip":
+                image = self.downsample(image)
+                x = x + self.from_rgbs[i](image)
+        x = self.final_conv(minibatch_stddev(x, group))
         return self.final_linear[0](x.flatten(1))
 
     def forward(self, x: Tensor) -> Tensor:

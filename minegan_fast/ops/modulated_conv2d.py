@@ -54,7 +54,6 @@ class _Modulate(Function):
     @staticmethod
     def forward(ctx, x, s, backend):
         ctx.backend = backend
-        x = _dense(x)
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, s)
         return modulate_forward(x, s, backend=backend)
 
@@ -62,15 +61,14 @@ class _Modulate(Function):
     def backward(ctx, gy):
         x, s = ctx.saved_tensors
         if x is None:
-            return _Modulate.apply(gy, s, ctx.backend), None, None
-        return *_Backward.apply(gy, x, s, ctx.backend), None
+            return _Modulate.apply(_dense(gy), s, ctx.backend), None, None
+        return *_Backward.apply(_laid_out_like(x, gy), x, s, ctx.backend), None
 
 
 class _Backward(Function):
     @staticmethod
     def forward(ctx, gy, x, s, backend):
         ctx.backend = backend
-        gy = _laid_out_like(x, gy)
         ctx.save_for_backward(gy, x, s)
         return modulate_backward(gy, x, s, backend=backend)
 
@@ -140,7 +138,7 @@ def modulated_conv2d(
         noise, strength, bias, act, alpha, gain: as of `noise_bias_act`, which is applied to the result.
 
     Returns:
-        [B, O, H, W], or [B, O, 2H, 2W] with `up`, or [B, O, (H + 1) // 2, (W + 1) // 2] with `down`; of x's (or
+        [B, O, H, W], or [B, O, 2H, 2W] with `up`, or [B, O, H // 2, W // 2] with `down`; of x's (or
         autocast's) dtype.
 
     Raises:
@@ -183,6 +181,7 @@ def modulated_conv2d(
         if down:
             before, after = (n + size - 2) // 2, (n + size - 3) // 2
             x = upfirdn2d(x, kernel, padding=(before, after, before, after))
+        x = _dense(x)
         xs = _Modulate.apply(x, s, forced_backend())
         w = weight.to(xs.dtype)
         with _keeping_factors(x, s, xs):

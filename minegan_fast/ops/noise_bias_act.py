@@ -86,14 +86,13 @@ class _NoiseBiasAct(Function):
     @staticmethod
     def backward(ctx, gy):
         y, n, d, f, h = ctx.saved_tensors
-        gc, gd, gf, gh = _Backward.apply(gy, y, n, d, f, h, *ctx.args)
+        gc, gd, gf, gh = _Backward.apply(_laid_out_like(y, gy), y, n, d, f, h, *ctx.args)
         return gc, None, gd, gf, gh, None, None, None
 
 
 class _Backward(Function):
     @staticmethod
     def forward(ctx, gy, y, n, d, f, h, slope, gain, backend):
-        gy = _laid_out_like(y, gy)
         gc, sums = noise_bias_act_backward(gy, y, n, torch.stack((d, f, h)), slope, gain, backend=backend)
         gd, gf, gh = sums[0] / d, sums[1].clone(), sums[2].clone()
         ctx.args = (slope, gain, backend)

@@ -5,7 +5,7 @@ import torch
 from tiny_conditional import Conditional, Critic
 
 import minegan_fast as mf
-from minegan_fast.models import PGANGenerator, StyleGAN2Generator
+from minegan_fast.models import BigGANDeepGenerator, BigGANGenerator, PGANGenerator, StyleGAN2Generator
 from minegan_fast.training.config import TransferConfig
 from minegan_fast.training.critics import check_fit, new_critic
 from minegan_fast.training.places import new_mined
@@ -43,6 +43,25 @@ def test_a_named_class_is_where_its_miner_starts():
     a, b = generator.class_embeddings()[[0, 3]]
     y = two(u)
     torch.testing.assert_close(y - (a + b) / 2, (y - (a + b) / 2) @ torch.outer(a - b, a - b) / (a - b).square().sum())
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: BigGANGenerator(32, 16, class_dim=5, num_classes=3, channel_width=2, attention=[]),
+        lambda: BigGANGenerator(32, 16, num_classes=3, channel_width=2, attention=[], hierarchical=False, shared=False),
+        lambda: BigGANDeepGenerator(32, 6, 5, 3, channel_width=4, attention=[], steps=2),
+        lambda: PGANGenerator(8, 6, 32, 4, num_classes=3),
+    ],
+    ids=["BigGAN", "BigGAN without shared embedding", "BigGAN-deep", "PGAN with labels"],
+)
+def test_every_conditional_family_can_start_at_a_class(make):
+    generator = make().eval()
+    mined = new_mined(TransferConfig(mined_class=1), generator)
+    u = torch.randn(2, generator.latent_dim)
+    # sums over a one-hot row and over an embedding's row may round differently
+    torch.testing.assert_close(mined(u), generator(u, torch.tensor([1, 1])), rtol=1e-5, atol=1e-5)
+    assert generator.class_embeddings().shape == (3, generator.class_dim)
 
 
 def test_the_miner_of_z_does_not_depend_on_what_else_is_mined():
