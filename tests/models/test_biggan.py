@@ -61,7 +61,8 @@ def test_published_critic_has_the_published_keys():
 
 @pytest.mark.parametrize("batch", [False, True])
 @pytest.mark.parametrize(
-    ("resolution", "ch", "attend", "image_channels"), [(32, 2, 16, 3), (64, 4, 32, 1), (128, 1, 8, 3), (256, 1, 16, 3)]
+    ("resolution", "ch", "attend", "image_channels"),
+    [(32, 2, 16, 3), (64, 4, 32, 1), (128, 1, 8, 3), (256, 1, 16, 3), (512, 1, 8, 3)],
 )
 def test_generator_is_its_equations(resolution, ch, attend, image_channels, batch):
     torch.manual_seed(0)
