@@ -268,6 +268,12 @@ def test_critic_of_another_size(run_settings, tmp_path):
         mf.transfer(**{**run_settings, "critic": tmp_path / "d.safetensors"})
 
 
+def test_critic_of_images_with_other_channels(run_settings, tmp_path):
+    save_model(tmp_path / "d.safetensors", StyleGAN2Discriminator(8, 64, 8, image_channels=3))
+    with pytest.raises(ValueError, match="generator and critic do not fit: image_channels is 1 and 3"):
+        mf.transfer(**{**run_settings, "critic": tmp_path / "d.safetensors"})
+
+
 def test_class_conditional_sources_are_refused(run_settings, tiny):
     tiny["generator"].num_classes = 10
     try:
