@@ -284,13 +284,13 @@ def parameters(thing: Thing) -> dict[str, Tensor]:
         unsaved = state.get("_non_persistent_buffers_set") or ()
         for group in ("_parameters", "_buffers"):
             for name, tensor in _fields(state.get(group)).items():
-                if isinstance(tensor, Tensor) and name not in unsaved:
+                if isinstance(tensor, Tensor) and isinstance(name, str) and name not in unsaved:
                     found[f"{prefix}{name}"] = tensor
         for name, module in _fields(state.get("_modules")).items():
             walk(module, f"{prefix}{name}.", (*above, thing))
         if "variables" in state and "build_func_name" in state:
             for name, array in state["variables"]:
-                if isinstance(array, Array) and array.value is not None:
+                if isinstance(array, Array) and array.value is not None and isinstance(name, str):
                     found[f"{prefix}{name}"] = _as_tensor(array.value)
             if (kernel := _fields(state.get("static_kwargs")).get("resample_kernel")) is not None:
                 found[f"{prefix}resample_kernel"] = torch.tensor(kernel, dtype=torch.float32)

@@ -5,8 +5,6 @@ from torch import Tensor, nn
 
 from ..ops import upfirdn2d
 
-from ..ops import upfirdn2d
-
 
 def channel_table(
     resolution: int, base: int, maximum: int, override: dict[int, int] | None, smallest: int = 8
