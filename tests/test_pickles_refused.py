@@ -19,7 +19,7 @@ import pytest
 import torch
 from crafted_pickles import CALLS, Canary, asks_for, loaded, touch
 
-from minegan_fast._pickles import DamagedError, RefusedError, Thing
+from minegan_fast._pickle_names import DamagedError, RefusedError, Thing
 from minegan_fast._reading import read
 
 
