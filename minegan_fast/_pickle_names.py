@@ -1,6 +1,5 @@
 """What the names in a pickle stand for: a fixed table of tensors, arrays and containers; no other is ever called."""
 
-import codecs
 import math
 import re
 from collections import OrderedDict
@@ -121,6 +120,7 @@ def _scalar(dtype, data=b""):
 
 def _tensor(storage, offset, size, stride, *_) -> Tensor:
     require(isinstance(storage, Tensor), "a tensor has no storage")
+    require(all(type(n) is int for n in (offset, *size, *stride)), "a tensor has no size")
     # A stride of 0 would make a few bytes a tensor of any size.
     require(math.prod(size) <= storage.numel(), "a tensor is larger than its storage")
     return storage.as_strided(tuple(size), tuple(stride), offset)
@@ -140,7 +140,8 @@ def _subclass(make, cls, arguments, state=None):
 
 
 def _encoded(text, encoding="latin-1") -> bytes:
-    require(isinstance(text, str) and codecs.lookup(encoding).name == "iso8859-1", "bytes in an unknown encoding")
+    # codecs.lookup would import a module of the file's choice.
+    require(isinstance(text, str) and encoding in ("latin1", "latin-1", "iso-8859-1"), "bytes in an unknown encoding")
     return text.encode("latin-1")
 
 
@@ -209,7 +210,7 @@ KNOWN = (
     | _each(NUMPY, "scalar", _scalar)
     | _each("numpy.core.numeric numpy._core.numeric", "_frombuffer", lambda *a: Array(array_of(*a)))
     | _each("numpy", "dtype", _dtype)
-    | _each("torch", "Size", lambda size=(): tuple(size))
+    | _each("torch", "Size", _container(tuple))
     | _each("torch", "device", _device)
     | _each("torch._utils", "_rebuild_tensor", _tensor)
     | _each("torch._utils", "_rebuild_tensor_v2", _tensor)
@@ -233,6 +234,8 @@ STORAGES = {
     "ComplexDoubleStorage": torch.complex128,
     "UntypedStorage": torch.uint8,
 }
+# Not getattr(torch, name), which would import submodules of the file's choice.
+DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 
 
 def lookup(module: str, name: str):
@@ -242,8 +245,8 @@ def lookup(module: str, name: str):
         return known
     if module in ("torch", "torch.cuda", "torch.storage") and name in STORAGES:
         return Storage(STORAGES[name])
-    if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-        return getattr(torch, name)
+    if module == "torch" and name in DTYPES:
+        return DTYPES[name]
     root, on_the_way = module.split(".")[0], {*module.split("."), *name.split(".")[:-1]}
     if (
         (root in DANGEROUS and (module, name) != ("types", "SimpleNamespace"))

@@ -197,6 +197,16 @@ def test_deep_nesting_ends_in_an_error_of_ours(tmp_path):
         read(tmp_path / "file")
 
 
+def test_nothing_is_imported():
+    before = set(sys.modules)
+    for content in (b"c_codecs\nencode\n(X\x01\x00\x00\x00aX\x05\x00\x00\x00cp037tR.", b"ctorch\nutils.bottleneck\n."):
+        with contextlib.suppress(DamagedError):
+            loaded(content)
+    for name in ("torch\nonnx", "torch\n_lobpcg", "idlelib\nrpc", "this\ns"):
+        assert isinstance(loaded(f"c{name}\n.".encode()), Thing)
+    assert set(sys.modules) == before
+
+
 def test_a_few_bytes_do_not_become_a_huge_tensor(tmp_path):
     storage = io.BytesIO()
     torch.save(torch.ones(1).untyped_storage(), storage, _use_new_zipfile_serialization=False)
