@@ -121,9 +121,9 @@ def write_tf_pickle(path, *networks, protocol=4):
 
 def tf_of(state):
     """This project's StyleGAN2 tensors, by the rules of TensorFlow's program: [k, k, in, out], [in, out], bias - 1."""
-    out = {}
+    out, size = {}, max(t.shape[-1] for name, t in state.items() if name.startswith("noises."))
     for name, t in state.items():
-        key, *_ = [*_tf_names(name), None]
+        key, *_ = [*_tf_names(name, size), None]
         if key is None:
             continue
         if key.endswith("mod_bias"):
@@ -143,9 +143,9 @@ def tf_of(state):
 
 def ada_of(state):
     """This project's StyleGAN2 tensors, by the rules of the PyTorch program."""
-    out = {}
+    out, size = {}, max(t.shape[-1] for name, t in state.items() if name.startswith("noises."))
     for name, t in state.items():
-        key, *_ = [*_ada_names(name), None]
+        key, *_ = [*_ada_names(name, size), None]
         if key is None:
             continue
         if key.endswith("noise_strength"):
@@ -162,12 +162,16 @@ def ada_of(state):
     return out
 
 
-def _place(name):
+def _place(name, size):
     """(resolution of a layer's output, its rest) of a generator's parameter; None for what is in no layer."""
     head, _, rest = name.partition(".")
+    if head == "to_rgb":
+        return size, "rgb", rest
     if head in ("conv1", "to_rgb1"):
         return 4, "conv" if head == "conv1" else "rgb", rest
     number, _, rest = rest.partition(".")
+    if head == "skips":
+        return 8 << int(number), "skip", {"0.weight": "conv.weight", "1.kernel": "conv.blur.kernel"}[rest]
     if head == "to_rgbs":
         return 8 << int(number), "rgb", rest
     if head == "convs" and rest.startswith(("conv.", "noise.", "activate.")):
@@ -186,10 +190,10 @@ PARTS = {
 }
 
 
-def _tf_names(name):
-    if place := _place(name):
+def _tf_names(name, size):
+    if place := _place(name, size):
         r, kind, rest = place
-        layer = {"up": "Conv0_up", "rgb": "ToRGB", "conv": "Conv" if r == 4 else "Conv1"}[kind]
+        layer = {"up": "Conv0_up", "rgb": "ToRGB", "skip": "Skip", "conv": "Conv" if r == 4 else "Conv1"}[kind]
         if rest in PARTS and PARTS[rest][0]:
             yield f"synthesis/{r}x{r}/{layer}/{PARTS[rest][0]}"
     elif name.startswith("style."):
@@ -201,10 +205,10 @@ def _tf_names(name):
         yield "synthesis/4x4/Const/const"
 
 
-def _ada_names(name):
-    if place := _place(name):
+def _ada_names(name, size):
+    if place := _place(name, size):
         r, kind, rest = place
-        layer = {"up": "conv0", "rgb": "torgb", "conv": "conv1"}[kind]
+        layer = {"up": "conv0", "rgb": "torgb", "skip": "skip", "conv": "conv1"}[kind]
         if rest in PARTS:
             yield f"synthesis.b{r}.{layer}.{PARTS[rest][1]}"
         elif rest == "upsample.kernel":
@@ -226,7 +230,14 @@ def critic_of(state, resolution, tf):
     for name, t in state.items():
         head, rest = ".".join(name.split(".")[:2]), ".".join(name.split(".")[2:])
         part = name.split(".")[-1]
-        if head == "convs.0":
+        if head == "downsample.kernel":
+            if tf:
+                continue
+            key = f"b{resolution}.resample_filter"
+        elif head.startswith("from_rgbs"):
+            r = resolution >> int(head.split(".")[1]) + 1
+            key = f"{r}x{r}/FromRGB/{part}" if tf else f"b{r}.fromrgb.{part}"
+        elif head == "convs.0":
             key = f"{resolution}x{resolution}/FromRGB/{part}" if tf else f"b{resolution}.fromrgb.{part}"
         elif head in blocks:
             r, (layer, _, _) = blocks[head], rest.split(".")

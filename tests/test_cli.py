@@ -162,3 +162,27 @@ def test_config_with_unknown_settings(call, tmp_path):
     code, _, err = call("transfer", "--config", tmp_path / "c.json", "--out", tmp_path / "run")
     assert code == 1
     assert "densitty" in err
+
+
+def test_convert_and_inspect(call, run_settings, tmp_path):
+    out = tmp_path / "converted.safetensors"
+    code, said, err = call("convert", run_settings["source"], out, "--only", "generator")
+    assert code == 0, err
+    assert "generator: weights from" in said
+    code, said, _ = call("inspect", out)
+    assert code == 0
+    for words in ("family", "stylegan2", "8 x 8, 1 channels", "none (unconditional)"):
+        assert words in said
+    code, said, _ = call("inspect", out, "--json")
+    assert code == 0
+    (network,) = json.loads(said)["networks"]
+    assert (network["role"], network["resolution"], network["missing"]) == ("generator", 8, [])
+    code, _, err = call("convert", run_settings["source"], out)
+    assert code == 1
+    assert err.startswith("error: ")
+    assert "--force" in err
+    assert call("convert", run_settings["source"], out, "--force")[0] == 0
+    out.write_bytes(b"<html>")
+    code, _, err = call("inspect", out)
+    assert code == 1
+    assert "is a web page, not a checkpoint" in err

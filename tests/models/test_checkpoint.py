@@ -191,6 +191,16 @@ def test_bare_state_dicts(file, generator, critic):
     assert_same(load_discriminator(file), critic)
 
 
+def test_the_other_architectures_are_told_by_their_keys(file):
+    sizes = {"channels": {4: 6, 8: 5, 16: 3}}
+    g = StyleGAN2Generator(16, 9, mapping_layers=2, **sizes, architecture="resnet")
+    d = StyleGAN2Discriminator(16, **sizes, architecture="skip")
+    torch.save({"g": g.state_dict(), "d": d.state_dict()}, file)
+    assert_same(load_generator(file), g)
+    assert_same(load_discriminator(file), d)
+    assert load_generator(file).config == g.config
+
+
 def test_noises_that_a_file_leaves_out_are_the_same_each_time(file, generator):
     torch.save({"g_ema": without_noises(generator.state_dict())}, file)
     a, b = load_generator(file), load_generator(file)

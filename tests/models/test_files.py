@@ -283,9 +283,9 @@ def test_resolutions_that_are_no_power_of_two(file, stylegan2):
             {"mapping.embed.weight": (9, 3)},
             "a class-conditional StyleGAN2 .it has mapping.embed.weight. cannot be expr",
         ),
-        ({"synthesis.b8.torgb.weight": None}, "without an image at every resolution"),
+        ({"synthesis.b4.torgb.weight": None}, "a generator that is neither skip nor residual"),
         ({"mapping.fc0.weight": None}, "but lacks 'mapping.fc0.weight'; is the file complete"),
-        ({"synthesis.b4.torgb.weight": ()}, "its weights have too few dimensions"),
+        ({"synthesis.b16.torgb.weight": ()}, "its weights have too few dimensions"),
         ({"synthesis.b8.conv0.strange": (3,)}, "unexpected: synthesis.b8.conv0.strange"),
         ({"synthesis.b8.conv0.affine.bias": None}, "missing: convs.0.conv.modulation.bias"),
     ],
@@ -303,8 +303,8 @@ def test_stylegan2_of_nvidia_that_cannot_be_expressed(file, stylegan2, change, m
     ("names", "shape", "message"),
     [
         (("Output/weight", "mapping.embed.weight"), (6, 3), "class-conditional StyleGAN2"),
-        (("8x8/FromRGB/weight", "b8.fromrgb.weight"), (1, 1, 3, 5), "sees the image at every resolution"),
-        (("16x16/Skip/weight", "b16.skip.weight"), None, "without residual blocks"),
+        (("8x8/FromRGB/weight", "b8.fromrgb.weight"), (1, 1, 3, 5), "unexpected: from_rgbs.0.0.weight"),
+        (("16x16/Skip/weight", "b16.skip.weight"), None, "neither skip nor residual"),
     ],
 )
 def test_discriminators_of_nvidia_that_cannot_be_expressed(file, stylegan2, tf, names, shape, message):

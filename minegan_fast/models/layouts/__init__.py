@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from . import biggan, biggan_deep, nvidia, pgan, pgan_tf, stylegan, stylegan2
+from . import biggan, biggan_deep, nvidia_tf, nvidia_torch, pgan, pgan_tf, stylegan, stylegan2
 from ._layout import Layout, State, as_it_is
 
 __all__ = ["LAYOUTS", "MODELS", "Found", "Layout", "State", "as_it_is", "describe", "families", "find"]
@@ -19,7 +19,8 @@ LAYOUTS: tuple[Layout, ...] = (
     *pgan_tf.LAYOUTS,
     *stylegan.LAYOUTS,
     *stylegan2.LAYOUTS,
-    *nvidia.LAYOUTS,
+    *nvidia_torch.LAYOUTS,
+    *nvidia_tf.LAYOUTS,
 )
 
 # What a file of this project may hold: {(family, role): class}.

@@ -1,4 +1,7 @@
-"""StyleGAN2's files: rosinality/stylegan2-pytorch, whose names and shapes are this project's own."""
+"""StyleGAN2's files: rosinality/stylegan2-pytorch, whose names and shapes are this project's own.
+
+That project has the skip generator and the residual discriminator; the other two have names in the same manner.
+"""
 
 import re
 
@@ -11,25 +14,32 @@ def _count(state: State, pattern: str) -> int:
 
 
 def generator_config(state: State) -> dict:
-    stages = _count(state, r"to_rgbs\.\d+\.bias")
+    stages = _count(state, r"convs\.\d+\.conv\.weight") // 2
     channels = {4: state["conv1.conv.weight"].shape[1]}
     channels |= {8 << j: state[f"convs.{2 * j}.conv.weight"].shape[1] for j in range(stages)}
+    resnet = "skips.0.0.weight" in state
     return {
         "resolution": 4 << stages,
         "latent_dim": state["style.1.weight"].shape[1],
         "style_dim": state["style.1.weight"].shape[0],
         "mapping_layers": _count(state, r"style\.\d+\.weight"),
-        "image_channels": state["to_rgb1.conv.weight"].shape[1],
+        "image_channels": state["to_rgb.conv.weight" if resnet else "to_rgb1.conv.weight"].shape[1],
         "channels": channels,
+        "architecture": "resnet" if resnet else "skip",
     }
 
 
 def discriminator_config(state: State) -> dict:
-    blocks = _count(state, r"convs\.\d+\.skip\.1\.weight")
+    blocks = _count(state, r"convs\.\d+\.conv2\.1\.weight")
     resolution = 4 << blocks
     channels = {resolution: state["convs.0.0.weight"].shape[0]}
     channels |= {resolution >> i: state[f"convs.{i}.conv2.1.weight"].shape[0] for i in range(1, blocks + 1)}
-    return {"resolution": resolution, "image_channels": state["convs.0.0.weight"].shape[1], "channels": channels}
+    return {
+        "resolution": resolution,
+        "image_channels": state["convs.0.0.weight"].shape[1],
+        "channels": channels,
+        "architecture": "skip" if "from_rgbs.0.0.weight" in state else "resnet",
+    }
 
 
 LAYOUTS: tuple[Layout, ...] = (

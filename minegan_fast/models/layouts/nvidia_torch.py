@@ -1,0 +1,148 @@
+"""StyleGAN2's files as NVIDIA's StyleGAN2-ADA for PyTorch writes them.
+
+They are pickles of network objects; what is read of them is the tensors under their dotted names. The resampling
+filter is stored with sum 1; upsampling multiplies it by 4. That program adds demodulation's 1e-8 to the norm of the
+unscaled kernel: its images differ by about 1e-8 of themselves from TensorFlow's, rosinality's and this project's.
+"""
+
+from ..stylegan2 import StyleGAN2Discriminator, StyleGAN2Generator
+from ._layout import Layout, State
+from ._tables import (
+    Table,
+    apply,
+    batch,
+    column,
+    count,
+    critic_architecture,
+    generator_architecture,
+    highest_resolution,
+    one,
+    refuse,
+    resolutions,
+    same,
+    times4,
+)
+
+
+def _generator_config(state: State) -> dict:
+    refuse(state, r"mapping\.embed\.weight", "a class-conditional StyleGAN2")
+    highest = highest_resolution(state, r"synthesis\.b(\d+)\.")
+    sizes = resolutions(highest)
+    first = state["mapping.fc0.weight"]
+    return {
+        "resolution": highest,
+        "latent_dim": first.shape[1],
+        "style_dim": first.shape[0],
+        "mapping_layers": count(state, r"mapping\.fc\d+\.weight"),
+        "image_channels": state[f"synthesis.b{highest}.torgb.weight"].shape[0],
+        "channels": {4: state["synthesis.b4.conv1.weight"].shape[0]}
+        | {r: state[f"synthesis.b{r}.conv1.weight"].shape[0] for r in sizes},
+        "architecture": generator_architecture(state, "synthesis.b4.torgb.weight", r"synthesis\.b\d+\.skip\.weight"),
+    }
+
+
+def _generator(state: State) -> State:
+    table = [("synthesis.b4.const", "input.input", batch())]
+    for i in range(count(state, r"mapping\.fc\d+\.weight")):
+        table += [(f"mapping.fc{i}.{part}", f"style.{i + 1}.{part}", same) for part in ("weight", "bias")]
+
+    def modulated(theirs: str, ours: str) -> Table:
+        return [
+            (f"{theirs}.weight", f"{ours}.conv.weight", batch()),
+            (f"{theirs}.affine.weight", f"{ours}.conv.modulation.weight", same),
+            (f"{theirs}.affine.bias", f"{ours}.conv.modulation.bias", same),
+        ]
+
+    def styled(theirs: str, ours: str, number: int) -> Table:
+        return [
+            *modulated(theirs, ours),
+            (f"{theirs}.noise_strength", f"{ours}.noise.weight", one),
+            (f"{theirs}.bias", f"{ours}.activate.bias", same),
+            (f"{theirs}.noise_const", f"noises.noise_{number}", lambda t: t[None, None]),
+        ]
+
+    def to_rgb(theirs: str, ours: str) -> Table:
+        return [*modulated(theirs, ours), (f"{theirs}.bias", f"{ours}.bias", column)]
+
+    highest = highest_resolution(state, r"synthesis\.b(\d+)\.")
+    resnet = f"synthesis.b{highest}.skip.weight" in state
+    table += styled("synthesis.b4.conv1", "conv1", 0) + to_rgb("synthesis.b4.torgb", "to_rgb1")
+    for j, r in enumerate(resolutions(highest)):
+        block = f"synthesis.b{r}"
+        table += styled(f"{block}.conv0", f"convs.{2 * j}", 2 * j + 1)
+        table += styled(f"{block}.conv1", f"convs.{2 * j + 1}", 2 * j + 2)
+        table.append((f"{block}.conv0.resample_filter", f"convs.{2 * j}.conv.blur.kernel", times4))
+        if resnet:
+            table.append((f"{block}.skip.weight", f"skips.{j}.0.weight", same))
+            table.append((f"{block}.skip.resample_filter", f"skips.{j}.1.kernel", times4))
+        else:
+            table.append((f"{block}.resample_filter", f"to_rgbs.{j}.upsample.kernel", times4))
+        table += to_rgb(f"{block}.torgb", "to_rgb" if resnet else f"to_rgbs.{j}")
+    return apply(state, table, r"mapping\.w_avg|.*\.resample_filter")
+
+
+def _discriminator_config(state: State) -> dict:
+    refuse(state, r"mapping\..*", "a class-conditional StyleGAN2")
+    highest = highest_resolution(state, r"b(\d+)\.")
+    sizes = resolutions(highest)
+    return {
+        "resolution": highest,
+        "image_channels": state[f"b{highest}.fromrgb.weight"].shape[1],
+        "channels": {highest: state[f"b{highest}.fromrgb.weight"].shape[0]}
+        | {r // 2: state[f"b{r}.conv1.weight"].shape[0] for r in sizes},
+        "architecture": critic_architecture(state, f"b{highest}.skip.weight", "b4.fromrgb.weight"),
+    }
+
+
+def _discriminator(state: State) -> State:
+    highest = highest_resolution(state, r"b(\d+)\.")
+    table = [
+        (f"b{highest}.fromrgb.weight", "convs.0.0.weight", same),
+        (f"b{highest}.fromrgb.bias", "convs.0.1.bias", same),
+        ("b4.conv.weight", "final_conv.0.weight", same),
+        ("b4.conv.bias", "final_conv.1.bias", same),
+    ]
+    for part in ("weight", "bias"):
+        table += [
+            (f"b4.fc.{part}", f"final_linear.0.{part}", same),
+            (f"b4.out.{part}", f"final_linear.1.{part}", same),
+        ]
+    for i, r in enumerate(resolutions(highest)[::-1], 1):
+        table += [
+            (f"b{r}.conv0.weight", f"convs.{i}.conv1.0.weight", same),
+            (f"b{r}.conv0.bias", f"convs.{i}.conv1.1.bias", same),
+            (f"b{r}.conv1.resample_filter", f"convs.{i}.conv2.0.kernel", same),
+            (f"b{r}.conv1.weight", f"convs.{i}.conv2.1.weight", same),
+            (f"b{r}.conv1.bias", f"convs.{i}.conv2.2.bias", same),
+            (f"b{r}.skip.resample_filter", f"convs.{i}.skip.0.kernel", same),
+            (f"b{r}.skip.weight", f"convs.{i}.skip.1.weight", same),
+            (f"b{r // 2}.fromrgb.weight", f"from_rgbs.{i - 1}.0.weight", same),
+            (f"b{r // 2}.fromrgb.bias", f"from_rgbs.{i - 1}.1.bias", same),
+        ]
+    if "b4.fromrgb.weight" in state:
+        table.append((f"b{highest}.resample_filter", "downsample.kernel", same))
+    return apply(state, table, r".*\.resample_filter")
+
+
+LAYOUTS: tuple[Layout, ...] = (
+    Layout(
+        project="NVlabs/stylegan2-ada-pytorch",
+        role="generator",
+        model=StyleGAN2Generator,
+        signature=("synthesis.b4.conv1.affine.weight",),
+        containers=("G_ema", "G"),
+        averaged=("G_ema",),
+        config=_generator_config,
+        convert=_generator,
+        optional=r"noises\..*",
+    ),
+    Layout(
+        project="NVlabs/stylegan2-ada-pytorch",
+        role="discriminator",
+        model=StyleGAN2Discriminator,
+        signature=("b4.fc.weight",),
+        containers=("D",),
+        config=_discriminator_config,
+        convert=_discriminator,
+    ),
+)
