@@ -3,7 +3,7 @@
 import io
 
 from minegan_fast._pickles import Unpickler
-from minegan_fast._reading import plain
+from minegan_fast._plain import plain
 
 CALLS = []
 

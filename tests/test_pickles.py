@@ -11,7 +11,7 @@ import pytest
 import torch
 from crafted_pickles import CALLS, Canary, loaded, touch
 
-from minegan_fast._pickles import Thing
+from minegan_fast._pickle_names import Thing
 from minegan_fast._reading import read
 
 

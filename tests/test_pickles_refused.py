@@ -19,7 +19,7 @@ import pytest
 import torch
 from crafted_pickles import CALLS, Canary, asks_for, loaded, touch
 
-from minegan_fast._pickles import DamagedError, RefusedError, Thing
+from minegan_fast._pickle_names import DamagedError, RefusedError, Thing
 from minegan_fast._reading import read
 
 
@@ -195,6 +195,16 @@ def test_deep_nesting_ends_in_an_error_of_ours(tmp_path):
     (tmp_path / "file").write_bytes(b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b".")
     with pytest.raises(ValueError, match="nested too deeply"):
         read(tmp_path / "file")
+
+
+def test_nothing_is_imported():
+    before = set(sys.modules)
+    for content in (b"c_codecs\nencode\n(X\x01\x00\x00\x00aX\x05\x00\x00\x00cp037tR.", b"ctorch\nutils.bottleneck\n."):
+        with contextlib.suppress(DamagedError):
+            loaded(content)
+    for name in ("torch\nonnx", "torch\n_lobpcg", "idlelib\nrpc", "this\ns"):
+        assert isinstance(loaded(f"c{name}\n.".encode()), Thing)
+    assert set(sys.modules) == before
 
 
 def test_a_few_bytes_do_not_become_a_huge_tensor(tmp_path):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from .._pickles import Thing
+from .._pickle_names import Thing
 from .._reading import Contents, read
 from .checkpoint import described_modules, holds, load_network, write_networks, written_network
 from .layouts import describe
