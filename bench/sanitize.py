@@ -22,6 +22,12 @@ from measure import PASSES, make_pass, relative_error
 
 from minegan_fast.ops import Hyperparameters, RowTensor, RowUpdate, bias_act, row_gradient, row_score, use_backend
 from minegan_fast.ops._op import _ops
+from minegan_fast.ops.modulated_conv2d import modulate_backward, modulate_double_backward, modulate_forward
+from minegan_fast.ops.noise_bias_act import (
+    noise_bias_act_backward,
+    noise_bias_act_double_backward,
+    noise_bias_act_forward,
+)
 
 Check = tuple[str, torch.dtype, Callable[[], Call], Callable[[], Call]]
 
@@ -130,11 +136,41 @@ def check_row_gradient(device: str) -> Iterator[Check]:
         )
 
 
+def check_planes(device: str, op: str) -> Iterator[Check]:
+    """Planes of one position, of sizes that no tile divides, of several tiles; both layouts; with and without noise."""
+    shapes = [(1, 1, 1, 1), (2, 3, 1, 1), (2, 5, 7, 3), (1, 33, 33, 41), (3, 300, 4, 4)]
+    dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+    formats = (torch.contiguous_format, torch.channels_last)
+    for shape, dtype, layout, noisy in itertools.product(shapes, dtypes, formats, (False, True)):
+        a, b, c = (torch.randn(shape, dtype=dtype).contiguous(memory_format=layout) for _ in range(3))
+        small = torch.promote_types(dtype, torch.float32)
+        k, noise = torch.rand(4, *shape[:2], dtype=small), torch.randn(shape[0], 1, *shape[2:], dtype=small)
+        noise = noise if noisy else None
+
+        def make(place, wide, a=a, b=b, c=c, k=k, noise=noise):
+            kind = {True: torch.float64, False: None}[wide]
+            x, y, z, k = (t.to(place, kind) for t in (a, b, c, k))
+            n = noise if noise is None else noise.to(place, kind)
+            if op == "modulated_conv2d":
+                return lambda: (modulate_forward(x, k[0]), *modulate_backward(x, y, k[0]),
+                                *modulate_double_backward(x, y, z, k[:2]))  # fmt: skip
+            return lambda: (noise_bias_act_forward(x, n, k[:3], 0.2, 1.5),
+                            *noise_bias_act_backward(x, y, n, k[:3], 0.2, 1.5),
+                            *noise_bias_act_double_backward(x, y, z, n, k, 0.2, 1.5))  # fmt: skip
+
+        if noisy and op == "modulated_conv2d":
+            continue
+        calls = [functools.partial(make, place, wide) for place, wide in ((device, False), ("cpu", True))]
+        yield f"{list(shape)} {dtype} {layout}{' noise' * noisy}", dtype, *calls
+
+
 OPS: dict[str, Callable[[str], Iterator[Check]]] = {
     "bias_act": check_bias_act,
     "row_update": check_row_update,
     "row_score": check_row_score,
     "row_gradient": check_row_gradient,
+    "modulated_conv2d": functools.partial(check_planes, op="modulated_conv2d"),
+    "noise_bias_act": functools.partial(check_planes, op="noise_bias_act"),
 }
 
 

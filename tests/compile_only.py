@@ -177,12 +177,56 @@ def upfirdn2d_kernels():
             )  # fmt: skip
 
 
+def plane_kernels(op: str, tensors: dict[str, tuple[str, ...]], summing: tuple[str, ...]):
+    """Of modulated_conv2d and noise_bias_act, which share their tiles: images by kernel; those with sums."""
+    from minegan_fast.kernels.noise_bias_act import _OPTIONS, blocks
+    from triton import language as tl
+
+    for layout, (C, P, last) in {"channels last": (512, 4096, True), "64x64": (512, 4096, False)}.items():
+        sizes = {"B": 16, "C": C, "P": P, "channel_stride": 1 if last else P, "position_stride": C if last else 1}
+        for element in ("fp32", "bf16"):
+            for name, images in tensors.items():
+                small = (
+                    ("n_ptr", "k_ptr", "sums_ptr") if op == "noise_bias_act" else ("k_ptr", "s_ptr", "gs_ptr", "ds_ptr")
+                )
+                pointers = dict.fromkeys(images, element) | dict.fromkeys(small, "fp32")
+                constants = {"WIDE": tl.float32} | blocks(C, P, last)
+                scalars, own = {}, dict(sizes)
+                if op == "noise_bias_act":
+                    constants["HAS_NOISE"], own["noise_batch"] = True, P
+                    scalars = {"slope": "fp64", "gain": "fp64"}
+                if name in summing:
+                    constants["STEPS"] = 8
+                label = f"{layout} {element}"
+                yield Kernel(op, name, label, pointers, own, scalars, constants, options=_OPTIONS)
+
+
+def modulated_conv2d_kernels():
+    kernels = {
+        "modulate_kernel": ("x_ptr", "y_ptr"),
+        "modulate_backward_kernel": ("gy_ptr", "x_ptr", "gx_ptr"),
+        "modulate_double_backward_kernel": ("hx_ptr", "gy_ptr", "x_ptr", "dgy_ptr", "dx_ptr"),
+    }
+    yield from plane_kernels("modulated_conv2d", kernels, tuple(kernels)[1:])
+
+
+def noise_bias_act_kernels():
+    kernels = {
+        "noise_bias_act_kernel": ("c_ptr", "y_ptr"),
+        "noise_bias_act_backward_kernel": ("gy_ptr", "y_ptr", "gc_ptr"),
+        "noise_bias_act_double_backward_kernel": ("hc_ptr", "gy_ptr", "y_ptr", "dgy_ptr", "dy_ptr"),
+    }
+    yield from plane_kernels("noise_bias_act", kernels, tuple(kernels)[1:])
+
+
 TRITON = {
     "bias_act": bias_act_kernels,
     "row_update": row_update_kernels,
     "row_score": row_score_kernels,
     "row_gradient": row_gradient_kernels,
     "upfirdn2d": upfirdn2d_kernels,
+    "modulated_conv2d": modulated_conv2d_kernels,
+    "noise_bias_act": noise_bias_act_kernels,
 }
 
 # <op>.cu: which of its kernels, demangled, must have 16-byte loads; None: host code alone.
@@ -192,6 +236,8 @@ CUDA = {
     "row_score": None,
     "row_gradient": None,
     "upfirdn2d": None,
+    "modulated_conv2d": None,
+    "noise_bias_act": None,
 }
 
 

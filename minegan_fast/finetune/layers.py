@@ -1,4 +1,4 @@
-"""Layers on held weights: linear, convolutions and transposed ones with the weight gradient of the selected rows alone.
+"""Layers on held weights: linear, convolutions, transposed ones and embeddings with the gradient of the selected rows.
 
     forward             y  = x * W + b
     input gradient      dx = W ⋆ dy                   with d(dy) = d(dx) * W,  dW_r += row_gradient(d(dx), dy_r)
@@ -148,13 +148,44 @@ class _InputGradient(Function):
         return ggy, gpart, None, None, None, None
 
 
+class _ScaledLayer(Function):
+    """f · layer(x, W) with a factor f of all rows: its gradient ⟨dy, layer(x, W)⟩ = ⟨Wᵀ dy, x⟩ needs no output kept."""
+
+    @staticmethod
+    def forward(ctx, x, part, factor, weight, rows, op):
+        ctx.op, ctx.shape = op, x.shape
+        ctx.save_for_backward(x, part, factor, weight, rows)
+        return op.forward(x, (weight * factor).to(part.dtype), None)
+
+    @staticmethod
+    def backward(ctx, gy):
+        x, part, factor, weight, rows = ctx.saved_tensors
+        wanted = [backward_wants(ctx, i) for i in range(3)]
+        gx = gpart = gfactor = None
+        if wanted[0] or wanted[2]:
+            unscaled = _InputGradient.apply(gy, part, weight.to(part.dtype), rows, ctx.op, ctx.shape)
+            gx = unscaled * factor.to(gy.dtype) if wanted[0] else None
+            gfactor = (unscaled * x).sum(dtype=factor.dtype) if wanted[2] else None
+        if wanted[1]:
+            gpart = _rows_of_weight(ctx.op, x, gy, weight, rows) * factor.to(gy.dtype)
+        return gx, gpart, gfactor, None, None, None
+
+
 def _run(op, x: Tensor, weight: Expression, bias):
     if weight.axis != op.axis:
         return NotImplemented
     held = None if bias is None else expression_of(bias)
+    dtype = _autocast_dtype(x)
+    if weight.part is not None:
+        for link in weight.links:
+            link.row_uses.add(op.name)
     if weight.factor is not None:
-        y = _run(op, x, weight._replace(factor=None), None)
-        y = y * weight.factor.to(y.dtype)
+        if weight.part is None:
+            y = _run(op, x, weight._replace(factor=None), None)
+            y = y * weight.factor.to(y.dtype)
+        else:
+            x, part = (x, weight.part) if dtype is None else (x.to(dtype), weight.part.to(dtype))
+            y = _ScaledLayer.apply(x, part, weight.factor, weight.dense, weight.rows, op)
         if bias is None:
             return y
         bias = (bias if held is None else held.value("add")).to(y.dtype)
@@ -162,13 +193,9 @@ def _run(op, x: Tensor, weight: Expression, bias):
     bias_part = bias_rows = None
     if held is not None:
         bias, bias_part, bias_rows = held.dense, held.part, held.rows
-    dtype = _autocast_dtype(x)
     if dtype is not None:
         x, weight = x.to(dtype), weight.to(dtype)
         bias = bias if bias is None else bias.to(dtype)
-    if weight.part is not None:
-        for link in weight.links:
-            link.row_uses.add(op.name)
     return _Layer.apply(x, weight.part, bias, bias_part, weight.dense, weight.rows, bias_rows, op)
 
 

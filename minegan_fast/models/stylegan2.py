@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from ..ops import bias_act, modulated_conv2d, upfirdn2d
 from .layers import Blur, PixelNorm, Upsample, channel_table, minibatch_stddev
+from .styles import StyleBased
 
 SQRT2 = math.sqrt(2.0)
 
@@ -154,7 +155,7 @@ def _check_architecture(architecture: str) -> None:
         raise ValueError(f'architecture must be "skip" or "resnet", got {architecture!r}')
 
 
-class StyleGAN2Generator(nn.Module):
+class StyleGAN2Generator(StyleBased):
     """StyleGAN2 generator: z [B, latent_dim] -> images [B, image_channels, R, R], about [-1, 1].
 
     Args:
@@ -236,18 +237,6 @@ class StyleGAN2Generator(nn.Module):
             for k in (len(self.convs) - 1, len(self.convs)):
                 self.noises.register_buffer(f"noise_{k}", torch.randn(1, 1, high, high))
 
-    def mapping(self, z: Tensor) -> Tensor:
-        """z [B, latent_dim] -> w [B, style_dim]."""
-        if z.ndim != 2 or z.shape[1] != self.latent_dim:
-            raise ValueError(f"z must have shape [B, {self.latent_dim}], got {list(z.shape)}")
-        return self.style(z)
-
-    @torch.no_grad()
-    def mean_latent(self, samples: int = 4096, seed: int = 0) -> Tensor:
-        """Mean of w over `samples` seeded draws of z: [1, style_dim], the centre of truncation."""
-        z = torch.randn(samples, self.latent_dim, generator=torch.Generator().manual_seed(seed))
-        return self.mapping(z.to(self.input.input)).mean(0, keepdim=True)
-
     @property
     def learned_constant(self) -> Tensor:
         """What the synthesis begins with, [1, C, 4, 4]."""
@@ -260,8 +249,7 @@ class StyleGAN2Generator(nn.Module):
         maps [1 or B, 1, r, r], one per styled convolution: r = 4, 8, 8, 16, 16, ...
         constant: [1 or B, C, 4, 4] in the place of `learned_constant`.
         """
-        if w.ndim != 3 or w.shape[1:] != (self.num_layers, self.style_dim):
-            raise ValueError(f"w must have shape [B, {self.num_layers}, {self.style_dim}], got {list(w.shape)}")
+        self._check_synthesis(w, constant)
         maps = self._noise_maps(noise, w)
         x = self.conv1(self.input(w.shape[0], constant), w[:, 0], maps[0])
         skip = self.config["architecture"] == "skip"
@@ -291,55 +279,6 @@ class StyleGAN2Generator(nn.Module):
                 expected = f"[1 or {w.shape[0]}, 1, {buffer.shape[2]}, {buffer.shape[3]}]"
                 raise ValueError(f"noise map {k} must have shape {expected}, got {list(given.shape)}")
         return list(noise)
-
-    def forward(
-        self,
-        z: Tensor | tuple[Tensor, Tensor],
-        *,
-        truncation: float = 1.0,
-        crossover: int | None = None,
-        noise: str | list[Tensor] = "random",
-        latents: bool = False,
-        return_latents: bool = False,
-        constant: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Images of z.
-
-        Args:
-            z: [B, latent_dim]; a pair of them mixes styles: the second takes over at layer `crossover`.
-            truncation: ψ in w = mean + ψ (w - mean); 1 leaves w alone, 0 gives the mean image.
-            crossover: first layer of the second style, 0..L; None draws one in 1..L-1 for the whole batch.
-            noise: "random" | "constant" | "none" | list of maps, as in `synthesis`.
-            latents: z is already w, [B, style_dim] or [B, L, style_dim].
-            return_latents: return (images, w [B, L, style_dim]) instead of images.
-            constant: as in `synthesis`.
-
-        Raises:
-            ValueError: a shape, crossover or noise that is not as above.
-        """
-        first, second = z if isinstance(z, (tuple, list)) else (z, None)
-        w = self._layer_styles(first, latents)
-        if second is not None:
-            other = self._layer_styles(second, latents)
-            if crossover is None:
-                crossover = int(torch.randint(1, self.num_layers, ()))
-            if not 0 <= crossover <= self.num_layers or other.shape != w.shape:
-                raise ValueError(
-                    f"mixing takes two z of one shape and crossover in 0..{self.num_layers}, "
-                    f"got {list(first.shape)}, {list(second.shape)} and {crossover}"
-                )
-            w = torch.cat((w[:, :crossover], other[:, crossover:]), 1)
-        elif crossover is not None:
-            raise ValueError(f"crossover={crossover} needs a pair of z to mix: G((z1, z2), crossover=...)")
-        if truncation != 1.0:
-            center = self.mean_latent().to(w.dtype)
-            w = center + truncation * (w - center)
-        image = self.synthesis(w, noise, constant)
-        return (image, w) if return_latents else image
-
-    def _layer_styles(self, z: Tensor, latents: bool) -> Tensor:
-        w = z if latents else self.mapping(z)
-        return w[:, None].expand(-1, self.num_layers, -1) if w.ndim == 2 else w
 
 
 class ConvLayer(nn.Sequential):

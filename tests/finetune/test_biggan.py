@@ -145,3 +145,28 @@ def test_fisher_scores_are_exact_sample_by_sample(name):
     for layer, scores in ft.scores().items():
         wanted = torch.as_tensor(expected[layer]).float().expand(scores.shape)
         torch.testing.assert_close(scores.float(), wanted, rtol=1e-4, atol=1e-6 * float(wanted.max()))
+
+
+@pytest.mark.parametrize("name", ["generator", "critic"])
+def test_sigma_keeps_no_activations(name):
+    """What the graph of a forward holds beside the parameters, in bytes: no more than in dense training."""
+    plain = network(name, train=True)
+    sparse = copy.deepcopy(plain)
+    ft = SparseFinetuner(sparse)
+    ft.select(some(ft))
+    held = []
+    for model in (plain, sparse):
+        kept = {}
+
+        def keep(tensor, kept=kept):
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            if name == "critic":
+                model(torch.randn(8, 3, 32, 32).double().requires_grad_(), torch.arange(8) % 5)
+            else:
+                model(torch.randn(8, 12).double(), torch.arange(8) % 5)
+        own = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
+        held.append(sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in own))
+    assert held[1] <= held[0]

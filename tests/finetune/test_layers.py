@@ -192,6 +192,46 @@ def test_a_sparse_gradient_is_an_error():
         net(torch.tensor([1, 2])).sum().backward()
 
 
+class Table(nn.Module):
+    """Rows of a table, as they are or transposed, so that its neurons are the columns."""
+
+    def __init__(self, transposed):
+        super().__init__()
+        self.weight, self.transposed = nn.Parameter(torch.randn(6, 7)), transposed
+
+    def forward(self, labels):
+        return F.embedding(labels, self.weight.t() if self.transposed else self.weight * 2)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("shape", [(), (5,), (2, 3)])
+def test_embeddings_take_the_way_of_the_rows(shape, transposed):
+    plain = Table(transposed).double()
+    module = copy.deepcopy(plain)
+    ft = SparseFinetuner(module)
+    ft.select({"weight": [1, 4]})
+    labels = torch.randint(6, shape)
+    for net in (plain, module):
+        y = net(labels)
+        (gy,) = torch.autograd.grad(y.pow(3).sum(), y, create_graph=True)
+        (y.tanh().sum() + gy.square().sum()).backward()
+    assert_close(module(labels), plain(labels))
+    assert_close(module.weight.link.leaf.grad, taken(plain.weight.grad, module.weight))
+    assert module.weight.link.row_uses == {"embedding"}
+    assert not module.weight.link.dense_uses
+
+
+def test_an_embedding_with_a_padding_row_takes_the_dense_way_and_is_right():
+    plain = nn.Embedding(6, 3, padding_idx=1)
+    module = copy.deepcopy(plain)
+    ft = SparseFinetuner(module)
+    ft.select({"weight": [1, 4]})
+    for net in (plain, module):
+        net(torch.tensor([1, 4, 4])).square().sum().backward()
+    assert_close(module.weight.link.leaf.grad, taken(plain.weight.grad, module.weight))
+    assert module.weight.link.dense_uses
+
+
 def test_stylegan2_with_all_penalties_trains_as_dense():
     """Generator and critic, sparse: R1, WGAN-GP and path length reach the selected rows as in dense training, and every
     weight that a convolution or a linear layer uses takes the way of the rows."""

@@ -61,7 +61,8 @@ def test_published_critic_has_the_published_keys():
 
 @pytest.mark.parametrize("batch", [False, True])
 @pytest.mark.parametrize(
-    ("resolution", "ch", "attend", "image_channels"), [(32, 2, 16, 3), (64, 4, 32, 1), (128, 1, 8, 3), (256, 1, 16, 3)]
+    ("resolution", "ch", "attend", "image_channels"),
+    [(32, 2, 16, 3), (64, 4, 32, 1), (128, 1, 8, 3), (256, 1, 16, 3), (512, 1, 8, 3)],
 )
 def test_generator_is_its_equations(resolution, ch, attend, image_channels, batch):
     torch.manual_seed(0)
@@ -141,12 +142,13 @@ def test_power_iteration_follows_the_weights_in_train_mode_only():
     before = {k: v.clone() for k, v in critic.state_dict().items()}
     critic.eval()(x)
     assert all(torch.equal(v, before[k]) for k, v in critic.state_dict().items())
-    critic.train()
-    for _ in range(200):
-        critic(x)
-    for name, matrix in (("blocks.0.0.conv1", critic.blocks[0][0].conv1.weight), ("linear", critic.linear.weight)):
-        sigma = torch.linalg.matrix_norm(matrix.detach().flatten(1), 2)
-        torch.testing.assert_close(critic.get_buffer(f"{name}.sv0")[0], sigma)
+    critic.train()(x)
+    for name in ("blocks.0.0.conv1", "linear"):
+        layer = critic.get_submodule(name)
+        assert not torch.equal(layer.sv0, before[f"{name}.sv0"])
+        for _ in range(200):
+            layer.normalised()
+        torch.testing.assert_close(layer.sv0[0], torch.linalg.matrix_norm(layer.weight.detach().flatten(1), 2))
     assert torch.equal(critic.embed.u0, before["embed.u0"])
 
 

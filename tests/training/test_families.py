@@ -38,6 +38,11 @@ def stylegan2():
     return StyleGAN2Generator(latent_dim=6, style_dim=7, mapping_layers=2, **sizes), StyleGAN2Discriminator(**sizes)
 
 
+def stylegan2_residual():
+    generator, critic = stylegan2()
+    return StyleGAN2Generator(**{**generator.config, "architecture": "resnet"}), critic
+
+
 def pgan():
     sizes = {"resolution": 8, "channel_base": 32, "channel_max": 4, "image_channels": 1}
     return PGANGenerator(latent_dim=6, **sizes), PGANDiscriminator(**sizes)
@@ -66,6 +71,7 @@ FAMILIES = {
     "stylegan": (stylegan, {"mine": "w", "mine_constant": True}),
     "a user's": (lambda: (Conditional(), Critic()), {}),
     "stylegan2 in z": (stylegan2, {}),
+    "stylegan2 residual": (stylegan2_residual, {"mine_constant": True, "loss": "wgan"}),
     "stylegan2 in w": (stylegan2, {"mine": "w", "mine_constant": True}),
 }
 

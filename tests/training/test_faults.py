@@ -146,7 +146,7 @@ def test_nan_losses_stop_and_keep_the_last_good_snapshot(run_settings, monkeypat
     def poisoned(self, number):
         if number == 5:
             with torch.no_grad():
-                next(self.miner.parameters()).fill_(float("nan"))
+                self.mined.mining_parameters()[0].fill_(float("nan"))
         return step(self, number)
 
     monkeypatch.setattr(Trainer, "step", poisoned)
