@@ -121,6 +121,11 @@ def test_a_folder_of_biggan_pytorch(biggan_folder, biggan):
     assert (g.origin.container, g.origin.averaged, g.origin.passed_over) == ("G_ema", True, ("G",))
     assert has_discriminator(folder)
     assert load_generator(folder, family="biggan").family == "biggan"
+    assert inspect(folder).others == {
+        "M": "miner of the original MineGAN for BigGAN",
+        "state_dict": "2 entries",
+        "G_optim": "optimizer",
+    }
 
 
 @pytest.mark.parametrize(
