@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import json
+import logging
 import os
 import sys
 import warnings
@@ -46,8 +47,12 @@ MinerFile = Annotated[
 def main() -> None:
     """Runs the program. A user's mistake is one line on standard error and exit code 1, never a traceback."""
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    log = logging.getLogger("minegan_fast")
+    log.handlers = [_Lines()]
+    log.setLevel(logging.INFO)
     if rank := _rank():
         warnings.simplefilter("ignore")  # the first process says it
+        log.setLevel(logging.ERROR)
     debug = "--debug" in sys.argv
     if debug:
         sys.argv.remove("--debug")
@@ -62,6 +67,13 @@ def main() -> None:
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+
+
+class _Lines(logging.Handler):
+    """Log records as plain lines on standard error."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(record.getMessage(), file=sys.stderr)
 
 
 def _rank() -> int:
@@ -98,6 +110,8 @@ def _transfer(
         _print_estimate(TransferConfig(**merged))
         return
     quiet = quiet or _rank() > 0
+    if quiet:
+        logging.getLogger("minegan_fast").setLevel(logging.ERROR)
     result = recipe.transfer(**merged, out=out, resume=resume, progress=not quiet)
     if not quiet:
         table = Table(title=f"step {result.step}, in {result.folder / 'best'}")

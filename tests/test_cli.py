@@ -186,3 +186,13 @@ def test_convert_and_inspect(call, run_settings, tmp_path):
     code, _, err = call("inspect", out)
     assert code == 1
     assert "is a web page, not a checkpoint" in err
+
+
+def test_the_choice_of_averaged_weights_is_said(call, tiny, tmp_path):
+    weights = tiny["generator"].state_dict()
+    torch.save({"g": weights, "g_ema": weights}, tmp_path / "training.pt")
+    code, out, err = call("convert", tmp_path / "training.pt", tmp_path / "out")
+    assert code == 0
+    said = "averaged weights (EMA) from 'g_ema' in training.pt, the layout of rosinality/stylegan2-pytorch; the raw"
+    assert said in err
+    assert said in out

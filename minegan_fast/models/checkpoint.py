@@ -121,7 +121,7 @@ def load_generator(
 
     Args:
         path: the file, or a folder of BigGAN-PyTorch or pytorch-pretrained-biggan. Averaged weights (EMA) are taken
-            where it holds them; `origin` says which were.
+            where it holds them; `origin` and a line in the log "minegan_fast" (INFO) say so.
         family: "biggan" (also BigGAN-deep), "pgan", "stylegan", "stylegan2", or None to tell by the keys.
         strict: every tensor of the network must be in the file and the other way round. False: what fits is loaded,
             the rest of the network has the values it is built with (seed 0), and a warning names what did not fit.
@@ -170,7 +170,9 @@ def load_network(
 ) -> nn.Module:
     """`load_generator` and `load_discriminator`, of what was read of a file."""
     model = _filled(written_network(contents, role, family, resolution), strict)
-    _log.info("%s: %s", type(model).__name__, model.origin)
+    # Only a choice that was made for the user is worth a line.
+    level = logging.INFO if model.origin.passed_over else logging.DEBUG
+    _log.log(level, "%s: %s", type(model).__name__, model.origin)
     return model.eval()
 
 

@@ -3,6 +3,8 @@
 They are pickles of network objects; what is read of them is the tensors under their dotted names. The resampling
 filter is stored with sum 1; upsampling multiplies it by 4. That program adds demodulation's 1e-8 to the norm of the
 unscaled kernel: its images differ by about 1e-8 of themselves from TensorFlow's, rosinality's and this project's.
+Not in the tensors, and so not read: the limit of +-256 that half-precision training puts on activations, and the group
+size of the minibatch standard deviation, which is 4 here.
 """
 
 from ..stylegan2 import StyleGAN2Discriminator, StyleGAN2Generator
