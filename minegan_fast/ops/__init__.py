@@ -3,6 +3,7 @@
 from ._op import BackendUnavailable, backend_report, backends, use_backend
 from ._row_table import RowTensor
 from .bias_act import bias_act
+from .minibatch_stddev import minibatch_stddev
 from .mmd import mmd2
 from .penalty import gradient_penalty, interpolate, path_length_penalty, r1_penalty
 from .row_gradient import dense_is_faster, row_gradient
@@ -21,6 +22,7 @@ __all__ = [
     "dense_is_faster",
     "gradient_penalty",
     "interpolate",
+    "minibatch_stddev",
     "mmd2",
     "path_length_penalty",
     "r1_penalty",
