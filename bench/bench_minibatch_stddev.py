@@ -1,4 +1,4 @@
-"""minibatch_stddev as StyleGAN2's critic (groups of 4) and Progressive GAN's (the whole batch) have it: bound by launches."""
+"""minibatch_stddev as the critics of StyleGAN2 (groups of 4) and Progressive GAN (the whole batch) have it: small."""
 
 import functools
 

@@ -26,7 +26,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-ARCHITECTURES = (90,)
+ARCHITECTURES = (80, 90, 100)
 CSRC = Path(__file__).parents[1] / "csrc"
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
@@ -219,6 +219,7 @@ CUDA = {
     "row_score": None,
     "row_gradient": None,
     "upfirdn2d": None,
+    "minibatch_stddev": None,
 }
 
 
