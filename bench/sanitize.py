@@ -20,7 +20,17 @@ import torch
 from clock import Call
 from measure import PASSES, make_pass, relative_error
 
-from minegan_fast.ops import Hyperparameters, RowTensor, RowUpdate, bias_act, row_gradient, row_score, use_backend
+from minegan_fast.ops import (
+    Hyperparameters,
+    RowTensor,
+    RowUpdate,
+    bias_act,
+    minibatch_stddev,
+    row_gradient,
+    row_score,
+    upfirdn2d,
+    use_backend,
+)
 from minegan_fast.ops._op import _ops
 from minegan_fast.ops.modulated_conv2d import modulate_backward, modulate_double_backward, modulate_forward
 from minegan_fast.ops.noise_bias_act import (
@@ -164,6 +174,59 @@ def check_planes(device: str, op: str) -> Iterator[Check]:
         yield f"{list(shape)} {dtype} {layout}{' noise' * noisy}", dtype, *calls
 
 
+def check_upfirdn2d(device: str) -> Iterator[Check]:
+    """Factors and kernels of all kinds, sizes that no tile divides, crops, one pixel, channels last."""
+    cases = [  # shape of x, of the kernel, up, down, padding
+        ((2, 3, 9, 9), (4,), 1, 1, 1),
+        ((1, 33, 17, 5), (4, 4), 1, 1, 2),
+        ((2, 3, 7, 6), (4,), 2, 1, (2, 1, 2, 1)),
+        ((2, 5, 11, 8), (3,), 1, 2, 1),
+        ((1, 2, 7, 130), (5, 7), 3, 2, (3, 3, -1, 2)),
+        ((1, 1, 1, 1), (2, 2), 1, 1, (4, -2, -3, 6)),
+    ]
+    dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+    for (shape, taps, *geometry), dtype, last in itertools.product(cases, dtypes, (False, True)):
+        layout = torch.channels_last if last else torch.contiguous_format
+        x, kernel = torch.randn(shape, dtype=dtype).contiguous(memory_format=layout), torch.rand(taps)
+
+        def make(place, kind, x=x, kernel=kernel, geometry=geometry):
+            one = x.to(place, kind).requires_grad_()
+            f = kernel.to(place)
+
+            def call():
+                y = upfirdn2d(one, f, *geometry)
+                return y, torch.autograd.grad(y, one, y.detach())[0]
+
+            return call
+
+        calls = [functools.partial(make, *where) for where in ((device, dtype), ("cpu", torch.float64))]
+        yield f"{list(shape)} {taps} {geometry} {dtype}{' channels last' * last}", dtype, *calls
+
+
+def check_minibatch_stddev(device: str) -> Iterator[Check]:
+    """Groups and features that no tile divides, single samples, channels last; all three orders."""
+    cases = [((8, 6, 4, 4), 4, 1), ((6, 35, 3, 3), None, 5), ((3, 5, 1, 1), 1, 1), ((4, 130, 5, 7), 4, 2)]
+    dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+    for (shape, group, features), dtype, last in itertools.product(cases, dtypes, (False, True)):
+        layout = torch.channels_last if last else torch.contiguous_format
+        x, ddx = (torch.randn(shape, dtype=dtype).contiguous(memory_format=layout) for _ in range(2))
+        x += 2 * torch.arange(len(x)).view(-1, 1, 1, 1)  # where samples are alike, any rounding shows
+        dy = torch.randn(shape[0], shape[1] + features, *shape[2:], dtype=dtype)
+
+        def make(place, kind, tensors=(x, dy, ddx), group=group, features=features):
+            one, two, three = (t.to(place, kind).requires_grad_() for t in tensors)
+
+            def call():
+                y = minibatch_stddev(one, group, features)
+                (dx,) = torch.autograd.grad(y, one, two, create_graph=True)
+                return y, dx, *torch.autograd.grad(dx, (two, one), three)
+
+            return call
+
+        calls = [functools.partial(make, *where) for where in ((device, dtype), ("cpu", torch.float64))]
+        yield f"{list(shape)} {group} {features} {dtype}{' channels last' * last}", dtype, *calls
+
+
 OPS: dict[str, Callable[[str], Iterator[Check]]] = {
     "bias_act": check_bias_act,
     "row_update": check_row_update,
@@ -171,6 +234,8 @@ OPS: dict[str, Callable[[str], Iterator[Check]]] = {
     "row_gradient": check_row_gradient,
     "modulated_conv2d": functools.partial(check_planes, op="modulated_conv2d"),
     "noise_bias_act": functools.partial(check_planes, op="noise_bias_act"),
+    "upfirdn2d": check_upfirdn2d,
+    "minibatch_stddev": check_minibatch_stddev,
 }
 
 

@@ -144,6 +144,30 @@ PYBIND11_MODULE(_C, m) {
                                                     at(dy), at(dd), planes(shape), slope, gain, threads);
       },
       no_gil);
+  m.def(
+      "minibatch_stddev_cpu",
+      [](int dtype, Address x, Address y, int64_t size, int64_t groups, int64_t C, int64_t pixels, int64_t features,
+         bool channels_last, int threads) {
+        minegan::minibatch_stddev_cpu(DType(dtype), at(x), at(y), {size, groups, C, pixels, features, channels_last},
+                                      threads);
+      },
+      no_gil);
+  m.def(
+      "minibatch_stddev_backward_cpu",
+      [](int dtype, Address dy, Address D, Address x, Address dx, int64_t size, int64_t groups, int64_t C,
+         int64_t pixels, int64_t features, bool channels_last, int threads) {
+        minegan::minibatch_stddev_backward_cpu(DType(dtype), at(dy), at(D), at(x), at(dx),
+                                               {size, groups, C, pixels, features, channels_last}, threads);
+      },
+      no_gil);
+  m.def(
+      "minibatch_stddev_double_backward_cpu",
+      [](int dtype, Address ddx, Address D, Address x, Address ddy, Address gx, int64_t size, int64_t groups, int64_t C,
+         int64_t pixels, int64_t features, bool channels_last, int threads) {
+        minegan::minibatch_stddev_double_backward_cpu(DType(dtype), at(ddx), at(D), at(x), at(ddy), at(gx),
+                                                      {size, groups, C, pixels, features, channels_last}, threads);
+      },
+      no_gil);
 
 #ifdef MINEGAN_CUDA
   m.attr("cuda_version") = MINEGAN_CUDA_VERSION;

@@ -157,4 +157,23 @@ void noise_bias_act_double_backward_cpu(DType, const void* hc, const void* gy, c
                                         const void* k, void* dgy, void* dy, void* dd, const Planes&, double slope,
                                         double gain, int threads);
 
+// ---- minibatch_stddev ----
+// A batch of size * groups samples, sample i in group i mod groups, of C channels in `features` equal runs.
+struct Groups {
+  int64_t size, groups, C, pixels, features;
+  bool channels_last;
+};
+
+// With u the mean over a group and s = sqrt(mean over the group of (x - u)² + 1e-8), both of an element, K elements in
+// a feature:
+//   y = [x, mean over the feature of s]          y [B, C + features, pixels], as dy, ddy
+//   dx = dy + D / (K size s) (x - u)             D [groups, features], of the type that sums are in
+//   a = sum over the group of (x - u) ddx / (size s),  v = mean over the group of ddx
+//   ddy = [ddx, mean over the feature of a],     gx = D / (K size s) (ddx - v - a (x - u) / s)
+void minibatch_stddev_cpu(DType, const void* x, void* y, const Groups&, int threads);
+void minibatch_stddev_backward_cpu(DType, const void* dy, const void* D, const void* x, void* dx, const Groups&,
+                                   int threads);
+void minibatch_stddev_double_backward_cpu(DType, const void* ddx, const void* D, const void* x, void* ddy, void* gx,
+                                          const Groups&, int threads);
+
 }  // namespace minegan

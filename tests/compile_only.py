@@ -219,6 +219,32 @@ def noise_bias_act_kernels():
     yield from plane_kernels("noise_bias_act", kernels, tuple(kernels)[1:])
 
 
+def minibatch_stddev_kernels():
+    from minegan_fast.kernels.minibatch_stddev import _OPTIONS, tile
+    from triton import language as tl
+
+    types = {"fp32": tl.float32, "bf16": tl.float32, "fp64": tl.float64}
+    for size, groups, last in ((4, 4, False), (4, 4, True), (16, 1, False)):
+        blocks = tile(size, 512 * 16)
+        sizes = {"size": size, "groups": groups, "C": 512, "pixels": 16, "features": 1, "tiles": 8192 // blocks["BE"]}
+        for element in ("fp32", "bf16", "fp64") if size == 4 else ("fp32",):
+            wide = "fp64" if element == "fp64" else "fp32"
+            constants = {"CHANNELS_LAST": last, "WIDE": types[element]}
+            label = f"{groups} groups of {size}{' channels last' * last} {element}"
+            tensors = {"given_ptr": element, "D_ptr": wide, "y_ptr": element, "out_ptr": element, "partial_ptr": wide}
+            for which, name in enumerate(("forward", "backward", "second order")):
+                unused = [("given_ptr", "D_ptr", "out_ptr"), ("y_ptr", "partial_ptr"), ()][which]
+                pointers = {"x_ptr": element} | {k: v for k, v in tensors.items() if k not in unused}
+                yield Kernel(
+                    "minibatch_stddev", "minibatch_stddev_kernel", f"{name} {label}", pointers, sizes,
+                    constants=constants | blocks | {"PASS": which} | dict.fromkeys(unused), options=_OPTIONS,
+                )  # fmt: skip
+            yield Kernel(
+                "minibatch_stddev", "append_kernel", label, {"y_ptr": element, "partial_ptr": wide}, sizes,
+                constants=constants | {"BT": 256, "BLOCK": 256}, wide=False, options=_OPTIONS,
+            )  # fmt: skip
+
+
 TRITON = {
     "bias_act": bias_act_kernels,
     "row_update": row_update_kernels,
@@ -227,6 +253,7 @@ TRITON = {
     "upfirdn2d": upfirdn2d_kernels,
     "modulated_conv2d": modulated_conv2d_kernels,
     "noise_bias_act": noise_bias_act_kernels,
+    "minibatch_stddev": minibatch_stddev_kernels,
 }
 
 # <op>.cu: which of its kernels, demangled, must have 16-byte loads; None: host code alone.
@@ -238,6 +265,7 @@ CUDA = {
     "upfirdn2d": None,
     "modulated_conv2d": None,
     "noise_bias_act": None,
+    "minibatch_stddev": None,
 }
 
 

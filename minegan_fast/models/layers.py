@@ -50,19 +50,6 @@ class PixelNorm(nn.Module):
         return z * torch.rsqrt(z.square().mean(1, keepdim=True) + 1e-8)
 
 
-def minibatch_stddev(x: Tensor, group: int = 4) -> Tensor:
-    """Appends one channel to x [B, C, H, W]: the mean standard deviation over groups of samples.
-
-    A group holds `group` samples, or the largest divisor of B below that; sample i is in group i mod (B / group).
-    """
-    b, c, h, w = x.shape
-    size = next(g for g in range(min(group, b), 0, -1) if b % g == 0)
-    y = x.reshape(size, b // size, c, h, w)
-    y = y.to(torch.promote_types(x.dtype, torch.float32))
-    std = (y.var(0, unbiased=False) + 1e-8).sqrt().mean((1, 2, 3))
-    return torch.cat((x, std.to(x.dtype).repeat(size)[:, None, None, None].expand(b, 1, h, w)), 1)
-
-
 def mean_2x2(x: Tensor, stride: int = 2, padding: int = 0) -> Tensor:
     """Average pooling, whose native CPU code is many times slower."""
     return upfirdn2d(x, x.new_ones(2), down=stride, padding=padding, gain=0.25)

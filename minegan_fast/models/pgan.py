@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops import bias_act
-from .layers import PixelNorm, Progressive, channel_table, check_images, mean_2x2, minibatch_stddev
+from ..ops import bias_act, minibatch_stddev
+from .layers import PixelNorm, Progressive, channel_table, check_images, mean_2x2
 
 
 class Equalised(nn.Module):

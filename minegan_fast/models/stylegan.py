@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops import bias_act
-from .layers import PixelNorm, Progressive, channel_table, check_images, mean_2x2, minibatch_stddev
+from ..ops import bias_act, minibatch_stddev
+from .layers import PixelNorm, Progressive, channel_table, check_images, mean_2x2
 from .stylegan_layers import (
     AdaptiveInstanceNorm,
     Blur,
@@ -243,7 +243,7 @@ class StyleGANDiscriminator(Progressive):
             x = block(x)
             if low is not None:
                 x, low = torch.lerp(low, x, self.alpha), None
-        x = minibatch_stddev(x, len(x) if group is None else group)
+        x = minibatch_stddev(x, group)
         return last.conv2(last.conv1(x)).flatten(1)
 
     def forward(self, x: Tensor) -> Tensor:

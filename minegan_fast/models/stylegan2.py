@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops import bias_act, modulated_conv2d, upfirdn2d
-from .layers import Blur, PixelNorm, Upsample, channel_table, minibatch_stddev
+from ..ops import bias_act, minibatch_stddev, modulated_conv2d, upfirdn2d
+from .layers import Blur, PixelNorm, Upsample, channel_table
 from .styles import StyleBased
 
 SQRT2 = math.sqrt(2.0)

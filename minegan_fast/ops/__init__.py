@@ -3,6 +3,7 @@
 from ._op import BackendUnavailable, backend_report, backends, use_backend
 from ._row_table import RowTensor
 from .bias_act import bias_act
+from .minibatch_stddev import minibatch_stddev
 from .mmd import mmd2
 from .modulated_conv2d import modulated_conv2d
 from .noise_bias_act import noise_bias_act
@@ -24,6 +25,7 @@ __all__ = [
     "dense_is_faster",
     "gradient_penalty",
     "interpolate",
+    "minibatch_stddev",
     "mmd2",
     "modulated_conv2d",
     "noise_bias_act",

@@ -71,6 +71,13 @@ def backward_wants(ctx, i: int) -> bool:
         return True
 
 
+def memory_format(x: torch.Tensor) -> torch.memory_format:
+    """channels_last where x [B, C, H, W] has its strides, also where sizes of 1 make both orders the same memory."""
+    C, H, W = x.shape[1:]
+    last = C * H * W > 1 and x.stride()[1:] == (1, C * W, C)
+    return torch.channels_last if last else torch.contiguous_format
+
+
 class Op:
     """A decorator: makes of a reference function an op that faster implementations can be registered for.
 

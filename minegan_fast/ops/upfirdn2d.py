@@ -23,7 +23,7 @@ from torch.autograd import Function
 from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from ._op import DTYPE_CODES, Op, forced_backend
+from ._op import DTYPE_CODES, Op, forced_backend, memory_format
 
 _AXES = ("vertical", "horizontal")
 
@@ -53,8 +53,9 @@ class _Upfirdn2d(Function):
     def forward(ctx, x, kernel, up, down, padding, flip, gain, backend):
         ctx.save_for_backward(kernel)
         ctx.args = x.shape[2:], up, down, padding, flip, gain, backend
-        ctx.channels_last = _channels_last(x)
-        return upfirdn2d_forward(_dense(x, ctx.channels_last), kernel, up, down, padding, flip, gain, backend=backend)
+        ctx.format = memory_format(x)
+        x = x.contiguous(memory_format=ctx.format)
+        return upfirdn2d_forward(x, kernel, up, down, padding, flip, gain, backend=backend)
 
     @staticmethod
     def backward(ctx, dy):
@@ -66,7 +67,7 @@ class _Upfirdn2d(Function):
             for k, X, u, Y, d, b in zip(taps, size, up, dy.shape[2:], down, before, strict=True)
         ]
         back = [before[1], after[1], before[0], after[0]]
-        dy = _dense(dy, ctx.channels_last)
+        dy = dy.contiguous(memory_format=ctx.format)
         dx = _Upfirdn2d.apply(dy, kernel, down, up, back, not flip, gain, backend)
         return dx, None, None, None, None, None, None, None
 
@@ -156,21 +157,7 @@ def _result_size(x, kernel, up, down, padding) -> list[int]:
 
 def _empty_result(x, kernel, up, down, padding) -> Tensor:
     size = *x.shape[:2], *_result_size(x, kernel, up, down, padding)
-    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=_format(_channels_last(x)))
-
-
-def _format(channels_last: bool) -> torch.memory_format:
-    return torch.channels_last if channels_last else torch.contiguous_format
-
-
-def _channels_last(x: Tensor) -> bool:
-    """Whether the strides are those of channels-last, also where sizes of 1 make both orders the same memory."""
-    C, H, W = x.shape[1:]
-    return C * H * W > 1 and x.stride()[1:] == (1, C * W, C)
-
-
-def _dense(x: Tensor, channels_last: bool) -> Tensor:
-    return x.contiguous(memory_format=_format(channels_last))
+    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
 
 
 # Launchers. x is dense, kernel is contiguous and of the type in which sums are: upfirdn2d and _Upfirdn2d saw to it.
@@ -179,7 +166,7 @@ def _dense(x: Tensor, channels_last: bool) -> Tensor:
 def _geometry(x: Tensor, y: Tensor, kernel: Tensor, up, down, padding) -> tuple[list[int], ...]:
     """[outer, inner] of x as it lies in memory, [outer, H, W, inner]; sizes of x, of y, of the kernel; the rest."""
     B, C = x.shape[:2]
-    outer = [B, C] if _channels_last(x) else [B * C, 1]
+    outer = [B, C] if memory_format(x) == torch.channels_last else [B * C, 1]
     return outer, x.shape[2:], y.shape[2:], kernel.shape, up, down, padding[2::-2]
 
 
