@@ -127,10 +127,11 @@ def upfirdn2d_kernel(
         x_ptr += DY * W * inner
 
 
-def blocks(outer: int, rows: int, row: int, plane: int, up: int) -> dict[str, int]:
+def blocks(outer: int, rows: int, row: int, plane: int, up: int, down: int) -> dict[str, int]:
     """The tile for `rows` of `row` elements in planes of at most `plane`: the widest that leaves the least empty."""
-    BE = min((1024, 512, 256, 128, 64, 32), key=lambda size: (triton.cdiv(row, size) * size, -size))
-    BO = min(_TILE // BE, triton.next_power_of_2(outer))
+    tile = _TILE if down == 1 else _TILE // 2  # a step reads `down` rows: of a whole contiguous tile they spill
+    BE = min((tile, 512, 256, 128, 64, 32), key=lambda size: (triton.cdiv(row, size) * size, -size))
+    BO = min(tile // BE, triton.next_power_of_2(outer))
     while BO > 1 and BO * plane >= 2**31:
         BO //= 2
     return {"BO": BO, "BE": BE, "STEPS": min(max(1, _ROWS // up), triton.next_power_of_2(triton.cdiv(rows, up)))}
@@ -141,7 +142,14 @@ def upfirdn2d(x, f, y, counts, size, out, taps, up, down, before, flip: bool, ga
     if y.numel() == 0:
         return
     outer, inner = counts
-    tile = blocks(outer, out[0], out[1] * inner, max(size[0] * size[1], out[0] * out[1]) * inner, up[0])
+    tile = blocks(
+        outer,
+        out[0],
+        out[1] * inner,
+        max(size[0] * size[1], out[0] * out[1]) * inner,
+        up[0],
+        down[0] if inner == 1 else 1,
+    )
     tiles = (
         triton.cdiv(outer, tile["BO"])
         * triton.cdiv(out[0], tile["STEPS"] * up[0])

@@ -163,7 +163,7 @@ def upfirdn2d_kernels():
     wides = {"fp32": tl.float32, "bf16": tl.float32, "fp64": tl.float64}
     for layer, (outer, inner, size, out, up, down, before) in layers.items():
         plane = max(size[0] * size[1], out[0] * out[1]) * inner
-        tile = blocks(outer, out[0], out[1] * inner, plane, up)
+        tile = blocks(outer, out[0], out[1] * inner, plane, up, down if inner == 1 else 1)
         names = ("outer", "inner", "H", "W", "OH", "OW", "before_y", "before_x")
         sizes = dict(zip(names, (outer, inner, *size, *out, before, before), strict=True))
         constants = {"UY": up, "UX": up, "DY": down, "DX": down, "KH": 4, "KW": 4, "PHASE": -before % up}

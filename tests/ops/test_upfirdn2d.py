@@ -27,7 +27,8 @@ CASES = {
     "cropped": ((2, 2, 9, 8), "contiguous", 3, {"padding": (-2, -1, -3, 0)}),
     "only padding": ((2, 2, 1, 1), "contiguous", (2, 2), {"padding": (4, -2, -3, 6)}),
     "fewer taps than zeros": ((2, 2, 3, 4), "contiguous", 2, {"up": 4, "padding": 2, "gain": -3.0}),
-    "more than one column": ((1, 1, 34, 1100), "contiguous", 4, {"padding": 1}),
+    "more than one column": ((1, 66, 1, 40), "channels_last", 4, {"padding": 2}),
+    "more than one block of rows": ((1, 2, 35, 3), "contiguous", 4, {"padding": 1}),
     "one": ((1, 1, 1, 1), "contiguous", 1, {}),
     "one pixel channels_last": ((2, 4, 1, 1), "channels_last", 4, {"up": 2, "padding": (2, 1, 2, 1)}),
     "one channel channels_last": ((2, 1, 4, 4), "channels_last", 3, {"padding": 1}),
@@ -114,7 +115,7 @@ def three_orders(function, x, kernel, dy, ddx, kwargs):
 @pytest.mark.parametrize("name", CASES)
 def test_matches_reference(backend, device, name, dtype):
     *tensors, kwargs = make(name, dtype, device)
-    slow = tensors[0].numel() > 10**4 or (dtype != torch.float32 and name not in list(CASES)[:5])
+    slow = name == "more than one column" or (dtype != torch.float32 and name not in list(CASES)[:2])
     if slow and (backend, device) == ("triton", "cpu"):
         pytest.skip("the interpreter needs seconds for these")
     ours = three_orders(upfirdn2d, *tensors, kwargs)
@@ -180,7 +181,7 @@ def test_first_and_second_order_gradients(backend, device, name):
     if (backend, device) == ("triton", "cpu"):
         pytest.skip("minutes in the interpreter; test_matches_reference holds its second order against PyTorch's")
     x, kernel, *_, kwargs = make(name, torch.float64, device)
-    x = x[:1, :2, :6, :6].clone().requires_grad_() if x.shape[1] < 16 else x[:1, :, :2, :2].clone().requires_grad_()
+    x = x[:1, :1, :6, :6].clone().requires_grad_() if x.shape[1] < 16 else x[:1, :16, :2, :2].clone().requires_grad_()
     assert gradcheck(lambda x: upfirdn2d(x, kernel, **kwargs), (x,))
     assert gradgradcheck(lambda x: upfirdn2d(x, kernel, **kwargs), (x,))
 
