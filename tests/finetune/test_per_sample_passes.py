@@ -352,8 +352,9 @@ def test_weights_that_cannot_be_made_again(kind, names):
 
 
 def test_peak_memory():
-    """Scoring a batch holds little more than its backward pass, whose gradients stay: beside the samples' shares of one
-    weight two copies of its layer's channels-last input and output gradient, with the samples as groups."""
+    """Scoring a batch holds, beside its backward pass, whose gradients stay, what the samples' shares of one weight and
+    the copies that they are made of take: those of its two uses (convolution, norm) and their sum, and its layer's
+    input and output gradient with the samples as groups. Of the other layers it holds nothing more."""
     torch.manual_seed(0)
     net = StyleGAN2Generator(32, latent_dim=32, channel_base=1024, channel_max=64, mapping_layers=2)
     z = torch.randn(8, 32)
@@ -380,4 +381,5 @@ def test_peak_memory():
 
     plain()
     score()
-    assert peak(score) <= 1.8 * peak(plain)
+    shares = len(z) * net.conv1.conv.weight.numel() * 4
+    assert peak(score) - peak(plain) <= 5 * shares
