@@ -1,5 +1,5 @@
 # ruff: noqa: RUF001
-"""What was promised of sparse finetuning and what came, and the plots of time and memory over density."""
+"""What was promised of sparse finetuning and of StyleGAN2, what came, and the plots of time and memory over density."""
 
 import io
 import math
@@ -84,6 +84,21 @@ def _gradients(machine, provider, few: bool | None = None):
     return [machine.ratio(r, provider, "median_us") for r in rows if (r["neurons"] <= 8) == few and r["density"] <= 0.5]
 
 
+def _generator(machine, step, dtype, *rivals, field="median_us"):
+    """Of StyleGAN2-256's generator: the best of the rivals, (provider, dtype), over ours."""
+    for row in machine.ours("stylegan2", dtype=dtype):
+        if row["pass"] == step:
+            same = [r for r in machine.rows if all(r[k] == row[k] for k in ("op", "pass", "shape"))]
+            theirs = [r[field] for r in same if (r["provider"], r["dtype"]) in rivals]
+            yield min(theirs) / row[field] if theirs else math.nan
+
+
+def _of_copy(machine, op):
+    return [row["percent_of_copy"] for row in machine.ours(op) if row.get("percent_of_copy")]
+
+
+PUBLIC = ("public", "float32"), ("public", "bfloat16")
+TRAINING = "forward + backward"
 GOALS = [
     Goal(
         "`row_update` at 5 %, against mask + fused Adam",
@@ -132,6 +147,32 @@ GOALS = [
             for r in m.ours("row_score") if r["pass"].startswith("scoring")
         ], 1.3, 1.3, most=True,
     ),
+    Goal(
+        "StyleGAN2-256's generator, forward and backward, against the public formulation, float32",
+        lambda m: _generator(m, TRAINING, "float32", PUBLIC[0]), 1.3, 1.5,
+    ),
+    Goal(
+        "the same under bfloat16 autocast, against the faster of the public one's float32 and bfloat16",
+        lambda m: _generator(m, TRAINING, "bfloat16", *PUBLIC), 2, 1.5,
+    ),
+    Goal(
+        "the same, float32, against `torch.compile` of plain PyTorch",
+        lambda m: _generator(m, TRAINING, "float32", ("torch.compile", "float32")), None, 1.2,
+    ),
+    Goal(
+        "its peak memory, of the public formulation's",
+        lambda m: [
+            1 / value
+            for dtype, rival in zip(("float32", "bfloat16"), PUBLIC, strict=True)
+            for value in _generator(m, TRAINING, dtype, rival, field="peak_bytes")
+        ], 0.6, 0.6, most=True,
+    ),
+    Goal(
+        "a path length step of it, against the public formulation, float32",
+        lambda m: _generator(m, "path length", "float32", PUBLIC[0]), 1.3, 1.3,
+    ),
+    Goal("`upfirdn2d`, of the copy bandwidth", lambda m: _of_copy(m, "upfirdn2d"), None, 85, unit=" %"),
+    Goal("`bias_act`, of the copy bandwidth", lambda m: _of_copy(m, "bias_act"), None, 85, unit=" %"),
 ]  # fmt: skip
 
 

@@ -114,6 +114,23 @@ def test_the_demos_table(root):
     assert report.main(["--check"], root) == 0
 
 
+def test_goals_of_a_whole_network():
+    """Under bfloat16 the rival is the faster of the public formulation's two."""
+    case = {"op": "stylegan2", "pass": "forward + backward", "shape": [4, 3, 256, 256], "run": "r", "backend": ""}
+    times = {("minegan_fast", "float32"): 10, ("public", "float32"): 25, ("minegan_fast", "bfloat16"): 5}
+    times |= {("public", "bfloat16"): 12, ("torch.compile", "bfloat16"): 1}
+    rows = []
+    for (name, dtype), time in times.items():
+        row = {"provider": name, "dtype": dtype, "median_us": time, "q1_us": time, "q3_us": time}
+        ratio = {"ratio": {"public": 2.5, "torch.compile": 0.2}} if name == "minegan_fast" else {}
+        rows.append(case | row | {"peak_bytes": 1e6 * time} | ratio)
+    text = report.report_goals.render([{"runs": {"r": RUN}, "rows": rows}], set())
+    assert "against the public formulation, float32 | ≥ 1.3× | 2.5× | yes |" in text
+    assert "the faster of the public one's float32 and bfloat16 | ≥ 2× | 2.4× | yes |" in text
+    assert "| its peak memory, of the public formulation's | ≤ 0.6× | 0.4–0.417× | yes |" in text
+    assert "| 10 MB / 25 MB |" in report.render([{"runs": {"r": RUN}, "rows": rows}], set())
+
+
 def test_goals_are_judged_by_their_worst_case(root):
     """On a CPU by the medians, of the automatic backend; a goal without rows is not shown."""
     rows = []
