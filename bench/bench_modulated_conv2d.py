@@ -35,8 +35,9 @@ def finish(y, noise, strength, bias):
     return F.leaky_relu(y + bias.to(y.dtype)[:, None, None], 0.2) * GAIN
 
 
-def public(x, weight, style, strength, bias, *, noise):
-    """Per-sample weights, a grouped convolution; the filter over single planes."""
+def public(x, weight, style, strength, bias, *, noise, ops=None):
+    """Per-sample weights, a grouped convolution; the filter over single planes. ops: a public project's own, by its
+    names `upfirdn2d` and `fused_leaky_relu`."""
     (B, inputs, H, W), (outputs, _, size, _) = x.shape, weight.shape
     w = weight[None] / math.sqrt(inputs * size * size) * style[:, None, :, None, None]
     w = w * torch.rsqrt(w.square().sum((2, 3, 4)) + 1e-8)[..., None, None, None]
@@ -45,8 +46,15 @@ def public(x, weight, style, strength, bias, *, noise):
         y = F.conv2d(planes, w.flatten(0, 1), padding=size // 2, groups=B)
     else:
         y = F.conv_transpose2d(planes, w.transpose(1, 2).flatten(0, 1), stride=2, groups=B)
-        y = F.conv2d(F.pad(y.reshape(B * outputs, 1, *y.shape[2:]), (1, 1, 1, 1)), filter_of(x)[None, None])
-    return finish(y.reshape(B, outputs, *y.shape[2:]), noise, strength, bias)
+        y = y.reshape(B, outputs, *y.shape[2:])
+        if ops is None:
+            y = F.conv2d(F.pad(y.flatten(0, 1)[:, None], (1, 1, 1, 1)), filter_of(x)[None, None])
+        else:
+            y = ops.upfirdn2d(y, filter_of(x), pad=(1, 1))
+    y = y.reshape(B, outputs, *y.shape[-2:])
+    if ops is None:
+        return finish(y, noise, strength, bias)
+    return ops.fused_leaky_relu(y + strength.to(y.dtype) * noise.to(y.dtype), bias.to(y.dtype))
 
 
 def plain(x, weight, style, strength, bias, *, noise):

@@ -5,8 +5,10 @@ Everyone runs on the same weights, latents and noise; the networks differ in the
 """
 
 import functools
+import importlib
 import math
 import statistics
+import sys
 import time
 
 import pytest
@@ -38,7 +40,9 @@ def plain_doubled(image):
     return F.conv_transpose2d(image, weight, stride=2, padding=1, groups=image.shape[1])
 
 
-def public_doubled(image):
+def public_doubled(image, ops=None):
+    if ops is not None:
+        return ops.upfirdn2d(image, filter_of(image), up=2, pad=(2, 1))
     B, C, H, W = image.shape
     stuffed = F.pad(image.reshape(B * C, 1, H, 1, W, 1), (0, 1, 0, 0, 0, 1)).reshape(B * C, 1, 2 * H, 2 * W)
     return F.conv2d(F.pad(stuffed, (2, 1, 2, 1)), filter_of(image)[None, None]).reshape(B, C, 2 * H, 2 * W)
@@ -47,9 +51,21 @@ def public_doubled(image):
 FORMULATIONS = {"plain": (plain, plain_rgb, plain_doubled), "public": (public, public_rgb, public_doubled)}
 
 
+@pytest.fixture(scope="module")
+def formulations(pytestconfig):
+    """With --public-ops also the public formulation over the CUDA ops of a project that was built here."""
+    folder = pytestconfig.getoption("--public-ops")
+    if folder is None:
+        return FORMULATIONS
+    sys.path.insert(0, str(folder))
+    ops = importlib.import_module("op")
+    own = functools.partial(public, ops=ops), public_rgb, functools.partial(public_doubled, ops=ops)
+    return FORMULATIONS | {"public, its own ops": own}
+
+
 def synthesis(G, w, maps, formulation):
     """G.synthesis in another formulation of its layers."""
-    conv, rgb, doubled = FORMULATIONS[formulation]
+    conv, rgb, doubled = formulation
 
     def styled(layer, x, k):
         style = layer.conv.modulation(w[:, k])
@@ -73,7 +89,7 @@ def synthesis(G, w, maps, formulation):
 
 @pytest.mark.parametrize("dtype", NAMES)
 @pytest.mark.parametrize("step", PASSES)
-def test_generator(benchmark, device, recorder, pytestconfig, step, dtype):
+def test_generator(benchmark, device, recorder, pytestconfig, formulations, step, dtype):
     quick = pytestconfig.getoption("--quick")
     torch.manual_seed(0)
     G = StyleGAN2Generator(16 if quick else 256, channel_base=256 if quick else 32768).to(device)
@@ -98,8 +114,8 @@ def test_generator(benchmark, device, recorder, pytestconfig, step, dtype):
         return lambda: call
 
     runs = {OURS: lambda w: G.synthesis(w, maps)}
-    for name in FORMULATIONS:
-        runs[name] = functools.partial(synthesis, G, maps=maps, formulation=name)
+    for name, formulation in formulations.items():
+        runs[name] = functools.partial(synthesis, G, maps=maps, formulation=formulation)
     if step != "path length" and not quick:  # torch.compile has no second order
         torch.compiler.reset()
         runs["torch.compile"] = torch.compile(runs["plain"], dynamic=False)

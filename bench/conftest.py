@@ -21,6 +21,7 @@ def pytest_addoption(parser):
     group.addoption("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU, else cpu")
     group.addoption("--budget", type=float, default=None, help="seconds of timing a case (1.5; on a GPU 1)")
     group.addoption("--quick", action="store_true", help="the first shape and dtype only: does it run?")
+    group.addoption("--public-ops", type=Path, help="stylegan2: a built checkout of rosinality's, with the package op")
     group.addoption(
         "--record", nargs="?", type=Path, const=ROOT / "bench" / "results", metavar="FOLDER",
         help="merge the rows into FOLDER/<machine>.json (default: bench/results)",
