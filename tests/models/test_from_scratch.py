@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 import minegan_fast as mf
 from minegan_fast.models import (
+    BigGANDeepGenerator,
     BigGANDiscriminator,
     BigGANGenerator,
     PGANDiscriminator,
@@ -24,6 +25,10 @@ NARROW = {"channel_base": 64, "channel_max": 8}
 FAMILIES = {
     "biggan": (
         lambda: BigGANGenerator(32, latent_dim=20, class_dim=5, num_classes=3, channel_width=2),
+        lambda: BigGANDiscriminator(32, num_classes=3, channel_width=2),
+    ),
+    "biggan_deep": (  # whose project has no discriminator
+        lambda: BigGANDeepGenerator(32, 4, 5, 3, channel_width=4, attention=[], steps=2),
         lambda: BigGANDiscriminator(32, num_classes=3, channel_width=2),
     ),
     "pgan": (lambda: PGANGenerator(8, latent_dim=8, **NARROW), lambda: PGANDiscriminator(8, **NARROW)),
