@@ -99,8 +99,11 @@ def _transfer(
     if "held_out" in given:
         given["held_out"] = _fraction_or_folder(given["held_out"])
     stored = load_config(config) if config else {}
-    if config is None and resume and (out / "config.json").is_file():
-        stored = load_config(out)
+    if config is None and resume:
+        if (out / "config.json").is_file():
+            stored = load_config(out)
+        elif source is None:
+            raise ValueError(f"there is no run in {str(out)!r} to go on with: check the path")
     given |= {name: value for name, value in (("source", source), ("images", images)) if value is not None}
     merged = stored | given
     for name in ("source", "images"):
@@ -226,7 +229,9 @@ def evaluate(
     samples: Annotated[int, typer.Option(min=2, help="Generated images.")] = 1000,
     features: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="critic, pixels, digits, or a TorchScript file; default: the run's."),
+        typer.Option(
+            help="critic, pixels, digits, or a TorchScript file; default: the run's; of a checkpoint pixels."
+        ),
     ] = None,
     source: Base = None,
     miner: MinerFile = None,

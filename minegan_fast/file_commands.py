@@ -49,19 +49,23 @@ def inspect(
     """Says what a checkpoint holds: family, sizes, EMA or not, what else, and what is missing.
 
     Example: minegan-fast inspect ffhq.pkl
+
+    Exit code 1: no network is known, or one is not whole.
     """
     from . import models
 
     report = models.inspect(file)
     if as_json:
         print(json.dumps(report.as_dict(), indent=2))
-        return
-    console = Console()
-    for network in report.networks:
-        _show(console, network.role, _rows(network))
-    _show(console, "also in the file", report.others)
-    if report.unknown:
-        print(f"No network of a layout known here. {report.unknown}")
+    else:
+        console = Console()
+        for network in report.networks:
+            _show(console, network.role, _rows(network))
+        _show(console, "also in the file", report.others)
+        if report.unknown:
+            print(f"No network of a layout known here. {report.unknown}")
+    if report.unknown or any(n.problem or n.missing or n.unexpected or n.wrong for n in report.networks):
+        raise typer.Exit(1)
 
 
 def _show(console: Console, title: str, rows: dict[str, str]) -> None:
@@ -84,7 +88,8 @@ def _rows(network) -> dict[str, str]:
     rows = {
         "family": network.family,
         "layout": f"{network.layout}{where}",
-        "weights": network.source or f"{weights[network.averaged]}{beside}",
+        "weights": "" if network.source else f"{weights[network.averaged]}{beside}",
+        "converted from": network.source or "",
         "resolution": f"{network.resolution} x {network.resolution}, {network.image_channels} channels",
         "channels": str(channels) if channels else "",
         "latent": "" if network.latent_dim is None else str(network.latent_dim),

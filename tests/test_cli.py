@@ -188,10 +188,26 @@ def test_convert_and_inspect(call, run_settings, tmp_path):
     assert "is a web page, not a checkpoint" in err
 
 
+def test_inspect_exits_with_1_where_a_network_is_not_whole(call, tiny, tmp_path):
+    weights = tiny["generator"].state_dict()
+    del weights["conv1.activate.bias"]
+    torch.save(weights, tmp_path / "lacking.pt")
+    for options in ((), ("--json",)):
+        code, said, _ = call("inspect", tmp_path / "lacking.pt", *options)
+        assert code == 1
+        assert "conv1.activate.bias" in said
+
+
+def test_resuming_what_is_not_there(call, tmp_path):
+    code, _, err = call("transfer", "--out", tmp_path / "nowhere", "--resume")
+    assert code == 1
+    assert "there is no run in" in err
+
+
 def test_the_choice_of_averaged_weights_is_said(call, tiny, tmp_path):
     weights = tiny["generator"].state_dict()
     torch.save({"g": weights, "g_ema": weights}, tmp_path / "training.pt")
-    code, out, err = call("convert", tmp_path / "training.pt", tmp_path / "out")
+    code, out, err = call("convert", tmp_path / "training.pt", tmp_path / "out.safetensors")
     assert code == 0
     said = "averaged weights (EMA) from 'g_ema' in training.pt, the layout of rosinality/stylegan2-pytorch; the raw"
     assert said in err

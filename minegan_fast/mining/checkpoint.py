@@ -54,7 +54,9 @@ def _load(path: str | Path) -> tuple[Miner, Miner | None, str, Tensor | None]:
         return _own(contents)
     try:
         found = find_original(contents.data)
-    except (KeyError, ValueError) as error:
+    except KeyError as error:
+        raise ValueError(f"{path} holds a miner of the original MineGAN that lacks {error}") from None
+    except ValueError as error:
         raise ValueError(f"{path} holds a miner of the original MineGAN that is not whole: {error}") from None
     if found is None:
         raise ValueError(f"{path} holds no miner; a run keeps its own as last/miner.safetensors")

@@ -35,6 +35,7 @@ class Origin:
         passed_over: other keys of the file that hold the same network.
         missing: parameters that the file does not have and the network was built with.
         unexpected: the file's tensors that the network does not have, or whose shape does not fit it.
+        converted: of a file that `convert` wrote, where these weights come from, in words.
     """
 
     path: str
@@ -44,13 +45,15 @@ class Origin:
     passed_over: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
+    converted: str | None = None
 
     def __str__(self) -> str:
         name = Path(self.path).name
         where = f"{self.container!r} in {name}" if self.container else name
         kind = {True: "averaged weights (EMA)", False: "weights", None: "weights"}[self.averaged]
         beside = f"; the raw weights in {', '.join(map(repr, self.passed_over))} were left" if self.passed_over else ""
-        return f"{kind} from {where}, the layout of {self.project}{beside}"
+        before = f", converted from {self.converted}" if self.converted else ""
+        return f"{kind} from {where}, the layout of {self.project}{before}{beside}"
 
 
 def save_model(path: str | Path, generator: nn.Module, discriminator: nn.Module | None = None) -> Path:
@@ -72,7 +75,7 @@ def save_model(path: str | Path, generator: nn.Module, discriminator: nn.Module 
 
 def write_networks(path: str | Path, models: list[nn.Module], sources: dict[str, str]) -> Path:
     """`save_model`; `sources` may say of each role, in words, where the weights come from."""
-    path = _writable(path)
+    path = writable(path)
     tensors, modules = {}, {}
     for model in models:
         role = next((role for (_, role), cls in MODELS.items() if isinstance(model, cls)), None)
@@ -98,7 +101,7 @@ def export_rosinality(path: str | Path, generator: StyleGAN2Generator, discrimin
     Programs for that layout build RGB networks with latent_dim == style_dim and the channels of config-e or -f, and
     load no others. Errors as in `save_model`.
     """
-    path = _writable(path)
+    path = writable(path)
     for model, expected in ((generator, StyleGAN2Generator), (discriminator, StyleGAN2Discriminator)):
         if not isinstance(model, expected) and not (model is None and expected is StyleGAN2Discriminator):
             raise TypeError(f"the rosinality layout takes a {expected.__name__}, got a {type(model).__name__}")
@@ -152,7 +155,8 @@ def has_discriminator(path: str | Path) -> bool:
     return holds(read(path), "discriminator")
 
 
-def _writable(path: str | Path) -> Path:
+def writable(path: str | Path) -> Path:
+    """The path, where a file can be written there. OSError: it cannot."""
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path} cannot be written: there is no folder {path.parent}; make it first")
@@ -241,18 +245,23 @@ def written_network(contents: Contents, role: str, family: str | None = None, re
             known = ", ".join(sorted({f for f, _ in MODELS}))
             raise ValueError(f"{path}: the family {kind!r} is unknown to this version, which reads: {known}")
         _check_resolution(f"{path} holds a {kind} {role}", config, resolution)
-        return Written(MODELS[kind, role], config, state, Origin(str(path), "minegan_fast"))
+        origin = Origin(str(path), "minegan_fast", converted=modules[role]["source"])
+        return Written(MODELS[kind, role], config, state, origin)
     found = find(contents.data, role)
     if found is None:
         raise ValueError(f"{path} holds no {role} of a layout known here. {describe(contents.data, role)}")
     layout = found.layout
     _check_family(path, role, layout.model.family, family)
     config, state = _sized(layout, found.state, path, resolution)
+    config = config if layout.beside is None else layout.beside(config, contents.data)
     origin = Origin(str(path), layout.project, found.container, found.averaged, found.passed_over)
     return Written(layout.model, config, state, origin, layout.optional)
 
 
 def _check_family(path: Path, role: str, found: str, wanted: str | None) -> None:
+    known = sorted({kind for kind, _ in MODELS})
+    if wanted not in (None, *known):
+        raise ValueError(f"family must be one of {', '.join(known)}, or None to tell by the keys; got {wanted!r}")
     if wanted is not None and found not in families(wanted):
         raise ValueError(f"{path} holds a {found} {role}, not {wanted}; leave family=None to take what is there")
 

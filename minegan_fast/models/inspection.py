@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .._pickle_names import Thing
 from .._reading import Contents, read
-from .checkpoint import described_modules, holds, load_network, write_networks, written_network
+from .checkpoint import described_modules, holds, load_network, writable, write_networks, written_network
 from .layouts import describe
 
 ROLES = ("generator", "discriminator")
@@ -120,10 +120,12 @@ def convert(
 
     Raises:
         FileExistsError: `out` exists and `force` is False.
-        ValueError, OSError: as in `load_generator` and `save_model`.
+        ValueError, OSError: as in `load_generator` and `save_model`; `out` does not end in .safetensors.
     """
     if only not in (None, *ROLES):
         raise ValueError(f'only must be "generator" or "discriminator", got {only!r}')
+    if writable(out).suffix != ".safetensors":
+        raise ValueError(f"{out} would be a safetensors file: let its name end in .safetensors")
     if Path(out).exists() and not force:
         raise FileExistsError(f"{out} exists already; name another file, or give --force (force=True) to overwrite it")
     contents = read(source)
@@ -150,7 +152,7 @@ def _network(contents: Contents, role: str) -> NetworkReport:
         container=origin.container,
         averaged=origin.averaged,
         passed_over=origin.passed_over,
-        source=described_modules(contents).get(role, {}).get("source"),
+        source=origin.converted,
         config=model.config,
         resolution=model.resolution,
         image_channels=model.image_channels,

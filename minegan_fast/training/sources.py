@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models import has_discriminator, load_discriminator, load_generator
+from ..models.checkpoint import shorten
 from .config import TransferConfig
 from .critics import check_fit, new_critic
 from .images import ImageSet, load_images
@@ -49,8 +50,19 @@ def open_networks(source, critic, config: TransferConfig) -> Networks:
     else:
         critic, pretrained = new_critic(generator, config.seed), False
     check_fit(generator, critic)
+    _check_finite("source", generator)
+    _check_finite("critic", critic)
     # A module may come in train mode: what is measured before the training must not move its statistics.
     return Networks(generator.eval(), critic.eval(), pretrained)
+
+
+def _check_finite(what: str, network: nn.Module) -> None:
+    named = [*network.named_parameters(), *network.named_buffers()]
+    if bad := [name for name, t in named if t.is_floating_point() and not torch.isfinite(t).all()]:
+        raise ValueError(
+            f"the {what}'s weights hold NaN or inf, in {shorten(bad)}: its training broke down, or the file is "
+            "damaged; take another checkpoint"
+        )
 
 
 def image_channels(generator: nn.Module) -> int:

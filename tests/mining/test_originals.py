@@ -118,7 +118,7 @@ def test_noise_maps_that_were_never_trained_are_left_out(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: s.pop("transform.2.bias"), "not whole: 'transform.2.bias'"),
+        (lambda s: s.pop("transform.2.bias"), "lacks 'transform.2.bias'"),
         (
             lambda s: s.update({"transform.2.weight": torch.zeros(3, 4)}),
             r"do not follow each other: \[\[8, 8\]",

@@ -266,6 +266,46 @@ def test_what_fits_is_loaded_and_the_rest_is_named(file, stylegan2):
     assert all(p.isfinite().all() for p in loaded.parameters())
 
 
+@pytest.mark.parametrize("lost", ["convs.3.conv.weight", "to_rgbs.1.bias", "style.2.bias"])
+def test_a_network_that_lacks_a_tensor_keeps_its_size(file, stylegan2, lost):
+    state = stylegan2[0].state_dict()
+    del state[lost]
+    torch.save({"g_ema": state}, file)
+    with pytest.warns(UserWarning, match=f"missing: {lost}; the rest"):
+        loaded = load_generator(file, strict=False)
+    assert (loaded.resolution, loaded.origin.missing, loaded.origin.unexpected) == (16, (lost,), ())
+
+
+def test_a_network_whose_width_is_lost_is_refused(file, stylegan2):
+    state = stylegan2[0].state_dict()
+    del state["convs.2.conv.weight"]
+    torch.save({"g_ema": state}, file)
+    with pytest.raises(ValueError, match=r"lacks 'convs\.2\.conv\.weight'"):
+        load_generator(file, strict=False)
+
+
+def test_labels_of_a_progressive_gan_are_told_by_its_critic(file):
+    sizes = {"channel_base": 64, "channel_max": 8, "num_classes": 3}
+    g, d = PGANGenerator(8, latent_dim=5, **sizes), PGANDiscriminator(8, **sizes)
+    torch.save({"config": {}, "netG": g.state_dict(), "netD": d.state_dict()}, file)
+    loaded, z, y = load_generator(file), torch.randn(2, 5), torch.tensor([0, 2])
+    assert (loaded.latent_dim, loaded.num_classes) == (5, 3)
+    assert torch.equal(loaded(z, y), g(z, y))
+    assert [network.num_classes for network in inspect(file).networks] == [3, 3]
+
+
+def test_a_bare_file_does_not_say_whether_it_is_averaged(file, stylegan2):
+    torch.save(stylegan2[0].state_dict(), file)
+    assert load_generator(file).origin.averaged is None
+    assert inspect(file).networks[0].averaged is None
+
+
+def test_unknown_families_are_named(file, stylegan2):
+    torch.save(stylegan2[0].state_dict(), file)
+    with pytest.raises(ValueError, match=r"family must be one of biggan, .*stylegan2, or None .*; got 'gan'"):
+        load_generator(file, family="gan")
+
+
 # Sizes that no network here has
 
 
@@ -351,6 +391,7 @@ def test_convert_writes_what_was_read(file, tmp_path, stylegan2, biggan_folder, 
     assert_holds(load_discriminator(out), d)
     generator, critic = inspect(out).networks
     assert generator.source.startswith("averaged weights (EMA) from 'g_ema' in network")
+    assert f"converted from {generator.source}" in str(load_generator(out).origin)
     assert critic.source.startswith("weights from 'd' in network")
     with pytest.raises(FileExistsError, match=r"exists already; .*--force"):
         convert(file, out)
@@ -370,6 +411,10 @@ def test_convert_refuses_and_leaves_the_old_file(file, tmp_path, stylegan2):
         convert(file, out, force=True)
     with pytest.raises(ValueError, match='only must be "generator" or "discriminator", got \'critic\''):
         convert(file, out, only="critic", force=True)
+    with pytest.raises(ValueError, match=r"let its name end in \.safetensors"):
+        convert(file, tmp_path / "out.pt")
+    with pytest.raises(IsADirectoryError, match="it is a folder; name a file in it"):
+        convert(file, tmp_path)
     torch.save({"g_ema": stylegan2[0].state_dict()}, file)
     with pytest.raises(ValueError, match="holds a stylegan2 generator, not pgan"):
         convert(file, out, family="pgan", force=True)

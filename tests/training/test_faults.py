@@ -1,5 +1,6 @@
 """What goes wrong for a user, and that nothing is lost: each a one-line error that names the remedy."""
 
+import copy
 import errno
 import json
 import os
@@ -259,6 +260,15 @@ def test_images_that_do_not_fit(run_settings):
 def test_bad_settings(run_settings, settings, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         mf.transfer(**{**run_settings, **settings})
+    assert not run_settings["out"].exists(), "a refused run leaves nothing behind"
+
+
+def test_weights_with_nan_are_named(run_settings, tiny):
+    broken = copy.deepcopy(tiny["generator"])
+    with torch.no_grad():
+        broken.conv1.conv.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"the source's weights hold NaN or inf, in conv1\.conv\.weight: "):
+        mf.transfer(**{**run_settings, "source": broken})
     assert not run_settings["out"].exists(), "a refused run leaves nothing behind"
 
 

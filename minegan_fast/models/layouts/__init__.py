@@ -45,14 +45,14 @@ class Found:
         layout: how they are written.
         state: the tensors, under the file's names without `module.` prefixes.
         container: the file's key that holds them; None: the file itself.
-        averaged: whether they are an exponential moving average.
+        averaged: whether they are an exponential moving average; None: the file does not say.
         passed_over: other keys of the file that hold the same network (the raw weights beside the averaged ones).
     """
 
     layout: Layout
     state: State
     container: str | None
-    averaged: bool
+    averaged: bool | None
     passed_over: tuple[str, ...] = ()
 
 
@@ -76,7 +76,8 @@ def find(data: Mapping, role: str) -> Found | None:
                 state = _tensors(data if container is None else data.get(container))
                 if all(key in state for key in layout.signature):
                     by_name = container in others and re.search(AVERAGED, str(container)) is not None
-                    held.append(Found(layout, state, container, container in layout.averaged or by_name))
+                    averaged = None if container is None else container in layout.averaged or by_name
+                    held.append(Found(layout, state, container, averaged))
     if not held:
         return None
     best = next((found for found in held if found.averaged), held[0])

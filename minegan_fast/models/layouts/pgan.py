@@ -1,6 +1,7 @@
 """Progressive GAN's files: facebookresearch/pytorch_GAN_zoo, before and after its layers were wrapped in a `module`."""
 
 import re
+from collections.abc import Mapping
 
 from ..pgan import PGANDiscriminator, PGANGenerator
 from ._layout import Layout, State
@@ -31,8 +32,8 @@ def cropped(state: State, resolution: int | None) -> State:
 
 
 def _widths(state: State, images: str, axis: int) -> dict[int, int]:
-    stages = sum(re.fullmatch(rf"{images}\.\d+\.module\.weight", name) is not None for name in state)
-    return {4 << s: state[f"{images}.{s}.module.weight"].shape[axis] for s in range(stages)}
+    stages = max(int(m[1]) for name in state if (m := re.match(rf"{images}\.(\d+)\.", name)))
+    return {4 << s: state[f"{images}.{s}.module.weight"].shape[axis] for s in range(stages + 1)}
 
 
 def generator_config(state: State) -> dict:
@@ -44,6 +45,15 @@ def generator_config(state: State) -> dict:
         "image_channels": state["toRGBLayers.0.module.weight"].shape[0],
         "channels": channels,
     }
+
+
+def labels_of_critic(config: dict, data: Mapping) -> dict:
+    """The generator's shapes tell the size of z and labels together; the critic beside it has a score a label."""
+    critic = data.get("netD")
+    layers = critic.items() if isinstance(critic, Mapping) else ()
+    scores = [t for name, t in layers if re.search(r"(^|\.)decisionLayer\.(module\.)?weight$", str(name))]
+    labels = len(scores[0]) - 1 if scores else 0
+    return config | {"latent_dim": config["latent_dim"] - labels, "num_classes": labels}
 
 
 def discriminator_config(state: State) -> dict:
@@ -69,6 +79,7 @@ LAYOUTS: tuple[Layout, ...] = (
             config=generator_config,
             convert=wrapped,
             crop=cropped,
+            beside=labels_of_critic,
         )
         for module in ("module.", "")
     ),
