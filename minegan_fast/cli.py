@@ -229,9 +229,7 @@ def evaluate(
     samples: Annotated[int, typer.Option(min=2, help="Generated images.")] = 1000,
     features: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(
-            help="critic, pixels, digits, or a TorchScript file; default: the run's; of a checkpoint pixels."
-        ),
+        typer.Option(help="critic, pixels, digits, or a TorchScript file; default: the run's; of a checkpoint pixels."),
     ] = None,
     source: Base = None,
     miner: MinerFile = None,

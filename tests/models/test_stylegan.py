@@ -269,7 +269,11 @@ def test_a_resolution_can_be_asked_for(tmp_path):
         assert load(tmp_path / "a.model").resolution == 32
     torch.save({"generator": p, "discriminator": q}, tmp_path / "a.model")
     convert(tmp_path / "a.model", tmp_path / "b.safetensors", resolution=8)
-    assert load_generator(tmp_path / "b.safetensors").resolution == load_discriminator(tmp_path / "b.safetensors").resolution == 8
+    assert (
+        load_generator(tmp_path / "b.safetensors").resolution
+        == load_discriminator(tmp_path / "b.safetensors").resolution
+        == 8
+    )
 
 
 def small(cls, resolution=16, **changes):
