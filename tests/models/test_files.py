@@ -1,81 +1,29 @@
-"""Files and folders as users have them: what is taken of them, what is said of them, converting and inspecting."""
+"""Files and folders as users have them: what is read of them, and what is said of that."""
 
 import argparse
 import collections
-import json
 import warnings
 
 import pytest
 import torch
 from crafted_pickles import asks_for
+from held_networks import assert_holds, times
 from nvidia_files import ada_of, critic_of, module_tree, network_tree, tf_of, write_tf_pickle, write_torch_pickle
-from safetensors.torch import save_file
-from torch import nn
 
 from minegan_fast.models import (
     BigGANDeepGenerator,
-    BigGANDiscriminator,
-    BigGANGenerator,
     PGANDiscriminator,
     PGANGenerator,
-    StyleGAN2Discriminator,
-    StyleGAN2Generator,
-    convert,
     has_discriminator,
     inspect,
     load_discriminator,
     load_generator,
-    save_model,
 )
-
-SIZES = {4: 6, 8: 5, 16: 3}
 
 
 @pytest.fixture
 def file(tmp_path):
     return tmp_path / "network"
-
-
-@pytest.fixture(scope="module")
-def stylegan2():
-    torch.manual_seed(0)
-    return StyleGAN2Generator(16, 9, mapping_layers=2, channels=SIZES), StyleGAN2Discriminator(16, channels=SIZES)
-
-
-@pytest.fixture(scope="module")
-def biggan():
-    torch.manual_seed(1)
-    g = BigGANGenerator(32, latent_dim=16, class_dim=5, num_classes=4, channel_width=2, attention=(16,))
-    return g, BigGANDiscriminator(32, num_classes=4, channel_width=2, attention=(16,))
-
-
-@pytest.fixture
-def biggan_folder(tmp_path, biggan):
-    """A folder as BigGAN-PyTorch leaves it, and the original MineGAN."""
-    g, d = biggan
-    settings = {"itr": 7, "config": {"G_activation": nn.ReLU(inplace=False), "num_epochs": 3}}
-
-    def write(suffix="", factor=1.0):
-        torch.save(times(g, factor), tmp_path / f"G_ema{suffix}.pth")
-        torch.save(times(g, 3 * factor), tmp_path / f"G{suffix}.pth")
-        torch.save(times(d, factor), tmp_path / f"D{suffix}.pth")
-        torch.save(settings, tmp_path / f"state_dict{suffix}.pth")
-        torch.save({f"linear{i}.weight": torch.ones(2, 2) for i in ("", *range(2, 9))}, tmp_path / f"M{suffix}.pth")
-        (tmp_path / f"G_optim{suffix}.pth").write_bytes(b"never read")
-
-    write()
-    return tmp_path, write
-
-
-def times(model, factor):
-    return collections.OrderedDict((k, t * factor) for k, t in model.state_dict().items())
-
-
-def assert_holds(model, source, factor=1.0):
-    expected = times(source, factor)
-    assert model.state_dict().keys() == expected.keys()
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, expected[name]), name
 
 
 # Averaged weights and raw ones
@@ -276,6 +224,37 @@ def test_a_network_that_lacks_a_tensor_keeps_its_size(file, stylegan2, lost):
     assert (loaded.resolution, loaded.origin.missing, loaded.origin.unexpected) == (16, (lost,), ())
 
 
+@pytest.mark.parametrize(
+    ("kind", "lost", "missing"),
+    [
+        ("torch", "mapping.fc0.bias", "style.1.bias"),
+        ("torch", "mapping.fc1.weight", "style.2.weight"),
+        ("torch", "synthesis.b16.conv0.weight", "convs.2.conv.weight"),
+        ("tf", "mapping/Dense0/bias", "style.1.bias"),
+        ("tf", "mapping/Dense1/weight", "style.2.weight"),
+        ("tf", "synthesis/16x16/Conv0_up/weight", "convs.2.conv.weight"),
+    ],
+)
+def test_networks_of_nvidia_keep_their_size(file, stylegan2, kind, lost, missing):
+    state = (ada_of if kind == "torch" else tf_of)(stylegan2[0].state_dict())
+    del state[lost]
+    if kind == "torch":
+        write_torch_pickle(file, G_ema=state)
+    else:
+        write_tf_pickle(file, *[network_tree(state)] * 3)
+    with pytest.warns(UserWarning, match=f"missing: {missing}; the rest"):
+        loaded = load_generator(file, strict=False)
+    assert (loaded.config["mapping_layers"], loaded.origin.missing, loaded.origin.unexpected) == (2, (missing,), ())
+
+
+@pytest.mark.parametrize("lost", ["blocks.2.0.conv1.weight", "blocks.1.0.conv1.weight"])
+def test_a_biggan_that_lacks_a_block_is_told_which(file, biggan, lost):
+    for network, load in zip(biggan, (load_generator, load_discriminator), strict=True):
+        torch.save({name: tensor for name, tensor in network.state_dict().items() if name != lost}, file)
+        with pytest.raises(ValueError, match=f"but lacks '{lost}'; is the file complete"):
+            load(file)
+
+
 def test_a_network_whose_width_is_lost_is_refused(file, stylegan2):
     state = stylegan2[0].state_dict()
     del state["convs.2.conv.weight"]
@@ -377,82 +356,3 @@ def test_a_lower_resolution_of_a_grown_network(file, stylegan2):
     assert load_generator(file, resolution=16).resolution == 16
     with pytest.raises(ValueError, match="of 16 px, which has no other resolution; got 8"):
         load_generator(file, resolution=8)
-
-
-# convert and inspect
-
-
-def test_convert_writes_what_was_read(file, tmp_path, stylegan2, biggan_folder, biggan):
-    out = tmp_path / "out.safetensors"
-    g, d = stylegan2
-    torch.save({"g": times(g, 2), "g_ema": g.state_dict(), "d": d.state_dict()}, file)
-    assert convert(file, out) == out
-    assert_holds(load_generator(out), g)
-    assert_holds(load_discriminator(out), d)
-    generator, critic = inspect(out).networks
-    assert generator.source.startswith("averaged weights (EMA) from 'g_ema' in network")
-    assert f"converted from {generator.source}" in str(load_generator(out).origin)
-    assert critic.source.startswith("weights from 'd' in network")
-    with pytest.raises(FileExistsError, match=r"exists already; .*--force"):
-        convert(file, out)
-    convert(biggan_folder[0], out, family="biggan", only="generator", force=True)
-    assert_holds(load_generator(out), biggan[0])
-    assert not has_discriminator(out)
-
-
-def test_convert_refuses_and_leaves_the_old_file(file, tmp_path, stylegan2):
-    out = tmp_path / "out.safetensors"
-    save_model(out, stylegan2[0])
-    old = out.read_bytes()
-    torch.save({"a": torch.zeros(1)}, file)
-    with pytest.raises(
-        ValueError, match=r"holds no generator of a layout known here\. Its keys: a\. Keys that would have"
-    ):
-        convert(file, out, force=True)
-    with pytest.raises(ValueError, match='only must be "generator" or "discriminator", got \'critic\''):
-        convert(file, out, only="critic", force=True)
-    with pytest.raises(ValueError, match=r"let its name end in \.safetensors"):
-        convert(file, tmp_path / "out.pt")
-    with pytest.raises(IsADirectoryError, match="it is a folder; name a file in it"):
-        convert(file, tmp_path)
-    torch.save({"g_ema": stylegan2[0].state_dict()}, file)
-    with pytest.raises(ValueError, match="holds a stylegan2 generator, not pgan"):
-        convert(file, out, family="pgan", force=True)
-    assert out.read_bytes() == old
-
-
-def test_inspect_says_what_is_in_a_file(file, stylegan2):
-    g, d = stylegan2
-    state = g.state_dict()
-    del state["conv1.activate.bias"]
-    state["more"] = torch.zeros(2)
-    state["to_rgb1.bias"] = torch.zeros(2)
-    torch.save({"g_ema": state, "d": times(d.double(), 1), "latent_avg": torch.zeros(9), "args": [1]}, file)
-    d.float()
-    report = inspect(file)
-    generator, critic = report.networks
-    assert (generator.role, generator.family, generator.layout) == (
-        "generator",
-        "stylegan2",
-        "rosinality/stylegan2-pytorch",
-    )
-    assert (generator.resolution, generator.image_channels, generator.latent_dim) == (16, 3, 9)
-    assert (generator.num_classes, generator.config["channels"]) == (0, {"4": 6, "8": 5, "16": 3})
-    assert generator.parameters == sum(p.numel() for p in g.parameters())
-    assert (generator.missing, generator.unexpected) == (("conv1.activate.bias",), ("more",))
-    assert generator.wrong == ("to_rgb1.bias is [2], expected [1, 3, 1, 1]",)
-    assert (critic.role, critic.dtypes, critic.averaged, critic.missing) == ("discriminator", ("float64",), False, ())
-    assert report.others == {"latent_avg": "tensor [9]", "args": "list"}
-    assert report.unknown is None
-    assert json.loads(json.dumps(report.as_dict()))["networks"][0]["missing"] == ["conv1.activate.bias"]
-
-
-def test_inspect_of_a_file_with_no_known_network(file):
-    torch.save({"net": {f"layer{i}.weight": torch.zeros(1) for i in range(20)}, "epoch": 3}, file)
-    report = inspect(file)
-    assert report.networks == ()
-    assert report.others == {"net": "20 tensors", "epoch": "3"}
-    assert "net.layer0.weight" in report.unknown
-    assert "Keys that would have told" in report.unknown
-    save_file({"net.0.weight": torch.zeros(1)}, file, {"format": "minegan_fast.miner"})
-    assert inspect(file).others == {"": "a miner of this project"}

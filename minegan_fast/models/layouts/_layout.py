@@ -1,5 +1,6 @@
 """What a public project's file of one network looks like, and what of ours it becomes."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -10,6 +11,15 @@ State = dict[str, Tensor]
 
 def as_it_is(state: State) -> State:
     return state
+
+
+def highest(state: State, pattern: str) -> int:
+    """The highest number in names of that pattern, whose group it is; -1 where there is none.
+
+    Sizes follow from it and not from how many names there are: a network that lacks a tensor keeps its size, and what
+    is missing is told by name.
+    """
+    return max((int(m[1]) for name in state if (m := re.fullmatch(pattern, name))), default=-1)
 
 
 @dataclass(frozen=True)

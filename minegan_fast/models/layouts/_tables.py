@@ -65,10 +65,6 @@ def apply(state: State, table: Table, unused: str) -> State:
     return {ours: change(state[theirs]) for theirs, ours, change in table if theirs in state} | rest
 
 
-def highest_resolution(state: State, pattern: str) -> int:
-    return max(int(m[1]) for key in state if (m := re.match(pattern, key)))
-
-
 def resolutions(highest: int) -> list[int]:
     if highest < 8 or highest & (highest - 1):
         raise ValueError(f"its resolution must be a power of two >= 8, got {highest}")
@@ -81,7 +77,7 @@ def refuse(state: State, key: str, what: str) -> None:
 
 
 def generator_architecture(state: State, first_image: str, skip: str) -> str:
-    if count(state, skip):
+    if any(re.fullmatch(skip, key) for key in state):
         return "resnet"
     if first_image not in state:
         raise ValueError(f"a generator that is neither skip nor residual (no {first_image}) cannot be expressed here")
@@ -92,7 +88,3 @@ def critic_architecture(state: State, skip: str, last_image: str) -> str:
     if skip not in state and last_image not in state:
         raise ValueError(f"a discriminator that is neither skip nor residual (no {skip}) cannot be expressed here")
     return "resnet" if skip in state else "skip"
-
-
-def count(state: State, pattern: str) -> int:
-    return sum(re.fullmatch(pattern, key) is not None for key in state)

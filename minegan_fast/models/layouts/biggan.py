@@ -3,11 +3,11 @@
 import re
 
 from ..biggan import BigGANDiscriminator, BigGANGenerator, discriminator_size
-from ._layout import Layout, State
+from ._layout import Layout, State, highest
 
 
 def _blocks(state: State) -> int:
-    return sum(re.fullmatch(r"blocks\.\d+\.0\.conv1\.weight", key) is not None for key in state)
+    return highest(state, r"blocks\.(\d+)\..*") + 1
 
 
 def _normalised(state: State) -> dict:

@@ -1,14 +1,11 @@
 """pytorch-pretrained-biggan: a state dict, `pytorch_model.bin`."""
 
-import re
-
 from ..biggan_deep import BigGANDeepGenerator
-from ._layout import Layout, State
+from ._layout import Layout, State, highest
 
 
 def _config(state: State) -> dict:
-    found = (re.match(r"generator\.layers\.(\d+)\.", key) for key in state)
-    layers = 1 + max((int(match[1]) for match in found if match), default=-1)
+    layers = highest(state, r"generator\.layers\.(\d+)\..*") + 1
     names = [f"generator.layers.{i}" for i in range(layers)]
     # Two blocks for every size, of which the second doubles it.
     attended = [f"{name}.gamma" in state for name in names]

@@ -10,17 +10,15 @@ from collections.abc import Callable
 import torch
 
 from ..stylegan2 import StyleGAN2Discriminator, StyleGAN2Generator
-from ._layout import Layout, State
+from ._layout import Layout, State, highest
 from ._tables import (
     Table,
     apply,
     batch,
     column,
-    count,
     critic_architecture,
     flipped,
     generator_architecture,
-    highest_resolution,
     low_pass,
     oihw,
     one,
@@ -36,15 +34,15 @@ DEFAULT_TAPS = torch.tensor((1.0, 3.0, 3.0, 1.0))
 
 def _generator_config(state: State) -> dict:
     refuse(state, r"mapping/LabelConcat/weight|mapping/LabelEmbed/.*", "a class-conditional StyleGAN2")
-    highest = highest_resolution(state, r"synthesis/(\d+)x\d+/")
-    sizes = resolutions(highest)
+    largest = highest(state, r"synthesis/(\d+)x\d+/.*")
+    sizes = resolutions(largest)
     first = state["mapping/Dense0/weight"]
     return {
-        "resolution": highest,
+        "resolution": largest,
         "latent_dim": first.shape[0],
         "style_dim": first.shape[1],
-        "mapping_layers": count(state, r"mapping/Dense\d+/weight"),
-        "image_channels": state[f"synthesis/{highest}x{highest}/ToRGB/weight"].shape[3],
+        "mapping_layers": highest(state, r"mapping/Dense(\d+)/.*") + 1,
+        "image_channels": state[f"synthesis/{largest}x{largest}/ToRGB/weight"].shape[3],
         "channels": {4: state["synthesis/4x4/Conv/weight"].shape[3]}
         | {r: state[f"synthesis/{r}x{r}/Conv1/weight"].shape[3] for r in sizes},
         "architecture": generator_architecture(state, "synthesis/4x4/ToRGB/weight", r"synthesis/\d+x\d+/Skip/weight"),
@@ -53,7 +51,7 @@ def _generator_config(state: State) -> dict:
 
 def _generator(state: State) -> State:
     table = [("synthesis/4x4/Const/const", "input.input", same)]
-    for i in range(count(state, r"mapping/Dense\d+/weight")):
+    for i in range(highest(state, r"mapping/Dense(\d+)/.*") + 1):
         table.append((f"mapping/Dense{i}/weight", f"style.{i + 1}.weight", transposed))
         table.append((f"mapping/Dense{i}/bias", f"style.{i + 1}.bias", same))
 
@@ -75,10 +73,10 @@ def _generator(state: State) -> State:
     def to_rgb(theirs: str, ours: str) -> Table:
         return [*modulated(theirs, ours), (f"{theirs}/bias", f"{ours}.bias", column)]
 
-    highest = highest_resolution(state, r"synthesis/(\d+)x\d+/")
-    resnet = f"synthesis/{highest}x{highest}/Skip/weight" in state
+    largest = highest(state, r"synthesis/(\d+)x\d+/.*")
+    resnet = f"synthesis/{largest}x{largest}/Skip/weight" in state
     table += styled("synthesis/4x4/Conv", "conv1", 0) + to_rgb("synthesis/4x4/ToRGB", "to_rgb1")
-    for j, r in enumerate(resolutions(highest)):
+    for j, r in enumerate(resolutions(largest)):
         block = f"synthesis/{r}x{r}"
         table += styled(f"{block}/Conv0_up", f"convs.{2 * j}", 2 * j + 1, flipped)
         table += styled(f"{block}/Conv1", f"convs.{2 * j + 1}", 2 * j + 2)
@@ -94,24 +92,24 @@ def _generator(state: State) -> State:
 
 
 def _discriminator_config(state: State) -> dict:
-    highest = highest_resolution(state, r"(\d+)x\d+/")
-    sizes = resolutions(highest)
+    largest = highest(state, r"(\d+)x\d+/.*")
+    sizes = resolutions(largest)
     if state["Output/weight"].shape[1] != 1:
         raise ValueError(f"a class-conditional StyleGAN2 (Output/weight is {list(state['Output/weight'].shape)})")
     return {
-        "resolution": highest,
-        "image_channels": state[f"{highest}x{highest}/FromRGB/weight"].shape[2],
-        "channels": {highest: state[f"{highest}x{highest}/FromRGB/weight"].shape[3]}
+        "resolution": largest,
+        "image_channels": state[f"{largest}x{largest}/FromRGB/weight"].shape[2],
+        "channels": {largest: state[f"{largest}x{largest}/FromRGB/weight"].shape[3]}
         | {r // 2: state[f"{r}x{r}/Conv1_down/weight"].shape[3] for r in sizes},
-        "architecture": critic_architecture(state, f"{highest}x{highest}/Skip/weight", "4x4/FromRGB/weight"),
+        "architecture": critic_architecture(state, f"{largest}x{largest}/Skip/weight", "4x4/FromRGB/weight"),
     }
 
 
 def _discriminator(state: State) -> State:
-    highest = highest_resolution(state, r"(\d+)x\d+/")
+    largest = highest(state, r"(\d+)x\d+/.*")
     table = [
-        (f"{highest}x{highest}/FromRGB/weight", "convs.0.0.weight", oihw),
-        (f"{highest}x{highest}/FromRGB/bias", "convs.0.1.bias", same),
+        (f"{largest}x{largest}/FromRGB/weight", "convs.0.0.weight", oihw),
+        (f"{largest}x{largest}/FromRGB/bias", "convs.0.1.bias", same),
         ("4x4/Conv/weight", "final_conv.0.weight", oihw),
         ("4x4/Conv/bias", "final_conv.1.bias", same),
         ("4x4/Dense0/weight", "final_linear.0.weight", transposed),
@@ -119,7 +117,7 @@ def _discriminator(state: State) -> State:
         ("Output/weight", "final_linear.1.weight", transposed),
         ("Output/bias", "final_linear.1.bias", same),
     ]
-    for i, r in enumerate(resolutions(highest)[::-1], 1):
+    for i, r in enumerate(resolutions(largest)[::-1], 1):
         table += [
             (f"{r}x{r}/Conv0/weight", f"convs.{i}.conv1.0.weight", oihw),
             (f"{r}x{r}/Conv0/bias", f"convs.{i}.conv1.1.bias", same),

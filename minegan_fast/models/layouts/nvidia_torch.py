@@ -8,16 +8,14 @@ size of the minibatch standard deviation, which is 4 here.
 """
 
 from ..stylegan2 import StyleGAN2Discriminator, StyleGAN2Generator
-from ._layout import Layout, State
+from ._layout import Layout, State, highest
 from ._tables import (
     Table,
     apply,
     batch,
     column,
-    count,
     critic_architecture,
     generator_architecture,
-    highest_resolution,
     one,
     refuse,
     resolutions,
@@ -28,15 +26,15 @@ from ._tables import (
 
 def _generator_config(state: State) -> dict:
     refuse(state, r"mapping\.embed\.weight", "a class-conditional StyleGAN2")
-    highest = highest_resolution(state, r"synthesis\.b(\d+)\.")
-    sizes = resolutions(highest)
+    largest = highest(state, r"synthesis\.b(\d+)\..*")
+    sizes = resolutions(largest)
     first = state["mapping.fc0.weight"]
     return {
-        "resolution": highest,
+        "resolution": largest,
         "latent_dim": first.shape[1],
         "style_dim": first.shape[0],
-        "mapping_layers": count(state, r"mapping\.fc\d+\.weight"),
-        "image_channels": state[f"synthesis.b{highest}.torgb.weight"].shape[0],
+        "mapping_layers": highest(state, r"mapping\.fc(\d+)\..*") + 1,
+        "image_channels": state[f"synthesis.b{largest}.torgb.weight"].shape[0],
         "channels": {4: state["synthesis.b4.conv1.weight"].shape[0]}
         | {r: state[f"synthesis.b{r}.conv1.weight"].shape[0] for r in sizes},
         "architecture": generator_architecture(state, "synthesis.b4.torgb.weight", r"synthesis\.b\d+\.skip\.weight"),
@@ -45,7 +43,7 @@ def _generator_config(state: State) -> dict:
 
 def _generator(state: State) -> State:
     table = [("synthesis.b4.const", "input.input", batch())]
-    for i in range(count(state, r"mapping\.fc\d+\.weight")):
+    for i in range(highest(state, r"mapping\.fc(\d+)\..*") + 1):
         table += [(f"mapping.fc{i}.{part}", f"style.{i + 1}.{part}", same) for part in ("weight", "bias")]
 
     def modulated(theirs: str, ours: str) -> Table:
@@ -66,10 +64,10 @@ def _generator(state: State) -> State:
     def to_rgb(theirs: str, ours: str) -> Table:
         return [*modulated(theirs, ours), (f"{theirs}.bias", f"{ours}.bias", column)]
 
-    highest = highest_resolution(state, r"synthesis\.b(\d+)\.")
-    resnet = f"synthesis.b{highest}.skip.weight" in state
+    largest = highest(state, r"synthesis\.b(\d+)\..*")
+    resnet = f"synthesis.b{largest}.skip.weight" in state
     table += styled("synthesis.b4.conv1", "conv1", 0) + to_rgb("synthesis.b4.torgb", "to_rgb1")
-    for j, r in enumerate(resolutions(highest)):
+    for j, r in enumerate(resolutions(largest)):
         block = f"synthesis.b{r}"
         table += styled(f"{block}.conv0", f"convs.{2 * j}", 2 * j + 1)
         table += styled(f"{block}.conv1", f"convs.{2 * j + 1}", 2 * j + 2)
@@ -85,22 +83,22 @@ def _generator(state: State) -> State:
 
 def _discriminator_config(state: State) -> dict:
     refuse(state, r"mapping\..*", "a class-conditional StyleGAN2")
-    highest = highest_resolution(state, r"b(\d+)\.")
-    sizes = resolutions(highest)
+    largest = highest(state, r"b(\d+)\..*")
+    sizes = resolutions(largest)
     return {
-        "resolution": highest,
-        "image_channels": state[f"b{highest}.fromrgb.weight"].shape[1],
-        "channels": {highest: state[f"b{highest}.fromrgb.weight"].shape[0]}
+        "resolution": largest,
+        "image_channels": state[f"b{largest}.fromrgb.weight"].shape[1],
+        "channels": {largest: state[f"b{largest}.fromrgb.weight"].shape[0]}
         | {r // 2: state[f"b{r}.conv1.weight"].shape[0] for r in sizes},
-        "architecture": critic_architecture(state, f"b{highest}.skip.weight", "b4.fromrgb.weight"),
+        "architecture": critic_architecture(state, f"b{largest}.skip.weight", "b4.fromrgb.weight"),
     }
 
 
 def _discriminator(state: State) -> State:
-    highest = highest_resolution(state, r"b(\d+)\.")
+    largest = highest(state, r"b(\d+)\..*")
     table = [
-        (f"b{highest}.fromrgb.weight", "convs.0.0.weight", same),
-        (f"b{highest}.fromrgb.bias", "convs.0.1.bias", same),
+        (f"b{largest}.fromrgb.weight", "convs.0.0.weight", same),
+        (f"b{largest}.fromrgb.bias", "convs.0.1.bias", same),
         ("b4.conv.weight", "final_conv.0.weight", same),
         ("b4.conv.bias", "final_conv.1.bias", same),
     ]
@@ -109,7 +107,7 @@ def _discriminator(state: State) -> State:
             (f"b4.fc.{part}", f"final_linear.0.{part}", same),
             (f"b4.out.{part}", f"final_linear.1.{part}", same),
         ]
-    for i, r in enumerate(resolutions(highest)[::-1], 1):
+    for i, r in enumerate(resolutions(largest)[::-1], 1):
         table += [
             (f"b{r}.conv0.weight", f"convs.{i}.conv1.0.weight", same),
             (f"b{r}.conv0.bias", f"convs.{i}.conv1.1.bias", same),
@@ -122,7 +120,7 @@ def _discriminator(state: State) -> State:
             (f"b{r // 2}.fromrgb.bias", f"from_rgbs.{i - 1}.1.bias", same),
         ]
     if "b4.fromrgb.weight" in state:
-        table.append((f"b{highest}.resample_filter", "downsample.kernel", same))
+        table.append((f"b{largest}.resample_filter", "downsample.kernel", same))
     return apply(state, table, r".*\.resample_filter")
 
 

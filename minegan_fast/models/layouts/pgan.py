@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 
 from ..pgan import PGANDiscriminator, PGANGenerator
-from ._layout import Layout, State
+from ._layout import Layout, State, highest
 
 PROJECT = "facebookresearch/pytorch_GAN_zoo"
 
@@ -18,8 +18,7 @@ def cropped(state: State, resolution: int | None) -> State:
     """The layers up to a resolution, which are a network of that size: what grew on top of them is left out."""
     if resolution is None:
         return state
-    held = [int(m[1]) for name in state if (m := re.match(r"(?:toRGB|fromRGB)Layers\.(\d+)\.", name))]
-    sizes = [4 << stage for stage in range(max(held, default=-1) + 1)]
+    sizes = [4 << stage for stage in range(highest(state, r"(?:toRGB|fromRGB)Layers\.(\d+)\..*") + 1)]
     if resolution not in sizes:
         raise ValueError(f"it holds the resolutions {sizes}, not {resolution}")
     stages = sizes.index(resolution)
@@ -32,8 +31,8 @@ def cropped(state: State, resolution: int | None) -> State:
 
 
 def _widths(state: State, images: str, axis: int) -> dict[int, int]:
-    stages = max(int(m[1]) for name in state if (m := re.match(rf"{images}\.(\d+)\.", name)))
-    return {4 << s: state[f"{images}.{s}.module.weight"].shape[axis] for s in range(stages + 1)}
+    stages = highest(state, rf"{images}\.(\d+)\..*") + 1
+    return {4 << s: state[f"{images}.{s}.module.weight"].shape[axis] for s in range(stages)}
 
 
 def generator_config(state: State) -> dict:

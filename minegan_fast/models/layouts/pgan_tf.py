@@ -12,13 +12,12 @@ A pickle of three network objects, of which the variables are read. The differen
 """
 
 import math
-import re
 from dataclasses import dataclass
 
 import torch
 
 from ..pgan import PGANDiscriminator, PGANGenerator
-from ._layout import Layout, State
+from ._layout import Layout, State, highest
 from .pgan import cropped, discriminator_config, generator_config
 
 PROJECT = "tkarras/progressive_growing_of_gans"
@@ -52,7 +51,7 @@ def _layers(state: State, resolution: int | None, images: str, table: list[_Entr
     images: "ToRGB" or "FromRGB". block: of both layers of a resolution, the name in the file and whether it upsamples.
     What the file has beyond them stays, and is reported as unexpected.
     """
-    stages = sum(re.fullmatch(rf"{images}_lod\d+/weight", name) is not None for name in state)
+    stages = highest(state, rf"{images}_lod(\d+)/.*") + 1
     gain = 1.0 if images == "ToRGB" else SQRT2
     ours = {"ToRGB": "toRGBLayers", "FromRGB": "fromRGBLayers"}[images]
     for s in range(stages):

@@ -10,14 +10,9 @@ import re
 from torch import Tensor
 
 from ..stylegan import StyleGANDiscriminator, StyleGANGenerator
-from ._layout import Layout, State
+from ._layout import Layout, State, highest
 
 PROJECT = "rosinality/style-based-gan-pytorch"
-
-
-def _count(state: State, pattern: str) -> int:
-    """One more than the highest number in a name: a network that lacks a tensor keeps its size."""
-    return max((int(m[1]) + 1 for name in state if (m := re.fullmatch(pattern, name))), default=0)
 
 
 def _stages(resolution: int | None, held: int, trained: list[bool]) -> int:
@@ -36,7 +31,7 @@ def _any(*tensors: Tensor | None) -> bool:
 
 def cropped_generator(state: State, resolution: int | None) -> State:
     """The blocks up to a resolution, or up to the highest one that was trained."""
-    held, block = _count(state, r"generator\.to_rgb\.(\d+)\..*"), "generator.progression.{}.{}"
+    held, block = highest(state, r"generator\.to_rgb\.(\d+)\..*") + 1, "generator.progression.{}.{}"
     beginnings = ("noise1.weight_orig", "noise2.weight_orig", "conv2.conv.bias")
     trained = [_any(*(state.get(block.format(i, name)) for name in beginnings)) for i in range(held)]
     stages = _stages(resolution, held, trained)
@@ -50,7 +45,7 @@ def cropped_generator(state: State, resolution: int | None) -> State:
 
 def cropped_discriminator(state: State, resolution: int | None) -> State:
     """The blocks from a resolution down, or from the highest one that was trained, counted from 0."""
-    held = _count(state, r"from_rgb\.(\d+)\..*")
+    held = highest(state, r"from_rgb\.(\d+)\..*") + 1
     biases = [state.get(f"progression.{i}.conv1.0.conv.bias") for i in range(held)]
     above = held - _stages(resolution, held, [_any(bias) for bias in reversed(biases)])
     kept = {}
@@ -64,7 +59,7 @@ def cropped_discriminator(state: State, resolution: int | None) -> State:
 
 
 def generator_config(state: State) -> dict:
-    stages = _count(state, r"generator\.to_rgb\.(\d+)\..*")
+    stages = highest(state, r"generator\.to_rgb\.(\d+)\..*") + 1
     fused = (i for i in range(stages) if f"generator.progression.{i}.conv1.0.weight" in state)
     lowest = next(fused, None)
     first = state["style.1.linear.weight_orig"]
@@ -72,7 +67,7 @@ def generator_config(state: State) -> dict:
         "resolution": 2 << stages,
         "latent_dim": first.shape[1],
         "style_dim": first.shape[0],
-        "mapping_layers": _count(state, r"style\.(\d+)\..*") // 2,
+        "mapping_layers": (highest(state, r"style\.(\d+)\..*") + 1) // 2,
         "image_channels": state["generator.to_rgb.0.conv.weight_orig"].shape[0],
         "channels": {4 << i: state[f"generator.to_rgb.{i}.conv.weight_orig"].shape[1] for i in range(stages)},
         "fused_from": None if lowest is None else 4 << lowest,
@@ -80,7 +75,7 @@ def generator_config(state: State) -> dict:
 
 
 def discriminator_config(state: State) -> dict:
-    stages = _count(state, r"from_rgb\.(\d+)\..*")
+    stages = highest(state, r"from_rgb\.(\d+)\..*") + 1
     activate = "from_rgb.0.0.conv.bias" in state
     images = [state[f"from_rgb.{i}.{'0.' if activate else ''}conv.weight_orig"] for i in range(stages)]
     lowest = max((i for i in range(stages) if f"progression.{i}.conv2.1.weight" in state), default=None)

@@ -3,19 +3,12 @@
 That project has the skip generator and the residual discriminator; the other two have names in the same manner.
 """
 
-import re
-
 from ..stylegan2 import StyleGAN2Discriminator, StyleGAN2Generator
-from ._layout import Layout, State
-
-
-def _highest(state: State, pattern: str) -> int:
-    """The highest number in a name: a network that lacks a tensor keeps its size."""
-    return max((int(m[1]) for key in state if (m := re.fullmatch(pattern, key))), default=0)
+from ._layout import Layout, State, highest
 
 
 def generator_config(state: State) -> dict:
-    stages = (_highest(state, r"convs\.(\d+)\..*") + 1) // 2
+    stages = (highest(state, r"convs\.(\d+)\..*") + 1) // 2
     channels = {4: state["conv1.conv.weight"].shape[1]}
     channels |= {8 << j: state[f"convs.{2 * j}.conv.weight"].shape[1] for j in range(stages)}
     resnet = "skips.0.0.weight" in state
@@ -23,7 +16,7 @@ def generator_config(state: State) -> dict:
         "resolution": 4 << stages,
         "latent_dim": state["style.1.weight"].shape[1],
         "style_dim": state["style.1.weight"].shape[0],
-        "mapping_layers": _highest(state, r"style\.(\d+)\..*"),
+        "mapping_layers": highest(state, r"style\.(\d+)\..*"),
         "image_channels": state["to_rgb.conv.weight" if resnet else "to_rgb1.conv.weight"].shape[1],
         "channels": channels,
         "architecture": "resnet" if resnet else "skip",
@@ -31,8 +24,8 @@ def generator_config(state: State) -> dict:
 
 
 def discriminator_config(state: State) -> dict:
-    blocks = _highest(state, r"convs\.(\d+)\..*")
-    resolution = 4 << blocks
+    blocks = highest(state, r"convs\.(\d+)\..*")
+    resolution = 2 << blocks + 1
     channels = {resolution: state["convs.0.0.weight"].shape[0]}
     channels |= {resolution >> i: state[f"convs.{i}.conv2.1.weight"].shape[0] for i in range(1, blocks + 1)}
     return {
