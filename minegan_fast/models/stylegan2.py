@@ -7,7 +7,8 @@ A generator layer scales the input channels by the style s, convolves, divides b
 
 which is one op, `modulated_conv2d`. Weights are stored as N(0, 1) and scaled by 1 / √fan-in in the forward (equalised
 learning rate). Parameter names and shapes of the skip generator and the residual discriminator are those of the public
-rosinality layout, so its checkpoints load by name. Activations are channels-last, which convolutions are faster with.
+rosinality layout, so its checkpoints load by name. Activations are channels-last, which convolutions are faster with;
+`to(memory_format=torch.channels_last)`, here or on a module around a network, changes 4-D weights alone.
 """
 
 import itertools
@@ -69,6 +70,11 @@ class ModulatedConv2d(nn.Module):
         self.scale = 1 / math.sqrt(cin * kernel * kernel)
         self.demodulate = demodulate
         self.blur = Blur(padding=1, gain=4.0) if upsample else None
+
+    def _apply(self, fn, recurse=True):
+        # `to(memory_format=torch.channels_last)`, on this module or one around it, asks that of every 5-D tensor too,
+        # which have no such format. Flat, the weight goes where the others go and keeps its own.
+        return super()._apply(lambda t: fn(t.flatten()).view(t.shape) if t.ndim == 5 else fn(t), recurse)
 
     def forward(self, x: Tensor, style: Tensor, **epilogue) -> Tensor:
         """epilogue: what follows in the same pass, as of the op."""

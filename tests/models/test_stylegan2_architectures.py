@@ -104,11 +104,33 @@ def test_sparse_finetuning_is_on_the_fast_path():
     ):
         ft = SparseFinetuner(model, density=0.3, criterion="random")
         ft.select()
+        model.to(memory_format=torch.channels_last)
         model(x).square().sum().backward()
         rows = [line for line in ft.summary().splitlines() if "conv" in line or "skips" in line or "rgb" in line]
         assert len(rows) >= 5
         assert not [line for line in rows if "dense" in line]
         ft.step()
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("architecture", ["skip", "resnet"])
+def test_memory_format_and_type_of_a_whole_network(architecture, inside):
+    """5-D weights, which torch.channels_last does not know, follow the type and the device only."""
+    torch.manual_seed(0)
+    g = StyleGAN2Generator(8, 10, mapping_layers=1, channel_max=6, architecture=architecture)
+    z, weight = torch.randn(2, 10), g.conv1.conv.weight
+    before, stride = g(z, noise="constant"), weight.stride()
+    g(z).sum().backward()
+    network = torch.nn.Sequential(torch.nn.Linear(10, 10), g) if inside else g
+    assert network.to(memory_format=torch.channels_last) is network
+    torch.testing.assert_close(g(z, noise="constant"), before)
+    network.to(torch.float64, memory_format=torch.channels_last)
+    assert (g.conv1.conv.weight is weight, weight.stride()) == (True, stride)
+    assert {p.dtype for p in g.parameters()} == {p.grad.dtype for p in g.parameters() if p.grad is not None}
+    assert g.input.input.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(g(z.double(), noise="constant").float(), before)
+    meta = g.to("meta")
+    assert (meta.conv1.conv.weight.device.type, meta.conv1.conv.weight.shape) == ("meta", weight.shape)
 
 
 def test_unknown_architectures_are_named():
