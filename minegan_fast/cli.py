@@ -138,9 +138,10 @@ def _print_estimate(config: TransferConfig) -> None:
     if _rank() > 0:
         return
     seconds = mining * config.mining_steps + finetuning * config.finetune_steps
+    duration = f"{seconds / 60:.1f} minutes" if seconds >= 60 else f"{seconds:.2g} seconds"
     gib = 2**30
     console.print(
-        f"time: {seconds / 60:.1f} minutes of training ({mining:.3g} s a mining step, {finetuning:.3g} s a finetuning "
+        f"time: {duration} of training ({mining:.3g} s a mining step, {finetuning:.3g} s a finetuning "
         f"step), metrics and files on top\nmemory: about {memory.needed(config.batch) / gib:.2f} GiB of "
         f"{memory.available / gib:.2f} GiB free; the largest batch that would fit is {memory.largest_batch()}",
         highlight=False,

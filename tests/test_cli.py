@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from minegan_fast import cli
+from minegan_fast.training import estimate
 
 COMMANDS = ("demo", "transfer", "sample", "evaluate", "convert", "inspect", "doctor")
 
@@ -97,6 +98,15 @@ def test_dry_run(call, transfer, run_settings):
     assert "time:" in out
     assert "memory:" in out
     assert not run_settings["out"].exists()
+
+
+@pytest.mark.parametrize(
+    ("step", "told"), [(0.001, "time: 0.008 seconds of"), (5.0, "time: 40 seconds of"), (9.0, "time: 1.2 minutes of")]
+)
+def test_the_time_of_a_short_run_is_told_in_seconds(call, transfer, monkeypatch, step, told):
+    memory = estimate.Estimate(networks=1 << 20, per_sample=1 << 20, available=1 << 30)
+    monkeypatch.setattr("minegan_fast.training.recipe.dry_run", lambda config: (memory, step, step))
+    assert told in call(*transfer, "--dry-run")[1]
 
 
 def test_doctor_says_what_is_there_and_why_not(call):
