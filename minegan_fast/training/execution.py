@@ -77,8 +77,7 @@ class Execution:
         with ExitStack() as files:
             files.enter_context(self.progress)
             if self.processes.first:
-                first_step = self.step if self.resumed else None
-                self.events = files.enter_context(EventWriter(self.folder.events, first_step))
+                self.events = files.enter_context(EventWriter(self.folder.events, self.step))
                 self.log = files.enter_context(open(self.folder.history, "a"))
             for note in self.prepared.notes:
                 self.progress.log(note)

@@ -2,9 +2,13 @@
 
 import copy
 import json
+import math
+import os
 import pickle
 import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -13,6 +17,11 @@ from torch import nn
 
 from .._files import atomic_path, save_tensors
 from ..models import load_generator, save_model
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 RESULTS = ("best", "last", "mined")
 
@@ -46,6 +55,35 @@ class RunFolder:
                 "choose another folder with --out"
             ) from None
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other runs out of the folder while it lasts, without a file in it; ValueError where one is at work.
+
+        The lock goes with the process, however that ends. Windows and some network file systems have no such lock:
+        there a run that has no snapshot yet is not noticed by another one.
+        """
+        held = os.open(self.path, os.O_RDONLY) if fcntl else None
+        try:
+            if fcntl:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(held)
+            raise ValueError(
+                f"another process is writing a run to {str(self.path)!r}: wait for it, or choose another folder (--out)"
+            ) from None
+        except OSError:  # no locks here
+            pass
+        try:
+            yield
+        finally:
+            if fcntl:
+                os.close(held)
+
+    def holds_run(self) -> bool:
+        """Whether there is something to go on from, or to lose: a snapshot, or steps in the history. What a run that
+        was refused or failed before its first snapshot has left is neither."""
+        return self.newest() is not None or any(row["step"] > 0 for row in self.read_history())
+
     def save_snapshot(self, step: int, state: dict, keep: int) -> None:
         """Writes the snapshot of `step` and removes all but the newest `keep`."""
         path = self.snapshots / f"{step:06d}.pt"
@@ -74,8 +112,8 @@ class RunFolder:
         newest = self.newest()
         return f"the last good snapshot is {newest}" if newest else "there is no snapshot yet"
 
-    def read_history(self, until: int) -> list[dict]:
-        """Rows of the steps before `until`; a line cut off by a kill is dropped."""
+    def read_history(self, until: float = math.inf) -> list[dict]:
+        """Rows of the steps up to `until`; a line cut off by a kill is dropped."""
         rows = []
         if self.history.exists():
             for line in self.history.read_text().splitlines():

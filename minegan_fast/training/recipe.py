@@ -3,7 +3,7 @@
 import copy
 import errno
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -50,7 +50,9 @@ def transfer(
         source: a checkpoint's path, or a generator module with `latent_dim` and `resolution` (copied, not changed). One
             with `num_classes` > 0 takes (z, class embedding) and has `class_embeddings()` [num_classes, class_dim].
         images: a folder, or a tensor [N, C, R, R], float in [-1, 1] or uint8.
-        out: the run's folder. One that holds a run is refused unless `resume`.
+        out: the run's folder. One that holds a run is refused unless `resume`; what a run left that ended before its
+            first snapshot is no run, and a new one takes its place. A folder that another process is writing to is
+            refused also before that one's first snapshot, where the file system has locks.
         critic: path or module; None takes the source file's discriminator, or a new one, with a message.
         mining_steps: stage 1, the generator frozen. finetune_steps: stage 2. Steps count from 0.
         density: fraction of the generator's neurons that train in stage 2.
@@ -168,7 +170,11 @@ class Run:
         with self.processes.together():
             self._check_folder(folder, resume)
             self.estimate.check(self.config.batch)
-        self.processes.from_first(lambda: self._claim(folder))
+        with ExitStack() as claim:
+            self.processes.from_first(lambda: self._claim(folder, resume, claim))
+            return self._execute(folder, resume, progress)
+
+    def _execute(self, folder: RunFolder, resume: bool, progress: bool) -> TransferResult:
         try:
             with _seeded(self.device):
                 return Execution(self, folder, resume, progress).run()
@@ -176,7 +182,7 @@ class Run:
             if error.errno not in FULL_DISK:
                 raise
             raise RuntimeError(
-                f"the disk is full or its quota is used up: cannot write below {str(out)!r}; {folder.kept()}. "
+                f"the disk is full or its quota is used up: cannot write below {str(folder.path)!r}; {folder.kept()}. "
                 "Free some space and go on with --resume"
             ) from None
         except RuntimeError as error:
@@ -187,13 +193,15 @@ class Run:
             advice = f"batch {smaller} should fit" if smaller else "even batch 1 may not fit on this device"
             raise DoesNotFit(f"out of memory at batch {self.config.batch}: {advice}; {folder.kept()}") from None
 
-    def _claim(self, folder: RunFolder) -> None:
+    def _claim(self, folder: RunFolder, resume: bool, claim: ExitStack) -> None:
         folder.create()
+        claim.enter_context(folder.locked())
+        self._check_folder(folder, resume)  # another process may have written a run since
         folder.clean()
         self.config.save(folder.config)
 
     def _check_folder(self, folder: RunFolder, resume: bool) -> None:
-        if not folder.config.is_file():
+        if not folder.config.is_file() or not folder.holds_run():
             return
         if not resume:
             raise ValueError(

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 import minegan_fast as mf
 from minegan_fast.models import StyleGAN2Discriminator, save_model
-from minegan_fast.training import DoesNotFit, TrainingDiverged, estimate
+from minegan_fast.training import DoesNotFit, TrainingDiverged, estimate, execution, folder
 from minegan_fast.training.images import save_folder
 from minegan_fast.training.trainer import Trainer
 
@@ -112,6 +112,56 @@ def test_an_existing_run_is_not_overwritten(run_settings):
         mf.transfer(**{**run_settings, "batch": 8, "resume": True})
 
 
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("broken", ["generate", "measure", "save_grid", "write_generator"])
+def test_what_ended_before_its_first_snapshot_is_no_run(run_settings, monkeypatch, broken, resume):
+    with monkeypatch.context() as patch:
+        patch.setattr(execution, broken, lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            mf.transfer(**run_settings)
+    assert (run_settings["out"] / "config.json").exists()
+    changed = {**run_settings, "batch": 2, "finetune_steps": 0, "resume": resume}
+    result = mf.transfer(**changed)
+    assert json.loads((run_settings["out"] / "config.json").read_text())["batch"] == 2
+    assert [row["step"] for row in result.history if "kid" in row] == [0, 2, 4]
+    with pytest.raises(ValueError, match="already holds a run"):
+        mf.transfer(**{**changed, "resume": False})
+    for snapshot in (run_settings["out"] / "snapshots").iterdir():
+        snapshot.unlink()
+    with pytest.raises(ValueError, match="already holds a run"):
+        mf.transfer(**{**changed, "resume": False})
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_folder_in_which_a_run_begins_is_refused(run_settings, monkeypatch, resume):
+    pytest.importorskip("fcntl")
+    out, generate = run_settings["out"], execution.generate
+
+    def meanwhile(*arguments):
+        """Before the first snapshot of the run that goes on."""
+        monkeypatch.setattr(execution, "generate", generate)
+        before = contents(out)
+        with pytest.raises(ValueError, match=r"another process is writing a run to .*run.: wait for it, or choose"):
+            mf.transfer(**{**run_settings, "resume": resume})
+        assert contents(out) == before
+        return generate(*arguments)
+
+    monkeypatch.setattr(execution, "generate", meanwhile)
+    mf.transfer(**{**run_settings, "finetune_steps": 0})
+
+
+def test_a_file_system_without_locks(run_settings, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+
+    def unsupported(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    assert mf.transfer(**{**run_settings, "finetune_steps": 0}).history[-1]["step"] == 4
+    monkeypatch.setattr(folder, "fcntl", None)  # as on Windows
+    assert mf.transfer(**{**run_settings, "resume": True}).history[-1]["step"] == 8
+
+
 def test_a_snapshot_of_another_version(run_settings):
     mf.transfer(**{**run_settings, "finetune_steps": 0})
     path = sorted((run_settings["out"] / "snapshots").iterdir())[-1]
@@ -173,8 +223,6 @@ def test_full_disk(run_settings):
 
 
 def test_no_space_left(run_settings, monkeypatch):
-    from minegan_fast.training import folder
-
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
