@@ -29,14 +29,16 @@ class Contents:
     """What a file holds.
 
     Attributes:
-        path: the file.
+        path: the file, or folder.
         data: nested containers of numbers, strings and tensors; keys are the file's own.
         metadata: the text entries of a safetensors file.
+        files: of a folder, the file of every key.
     """
 
     path: Path
     data: dict
     metadata: dict[str, str] = field(default_factory=dict)
+    files: dict[str, Path] = field(default_factory=dict)
 
 
 def read(path: str | Path) -> Contents:
@@ -44,9 +46,12 @@ def read(path: str | Path) -> Contents:
 
     A folder is one of BigGAN-PyTorch or the original MineGAN (`G_ema.pth`, `G.pth`, `D.pth`, `M.pth`,
     `state_dict.pth`): its data are {"G_ema": {...}, "G": {...}, ...}, optimizers left out (an empty dict). Of several
-    suffixes the files without one are taken, else those of `_best0`, else the first. A file of such a folder stands
-    for itself and for what lies beside it of another role and the same suffix. Or it is one of
-    pytorch-pretrained-biggan, with `pytorch_model.bin`: its data are those of that file.
+    suffixes the files without one are taken, else those of `_best0`, else the first. Or it is one of
+    pytorch-pretrained-biggan, with `pytorch_model.bin`, which is then what is read.
+
+    Of such a folder, a generator's file stands for itself and for the critic and the miner of the same suffix beside
+    it, a miner's for the generator too, for which it is no use without, `state_dict.pth` for all of them. A critic's
+    file stands for itself alone.
 
     Raises:
         FileNotFoundError, ValueError: no such file; a file of another kind, a truncated one, a pickle that asks for
@@ -59,16 +64,16 @@ def read(path: str | Path) -> Contents:
     if (part := PART.fullmatch(path.name)) and not contents.metadata:
         stem, suffix = part["stem"], part["suffix"] or ""
         if stem == "state_dict":
-            return Contents(path, _read_parts(path.parent, suffix))
-        beside = {"G_ema": "DM", "G": "DM", "D": ("G_ema", "G", "M"), "M": ("G_ema", "G", "D")}.get(stem, ())
-        if flat := {k: v for k, v in contents.data.items() if isinstance(v, Tensor)}:
-            return Contents(path, {stem: flat} | _read_parts(path.parent, suffix, beside))
+            return _read_parts(path, path.parent, suffix)
+        beside = {"G_ema": ("D", "M"), "G": ("D", "M"), "M": ("G_ema", "G", "D")}.get(stem, ())
+        if any(isinstance(value, Tensor) for value in contents.data.values()):
+            return _read_parts(path, path.parent, suffix, (stem, *beside))
     return contents
 
 
 def _read_folder(path: Path) -> Contents:
     if (file := path / "pytorch_model.bin").is_file():
-        return Contents(path, _read_file(file).data)
+        return _read_file(file)
     found = [part for file in sorted(path.iterdir()) if (part := PART.fullmatch(file.name))]
     suffixes = {part["suffix"] or "" for part in found if part["stem"] in ("G_ema", "G", "D")}
     if not suffixes:
@@ -77,16 +82,15 @@ def _read_folder(path: Path) -> Contents:
             "D.pth, as of BigGAN-PyTorch, or pytorch_model.bin)"
         )
     suffix = next((s for s in ("", "_best0") if s in suffixes), min(suffixes))
-    return Contents(path, _read_parts(path, suffix))
+    return _read_parts(path, path, suffix)
 
 
-def _read_parts(folder: Path, suffix: str, stems=("G_ema", "G", "D", "M", "state_dict")) -> dict:
+def _read_parts(path: Path, folder: Path, suffix: str, stems=("G_ema", "G", "D", "M", "state_dict")) -> Contents:
     """{stem: what its file in the folder holds}; optimizers' files are named, not read."""
-    data = {}
-    for stem in (*stems, *OPTIMIZERS):
-        if (file := folder / f"{stem}{suffix}.pth").is_file():
-            data[stem] = {} if stem in OPTIMIZERS else _read_file(file).data
-    return data
+    files = {stem: folder / f"{stem}{suffix}.pth" for stem in (*stems, *OPTIMIZERS)}
+    files = {stem: file for stem, file in files.items() if file.is_file()}
+    data = {stem: {} if stem in OPTIMIZERS else _read_file(file).data for stem, file in files.items()}
+    return Contents(path, data, files=files)
 
 
 def _read_file(path: Path) -> Contents:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from .._files import atomic_path, save_tensors
-from .._reading import Contents, read
+from .._reading import PART, Contents, read
 from .layouts import MODELS, Layout, State, describe, families, find
 from .stylegan2 import StyleGAN2Discriminator, StyleGAN2Generator
 
@@ -28,9 +28,10 @@ class Origin:
     """Where a loaded network's weights come from; a network of `load_generator` has it as its attribute `origin`.
 
     Attributes:
-        path: the file.
+        path: the file that was read; of a folder, or of a file with others beside it, the one that holds the network.
         project: whose layout the file has.
-        container: the file's key that held the network; None: the file itself.
+        container: the file's key that held the network, or the role of the file in its folder (`G_ema`); None: the
+            file itself.
         averaged: whether they are an exponential moving average; None: the file does not say.
         passed_over: other keys of the file that hold the same network.
         missing: parameters that the file does not have and the network was built with.
@@ -49,7 +50,8 @@ class Origin:
 
     def __str__(self) -> str:
         name = Path(self.path).name
-        where = f"{self.container!r} in {name}" if self.container else name
+        is_file = (part := PART.fullmatch(name)) and part["stem"] == self.container
+        where = f"{self.container!r} in {name}" if self.container and not is_file else name
         kind = {True: "averaged weights (EMA)", False: "weights", None: "weights"}[self.averaged]
         beside = f"; the raw weights in {', '.join(map(repr, self.passed_over))} were left" if self.passed_over else ""
         before = f", converted from {self.converted}" if self.converted else ""
@@ -124,7 +126,9 @@ def load_generator(
 
     Args:
         path: the file, or a folder of BigGAN-PyTorch or pytorch-pretrained-biggan. Averaged weights (EMA) are taken
-            where it holds them; `origin` and a line in the log "minegan_fast" (INFO) say so.
+            where it holds them; `origin` and a line in the log "minegan_fast" (INFO) say so. `D.pth` of BigGAN-PyTorch
+            is the critic alone, and refused here though a generator may lie beside it; `load_discriminator` finds
+            the critic beside a generator's file. `origin` names the file that was read.
         family: "biggan" (also BigGAN-deep), "pgan", "stylegan", "stylegan2", or None to tell by the keys.
         strict: every tensor of the network must be in the file and the other way round. False: what fits is loaded,
             the rest of the network has the values it is built with (seed 0), and a warning names what did not fit.
@@ -252,6 +256,7 @@ def written_network(contents: Contents, role: str, family: str | None = None, re
         raise ValueError(f"{path} holds no {role} of a layout known here. {describe(contents.data, role)}")
     layout = found.layout
     _check_family(path, role, layout.model.family, family)
+    path = contents.files.get(found.container, path)
     config, state = _sized(layout, found.state, path, resolution)
     config = config if layout.beside is None else layout.beside(config, contents.data)
     origin = Origin(str(path), layout.project, found.container, found.averaged, found.passed_over)

@@ -77,15 +77,40 @@ def test_a_folder_of_biggan_pytorch(biggan_folder, biggan):
 
 
 @pytest.mark.parametrize(
-    ("name", "factor", "averaged"), [("G_ema", 1, True), ("G", 3, False), ("D", 1, True), ("state_dict", 1, True)]
+    ("name", "read", "factor", "averaged"),
+    [
+        ("", "G_ema", 1, True),
+        ("G_ema.pth", "G_ema", 1, True),
+        ("G.pth", "G", 3, False),
+        ("M.pth", "G_ema", 1, True),
+        ("state_dict.pth", "G_ema", 1, True),
+    ],
 )
-def test_a_file_of_that_folder(biggan_folder, biggan, name, factor, averaged):
-    """It stands for itself, and for the networks of another role beside it."""
+def test_a_file_of_that_folder(biggan_folder, biggan, name, read, factor, averaged):
+    """It stands for itself, and for the networks of another role beside it; what was read is named."""
     folder, _ = biggan_folder
-    g = load_generator(folder / f"{name}.pth")
+    g, d = load_generator(folder / name), load_discriminator(folder / name)
     assert_holds(g, biggan[0], factor)
-    assert g.origin.averaged is averaged
-    assert_holds(load_discriminator(folder / f"{name}.pth"), biggan[1])
+    assert_holds(d, biggan[1])
+    assert (g.origin.averaged, g.origin.path) == (averaged, str(folder / f"{read}.pth"))
+    assert f"weights{' (EMA)' * averaged} from {read}.pth, the layout of BigGAN-PyTorch" in str(g.origin)
+    assert str(d.origin) == "weights from D.pth, the layout of BigGAN-PyTorch"
+
+
+def test_a_critic_of_that_folder_is_no_generator(biggan_folder, biggan):
+    folder, _ = biggan_folder
+    assert_holds(load_discriminator(folder / "D.pth"), biggan[1])
+    with pytest.raises(ValueError, match=r"D.pth holds no generator .* It looks like a biggan discriminator"):
+        load_generator(folder / "D.pth")
+    assert [network.role for network in inspect(folder / "D.pth").networks] == ["discriminator"]
+
+
+def test_what_is_wrong_in_that_folder_is_named_with_its_file(biggan_folder, biggan):
+    folder, _ = biggan_folder
+    torch.save({k: t for k, t in biggan[1].state_dict().items() if k != "linear.bias"}, folder / "D.pth")
+    for path in (folder, folder / "G.pth"):
+        with pytest.raises(ValueError, match=r"D.pth does not fit a BigGANDiscriminator .*missing: linear.bias"):
+            load_discriminator(path)
 
 
 def test_suffixes(biggan_folder, biggan):
