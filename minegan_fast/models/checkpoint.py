@@ -257,8 +257,8 @@ def written_network(contents: Contents, role: str, family: str | None = None, re
     layout = found.layout
     _check_family(path, role, layout.model.family, family)
     path = contents.files.get(found.container, path)
-    config, state = _sized(layout, found.state, path, resolution)
-    config = config if layout.beside is None else layout.beside(config, contents.data)
+    critic = find(contents.data, "discriminator") if layout.beside else None
+    config, state = _sized(layout, found.state, path, resolution, critic.state if critic else {})
     origin = Origin(str(path), layout.project, found.container, found.averaged, found.passed_over)
     return Written(layout.model, config, state, origin, layout.optional)
 
@@ -271,12 +271,13 @@ def _check_family(path: Path, role: str, found: str, wanted: str | None) -> None
         raise ValueError(f"{path} holds a {found} {role}, not {wanted}; leave family=None to take what is there")
 
 
-def _sized(layout: Layout, state: State, path: Path, resolution: int | None = None) -> tuple[dict, State]:
+def _sized(layout: Layout, state: State, path: Path, resolution: int | None, critic: State) -> tuple[dict, State]:
     """(constructor's arguments, tensors under the model's own names) of tensors in that layout."""
     looks = f"{path} looks like a {layout.model.family} {layout.role} of {layout.project}"
     try:
         state = state if layout.crop is None else layout.crop(state, resolution)
         config, state = layout.config(state), layout.convert(state)
+        config = config if layout.beside is None else layout.beside(config, critic)
     except KeyError as error:
         raise ValueError(f"{looks} but lacks {error}; is the file complete?") from None
     except IndexError:

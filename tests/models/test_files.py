@@ -288,10 +288,13 @@ def test_a_network_whose_width_is_lost_is_refused(file, stylegan2):
         load_generator(file, strict=False)
 
 
-def test_labels_of_a_progressive_gan_are_told_by_its_critic(file):
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod."])
+@pytest.mark.parametrize("container", ["netD", "critic"])
+def test_labels_of_a_progressive_gan_are_told_by_its_critic(file, container, prefix):
     sizes = {"channel_base": 64, "channel_max": 8, "num_classes": 3}
     g, d = PGANGenerator(8, latent_dim=5, **sizes), PGANDiscriminator(8, **sizes)
-    torch.save({"config": {}, "netG": g.state_dict(), "netD": d.state_dict()}, file)
+    critic = {f"{prefix}{name}": tensor for name, tensor in d.state_dict().items()}
+    torch.save({"config": {}, "netG": g.state_dict(), container: critic}, file)
     loaded, z, y = load_generator(file), torch.randn(2, 5), torch.tensor([0, 2])
     assert (loaded.latent_dim, loaded.num_classes) == (5, 3)
     assert torch.equal(loaded(z, y), g(z, y))

@@ -1,7 +1,7 @@
 """What a public project's file of one network looks like, and what of ours it becomes."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -44,8 +44,8 @@ class Layout:
         crop: (tensors under the file's names, resolution) -> those of the network up to that resolution, which `config`
             and `convert` then see; None stands for the resolution that the network was trained for. Only where the
             layers of a lower resolution are a network of their own. ValueError: no such resolution in the file.
-        beside: (what `config` gave, the whole file's data) -> the constructor's arguments, where the shapes of this
-            network leave open what another one in the file tells.
+        beside: (what `config` gave, the tensors of the file's discriminator, none where it has none) -> the
+            constructor's arguments, where the shapes of a generator leave open what its critic tells.
     """
 
     project: str
@@ -58,4 +58,4 @@ class Layout:
     convert: Callable[[State], State] = as_it_is
     optional: str | None = None
     crop: Callable[[State, int | None], State] | None = None
-    beside: Callable[[dict, Mapping], dict] | None = None
+    beside: Callable[[dict, State], dict] | None = None

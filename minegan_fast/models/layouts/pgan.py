@@ -1,7 +1,6 @@
 """Progressive GAN's files: facebookresearch/pytorch_GAN_zoo, before and after its layers were wrapped in a `module`."""
 
 import re
-from collections.abc import Mapping
 
 from ..pgan import PGANDiscriminator, PGANGenerator
 from ._layout import Layout, State, highest
@@ -46,12 +45,10 @@ def generator_config(state: State) -> dict:
     }
 
 
-def labels_of_critic(config: dict, data: Mapping) -> dict:
+def labels_of_critic(config: dict, critic: State) -> dict:
     """The generator's shapes tell the size of z and labels together; the critic beside it has a score a label."""
-    critic = data.get("netD")
-    layers = critic.items() if isinstance(critic, Mapping) else ()
-    scores = [t for name, t in layers if re.search(r"(^|\.)decisionLayer\.(module\.)?weight$", str(name))]
-    labels = len(scores[0]) - 1 if scores else 0
+    scores = wrapped(critic).get("decisionLayer.module.weight")
+    labels = 0 if scores is None else scores.shape[0] - 1
     return config | {"latent_dim": config["latent_dim"] - labels, "num_classes": labels}
 
 
