@@ -9,17 +9,9 @@ from torch import Tensor
 from .._pickle_names import Thing
 from .._reading import Contents, read
 from .checkpoint import described_modules, holds, load_network, writable, write_networks, written_network
-from .layouts import describe
+from .layouts import MINERS, describe
 
 ROLES = ("generator", "discriminator")
-
-# Keys by which a miner of the original MineGAN is known, and of which family.
-MINERS = {
-    "transform.0.weight": "miner of the original MineGAN for StyleGAN or StyleGAN2",
-    "linear8.weight": "miner of the original MineGAN for BigGAN",
-    "transform_4.0.weight": "miner of the noise maps, of the original MineGAN for StyleGAN",
-    "conv3.weight": "miner of the learned constant, of the original MineGAN for StyleGAN2",
-}
 
 
 @dataclass(frozen=True)
@@ -94,6 +86,8 @@ def inspect(path: str | Path) -> FileReport:
     }
     if contents.metadata.get("format", "").startswith("minegan_fast."):
         others = {"": f"a {contents.metadata['format'].removeprefix('minegan_fast.')} of this project"}
+    elif not networks and (miner := _miner(contents.data)):
+        others = {"": miner}
     unknown = None if networks or own else describe(contents.data, "generator")
     return FileReport(str(contents.path), networks, others, unknown)
 
@@ -166,15 +160,19 @@ def _network(contents: Contents, role: str) -> NetworkReport:
     )
 
 
+def _miner(state: Mapping) -> str | None:
+    keys = {str(k).removeprefix("module.") for k in state}
+    return next((kind for key, kind in MINERS.items() if key in keys), None)
+
+
 def _kind(key: str, value) -> str:
     """In a few words, what lies beside the networks."""
     if isinstance(value, Tensor):
         return f"tensor {list(value.shape)}"
     if isinstance(value, Mapping):
-        keys = {str(k).removeprefix("module.") for k in value}
-        if {"param_groups", "state"} <= keys or (not keys and key.endswith("_optim")):
+        if {"param_groups", "state"} <= value.keys() or (not value and key.endswith("_optim")):
             return "optimizer"
-        if miner := next((kind for key, kind in MINERS.items() if key in keys), None):
+        if miner := _miner(value):
             return miner
         tensors = sum(isinstance(v, Tensor) for v in value.values())
         return f"{tensors} tensors" if tensors else f"{len(value)} entries"

@@ -199,7 +199,11 @@ def test_nvidias_pickles_that_ask_for_code(file, stylegan2, kind):
 def test_files_of_the_original_minegan(file, stylegan2):
     g, d = stylegan2
     miner = {f"module.transform.{i}.{p}": torch.ones(9) for i in (0, 2) for p in ("weight", "bias")}
-    semantic = {"input.input": torch.ones(1, 8, 4, 4), "conv3.weight": torch.ones(6, 8, 1, 1)}
+    semantic = {
+        "input.input": torch.ones(1, 8, 4, 4),
+        "relu2.bias": torch.ones(8),
+        "conv3.weight": torch.ones(6, 8, 1, 1),
+    }
     content = {"g": times(g, 2), "g_ema": g.state_dict(), "d": d.state_dict(), "miner": miner, "step": 3}
     content |= {"miner_semantic": semantic, "g_optim": torch.optim.SGD(g.parameters()).state_dict()}
     torch.save(content | {"args": argparse.Namespace(size=16)}, file)

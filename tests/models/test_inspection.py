@@ -89,3 +89,26 @@ def test_inspect_of_a_file_with_no_known_network(file):
     assert "Keys that would have told" in report.unknown
     save_file({"net.0.weight": torch.zeros(1)}, file, {"format": "minegan_fast.miner"})
     assert inspect(file).others == {"": "a miner of this project"}
+
+
+# The keys of the original MineGAN's miners: linear layers, or 1x1 convolutions of a constant.
+LINEAR = ("weight", "bias")
+MINERS = {
+    "for StyleGAN or StyleGAN2": [f"transform.{i}.{p}" for i in (0, 2) for p in LINEAR],
+    "for BigGAN": [f"linear{i}.{p}" for i in ("", *range(2, 9)) for p in (*LINEAR, "u0", "sv0")] + ["shared.weight"],
+    "of the noise maps": [f"transform_{4 << i}.{int(i > 0)}.{p}" for i in range(6) for p in LINEAR],
+    "of the learned constant": ["input.input", *(f"conv{i}.weight" for i in (1, 2, 3)), "relu1.bias", "relu2.bias"],
+}
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("kind", MINERS)
+def test_a_miner_alone_is_told_as_what_it_is(file, kind, prefix):
+    torch.save({prefix + key: torch.zeros(2, 2) for key in MINERS[kind]}, file)
+    report = inspect(file)
+    assert (report.networks, [*report.others]) == ((), [""])
+    assert report.others[""].startswith("miner ")
+    assert kind in report.others[""]
+    assert report.unknown.startswith(f"It looks like a {report.others['']} (it has ")
+    with pytest.raises(ValueError, match=f"It looks like a miner .*{kind}"):
+        load_generator(file)

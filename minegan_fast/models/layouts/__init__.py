@@ -9,7 +9,7 @@ from torch import Tensor
 from . import biggan, biggan_deep, nvidia_tf, nvidia_torch, pgan, pgan_tf, stylegan, stylegan2
 from ._layout import Layout, State, as_it_is
 
-__all__ = ["LAYOUTS", "MODELS", "Found", "Layout", "State", "as_it_is", "describe", "families", "find"]
+__all__ = ["LAYOUTS", "MINERS", "MODELS", "Found", "Layout", "State", "as_it_is", "describe", "families", "find"]
 
 # A family adds its module's LAYOUTS here; the first layout that fits a file is taken.
 LAYOUTS: tuple[Layout, ...] = (
@@ -29,12 +29,19 @@ MODELS = {(layout.model.family, layout.role): layout.model for layout in LAYOUTS
 # How projects call an exponential moving average of a network.
 AVERAGED = r"(?i)ema|avg|average|running|^Gs$"
 
-# Keys of what is no GAN but lies beside one.
+# Keys by which a miner of the original MineGAN is known, and of which family.
+MINERS = {
+    "transform.0.weight": "miner of the original MineGAN for StyleGAN or StyleGAN2",
+    "linear8.weight": "miner of the original MineGAN for BigGAN",
+    "transform_4.0.weight": "miner of the noise maps, of the original MineGAN for StyleGAN",
+    "relu2.bias": "miner of the learned constant, of the original MineGAN for StyleGAN2",
+}
+
+# Keys of what is no GAN that is read here, but is taken for one or lies beside one.
 OTHERS = {
-    "transform.0.weight": "miner",
     "layer1.0.conv1.weight": "ResNet classifier",
     "synthesis.input.freqs": "StyleGAN3 generator",
-}
+} | MINERS
 
 
 @dataclass(frozen=True)
