@@ -103,7 +103,7 @@ def _read_file(path: Path) -> Contents:
         raise ValueError(f"{path} is empty; copy or download it again")
     if head[8:9] == b"{":
         return _read_safetensors(path)
-    if head.lstrip()[:1] == b"<":
+    if head.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"<":  # also behind a byte order mark
         raise ValueError(f"{path} is a web page, not a checkpoint: the download gave HTML; fetch the file itself")
     zipped = head[:2] == b"PK"
     if not zipped and head[:1] != b"\x80":

@@ -256,6 +256,7 @@ def test_files_that_are_not_there(tmp_path):
     [
         (b"", "is empty"),
         (b"\n<!DOCTYPE html><html></html>", "is a web page, not a checkpoint"),
+        (b"\xef\xbb\xbf<html></html>", "is a web page, not a checkpoint"),
         (b"hello, this is no network", "neither a safetensors nor a PyTorch file .it begins with b'hello, this is n'"),
         (b"\x89PNG\r\n\x1a\n" + bytes(200), "neither a safetensors nor a PyTorch file"),
         (b"PK\x03\x04" + bytes(200), "truncated, damaged or no file of torch.save"),

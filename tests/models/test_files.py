@@ -284,6 +284,15 @@ def test_a_biggan_that_lacks_a_block_is_told_which(file, biggan, lost):
             load(file)
 
 
+@pytest.mark.parametrize("number", ["9999", "99999999999999", "9" * 5000])
+def test_absurd_numbers_in_names_cost_nothing(file, stylegan2, biggan, number):
+    for network, name in ((stylegan2[1], "convs.{}.odd"), (biggan[1], "blocks.{}.odd"), (biggan[0], "blocks.{}.odd")):
+        torch.save(network.state_dict() | {name.format(number): torch.zeros(1)}, file)
+        load = load_discriminator if "Discriminator" in type(network).__name__ else load_generator
+        with pytest.raises(ValueError, match=r"but lacks '|unexpected: (convs|blocks)\.9+\.odd"):
+            load(file)
+
+
 def test_a_network_whose_width_is_lost_is_refused(file, stylegan2):
     state = stylegan2[0].state_dict()
     del state["convs.2.conv.weight"]

@@ -17,9 +17,11 @@ def highest(state: State, pattern: str) -> int:
     """The highest number in names of that pattern, whose group it is; -1 where there is none.
 
     Sizes follow from it and not from how many names there are: a network that lacks a tensor keeps its size, and what
-    is missing is told by name.
+    is missing is told by name. Numbers above 9999 are passed over: no network has them, and a file that does would
+    have sizes computed that fill the memory.
     """
-    return max((int(m[1]) for name in state if (m := re.fullmatch(pattern, name))), default=-1)
+    found = (re.fullmatch(pattern, name) for name in state)
+    return max((int(m[1]) for m in found if m and len(m[1]) < 5), default=-1)
 
 
 @dataclass(frozen=True)
