@@ -65,11 +65,29 @@ def check_images(x: Tensor, channels: int, resolution: int) -> None:
 class Progressive(nn.Module):
     """A network of growing resolution: its sizes, and the weight `alpha` of the highest resolution while it fades in.
 
-    `config` holds the constructor's arguments, alpha as it is now.
+    `config` holds the constructor's arguments, alpha as it is now; `widths` the channels at every resolution.
     """
 
-    def __init__(self, alpha: float, **sizes):
+    def __init__(
+        self,
+        resolution: int,
+        channel_base: int,
+        channel_max: int,
+        image_channels: int,
+        channels: dict[int, int] | None,
+        alpha: float,
+        **others,
+    ):
         super().__init__()
+        self.widths = channel_table(resolution, channel_base, channel_max, channels, smallest=4)
+        sizes = {
+            "resolution": resolution,
+            "channel_base": channel_base,
+            "channel_max": channel_max,
+            "image_channels": image_channels,
+            "channels": {str(r): c for r, c in self.widths.items()},
+            **others,
+        }
         for name in ("latent_dim", "style_dim", "mapping_layers", "image_channels", "num_classes"):
             least = 0 if name == "num_classes" else 1
             if sizes.get(name, least) < least:
@@ -77,7 +95,7 @@ class Progressive(nn.Module):
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha must be in 0..1, got {alpha}")
         self.alpha, self._sizes = alpha, sizes
-        self.resolution, self.image_channels = sizes["resolution"], sizes["image_channels"]
+        self.resolution, self.image_channels = resolution, image_channels
 
     @property
     def config(self) -> dict:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops import bias_act, minibatch_stddev
-from .layers import PixelNorm, Progressive, channel_table, check_images, mean_2x2
+from .layers import PixelNorm, Progressive, check_images, mean_2x2
 
 
 class Equalised(nn.Module):
@@ -88,19 +88,10 @@ class PGANGenerator(Progressive):
         channels: dict[int, int] | None = None,
         alpha: float = 1.0,
     ):
-        widths = channel_table(resolution, channel_base, channel_max, channels, smallest=4)
-        super().__init__(
-            alpha,
-            resolution=resolution,
-            latent_dim=latent_dim,
-            channel_base=channel_base,
-            channel_max=channel_max,
-            image_channels=image_channels,
-            num_classes=num_classes,
-            channels={str(r): c for r, c in widths.items()},
-        )
+        sizes = (resolution, channel_base, channel_max, image_channels, channels, alpha)
+        super().__init__(*sizes, latent_dim=latent_dim, num_classes=num_classes)
         self.latent_dim, self.num_classes, self.class_dim = latent_dim, num_classes, num_classes
-        widths = list(widths.values())
+        widths = list(self.widths.values())
         self.norm = PixelNorm()
         self.formatLayer = Equalised(latent_dim + num_classes, 16 * widths[0])
         self.groupScale0 = nn.ModuleList([Equalised(widths[0], widths[0], 3)])
@@ -165,19 +156,10 @@ class PGANDiscriminator(Progressive):
         fused: bool = False,
         alpha: float = 1.0,
     ):
-        widths = channel_table(resolution, channel_base, channel_max, channels, smallest=4)
-        super().__init__(
-            alpha,
-            resolution=resolution,
-            channel_base=channel_base,
-            channel_max=channel_max,
-            image_channels=image_channels,
-            num_classes=num_classes,
-            channels={str(r): c for r, c in widths.items()},
-            fused=fused,
-        )
+        sizes = (resolution, channel_base, channel_max, image_channels, channels, alpha)
+        super().__init__(*sizes, num_classes=num_classes, fused=fused)
         self.num_classes, self.fused = num_classes, fused
-        widths = list(widths.values())
+        widths = list(self.widths.values())
         self.fromRGBLayers = nn.ModuleList(Equalised(image_channels, c, 1) for c in widths)
         self.scaleLayers = nn.ModuleList(
             nn.ModuleList([Equalised(high, high, 3), Equalised(high, low, 3, pool=fused)])

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops import bias_act, minibatch_stddev
-from .layers import PixelNorm, Progressive, channel_table, check_images, mean_2x2
+from .layers import PixelNorm, Progressive, check_images, mean_2x2
 from .stylegan_layers import (
     AdaptiveInstanceNorm,
     Blur,
@@ -96,19 +96,10 @@ class StyleGANGenerator(StyleBased, Progressive):
         alpha: float = 1.0,
     ):
         style_dim = latent_dim if style_dim is None else style_dim
-        widths = channel_table(resolution, channel_base, channel_max, channels, smallest=4)
-        super().__init__(
-            alpha,
-            resolution=resolution,
-            latent_dim=latent_dim,
-            channel_base=channel_base,
-            channel_max=channel_max,
-            mapping_layers=mapping_layers,
-            style_dim=style_dim,
-            image_channels=image_channels,
-            channels={str(r): c for r, c in widths.items()},
-            fused_from=fused_from,
-        )
+        sizes = (resolution, channel_base, channel_max, image_channels, channels, alpha)
+        mapping = {"latent_dim": latent_dim, "mapping_layers": mapping_layers, "style_dim": style_dim}
+        super().__init__(*sizes, **mapping, fused_from=fused_from)
+        widths = self.widths
         self.latent_dim, self.style_dim, self.num_layers = latent_dim, style_dim, 2 * len(widths)
         dims = [latent_dim] + [style_dim] * mapping_layers
         layers = [PixelNorm()]
@@ -201,17 +192,9 @@ class StyleGANDiscriminator(Progressive):
         from_rgb_activate: bool = True,
         alpha: float = 1.0,
     ):
-        widths = channel_table(resolution, channel_base, channel_max, channels, smallest=4)
-        super().__init__(
-            alpha,
-            resolution=resolution,
-            channel_base=channel_base,
-            channel_max=channel_max,
-            image_channels=image_channels,
-            channels={str(r): c for r, c in widths.items()},
-            fused_from=fused_from,
-            from_rgb_activate=from_rgb_activate,
-        )
+        sizes = (resolution, channel_base, channel_max, image_channels, channels, alpha)
+        super().__init__(*sizes, fused_from=fused_from, from_rgb_activate=from_rgb_activate)
+        widths = self.widths
         last = nn.Module()
         last.conv1 = nn.Sequential(EqualConv2d(widths[4] + 1, widths[4], 3, 1, activate=True))
         last.conv2 = nn.Sequential(EqualConv2d(widths[4], widths[4], 4, activate=True))

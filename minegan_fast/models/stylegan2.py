@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops import bias_act, minibatch_stddev, modulated_conv2d, upfirdn2d
-from .layers import Blur, PixelNorm, Upsample, channel_table
+from .layers import Blur, PixelNorm, Upsample, channel_table, check_images
 from .styles import StyleBased
 
 SQRT2 = math.sqrt(2.0)
@@ -373,10 +373,7 @@ class StyleGAN2Discriminator(nn.Module):
 
     def features(self, x: Tensor, group: int = 4) -> Tensor:
         """Activations before the last layer: [B, channels at 4x4]. With group=1 no sample sees its batch."""
-        expected = (self.image_channels, self.resolution, self.resolution)
-        if x.ndim != 4 or x.shape[1:] != expected or not len(x):
-            shape = "[B >= 1, {}, {}, {}]".format(*expected)
-            raise ValueError(f"images must have shape {shape}, got {list(x.shape)}")
+        check_images(x, self.image_channels, self.resolution)
         image, x = x, self.convs[0](x)
         for i, block in enumerate(self.convs[1:]):
             x = block(x)

@@ -262,6 +262,7 @@ def test_a_network_that_lacks_a_tensor_keeps_its_size(file, stylegan2, lost):
         ("tf", "mapping/Dense0/bias", "style.1.bias"),
         ("tf", "mapping/Dense1/weight", "style.2.weight"),
         ("tf", "synthesis/16x16/Conv0_up/weight", "convs.2.conv.weight"),
+        ("tf", "synthesis/4x4/Const/const", "input.input"),
     ],
 )
 def test_networks_of_nvidia_keep_their_size(file, stylegan2, kind, lost, missing):
@@ -363,20 +364,29 @@ def test_stylegan2_of_nvidia_that_cannot_be_expressed(file, stylegan2, change, m
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["synthesis/16x16/ToRGB/weight", "synthesis/noise3", "mapping/Dense0/weight"])
+def test_scalars_in_the_place_of_weights_of_nvidia(file, stylegan2, name):
+    state = tf_of(stylegan2[0].state_dict()) | {name: torch.zeros(())}
+    write_tf_pickle(file, *[network_tree(state)] * 3)
+    with pytest.raises(ValueError, match="its weights have too few dimensions"):
+        load_generator(file)
+
+
 @pytest.mark.parametrize("tf", [True, False])
 @pytest.mark.parametrize(
     ("names", "shape", "message"),
     [
         (("Output/weight", "mapping.embed.weight"), (6, 3), "class-conditional StyleGAN2"),
         (("8x8/FromRGB/weight", "b8.fromrgb.weight"), (1, 1, 3, 5), "unexpected: from_rgbs.0.0.weight"),
-        (("16x16/Skip/weight", "b16.skip.weight"), None, "neither skip nor residual"),
+        (("Skip", "skip"), None, "neither skip nor residual"),
+        (("16x16/Skip/weight", "b16.skip.weight"), None, "missing: convs.1.skip.1.weight$"),
     ],
 )
 def test_discriminators_of_nvidia_that_cannot_be_expressed(file, stylegan2, tf, names, shape, message):
     state = critic_of(stylegan2[1].state_dict(), 16, tf)
     name = names[not tf]
     if shape is None:
-        del state[name]
+        state = {k: t for k, t in state.items() if name not in k}
     else:
         state[name] = torch.zeros(shape)
     if tf:

@@ -1,159 +1,126 @@
 """StyleGAN2's files as NVIDIA's programs for TensorFlow write them, StyleGAN2 and StyleGAN2-ADA.
 
-They are pickles of three network objects; what is read of them is the variables under their slashed names. Convolutions
-are kept as [k, k, in, out], matrices as [in, out], the modulation's bias without its 1. The upsampling convolution
-correlates with its kernel where a transposed convolution convolves: flipped. The filter's taps are a setting.
+They are pickles of three network objects; what is read of them is the variables under their slashed names, which become
+those of NVIDIA's program for PyTorch. Convolutions are kept as [k, k, in, out], matrices as [in, out], the modulation's
+bias without its 1. The upsampling convolution correlates with its kernel where a transposed convolution convolves:
+flipped. The filter is one for all layers, kept as its taps where it is not the default.
 """
 
+import re
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from ..stylegan2 import StyleGAN2Discriminator, StyleGAN2Generator
 from ._layout import Layout, State, highest
-from ._tables import (
-    Table,
-    apply,
-    batch,
-    column,
-    critic_architecture,
-    flipped,
-    generator_architecture,
-    low_pass,
-    oihw,
-    one,
-    plus1,
-    refuse,
-    resolutions,
-    same,
-    transposed,
-)
+from .nvidia_torch import discriminator, discriminator_config, generator, generator_config, refuse_labels, same
 
+PROJECT = "NVlabs/stylegan2"
 DEFAULT_TAPS = torch.tensor((1.0, 3.0, 3.0, 1.0))
 
+# (pattern of the name in the file, the name in a file of PyTorch, what happens to the tensor); the first that fits
+Rules = list[tuple[str, str | Callable[[re.Match], str], Callable[[Tensor], Tensor]]]
 
-def _generator_config(state: State) -> dict:
-    refuse(state, r"mapping/LabelConcat/weight|mapping/LabelEmbed/.*", "a class-conditional StyleGAN2")
-    largest = highest(state, r"synthesis/(\d+)x\d+/.*")
-    sizes = resolutions(largest)
-    first = state["mapping/Dense0/weight"]
-    return {
-        "resolution": largest,
-        "latent_dim": first.shape[0],
-        "style_dim": first.shape[1],
-        "mapping_layers": highest(state, r"mapping/Dense(\d+)/.*") + 1,
-        "image_channels": state[f"synthesis/{largest}x{largest}/ToRGB/weight"].shape[3],
-        "channels": {4: state["synthesis/4x4/Conv/weight"].shape[3]}
-        | {r: state[f"synthesis/{r}x{r}/Conv1/weight"].shape[3] for r in sizes},
-        "architecture": generator_architecture(state, "synthesis/4x4/ToRGB/weight", r"synthesis/\d+x\d+/Skip/weight"),
+
+def _transposed(t: Tensor) -> Tensor:
+    return t.movedim(0, 1)
+
+
+def _oihw(t: Tensor) -> Tensor:
+    return t.movedim((3, 2), (0, 1))
+
+
+def _layers(theirs: str, ours: str, layers: dict[str, str]) -> Rules:
+    """Of the layers of a resolution; `theirs` and `ours` begin the name."""
+    parts = {
+        "weight": ("weight", _oihw),
+        "bias": ("bias", same),
+        "mod_weight": ("affine.weight", _transposed),
+        "mod_bias": ("affine.bias", lambda t: t + 1),
+        "noise_strength": ("noise_strength", same),
     }
+    return [
+        (rf"{theirs}(\d+)x\1/{layer}/{part}", rf"{ours}b\1.{name}.{called}", change)
+        for layer, name in layers.items()
+        for part, (called, change) in parts.items()
+    ]
 
 
-def _generator(state: State) -> State:
-    table = [("synthesis/4x4/Const/const", "input.input", same)]
-    for i in range(highest(state, r"mapping/Dense(\d+)/.*") + 1):
-        table.append((f"mapping/Dense{i}/weight", f"style.{i + 1}.weight", transposed))
-        table.append((f"mapping/Dense{i}/bias", f"style.{i + 1}.bias", same))
-
-    def modulated(theirs: str, ours: str, kernel: Callable = oihw) -> Table:
-        return [
-            (f"{theirs}/weight", f"{ours}.conv.weight", batch(kernel)),
-            (f"{theirs}/mod_weight", f"{ours}.conv.modulation.weight", transposed),
-            (f"{theirs}/mod_bias", f"{ours}.conv.modulation.bias", plus1),
-        ]
-
-    def styled(theirs: str, ours: str, number: int, kernel: Callable = oihw) -> Table:
-        return [
-            *modulated(theirs, ours, kernel),
-            (f"{theirs}/noise_strength", f"{ours}.noise.weight", one),
-            (f"{theirs}/bias", f"{ours}.activate.bias", same),
-            (f"synthesis/noise{number}", f"noises.noise_{number}", same),
-        ]
-
-    def to_rgb(theirs: str, ours: str) -> Table:
-        return [*modulated(theirs, ours), (f"{theirs}/bias", f"{ours}.bias", column)]
-
-    largest = highest(state, r"synthesis/(\d+)x\d+/.*")
-    resnet = f"synthesis/{largest}x{largest}/Skip/weight" in state
-    table += styled("synthesis/4x4/Conv", "conv1", 0) + to_rgb("synthesis/4x4/ToRGB", "to_rgb1")
-    for j, r in enumerate(resolutions(largest)):
-        block = f"synthesis/{r}x{r}"
-        table += styled(f"{block}/Conv0_up", f"convs.{2 * j}", 2 * j + 1, flipped)
-        table += styled(f"{block}/Conv1", f"convs.{2 * j + 1}", 2 * j + 2)
-        table += to_rgb(f"{block}/ToRGB", "to_rgb" if resnet else f"to_rgbs.{j}")
-        table.append((f"{block}/Skip/weight", f"skips.{j}.0.weight", oihw))
-        kernels = (
-            f"convs.{2 * j}.conv.blur.kernel",
-            f"skips.{j}.1.kernel" if resnet else f"to_rgbs.{j}.upsample.kernel",
-        )
-        table += [("synthesis/resample_kernel", kernel, low_pass(4.0)) for kernel in kernels]
-    state = {"synthesis/resample_kernel": state.get("resample_kernel", DEFAULT_TAPS)} | state
-    return apply(state, table, r"dlatent_avg|(.*/)?lod|(.*/)?resample_kernel")
+def _noise(match: re.Match) -> str:
+    k = int(match[1])
+    return f"synthesis.b{4 << (k + 1) // 2}.conv{1 - k % 2}.noise_const"
 
 
-def _discriminator_config(state: State) -> dict:
-    largest = highest(state, r"(\d+)x\d+/.*")
-    sizes = resolutions(largest)
+GENERATOR: Rules = [
+    (r"mapping/Dense(\d+)/weight", r"mapping.fc\1.weight", _transposed),
+    (r"mapping/Dense(\d+)/bias", r"mapping.fc\1.bias", same),
+    (r"synthesis/4x4/Const/const", "synthesis.b4.const", lambda t: t[0]),
+    (r"synthesis/noise(\d\d?)", _noise, lambda t: t[0, 0]),
+    (r"synthesis/(\d+)x\1/Conv0_up/weight", r"synthesis.b\1.conv0.weight", lambda t: _oihw(t).flip(2, 3)),
+    *_layers(
+        "synthesis/",
+        "synthesis.",
+        {"Conv": "conv1", "Conv0_up": "conv0", "Conv1": "conv1", "ToRGB": "torgb", "Skip": "skip"},
+    ),
+]
+DISCRIMINATOR: Rules = [
+    (r"4x4/Dense0/weight", "b4.fc.weight", _transposed),
+    (r"4x4/Dense0/bias", "b4.fc.bias", same),
+    (r"Output/weight", "b4.out.weight", _transposed),
+    (r"Output/bias", "b4.out.bias", same),
+    *_layers("", "", {"Conv": "conv", "Conv0": "conv0", "Conv1_down": "conv1", "FromRGB": "fromrgb", "Skip": "skip"}),
+]
+
+
+def _translated(state: State, rules: Rules, block: str) -> State:
+    """Names and axes of a file of PyTorch; what no rule names stays. block: how its blocks' names begin."""
+    out: State = {}
+    for name, tensor in state.items():
+        if not re.fullmatch(r"dlatent_avg|(.*/)?(lod|resample_kernel)", name):
+            rule = next((rule for rule in rules if re.fullmatch(rule[0], name)), None)
+            out |= {re.sub(rule[0], rule[1], name): rule[2](tensor)} if rule else {name: tensor}
+    taps = state.get("synthesis/resample_kernel", state.get("resample_kernel", DEFAULT_TAPS))
+    square = torch.outer(taps, taps) if taps.ndim == 1 else taps
+    largest = highest(out, re.escape(block) + r"(\d+)\..*")
+    for r in (2**i for i in range(3, largest.bit_length())):
+        for layer in ("", "conv0.", "conv1.", "skip."):
+            out[f"{block}{r}.{layer}resample_filter"] = square / square.sum()
+    return out
+
+
+def _generator(state: State, _: int | None) -> State:
+    refuse_labels(state, r"mapping/LabelConcat/weight|mapping/LabelEmbed/.*")
+    return _translated(state, GENERATOR, "synthesis.b")
+
+
+def _discriminator(state: State, _: int | None) -> State:
     if state["Output/weight"].shape[1] != 1:
         raise ValueError(f"a class-conditional StyleGAN2 (Output/weight is {list(state['Output/weight'].shape)})")
-    return {
-        "resolution": largest,
-        "image_channels": state[f"{largest}x{largest}/FromRGB/weight"].shape[2],
-        "channels": {largest: state[f"{largest}x{largest}/FromRGB/weight"].shape[3]}
-        | {r // 2: state[f"{r}x{r}/Conv1_down/weight"].shape[3] for r in sizes},
-        "architecture": critic_architecture(state, f"{largest}x{largest}/Skip/weight", "4x4/FromRGB/weight"),
-    }
-
-
-def _discriminator(state: State) -> State:
-    largest = highest(state, r"(\d+)x\d+/.*")
-    table = [
-        (f"{largest}x{largest}/FromRGB/weight", "convs.0.0.weight", oihw),
-        (f"{largest}x{largest}/FromRGB/bias", "convs.0.1.bias", same),
-        ("4x4/Conv/weight", "final_conv.0.weight", oihw),
-        ("4x4/Conv/bias", "final_conv.1.bias", same),
-        ("4x4/Dense0/weight", "final_linear.0.weight", transposed),
-        ("4x4/Dense0/bias", "final_linear.0.bias", same),
-        ("Output/weight", "final_linear.1.weight", transposed),
-        ("Output/bias", "final_linear.1.bias", same),
-    ]
-    for i, r in enumerate(resolutions(largest)[::-1], 1):
-        table += [
-            (f"{r}x{r}/Conv0/weight", f"convs.{i}.conv1.0.weight", oihw),
-            (f"{r}x{r}/Conv0/bias", f"convs.{i}.conv1.1.bias", same),
-            (f"{r}x{r}/Conv1_down/weight", f"convs.{i}.conv2.1.weight", oihw),
-            (f"{r}x{r}/Conv1_down/bias", f"convs.{i}.conv2.2.bias", same),
-            (f"{r}x{r}/Skip/weight", f"convs.{i}.skip.1.weight", oihw),
-            (f"{r // 2}x{r // 2}/FromRGB/weight", f"from_rgbs.{i - 1}.0.weight", oihw),
-            (f"{r // 2}x{r // 2}/FromRGB/bias", f"from_rgbs.{i - 1}.1.bias", same),
-            ("resample_kernel", f"convs.{i}.conv2.0.kernel", low_pass(1.0)),
-        ]
-        if f"{r}x{r}/Skip/weight" in state:
-            table.append(("resample_kernel", f"convs.{i}.skip.0.kernel", low_pass(1.0)))
-    if "4x4/FromRGB/weight" in state:
-        table.append(("resample_kernel", "downsample.kernel", low_pass(1.0)))
-    return apply({"resample_kernel": DEFAULT_TAPS} | state, table, "lod")
+    return _translated(state, DISCRIMINATOR, "b")
 
 
 LAYOUTS: tuple[Layout, ...] = (
     Layout(
-        project="NVlabs/stylegan2",
+        project=PROJECT,
         role="generator",
         model=StyleGAN2Generator,
         signature=("synthesis/4x4/Conv/mod_weight",),
         containers=("Gs", "G"),
         averaged=("Gs",),
-        config=_generator_config,
-        convert=_generator,
+        crop=_generator,
+        config=generator_config,
+        convert=generator,
         optional=r"noises\..*",
     ),
     Layout(
-        project="NVlabs/stylegan2",
+        project=PROJECT,
         role="discriminator",
         model=StyleGAN2Discriminator,
         signature=("4x4/Dense0/weight", "Output/weight"),
         containers=("D",),
-        config=_discriminator_config,
-        convert=_discriminator,
+        crop=_discriminator,
+        config=discriminator_config,
+        convert=discriminator,
     ),
 )

@@ -7,27 +7,71 @@ Not in the tensors, and so not read: the limit of +-256 that half-precision trai
 size of the minibatch standard deviation, which is 4 here.
 """
 
+import re
+from collections.abc import Callable
+
+from torch import Tensor
+
 from ..stylegan2 import StyleGAN2Discriminator, StyleGAN2Generator
 from ._layout import Layout, State, highest
-from ._tables import (
-    Table,
-    apply,
-    batch,
-    column,
-    critic_architecture,
-    generator_architecture,
-    one,
-    refuse,
-    resolutions,
-    same,
-    times4,
-)
+
+# (name in the file, name here, what happens to the tensor)
+Table = list[tuple[str, str, Callable[[Tensor], Tensor]]]
 
 
-def _generator_config(state: State) -> dict:
-    refuse(state, r"mapping\.embed\.weight", "a class-conditional StyleGAN2")
+def same(t: Tensor) -> Tensor:
+    return t
+
+
+def _times4(t: Tensor) -> Tensor:
+    return 4 * t
+
+
+def _batch(t: Tensor) -> Tensor:
+    return t[None]
+
+
+def _one(t: Tensor) -> Tensor:
+    return t.reshape(1)
+
+
+def _column(t: Tensor) -> Tensor:
+    return t.reshape(1, -1, 1, 1)
+
+
+def _apply(state: State, table: Table, unused: str) -> State:
+    """The tensors under the names of this project; what no entry names stays, unless `unused` matches it."""
+    named = {theirs for theirs, _, _ in table}
+    rest = {k: v for k, v in state.items() if k not in named and not re.fullmatch(unused, k)}
+    return {ours: change(state[theirs]) for theirs, ours, change in table if theirs in state} | rest
+
+
+def _resolutions(largest: int) -> list[int]:
+    if largest < 8 or largest & (largest - 1):
+        raise ValueError(f"its resolution must be a power of two >= 8, got {largest}")
+    return [2**i for i in range(3, largest.bit_length())]
+
+
+def refuse_labels(state: State, pattern: str) -> None:
+    if found := next((name for name in state if re.fullmatch(pattern, name)), None):
+        raise ValueError(f"a class-conditional StyleGAN2 (it has {found}) cannot be expressed here")
+
+
+def _residual(state: State) -> bool:
+    return any(re.fullmatch(r"(synthesis\.)?b\d+\.skip\.weight", name) for name in state)
+
+
+def _architecture(state: State, role: str, skip: str) -> str:
+    """skip: a name that only such a network has."""
+    if not _residual(state) and skip not in state:
+        raise ValueError(f"a {role} that is neither skip nor residual (no {skip}) cannot be expressed here")
+    return "resnet" if _residual(state) else "skip"
+
+
+def generator_config(state: State) -> dict:
+    refuse_labels(state, r"mapping\.embed\.weight")
     largest = highest(state, r"synthesis\.b(\d+)\..*")
-    sizes = resolutions(largest)
+    sizes = _resolutions(largest)
     first = state["mapping.fc0.weight"]
     return {
         "resolution": largest,
@@ -37,18 +81,18 @@ def _generator_config(state: State) -> dict:
         "image_channels": state[f"synthesis.b{largest}.torgb.weight"].shape[0],
         "channels": {4: state["synthesis.b4.conv1.weight"].shape[0]}
         | {r: state[f"synthesis.b{r}.conv1.weight"].shape[0] for r in sizes},
-        "architecture": generator_architecture(state, "synthesis.b4.torgb.weight", r"synthesis\.b\d+\.skip\.weight"),
+        "architecture": _architecture(state, "generator", "synthesis.b4.torgb.weight"),
     }
 
 
-def _generator(state: State) -> State:
-    table = [("synthesis.b4.const", "input.input", batch())]
+def generator(state: State) -> State:
+    table = [("synthesis.b4.const", "input.input", _batch)]
     for i in range(highest(state, r"mapping\.fc(\d+)\..*") + 1):
         table += [(f"mapping.fc{i}.{part}", f"style.{i + 1}.{part}", same) for part in ("weight", "bias")]
 
     def modulated(theirs: str, ours: str) -> Table:
         return [
-            (f"{theirs}.weight", f"{ours}.conv.weight", batch()),
+            (f"{theirs}.weight", f"{ours}.conv.weight", _batch),
             (f"{theirs}.affine.weight", f"{ours}.conv.modulation.weight", same),
             (f"{theirs}.affine.bias", f"{ours}.conv.modulation.bias", same),
         ]
@@ -56,45 +100,45 @@ def _generator(state: State) -> State:
     def styled(theirs: str, ours: str, number: int) -> Table:
         return [
             *modulated(theirs, ours),
-            (f"{theirs}.noise_strength", f"{ours}.noise.weight", one),
+            (f"{theirs}.noise_strength", f"{ours}.noise.weight", _one),
             (f"{theirs}.bias", f"{ours}.activate.bias", same),
             (f"{theirs}.noise_const", f"noises.noise_{number}", lambda t: t[None, None]),
         ]
 
     def to_rgb(theirs: str, ours: str) -> Table:
-        return [*modulated(theirs, ours), (f"{theirs}.bias", f"{ours}.bias", column)]
+        return [*modulated(theirs, ours), (f"{theirs}.bias", f"{ours}.bias", _column)]
 
     largest = highest(state, r"synthesis\.b(\d+)\..*")
-    resnet = f"synthesis.b{largest}.skip.weight" in state
+    resnet = _residual(state)
     table += styled("synthesis.b4.conv1", "conv1", 0) + to_rgb("synthesis.b4.torgb", "to_rgb1")
-    for j, r in enumerate(resolutions(largest)):
+    for j, r in enumerate(_resolutions(largest)):
         block = f"synthesis.b{r}"
         table += styled(f"{block}.conv0", f"convs.{2 * j}", 2 * j + 1)
         table += styled(f"{block}.conv1", f"convs.{2 * j + 1}", 2 * j + 2)
-        table.append((f"{block}.conv0.resample_filter", f"convs.{2 * j}.conv.blur.kernel", times4))
+        table.append((f"{block}.conv0.resample_filter", f"convs.{2 * j}.conv.blur.kernel", _times4))
         if resnet:
             table.append((f"{block}.skip.weight", f"skips.{j}.0.weight", same))
-            table.append((f"{block}.skip.resample_filter", f"skips.{j}.1.kernel", times4))
+            table.append((f"{block}.skip.resample_filter", f"skips.{j}.1.kernel", _times4))
         else:
-            table.append((f"{block}.resample_filter", f"to_rgbs.{j}.upsample.kernel", times4))
+            table.append((f"{block}.resample_filter", f"to_rgbs.{j}.upsample.kernel", _times4))
         table += to_rgb(f"{block}.torgb", "to_rgb" if resnet else f"to_rgbs.{j}")
-    return apply(state, table, r"mapping\.w_avg|.*\.resample_filter")
+    return _apply(state, table, r"mapping\.w_avg|.*\.resample_filter")
 
 
-def _discriminator_config(state: State) -> dict:
-    refuse(state, r"mapping\..*", "a class-conditional StyleGAN2")
+def discriminator_config(state: State) -> dict:
+    refuse_labels(state, r"mapping\..*")
     largest = highest(state, r"b(\d+)\..*")
-    sizes = resolutions(largest)
+    sizes = _resolutions(largest)
     return {
         "resolution": largest,
         "image_channels": state[f"b{largest}.fromrgb.weight"].shape[1],
         "channels": {largest: state[f"b{largest}.fromrgb.weight"].shape[0]}
         | {r // 2: state[f"b{r}.conv1.weight"].shape[0] for r in sizes},
-        "architecture": critic_architecture(state, f"b{largest}.skip.weight", "b4.fromrgb.weight"),
+        "architecture": _architecture(state, "discriminator", "b4.fromrgb.weight"),
     }
 
 
-def _discriminator(state: State) -> State:
+def discriminator(state: State) -> State:
     largest = highest(state, r"b(\d+)\..*")
     table = [
         (f"b{largest}.fromrgb.weight", "convs.0.0.weight", same),
@@ -107,21 +151,22 @@ def _discriminator(state: State) -> State:
             (f"b4.fc.{part}", f"final_linear.0.{part}", same),
             (f"b4.out.{part}", f"final_linear.1.{part}", same),
         ]
-    for i, r in enumerate(resolutions(largest)[::-1], 1):
+    for i, r in enumerate(_resolutions(largest)[::-1], 1):
         table += [
             (f"b{r}.conv0.weight", f"convs.{i}.conv1.0.weight", same),
             (f"b{r}.conv0.bias", f"convs.{i}.conv1.1.bias", same),
             (f"b{r}.conv1.resample_filter", f"convs.{i}.conv2.0.kernel", same),
             (f"b{r}.conv1.weight", f"convs.{i}.conv2.1.weight", same),
             (f"b{r}.conv1.bias", f"convs.{i}.conv2.2.bias", same),
-            (f"b{r}.skip.resample_filter", f"convs.{i}.skip.0.kernel", same),
             (f"b{r}.skip.weight", f"convs.{i}.skip.1.weight", same),
             (f"b{r // 2}.fromrgb.weight", f"from_rgbs.{i - 1}.0.weight", same),
             (f"b{r // 2}.fromrgb.bias", f"from_rgbs.{i - 1}.1.bias", same),
         ]
-    if "b4.fromrgb.weight" in state:
+        if _residual(state):
+            table.append((f"b{r}.skip.resample_filter", f"convs.{i}.skip.0.kernel", same))
+    if not _residual(state):
         table.append((f"b{largest}.resample_filter", "downsample.kernel", same))
-    return apply(state, table, r".*\.resample_filter")
+    return _apply(state, table, r".*\.resample_filter")
 
 
 LAYOUTS: tuple[Layout, ...] = (
@@ -132,8 +177,8 @@ LAYOUTS: tuple[Layout, ...] = (
         signature=("synthesis.b4.conv1.affine.weight",),
         containers=("G_ema", "G"),
         averaged=("G_ema",),
-        config=_generator_config,
-        convert=_generator,
+        config=generator_config,
+        convert=generator,
         optional=r"noises\..*",
     ),
     Layout(
@@ -142,7 +187,7 @@ LAYOUTS: tuple[Layout, ...] = (
         model=StyleGAN2Discriminator,
         signature=("b4.fc.weight",),
         containers=("D",),
-        config=_discriminator_config,
-        convert=_discriminator,
+        config=discriminator_config,
+        convert=discriminator,
     ),
 )
