@@ -24,11 +24,11 @@ from .biggan_layers import (
     BatchNorm,
     ClassTable,
     ConditionalBatchNorm,
+    ConditionalGenerator,
     OutputBatchNorm,
     channel_list,
     checked,
     checked_labels,
-    class_vectors,
     conv2d,
     initialise,
     linear,
@@ -68,7 +68,7 @@ class GBlock(nn.Module):
         return y + F.interpolate(self.conv_sc(x), scale_factor=2)
 
 
-class BigGANGenerator(nn.Module):
+class BigGANGenerator(ConditionalGenerator):
     """BigGAN generator: z [B, latent_dim] and classes y -> images [B, image_channels, R, R] in [-1, 1].
 
     Args:
@@ -106,34 +106,17 @@ class BigGANGenerator(nn.Module):
         bn_eps: float = 1e-5,
         sn_eps: float | None = 1e-6,
     ):
-        super().__init__()
         channels = channel_list(GENERATOR_WIDTHS, resolution, channel_width, channels)
         slots = len(channels) if hierarchical else 1
         latent_dim = 20 * slots if latent_dim is None else latent_dim
-        self.config = checked(
-            {
-                "resolution": resolution,
-                "latent_dim": latent_dim,
-                "class_dim": class_dim,
-                "num_classes": num_classes,
-                "channel_width": channel_width,
-                "channels": channels,
-                "attention": [int(size) for size in attention],
-                "hierarchical": hierarchical,
-                "shared": shared,
-                "image_channels": image_channels,
-                "bn_eps": bn_eps,
-                "sn_eps": sn_eps,
-            },
-            *("latent_dim", "class_dim", "num_classes", "image_channels"),
-        )
+        sizes = (resolution, latent_dim, class_dim, num_classes, channel_width, channels, attention, image_channels)
+        super().__init__(*sizes, hierarchical=hierarchical, shared=shared, bn_eps=bn_eps, sn_eps=sn_eps)
         if hierarchical and not shared:
             raise ValueError("hierarchical z needs a shared class embedding; give hierarchical=False")
         if latent_dim % slots:
             raise ValueError(f"latent_dim must be a multiple of {slots}, one chunk per block and one, got {latent_dim}")
-        self.resolution, self.latent_dim, self.num_classes = resolution, latent_dim, num_classes
         self.class_dim = class_dim if shared else num_classes
-        self.image_channels, self.chunk = image_channels, latent_dim // slots
+        self.chunk = latent_dim // slots
 
         condition = self.class_dim + (self.chunk if hierarchical else 0)
         self.shared = ClassTable(num_classes, class_dim) if shared else None
@@ -153,12 +136,7 @@ class BigGANGenerator(nn.Module):
     def forward(self, z: Tensor, y: Tensor) -> Tensor:
         """y: labels, integers [B], or class embeddings [B, class_dim]; without a shared embedding these are weights of
         the classes. Raises ValueError on other shapes."""
-        if z.ndim != 2 or z.shape[1] != self.latent_dim:
-            raise ValueError(f"z must have shape [B, {self.latent_dim}], got {list(z.shape)}")
-        embed = self.shared if self.shared is not None else nn.Identity()
-        c = class_vectors(y, self.num_classes, self.class_dim, embed)
-        if len(c) != len(z):
-            raise ValueError(f"z and y must be of one batch, got {len(z)} and {len(c)}")
+        c = self.class_vectors(z, y, self.shared if self.shared is not None else nn.Identity())
         chunks = z.split(self.chunk, 1)
         x = self.linear(chunks[0]).unflatten(1, (-1, 4, 4))
         for i, (block, *attention) in enumerate(self.blocks):

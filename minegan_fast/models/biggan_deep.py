@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .biggan_layers import GENERATOR_WIDTHS, attend, channel_list, checked, checked_labels, class_vectors
+from .biggan_layers import GENERATOR_WIDTHS, ConditionalGenerator, attend, channel_list, checked_labels
 from .spectral_norm import TorchSpectralConv2d, TorchSpectralLinear
 
 
@@ -154,7 +154,7 @@ class DeepLayers(nn.Module):
         return self.conv_to_rgb(F.relu(self.bn(x, truncation)))[:, : self.image_channels].tanh()
 
 
-class BigGANDeepGenerator(nn.Module):
+class BigGANDeepGenerator(ConditionalGenerator):
     """BigGAN-deep generator: z [B, latent_dim] and classes y -> images [B, image_channels, R, R] in [-1, 1].
 
     Args:
@@ -187,29 +187,13 @@ class BigGANDeepGenerator(nn.Module):
         steps: int = 51,
         eps: float = 1e-4,
     ):
-        super().__init__()
         channels = channel_list(GENERATOR_WIDTHS, resolution, channel_width, channels)
-        self.config = checked(
-            {
-                "resolution": resolution,
-                "latent_dim": latent_dim,
-                "class_dim": class_dim,
-                "num_classes": num_classes,
-                "channel_width": channel_width,
-                "channels": channels,
-                "attention": [int(size) for size in attention],
-                "image_channels": image_channels,
-                "steps": steps,
-                "eps": eps,
-            },
-            *("latent_dim", "class_dim", "num_classes", "image_channels"),
-        )
+        sizes = (resolution, latent_dim, class_dim, num_classes, channel_width, channels, attention, image_channels)
+        super().__init__(*sizes, steps=steps, eps=eps)
         if steps < 2:
             raise ValueError(f"steps must be at least 2, the truncations 0 and 1, got {steps}")
         if image_channels > channels[-1]:
             raise ValueError(f"{image_channels} image channels cannot be taken from {channels[-1]} outputs; widen it")
-        self.resolution, self.latent_dim, self.class_dim = resolution, latent_dim, class_dim
-        self.num_classes, self.image_channels = num_classes, image_channels
         self.embeddings = nn.Linear(num_classes, class_dim, bias=False)
         condition = latent_dim + class_dim
         self.generator = DeepLayers(channels, self.config["attention"], condition, image_channels, steps, eps)
@@ -238,11 +222,7 @@ class BigGANDeepGenerator(nn.Module):
         """
         if not 0 <= truncation <= 1:
             raise ValueError(f"truncation must lie in 0..1, got {truncation}")
-        if z.ndim != 2 or z.shape[1] != self.latent_dim:
-            raise ValueError(f"z must have shape [B, {self.latent_dim}], got {list(z.shape)}")
-        c = class_vectors(y, self.num_classes, self.class_dim, self.embed)
-        if len(c) != len(z):
-            raise ValueError(f"z and y must be of one batch, got {len(z)} and {len(c)}")
+        c = self.class_vectors(z, y, self.embed)
         return self.generator(torch.cat((z, c.to(z.dtype)), 1), truncation)
 
     @torch.no_grad()

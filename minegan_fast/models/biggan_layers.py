@@ -35,17 +35,6 @@ def checked(arguments: dict, *names: str) -> dict:
     return arguments
 
 
-def class_vectors(y: Tensor | None, classes: int, size: int, table) -> Tensor:
-    """Embeddings [B, size] as they are, or `table(labels)` of labels [B]."""
-    if y is None:
-        raise ValueError(f"the network is conditional: give y, labels [B] below {classes} or embeddings [B, {size}]")
-    if y.is_floating_point():
-        if y.ndim != 2 or y.shape[1] != size:
-            raise ValueError(f"class embeddings must have shape [B, {size}], got {list(y.shape)}")
-        return y
-    return table(checked_labels(y, classes))
-
-
 def checked_labels(y: Tensor, classes: int) -> Tensor:
     if y.ndim != 1 or y.is_floating_point():
         raise ValueError(f"labels must be integers of shape [B], got {y.dtype} {list(y.shape)}")
@@ -55,6 +44,58 @@ def checked_labels(y: Tensor, classes: int) -> Tensor:
         if low < 0 or high >= classes:
             raise ValueError(f"labels must lie in 0..{classes - 1}, got {low}..{high}")
     return y.long()
+
+
+class ConditionalGenerator(nn.Module):
+    """What generators of z and classes have in common: their sizes, which `config` holds with all arguments of the
+    constructor, and the checks of what they are given."""
+
+    def __init__(
+        self,
+        resolution: int,
+        latent_dim: int,
+        class_dim: int,
+        num_classes: int,
+        channel_width: int,
+        channels: list[int],
+        attention: Sequence[int],
+        image_channels: int,
+        **others,
+    ):
+        super().__init__()
+        self.config = checked(
+            {
+                "resolution": resolution,
+                "latent_dim": latent_dim,
+                "class_dim": class_dim,
+                "num_classes": num_classes,
+                "channel_width": channel_width,
+                "channels": channels,
+                "attention": [int(size) for size in attention],
+                "image_channels": image_channels,
+                **others,
+            },
+            *("latent_dim", "class_dim", "num_classes", "image_channels"),
+        )
+        self.resolution, self.latent_dim, self.class_dim = resolution, latent_dim, class_dim
+        self.num_classes, self.image_channels = num_classes, image_channels
+
+    def class_vectors(self, z: Tensor, y: Tensor | None, table) -> Tensor:
+        """y where it is embeddings [B, class_dim], `table(y)` where it is labels [B]. ValueError: z or y of another
+        shape."""
+        if z.ndim != 2 or z.shape[1] != self.latent_dim:
+            raise ValueError(f"z must have shape [B, {self.latent_dim}], got {list(z.shape)}")
+        classes, size = self.num_classes, self.class_dim
+        if y is None:
+            raise ValueError(
+                f"the network is conditional: give y, labels [B] below {classes} or embeddings [B, {size}]"
+            )
+        if y.is_floating_point() and (y.ndim != 2 or y.shape[1] != size):
+            raise ValueError(f"class embeddings must have shape [B, {size}], got {list(y.shape)}")
+        c = y if y.is_floating_point() else table(checked_labels(y, classes))
+        if len(c) != len(z):
+            raise ValueError(f"z and y must be of one batch, got {len(z)} and {len(c)}")
+        return c
 
 
 def conv2d(cin: int, cout: int, kernel: int, eps: float | None, bias: bool = True) -> nn.Conv2d:

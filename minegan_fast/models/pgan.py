@@ -68,7 +68,8 @@ class PGANGenerator(Progressive):
         channel_base, channel_max: channels at resolution r are min(channel_base / r, channel_max).
         image_channels: 3 for RGB, 1 for grey.
         num_classes: size of a label vector that is appended to z (an auxiliary-classifier GAN's one-hot categories).
-            A file's shapes tell the sum alone: loaded networks have `latent_dim` hold both and num_classes 0.
+            A file's shapes tell the sum alone: where no critic beside it says how many labels there are, a loaded
+            network has `latent_dim` hold both and num_classes 0.
         channels: {resolution: channels} where a network departs from the rule.
         alpha: weight of the highest resolution while it fades in, 0..1; the attribute `alpha` may be set at any time.
 
