@@ -176,4 +176,38 @@ void minibatch_stddev_backward_cpu(DType, const void* dy, const void* D, const v
 void minibatch_stddev_double_backward_cpu(DType, const void* ddx, const void* D, const void* x, void* ddy, void* gx,
                                           const Groups&, int threads);
 
+// ---- manhattan ----
+// p, hp [r, D], q, hq [c, D], A [r, c]; sums in float, in an order that depends on the shape alone:
+//   t[i, j]   = sum over d of |p[i, d] - q[j, d]|
+//   s[i, j]   = sum over d of sign(p[i, d] - q[j, d]) (hp[i, d] - hq[j, d])
+//   out[i, d] = sum over j of A[i, j] sign(p[i, d] - q[j, d])
+void manhattan_distance_cpu(const float* p, const float* q, float* t, int64_t r, int64_t c, int64_t D, int threads);
+void manhattan_slopes_cpu(const float* p, const float* q, const float* hp, const float* hq, float* s, int64_t r,
+                          int64_t c, int64_t D, int threads);
+void manhattan_signs_cpu(const float* A, const float* p, const float* q, float* out, int64_t r, int64_t c, int64_t D,
+                         int threads);
+
+// ---- mmd ----
+// Kernels 0 gaussian, 1 laplacian, 2 energy, 3 polynomial; c are `numbers`. t [rows, columns] comes as <p, q>, for the
+// laplacian as |p - q|_1, and s as <p, hq> + <hp, q>, for the laplacian as the slopes above. With u what f is of,
+// |p - q|² for gaussian and energy and else t:
+//   totals[i] = sum over j of weight f(u)                               j > i alone with `diagonal`
+//   order -1    t = weight f(u)
+//   order 1, 2  t = A = weight f'(u), twice that of squares
+//   order 2     s = B = weight f''(u) s,  of squares 4 weight f''(u) <p - q, hp - hq>
+// f(u) = sum of exp(c u) | the same | -sqrt(u) | (c u + 1)^3. squarings[n] > 0: exp(c[n] u) is exp(c[n - 1] u) squared
+// so often. hp, hq and s are read for order 2 alone.
+struct MmdTile {
+  const float *p, *q, *hp, *hq;
+  float *t, *s;
+  double* totals;
+  int64_t rows, columns, D;
+  const double* numbers;
+  const int64_t* squarings;
+  int64_t count;
+  double weight;
+  bool diagonal;
+};
+void mmd_tile_cpu(const MmdTile&, int kernel, int order, int threads);
+
 }  // namespace minegan
