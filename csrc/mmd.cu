@@ -44,19 +44,15 @@ MINEGAN_INLINE float dot_of_differences(const float* a, const float* b, const fl
   return float(sum);
 }
 
-struct Dots {
-  std::vector<float> squares_p, squares_q, along_p, along_q;  // <p, p>, <q, q>, <p, hp>, <q, hq> of every row
-};
-
 // In place: t becomes A (or w f, for order -1), s becomes B. Returns the sum of f.
 template <int kernel, int order>
 struct RowLoop {
-  static MINEGAN_INLINE double run(const MmdTile& tile, const Dots& dots, int64_t r) {
+  static MINEGAN_INLINE double run(const MmdTile& tile, int64_t r) {
     constexpr bool squared = kernel == kGaussian || kernel == kEnergy;
     const int64_t D = tile.D;
     const float *p = tile.p + r * D, *hp = tile.hp ? tile.hp + r * D : nullptr;
     float *t_row = tile.t + r * tile.columns, *s_row = order == 2 ? tile.s + r * tile.columns : nullptr;
-    const float square = squared ? dots.squares_p[r] : 0, along = squared && order == 2 ? dots.along_p[r] : 0;
+    const float offset = tile.op[r], slope = tile.hop[r];
     const float weight = float(tile.weight), a_weight = squared ? 2 * weight : weight,
                 b_weight = squared ? 4 * weight : weight;
     const int64_t start = tile.diagonal ? r + 1 : 0;
@@ -69,13 +65,15 @@ struct RowLoop {
       for (int l = 0; l < n; ++l) t[l] = t_row[first + l];
       if (order == 2)
         for (int l = 0; l < n; ++l) s[l] = s_row[first + l];
-      if (squared) {
-        float limit[kLanes] = {};
-        int close = 0;
-        for (int l = 0; l < n; ++l) limit[l] = square + dots.squares_q[first + l];
-        for (int l = 0; l < kLanes; ++l) t[l] = limit[l] - 2 * t[l];
+      float limit[kLanes] = {};
+      if (kernel != kLaplacian) {
+        for (int l = 0; l < n; ++l) limit[l] = offset + tile.oq[first + l];
+        for (int l = 0; l < kLanes; ++l) t[l] = limit[l] + (squared ? -2 : 1) * t[l];
         if (order == 2)
-          for (int l = 0; l < n; ++l) s[l] = along + dots.along_q[first + l] - s[l];
+          for (int l = 0; l < n; ++l) s[l] = slope + tile.hoq[first + l] + (squared ? -1 : 1) * s[l];
+      }
+      if (squared) {
+        int close = 0;
         for (int l = 0; l < n; ++l) close |= t[l] < kClose * limit[l];
         if (close)
           for (int l = 0; l < n; ++l)
@@ -86,12 +84,12 @@ struct RowLoop {
             }
       }
       if (kernel == kPolynomial) {
-        const float c = float(tile.numbers[0]);
+        const float c = float(tile.numbers[0]), b = float(tile.numbers[1]);
         for (int l = 0; l < kLanes; ++l) {
-          const float base = t[l] * c + 1;
-          f[l] = base * base * base;
-          f1[l] = 3 * c * base * base;
-          f2[l] = 6 * c * c * base;
+          const float e = c * t[l];
+          f[l] = e * (3 * b * b + 3 * b * e + e * e);
+          f1[l] = 3 * c * (b + e) * (b + e);
+          f2[l] = 6 * c * c * (b + e);
         }
       } else if (kernel == kEnergy) {
         for (int l = 0; l < kLanes; ++l) {
@@ -129,55 +127,21 @@ struct RowLoop {
   }
 };
 
-// For each row the sum over d of a[r, d] b[r, d].
-struct RowDots {
-  static MINEGAN_INLINE void run(const float* __restrict a, const float* __restrict b, float* __restrict out,
-                                 int64_t begin, int64_t end, int64_t D) {
-    constexpr int lanes_of_a_row = 32;
-    for (int64_t r = begin; r < end; ++r) {
-      double lanes[lanes_of_a_row] = {}, sum = 0;
-      const int64_t at = r * D, whole = D / lanes_of_a_row * lanes_of_a_row;
-      for (int64_t d = 0; d < whole; d += lanes_of_a_row)
-        for (int l = 0; l < lanes_of_a_row; ++l) lanes[l] += double(a[at + d + l]) * b[at + d + l];
-      for (int64_t d = whole; d < D; ++d) lanes[d - whole] += double(a[at + d]) * b[at + d];
-      for (const double lane : lanes) sum += lane;
-      out[r] = float(sum);
-    }
-  }
-};
-
-std::vector<float> row_dots(const float* a, const float* b, int64_t rows, int64_t D, int threads) {
-  std::vector<float> dots(rows);
-  parallel_for(rows, rows * D < kAlone ? 1 : threads, [&, out = dots.data()](int64_t begin, int64_t end) {
-    minegan::run<RowDots>(a, b, out, begin, end, D);
-  });
-  return dots;
-}
-
 template <int kernel, int order>
 struct Rows {
-  static MINEGAN_INLINE void run(const MmdTile* tile, const Dots* dots, int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) tile->totals[r] = RowLoop<kernel, order>::run(*tile, *dots, r);
+  static MINEGAN_INLINE void run(const MmdTile* tile, int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) tile->totals[r] = RowLoop<kernel, order>::run(*tile, r);
   }
 };
 
 template <int kernel, int order>
 void all_rows(const MmdTile& tile, int threads) {
-  Dots dots;
-  if (kernel == kGaussian || kernel == kEnergy) {
-    dots.squares_p = row_dots(tile.p, tile.p, tile.rows, tile.D, threads);
-    dots.squares_q = row_dots(tile.q, tile.q, tile.columns, tile.D, threads);
-    if (order == 2) {
-      dots.along_p = row_dots(tile.p, tile.hp, tile.rows, tile.D, threads);
-      dots.along_q = row_dots(tile.q, tile.hq, tile.columns, tile.D, threads);
-    }
-  }
   const int used = tile.rows * tile.columns < kAlone ? 1 : threads;
   const int64_t share = std::max<int64_t>(1, tile.rows / (8 * used));  // above the diagonal rows differ in length
   std::atomic<int64_t> next{0};
   parallel_for(used, used, [&](int64_t, int64_t) {
     for (int64_t begin; (begin = next.fetch_add(share)) < tile.rows;)
-      minegan::run<Rows<kernel, order>>(&tile, (const Dots*)&dots, begin, std::min(begin + share, tile.rows));
+      run<Rows<kernel, order>>(&tile, begin, std::min(begin + share, tile.rows));
   });
 }
 

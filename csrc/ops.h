@@ -188,23 +188,23 @@ void manhattan_signs_cpu(const float* A, const float* p, const float* q, float* 
                          int threads);
 
 // ---- mmd ----
-// Kernels 0 gaussian, 1 laplacian, 2 energy, 3 polynomial; c are `numbers`. t [rows, columns] comes as <p, q>, for the
-// laplacian as |p - q|_1, and s as <p, hq> + <hp, q>, for the laplacian as the slopes above. With u what f is of,
-// |p - q|² for gaussian and energy and else t:
+// Kernels 0 gaussian, 1 laplacian, 2 energy, 3 polynomial; c or c, b are `numbers`. t [rows, columns] comes as <p, q>,
+// and s as <p, hq> + <hp, q>; for the laplacian they are |p - q|_1 and the slopes above, for which there are no offsets:
+//   u = op + oq + <p, q>,   v = hop + hoq + s;       of squares (0, 2)  u = op + oq - 2 <p, q>,   v = hop + hoq - s
 //   totals[i] = sum over j of weight f(u)                               j > i alone with `diagonal`
 //   order -1    t = weight f(u)
-//   order 1, 2  t = A = weight f'(u), twice that of squares
-//   order 2     s = B = weight f''(u) s,  of squares 4 weight f''(u) <p - q, hp - hq>
-// f(u) = sum of exp(c u) | the same | -sqrt(u) | (c u + 1)^3. squarings[n] > 0: exp(c[n] u) is exp(c[n - 1] u) squared
-// so often. hp, hq and s are read for order 2 alone.
+//   order 1, 2  t = A = weight f'(u),  of squares twice that
+//   order 2     s = B = weight f''(u) v,  of squares 4 times that
+// f(u) = sum of exp(c u) | the same | -sqrt(u) | (b + c u)^3 - b^3. squarings[n] > 0: exp(c[n] u) is exp(c[n - 1] u)
+// squared so often. hp, hq, hop, hoq and s are read for order 2 alone.
 struct MmdTile {
-  const float *p, *q, *hp, *hq;
+  const float *p, *q, *hp, *hq, *op, *hop, *oq, *hoq;
+  const double* numbers;
   float *t, *s;
   double* totals;
   int64_t rows, columns, D;
-  const double* numbers;
   const int64_t* squarings;
-  int64_t count;
+  int64_t count;  // of them, one for each c
   double weight;
   bool diagonal;
 };

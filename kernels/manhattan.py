@@ -44,10 +44,10 @@ def signs_kernel(
     total = tl.zeros((BM, BD), tl.float32)
     for first in range(0, columns, UNROLL):
         for u in tl.static_range(UNROLL):
-            j = first + u
+            j = tl.full((1, 1), first + u, tl.int64)
             exists = j < columns
-            q = tl.load(q_ptr + j.to(tl.int64) * D + d, (d < D) & exists, other=0.0)
-            A = tl.load(A_ptr + i * row_stride + j.to(tl.int64) * column_stride, (i < rows) & exists, other=0.0)
+            q = tl.load(q_ptr + j * D + d, (d < D) & exists, other=0.0)
+            A = tl.load(A_ptr + i * row_stride + j * column_stride, (i < rows) & exists, other=0.0)
             total += A * _sign(p - q)
     tl.store(out_ptr + i * D + d, total, (i < rows) & (d < D))
 

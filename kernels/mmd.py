@@ -1,7 +1,5 @@
 """Triton kernel of mmd: a tile of pairs, of which neither products nor kernel values need to leave the registers."""
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
@@ -16,16 +14,20 @@ def mmd_tile_kernel(
     q_ptr,
     hp_ptr,
     hq_ptr,
+    op_ptr,
+    oq_ptr,
+    numbers_ptr,
     t_ptr,
     s_ptr,
-    numbers_ptr,
     totals_ptr,
     A_ptr,
     B_ptr,
     rows,
     columns,
     D,
-    weight: tl.float32,
+    op_stride,
+    oq_stride,
+    weight: tl.float64,
     KERNEL: tl.constexpr,
     ORDER: tl.constexpr,
     DIAGONAL: tl.constexpr,
@@ -57,31 +59,26 @@ def mmd_tile_kernel(
                 s = tl.load(s_ptr + at, inside, other=0.0)
         else:
             t = tl.zeros((BM, BN), tl.float32)
-            squares_p = tl.zeros((BM,), tl.float32)
-            squares_q = tl.zeros((BN,), tl.float32)
-            along_p = tl.zeros((BM,), tl.float32)
-            along_q = tl.zeros((BN,), tl.float32)
             for first in range(0, D, BK):
                 d = first + tl.arange(0, BK)[None, :]
                 in_p, in_q = (i < rows)[:, None] & (d < D), (j < columns)[:, None] & (d < D)
                 p = tl.load(p_at + d, in_p, other=0.0)
                 q = tl.load(q_at + d, in_q, other=0.0)
                 t = tl.dot(p, tl.trans(q), t, input_precision=PRECISION)
-                if SQUARED:
-                    squares_p += tl.sum(p * p, 1)
-                    squares_q += tl.sum(q * q, 1)
                 if ORDER == 2:
                     hp = tl.load(hp_ptr + i.to(tl.int64)[:, None] * D + d, in_p, other=0.0)
                     hq = tl.load(hq_ptr + j.to(tl.int64)[:, None] * D + d, in_q, other=0.0)
                     s = tl.dot(p, tl.trans(hq), s, input_precision=PRECISION)
                     s = tl.dot(hp, tl.trans(q), s, input_precision=PRECISION)
-                    if SQUARED:
-                        along_p += tl.sum(p * hp, 1)
-                        along_q += tl.sum(q * hq, 1)
+            offset_p, offset_q = tl.load(op_ptr + i, i < rows, other=0.0), tl.load(oq_ptr + j, j < columns, other=0.0)
+            limit = offset_p[:, None] + offset_q[None, :]
+            t = limit - 2 * t if SQUARED else limit + t
+            if ORDER == 2:
+                slope_p = tl.load(op_ptr + op_stride + i, i < rows, other=0.0)
+                slope_q = tl.load(oq_ptr + oq_stride + j, j < columns, other=0.0)
+                along = slope_p[:, None] + slope_q[None, :]
+                s = along - s if SQUARED else along + s
             if SQUARED:
-                limit = squares_p[:, None] + squares_q[None, :]
-                t = limit - 2 * t
-                s = along_p[:, None] + along_q[None, :] - s
                 close = counts & (t < _CLOSE * limit)
                 if tl.max(close.to(tl.int32)) > 0:  # products leave too few digits: by differences
                     exact = tl.zeros((BM, BN), tl.float32)
@@ -98,11 +95,11 @@ def mmd_tile_kernel(
                     t = tl.where(close, exact, t)
                     s = tl.where(close, exact_s, s)
         if KERNEL == 3:
-            c = tl.load(numbers_ptr)
-            base = t * c + 1
-            f = base * base * base
-            f1 = 3 * c * base * base
-            f2 = 6 * c * c * base
+            c, b = tl.load(numbers_ptr).to(tl.float32), tl.load(numbers_ptr + 1).to(tl.float32)
+            e = c * t
+            f = e * (3 * b * b + 3 * b * e + e * e)
+            f1 = 3 * c * (b + e) * (b + e)
+            f2 = 6 * c * c * (b + e)
         elif KERNEL == 2:
             positive = t > 0
             root = tl.sqrt_rn(tl.where(positive, t, 1.0))
@@ -113,7 +110,7 @@ def mmd_tile_kernel(
         else:
             e = tl.zeros((BM, BN), tl.float32)
             for n in tl.static_range(len(SQUARINGS)):
-                c = tl.load(numbers_ptr + n)
+                c = tl.load(numbers_ptr + n).to(tl.float32)
                 if SQUARINGS[n] == 0:
                     e = tl.exp(c * t)
                 for _ in tl.static_range(SQUARINGS[n]):
@@ -124,13 +121,14 @@ def mmd_tile_kernel(
                 if ORDER == 2:
                     f2 += c * c * e
     total = tl.sum(tl.sum(tl.where(counts, f, 0.0).to(tl.float64), 1), 0)
-    tl.store(totals_ptr + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), total * weight.to(tl.float64))
+    tl.store(totals_ptr + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), total * weight)
+    w = tl.full((1, 1), weight, tl.float32)
     if ORDER == -1:
-        tl.store(A_ptr + at, tl.where(counts, weight * f, 0.0), inside)
+        tl.store(A_ptr + at, tl.where(counts, w * f, 0.0), inside)
     if ORDER >= 1:
-        tl.store(A_ptr + at, tl.where(counts, (2 if SQUARED else 1) * weight * f1, 0.0), inside)
+        tl.store(A_ptr + at, tl.where(counts, (2 if SQUARED else 1) * w * f1, 0.0), inside)
     if ORDER == 2:
-        tl.store(B_ptr + at, tl.where(counts, (4 if SQUARED else 1) * weight * f2 * s, 0.0), inside)
+        tl.store(B_ptr + at, tl.where(counts, (4 if SQUARED else 1) * w * f2 * s, 0.0), inside)
 
 
 def blocks(kernel: int, order: int) -> dict[str, int]:
@@ -142,17 +140,12 @@ def blocks(kernel: int, order: int) -> dict[str, int]:
     return {"BM": 128, "BN": 128, "BK": 32, "num_warps": 8, "num_stages": 3}
 
 
-@functools.lru_cache(maxsize=64)
-def _on_device(numbers: tuple[float, ...], device: torch.device) -> torch.Tensor:
-    return torch.tensor(numbers or (0.0,), dtype=torch.float32, device=device)
-
-
-def mmd_tile(p, q, hp, hq, t, s, kernel: int, numbers, squarings, weight: float, diagonal: bool, order: int):
+def mmd_tile(p, q, hp, hq, op, oq, numbers, t, s, squarings, kernel: int, weight: float, diagonal: bool, order: int):
     """(a float64 for each program, A, B); A and B, where there are any, lie where t and s did."""
     options = blocks(kernel, order)
     grid = triton.cdiv(len(p), options["BM"]), triton.cdiv(len(q), options["BN"])
     totals = torch.empty(grid, dtype=torch.float64, device=p.device)
-    A = B = empty = p.new_empty(0, 0)
+    A = B = None
     if order:
         A = p.new_empty(len(p), len(q)) if t is None else t
     if order == 2:
@@ -160,8 +153,9 @@ def mmd_tile(p, q, hp, hq, t, s, kernel: int, numbers, squarings, weight: float,
     precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
     with torch.cuda.device_of(p):
         mmd_tile_kernel[grid](
-            p, q, hp, hq, t, s, _on_device(tuple(numbers), p.device), totals, A if order else None,
-            B if order == 2 else None, len(p), len(q), p.shape[1], weight, KERNEL=kernel, ORDER=order,
-            DIAGONAL=diagonal, SQUARINGS=tuple(squarings), PRECISION=precision, **options,
+            p, q, hp, hq, op, oq, numbers, t, s, totals, A, B, len(p), len(q), p.shape[1], op.stride(0), oq.stride(0),
+            weight, KERNEL=kernel, ORDER=order, DIAGONAL=diagonal, SQUARINGS=tuple(squarings), PRECISION=precision,
+            **options,
         )  # fmt: skip
-    return totals, A, B if order == 2 else empty
+    empty = p.new_empty(0, 0)
+    return totals, empty if A is None else A, empty if B is None else B

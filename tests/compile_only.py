@@ -245,6 +245,47 @@ def minibatch_stddev_kernels():
             )  # fmt: skip
 
 
+def mmd_kernels():
+    from minegan_fast.kernels.mmd import blocks
+
+    sizes = {"rows": 2048, "columns": 8192, "D": 2048, "op_stride": 10240, "oq_stride": 10240}
+    for kernel, name in enumerate(("gaussian", "laplacian", "energy", "polynomial")):
+        for order in (-1, 0, 1, 2):
+            for precision in ("tf32x3", "tf32") if kernel != 1 else ("tf32x3",):
+                given = ("t_ptr", "s_ptr") if kernel == 1 else ("p_ptr", "q_ptr", "hp_ptr", "hq_ptr", "op_ptr", "oq_ptr")
+                out = ("A_ptr",) * (order != 0) + ("B_ptr",) * (order == 2)
+                used = {n for n in given if order == 2 or n not in ("s_ptr", "hp_ptr", "hq_ptr")} | {*out}
+                unused = {"p_ptr", "q_ptr", "hp_ptr", "hq_ptr", "op_ptr", "oq_ptr", "t_ptr", "s_ptr", "A_ptr", "B_ptr"} - used
+                options = blocks(kernel, order)
+                tile = {k: options.pop(k) for k in ("BM", "BN", "BK")}
+                constants = {"KERNEL": kernel, "ORDER": order, "DIAGONAL": order != 2, "PRECISION": precision}
+                constants["SQUARINGS"] = (0, 2, 2, 2, 2) if kernel < 2 else (0,)
+                yield Kernel(
+                    "mmd", "mmd_tile_kernel", f"{name} order {order} {precision}",
+                    dict.fromkeys(used, "fp32") | {"numbers_ptr": "fp64", "totals_ptr": "fp64"}, sizes,
+                    {"weight": "fp64"}, constants | tile | dict.fromkeys(unused), tensor_cores=kernel != 1,
+                    options=options, wide=False,
+                )  # fmt: skip
+
+
+def manhattan_kernels():
+    from minegan_fast.kernels.manhattan import _OPTIONS, _SIGNS, _TILE
+
+    sizes = {"rows": 2048, "columns": 8192, "D": 2048}
+    for slopes in (False, True):
+        pointers = dict.fromkeys(("p_ptr", "q_ptr", "out_ptr") + ("hp_ptr", "hq_ptr") * slopes, "fp32")
+        constants = {"SLOPES": slopes, **_TILE} | ({} if slopes else {"hp_ptr": None, "hq_ptr": None})
+        label = "slopes" if slopes else "distances"
+        yield Kernel(
+            "manhattan", "pairs_kernel", label, pointers, sizes, constants=constants, wide=False, options=_OPTIONS
+        )  # fmt: skip
+    pointers = dict.fromkeys(("A_ptr", "p_ptr", "q_ptr", "out_ptr"), "fp32")
+    strides = {"row_stride": 8192, "column_stride": 1}
+    yield Kernel(
+        "manhattan", "signs_kernel", "signs", pointers, sizes | strides, constants=dict(_SIGNS), options=_OPTIONS
+    )  # fmt: skip
+
+
 TRITON = {
     "bias_act": bias_act_kernels,
     "row_update": row_update_kernels,
@@ -254,6 +295,8 @@ TRITON = {
     "modulated_conv2d": modulated_conv2d_kernels,
     "noise_bias_act": noise_bias_act_kernels,
     "minibatch_stddev": minibatch_stddev_kernels,
+    "manhattan": manhattan_kernels,
+    "mmd": mmd_kernels,
 }
 
 # <op>.cu: which of its kernels, demangled, must have 16-byte loads; None: host code alone.
@@ -266,6 +309,8 @@ CUDA = {
     "modulated_conv2d": None,
     "noise_bias_act": None,
     "minibatch_stddev": None,
+    "manhattan": None,
+    "mmd": None,
 }
 
 

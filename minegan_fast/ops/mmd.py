@@ -5,10 +5,13 @@
 The biased estimator takes the first two means over all pairs, the unbiased one over the pairs i != j.
 Source: Gretton et al., "A Kernel Two-Sample Test", JMLR 13, 2012, Lemma 6.
 
-    gaussian      k(a, b) = exp(-|a - b|_2^2 / (2 sigma^2))          f(t) = sum of exp(c t),      t = |a - b|_2^2
-    laplacian     k(a, b) = exp(-|a - b|_1 / sigma)                  f(t) = sum of exp(c t),      t = |a - b|_1
-    energy        k(a, b) = -|a - b|_2                               f(t) = -sqrt(t),             t = |a - b|_2^2
-    polynomial    k(a, b) = (a.b / D + 1)^3                          f(t) = (c t + 1)^3,          t = a.b
+    gaussian      k(a, b) = exp(-|a - b|_2^2 / (2 sigma^2))        f(t) = sum of exp(c t),       t = |a - b|_2^2
+    laplacian     k(a, b) = exp(-|a - b|_1 / sigma)                f(t) = sum of exp(c t),       t = |a - b|_1
+    energy        k(a, b) = -|a - b|_2                             f(t) = -sqrt(t),              t = |a - b|_2^2
+    polynomial    k(a, b) = (a.b / D + 1)^3                        f(t) = (b + c t)^3 - b^3,     t = a.b - |m|^2
+
+Samples are centred at m, their pooled mean: distances do not see a common shift, rounding does. A product with m added
+back is t = <a - m, b - m> + <a - m, m> + <b - m, m>, with b = 1 + |m|^2 / D; the constant b^3 cancels in the end.
 
 With z = [x; y], and w the weight of a pair, which depends on the samples that its two belong to, all of it is a sum of
 w f(t) over the pairs i < j. It is made in tiles of rows p and columns q of z, whose matrices are all that is ever held:
@@ -42,23 +45,25 @@ _ALL = 1 << 40
 
 
 class Plan(NamedTuple):
-    """A kernel, the c of its f, the weights of a pair within x, within y and across."""
+    """A kernel and the numbers of its f, c or c and b; the weights of a pair within x, within y and across; m."""
 
     kernel: str
-    numbers: list[float]
+    numbers: Tensor
+    squarings: list[int]
     weights: tuple[float, float, float]
+    center: Tensor
 
     @property
     def squared(self) -> bool:
         return self.kernel in ("gaussian", "energy")
 
 
-def derivatives(kernel: str, numbers: Sequence[float], t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def derivatives(kernel: str, numbers: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """f, f' and f'' at t."""
     if kernel == "polynomial":
-        (c,) = numbers
-        base = t * c + 1
-        return base**3, 3 * c * base**2, 6 * c**2 * base
+        c, b = numbers
+        e = c * t
+        return e * (3 * b * b + 3 * b * e + e * e), 3 * c * (b + e) ** 2, 6 * c * c * (b + e)
     if kernel == "energy":
         root = t.sqrt()
         inverse = torch.where(t > 0, 1 / root, 0.0)  # no force between points that coincide
@@ -73,20 +78,24 @@ def mmd_tile(
     q: Tensor,
     hp: Tensor | None,
     hq: Tensor | None,
+    op: Tensor,
+    oq: Tensor,
+    numbers: Tensor,
+    squarings: Sequence[int],
     kernel: str,
-    numbers: Sequence[float],
     weight: float,
     diagonal: bool,
     order: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The sum of w f over a tile [r, c] (0-d, float64), A and B, which are empty below order 1 and 2.
 
-    p [r, D] and hp are rows, q [c, D] and hq columns, of one dtype; rows are contiguous. `diagonal`: p are the first
-    of q, and only the pairs i < j count. Order -1 gives w f itself in the place of A.
+    p [r, D] and hp are rows, q [c, D] and hq columns, op [2, r] and oq [2, c] what `_offsets` says, of one dtype; rows
+    are contiguous. numbers are float64. `diagonal`: p are the first of q, and only the pairs i < j count. Order -1
+    gives w f itself in the place of A.
     """
     a, b = p.double(), q.double()
     if kernel == "polynomial":
-        t = a @ b.T
+        t = a @ b.T + op[0].double()[:, None] + oq[0].double()
     elif kernel == "laplacian":
         t = torch.cdist(a, b, p=1.0)
     else:
@@ -103,10 +112,24 @@ def mmd_tile(
             along = manhattan_slopes.reference(a, b, u, v)
         else:
             along = a @ v.T + u @ b.T
-            if kernel != "polynomial":
+            if kernel == "polynomial":
+                along += op[1].double()[:, None] + oq[1].double()
+            else:
                 along = 4 * ((a * u).sum(1, keepdim=True) + (b * v).sum(1) - along)
         B = (second * along).to(p.dtype)
     return f.sum(), A, B
+
+
+def _offsets(z: Tensor, h: Tensor | None, plan: Plan) -> Tensor:
+    """[2, n]: what a row adds to t and, where there is an h, to its derivative along it, beside the products."""
+    out = z.new_zeros(2, len(z))
+    if plan.kernel == "polynomial":
+        out[0] = z @ plan.center
+        out[1] = 0 if h is None else h @ plan.center
+    elif plan.squared:
+        out[0] = torch.linalg.vecdot(z, z)
+        out[1] = 0 if h is None else torch.linalg.vecdot(z, h)
+    return out
 
 
 def tiles(N: int, n: int, weights: Sequence[float], rows: int, columns: int) -> Iterator[tuple]:
@@ -130,23 +153,23 @@ def _sum_and_slope(
     """
     total = torch.zeros((), dtype=torch.float64, device=z.device)
     slope = torch.zeros_like(z) if order else None
-    rows, columns = _TILE["cuda" if z.is_cuda else "cpu"] if order or not z.is_cuda else (_ALL, _ALL)
+    sizes = _TILE["cuda" if z.is_cuda else "cpu"] if order or not z.is_cuda else (_ALL, _ALL)
     with torch.autocast(z.device.type, enabled=False):
-        for r, c, weight, diagonal in tiles(N, len(z), plan.weights, rows, columns):
+        offsets = _offsets(z, h, plan)
+        for r, c, weight, diagonal in tiles(N, len(z), plan.weights, *sizes):
             sides = wanted[r.start >= N], wanted[c.start >= N]
             this = order if any(sides) else 0
             if order == 2 and not this:
                 continue
             hr, hc = (h[r], h[c]) if this == 2 else (None, None)
             f, A, B = mmd_tile(
-                z[r], z[c], hr, hc, plan.kernel, plan.numbers, weight, diagonal, this, backend=backend
-            )
+                z[r], z[c], hr, hc, offsets[:, r], offsets[:, c], plan.numbers, plan.squarings, plan.kernel, weight,
+                diagonal, this, backend=backend,
+            )  # fmt: skip
             total += f
-            if not this:
-                continue
-            if sides[0]:
+            if this and sides[0]:
                 _add_slopes(slope[r], plan, A, B, z[r], z[c], hr, hc, backend)
-            if sides[1]:
+            if this and sides[1]:
                 _add_slopes(slope[c], plan, A.T, B.T, z[c], z[r], hc, hr, backend)
     return total, slope
 
@@ -156,10 +179,12 @@ def _add_slopes(out: Tensor, plan: Plan, A, B, p, q, hp, hq, backend: str | None
     if plan.kernel == "laplacian":
         out += manhattan_signs(A if hp is None else B, p, q, backend=backend)
         return
-    pairs = [(A, p, q)] if hp is None else [(A, hp, hq), (B, p, q)]
-    for weights, near, far in pairs:
+    pairs = [(A, p, q, plan.center)] if hp is None else [(A, hp, hq, None), (B, p, q, plan.center)]
+    for weights, near, far, center in pairs:
         if plan.squared:
             out.addcmul_(weights.sum(1, keepdim=True), near)
+        elif center is not None:
+            out.addcmul_(weights.sum(1, keepdim=True), center)
         out.addmm_(weights, far, alpha=-1.0 if plan.squared else 1.0)
 
 
@@ -167,41 +192,37 @@ class _Mmd(Function):
     """The sum over all pairs. The gradient is made with the value: of the tiles it needs their forward anyway."""
 
     @staticmethod
-    def forward(ctx, x, y, center, plan, backend):
+    def forward(ctx, x, y, plan, backend):
         ctx.args = plan, backend
-        z = _pooled(x, y, center)
         wanted = tuple(ctx.needs_input_grad[:2])
+        z = _pooled(x, y, plan.center)
         total, ctx.slope = _sum_and_slope(z, len(x), plan, None, int(any(wanted)), wanted, backend)
-        ctx.save_for_backward(x, y, center)
+        ctx.save_for_backward(x, y)
         return total
 
     @staticmethod
     def backward(ctx, g):
-        x, y, center = ctx.saved_tensors
-        gx, gy = _Gradient.apply(x, y, center, ctx.slope, *ctx.args)
+        gx, gy = _Gradient.apply(*ctx.saved_tensors, ctx.slope, *ctx.args)
         wanted = ctx.needs_input_grad
-        return g * gx if wanted[0] else None, g * gy if wanted[1] else None, None, None, None
+        return g * gx if wanted[0] else None, g * gy if wanted[1] else None, None, None
 
 
 class _Gradient(Function):
     @staticmethod
-    def forward(ctx, x, y, center, slope, plan, backend):
+    def forward(ctx, x, y, slope, plan, backend):
         ctx.args = plan, backend
-        ctx.save_for_backward(x, y, center)
+        ctx.save_for_backward(x, y)
         return slope[: len(x)].to(x.dtype), slope[len(x) :].to(y.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, hx, hy):
-        x, y, center = ctx.saved_tensors
-        z, h = _pooled(x, y, center), _pooled(hx, hy, None)
+        (x, y), (plan, backend) = ctx.saved_tensors, ctx.args
         wanted = tuple(ctx.needs_input_grad[:2])
-        _, slope = _sum_and_slope(z, len(x), ctx.args[0], h, 2, wanted, ctx.args[1])
-        return (
-            slope[: len(x)].to(x.dtype) if wanted[0] else None,
-            slope[len(x) :].to(y.dtype) if wanted[1] else None,
-            *[None] * 4,
-        )
+        z, h = _pooled(x, y, plan.center), _pooled(hx, hy, None)
+        _, slope = _sum_and_slope(z, len(x), plan, h, 2, wanted, backend)
+        parts = slope[: len(x)].to(x.dtype), slope[len(x) :].to(y.dtype)
+        return *(part if want else None for part, want in zip(parts, wanted, strict=True)), None, None, None
 
 
 def _pooled(x: Tensor, y: Tensor, center: Tensor | None) -> Tensor:
@@ -216,10 +237,9 @@ def _pooled(x: Tensor, y: Tensor, center: Tensor | None) -> Tensor:
 
 
 def _center(x: Tensor, y: Tensor) -> Tensor:
-    """The pooled mean. Distances do not see a common shift, the rounding of |a|^2 + |b|^2 - 2 a.b does."""
+    """The pooled mean, float64 for float64 and else float32."""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    total = x.detach().sum(0, dtype=dtype) + y.detach().sum(0, dtype=dtype)
-    return total / (len(x) + len(y))
+    return (x.detach().sum(0, dtype=dtype) + y.detach().sum(0, dtype=dtype)) / (len(x) + len(y))
 
 
 def _check_bandwidths(bandwidth) -> list[float]:
@@ -230,18 +250,29 @@ def _check_bandwidths(bandwidth) -> list[float]:
     return [float(s) for s in values]
 
 
-def plan_of(kernel: str, bandwidths: Sequence[float], D: int, N: int, M: int, unbiased: bool) -> Plan:
-    """What is summed over the pairs i < j; bandwidths is empty for polynomial and energy."""
+def plan_of(kernel: str, bandwidths: Sequence[float], x: Tensor, y: Tensor, N: int, M: int, unbiased: bool) -> Plan:
+    """What is summed over the pairs i < j of N rows of x and M of y; bandwidths is empty for polynomial and energy."""
+    center = _center(x, y)
+    # Widest first: where the next is a power of two narrower, a native kernel squares instead of taking exp again.
+    scale = {"gaussian": lambda s: -0.5 / s**2, "laplacian": lambda s: -1 / s}.get(kernel)
+    values = [scale(s) for s in sorted(bandwidths, reverse=True)] or [1 / x.shape[1]]
+    numbers = torch.tensor(values, dtype=torch.float64, device=x.device)
     if kernel == "polynomial":
-        numbers = [1 / D]
-    elif kernel == "energy":
-        numbers = []
-    else:
-        # Widest first: where each is a power of two narrower, a native kernel squares instead of taking exp again.
-        numbers = [-1 / s if kernel == "laplacian" else -0.5 / s**2 for s in sorted(bandwidths, reverse=True)]
+        m = center.double()
+        numbers = torch.cat([numbers, 1 + (m @ m)[None] / x.shape[1]])
     share = 1 / max(1, len(bandwidths))
     within = [2 * share / (n * max(1, n - 1) if unbiased else n * n) for n in (N, M)]
-    return Plan(kernel, numbers, (*within, -2 * share / (N * M)))
+    return Plan(kernel, numbers, squarings(values), (*within, -2 * share / (N * M)), center)
+
+
+def squarings(numbers: Sequence[float]) -> list[int]:
+    """How often exp(c t) of the number before has to be squared to be that of this one; 0: it has to be made anew."""
+    found = [0] * len(numbers)
+    for i in range(1, len(numbers)):
+        power = math.log2(numbers[i] / numbers[i - 1])
+        if 0.5 < power < 5 and abs(power - round(power)) < 1e-12:
+            found[i] = round(power)
+    return found
 
 
 def mmd2(
@@ -284,26 +315,25 @@ def mmd2(
         check_finite(x, "x")
         check_finite(y, "y")
 
-    center = None if kernel == "polynomial" else _center(x, y)
     bandwidths = []
     if kernel in ("gaussian", "laplacian"):
         if bandwidth is None:
-            p = 1.0 if kernel == "laplacian" else 2.0
-            bandwidths = [median_distance(_pooled(x.detach(), y.detach(), center), p)]
+            bandwidths = [median_distance(torch.cat([x.detach(), y.detach()]), 1.0 if kernel == "laplacian" else 2.0)]
         else:
             bandwidths = _check_bandwidths(bandwidth)
-    plan = plan_of(kernel, bandwidths, x.shape[1], N, M, unbiased)
-    value = _Mmd.apply(x, y, center, plan, forced_backend())
+    plan = plan_of(kernel, bandwidths, x, y, N, M, unbiased)
+    value = _Mmd.apply(x, y, plan, forced_backend())
     if not unbiased:
-        value = value + _diagonal(x, kernel) / N**2 + _diagonal(y, kernel) / M**2
+        value = value + _diagonal(x, plan) / N**2 + _diagonal(y, plan) / M**2
     return value.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 
-def _diagonal(x: Tensor, kernel: str) -> Tensor | float:
-    """The sum of k(x_i, x_i)."""
-    if kernel == "polynomial":
-        return (x.double().square().mean(1) + 1).pow(3).sum()
-    return 0.0 if kernel == "energy" else float(len(x))
+def _diagonal(x: Tensor, plan: Plan) -> Tensor | float:
+    """The sum of f over the pairs of a point and itself."""
+    if plan.kernel == "polynomial":
+        c, b = plan.numbers
+        return ((c * torch.linalg.vecdot(x.double(), x.double()) + 1) ** 3 - b**3).sum()
+    return 0.0 if plan.kernel == "energy" else float(len(x))
 
 
 def mmd2_of_subsets(x: Tensor, y: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -319,12 +349,17 @@ def mmd2_of_subsets(x: Tensor, y: Tensor, rows: Tensor, columns: Tensor) -> Tens
     subset = torch.arange(S, device=x.device)[:, None]
     members[rows, subset] = 1
     members[columns + N, subset] = 1
-    z, sums = _pooled(x, y, None), torch.zeros(S, dtype=torch.float64, device=x.device)
-    plan = plan_of("polynomial", [], x.shape[1], m, m, unbiased=True)
-    # Of a pair's kernel value the share of a subset is 1 where it holds both.
+    sums = torch.zeros(S, dtype=torch.float64, device=x.device)
+    plan = plan_of("polynomial", [], x, y, m, m, unbiased=True)
+    z = _pooled(x, y, plan.center)
     with torch.autocast(z.device.type, enabled=False):
+        offsets = _offsets(z, None, plan)
         for r, c, weight, diagonal in tiles(N, n, plan.weights, *_TILE["cuda" if z.is_cuda else "cpu"]):
-            _, K, _ = mmd_tile(z[r], z[c], None, None, plan.kernel, plan.numbers, 1.0, diagonal, -1)
+            _, K, _ = mmd_tile(
+                z[r], z[c], None, None, offsets[:, r], offsets[:, c], plan.numbers, plan.squarings, plan.kernel, 1.0,
+                diagonal, -1,
+            )  # fmt: skip
+            # A subset has a share in a pair that it holds both of.
             sums += weight * (K @ members[c]).mul_(members[r]).sum(0, dtype=torch.float64)
     return sums
 
@@ -334,19 +369,9 @@ def mmd2_of_subsets(x: Tensor, y: Tensor, rows: Tensor, columns: Tensor) -> Tens
 _CODES = {"gaussian": 0, "laplacian": 1, "energy": 2, "polynomial": 3}
 
 
-def squarings(numbers: Sequence[float]) -> list[int]:
-    """How often exp(c t) of the number before has to be squared to be that of this one; 0: it has to be made anew."""
-    found = [0] * len(numbers)
-    for i in range(1, len(numbers)):
-        power = math.log2(numbers[i] / numbers[i - 1])
-        if 0.5 < power < 5 and abs(power - round(power)) < 1e-12:
-            found[i] = round(power)
-    return found
-
-
 @mmd_tile.register("cpp", dtypes=(torch.float32,))
-def _(native, p, q, hp, hq, kernel, numbers, weight, diagonal, order):
-    s = p.new_empty(0)
+def _(native, p, q, hp, hq, op, oq, numbers, squarings, kernel, weight, diagonal, order):
+    s = p.new_empty(0, 0)
     if kernel == "laplacian":
         t = manhattan_distance(p, q, backend="cpp")
         if order == 2:
@@ -356,20 +381,19 @@ def _(native, p, q, hp, hq, kernel, numbers, weight, diagonal, order):
         if order == 2:
             s = torch.addmm(p @ hq.T, hp, q.T)
     totals = torch.empty(len(p), dtype=torch.float64)
-    tensors = [tensor.data_ptr() if tensor is not None else 0 for tensor in (p, q, hp, hq, t, s, totals)]
-    sizes = len(p), len(q), p.shape[1]
-    options = _CODES[kernel], list(numbers), squarings(numbers), weight, diagonal, order
-    native.mmd_tile_cpu(tensors, sizes, *options, torch.get_num_threads())
-    empty = p.new_empty(0, 0)
-    return totals.sum(), t if order else empty, s if order == 2 else empty
+    tensors = p, q, hp, hq, *op, *oq, numbers, t, s, totals
+    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+    sizes, options = (len(p), len(q), p.shape[1]), (_CODES[kernel], weight, diagonal, order)
+    native.mmd_tile_cpu(addresses, sizes, list(squarings), *options, torch.get_num_threads())
+    return totals.sum(), t if order else p.new_empty(0, 0), s
 
 
 @mmd_tile.register("triton", dtypes=(torch.float32,))
-def _(kernels, p, q, hp, hq, kernel, numbers, weight, diagonal, order):
+def _(kernels, p, q, hp, hq, op, oq, numbers, squarings, kernel, weight, diagonal, order):
     t = s = None
     if kernel == "laplacian":
         t = manhattan_distance(p, q, backend="triton")
         s = manhattan_slopes(p, q, hp, hq, backend="triton") if order == 2 else None
-    options = _CODES[kernel], numbers, squarings(numbers), weight, diagonal, order
-    totals, A, B = kernels.mmd_tile(p, q, hp, hq, t, s, *options)
+    options = squarings, _CODES[kernel], weight, diagonal, order
+    totals, A, B = kernels.mmd_tile(p, q, hp, hq, op, oq, numbers, t, s, *options)
     return totals.sum(), A, B
