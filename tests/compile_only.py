@@ -45,6 +45,7 @@ class Kernel:
     wide: bool = True  # 16-byte loads are expected
     tensor_cores: bool = False  # instructions of theirs are expected
     options: dict[str, object] = field(default_factory=dict)  # of the launch
+    architectures: tuple[int, ...] = ARCHITECTURES  # that it is launched so on
 
     def compile(self, architecture: int) -> bytes:
         function = getattr(importlib.import_module(f"minegan_fast.kernels.{self.op}"), self.name)
@@ -246,25 +247,27 @@ def minibatch_stddev_kernels():
 
 
 def mmd_kernels():
-    from minegan_fast.kernels.mmd import blocks
+    from minegan_fast.kernels.mmd import SQUARED_KERNELS, blocks
 
     sizes = {"rows": 2048, "columns": 8192, "D": 2048, "op_stride": 10240, "oq_stride": 10240}
-    for kernel, name in enumerate(("gaussian", "laplacian", "energy", "polynomial")):
-        for order in (-1, 0, 1, 2):
-            for precision in ("tf32x3", "tf32") if kernel != 1 else ("tf32x3",):
-                given = ("t_ptr", "s_ptr") if kernel == 1 else ("p_ptr", "q_ptr", "hp_ptr", "hq_ptr", "op_ptr", "oq_ptr")
-                out = ("A_ptr",) * (order != 0) + ("B_ptr",) * (order == 2)
-                used = {n for n in given if order == 2 or n not in ("s_ptr", "hp_ptr", "hq_ptr")} | {*out}
-                unused = {"p_ptr", "q_ptr", "hp_ptr", "hq_ptr", "op_ptr", "oq_ptr", "t_ptr", "s_ptr", "A_ptr", "B_ptr"} - used
-                options = blocks(kernel, order)
-                tile = {k: options.pop(k) for k in ("BM", "BN", "BK")}
-                constants = {"KERNEL": kernel, "ORDER": order, "DIAGONAL": order != 2, "PRECISION": precision}
-                constants["SQUARINGS"] = (0, 2, 2, 2, 2) if kernel < 2 else (0,)
+    inputs = ("p_ptr", "q_ptr", "hp_ptr", "hq_ptr", "op_ptr", "oq_ptr", "t_ptr", "s_ptr", "A_ptr", "B_ptr")
+    cases = [(kernel, order) for kernel in range(4) for order in (-1, 0, 1, 2) if order >= 0 or kernel == 3]
+    for kernel, order in cases:
+        for mode in ("tf32", "tf32x3", "exact") if kernel in SQUARED_KERNELS else ("tf32x3",):
+            used = {"t_ptr", "s_ptr"} if kernel == 1 else {*inputs[:6]}
+            used -= {"s_ptr", "hp_ptr", "hq_ptr"} if order < 2 else set()
+            used |= {*("A_ptr",) * (order != 0), *("B_ptr",) * (order == 2)}
+            pointers = dict.fromkeys(used, "fp32") | {"numbers_ptr": "fp64", "totals_ptr": "fp64", "close_ptr": "i32"}
+            constants = {"KERNEL": kernel, "ORDER": order, "DIAGONAL": order != 2, "EXACT": mode == "exact"}
+            constants |= {"SQUARINGS": (0, 2, 2, 2, 2) if kernel < 2 else (0,), "PRECISION": mode}
+            label = f"{('gaussian', 'laplacian', 'energy', 'polynomial')[kernel]} order {order} {mode}"
+            for architectures in ((80,), (90, 100)):
+                tile = blocks(kernel, order, mode == "exact", architectures[0] // 10)
+                options = {name: tile.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in tile}
                 yield Kernel(
-                    "mmd", "mmd_tile_kernel", f"{name} order {order} {precision}",
-                    dict.fromkeys(used, "fp32") | {"numbers_ptr": "fp64", "totals_ptr": "fp64"}, sizes,
-                    {"weight": "fp64"}, constants | tile | dict.fromkeys(unused), tensor_cores=kernel != 1,
-                    options=options, wide=False,
+                    "mmd", "mmd_tile_kernel", label, pointers, sizes, {"weight": "fp64"},
+                    constants | tile | dict.fromkeys({*inputs} - used), options=options, wide=False,
+                    tensor_cores=kernel != 1 and mode != "exact", architectures=architectures,
                 )  # fmt: skip
 
 
@@ -349,7 +352,7 @@ def machine_code(cubin: Path) -> dict[str, tuple[int, int, int, int, int]]:
 
 
 def triton_rows(kernel: Kernel):
-    for architecture in ARCHITECTURES:
+    for architecture in kernel.architectures:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(kernel.compile(architecture))
             file.flush()
