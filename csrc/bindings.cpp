@@ -197,9 +197,25 @@ PYBIND11_MODULE(_C, m) {
       [](const std::array<Address, 12>& a, const Sizes& n, const std::vector<int64_t>& squarings, int kernel,
          double weight, bool diagonal, int order, int threads) {
         const auto in = [&](int i) { return (const float*)at(a[i]); };
-        const minegan::MmdTile tile{in(0), in(1), in(2), in(3), in(4), in(5), in(6), in(7), (const double*)at(a[8]),
-                                    (float*)at(a[9]), (float*)at(a[10]), (double*)at(a[11]), n[0], n[1], n[2],
-                                    squarings.data(), int64_t(squarings.size()), weight, diagonal};
+        const minegan::MmdTile tile{in(0),
+                                    in(1),
+                                    in(2),
+                                    in(3),
+                                    in(4),
+                                    in(5),
+                                    in(6),
+                                    in(7),
+                                    (const double*)at(a[8]),
+                                    (float*)at(a[9]),
+                                    (float*)at(a[10]),
+                                    (double*)at(a[11]),
+                                    n[0],
+                                    n[1],
+                                    n[2],
+                                    squarings.data(),
+                                    int64_t(squarings.size()),
+                                    weight,
+                                    diagonal};
         minegan::mmd_tile_cpu(tile, kernel, order, threads);
       },
       no_gil);

@@ -6,9 +6,9 @@
 namespace minegan {
 namespace {
 
-constexpr int kLanes = 64;         // running sums of a pair
-constexpr int64_t kBlock = 16;     // rows of q that stay in the cache while all of p pass by
-constexpr int64_t kColumns = 64;   // dimensions of a row that are summed in registers
+constexpr int kLanes = 64;           // running sums of a pair
+constexpr int64_t kBlock = 16;       // rows of q that stay in the cache while all of p pass by
+constexpr int64_t kColumns = 64;     // dimensions of a row that are summed in registers
 constexpr int64_t kAlone = 1 << 18;  // below this many elements a second thread costs more to start than it gives
 
 MINEGAN_HD float sign_of(float v) { return (v > 0 ? 1.0f : 0.0f) - (v < 0 ? 1.0f : 0.0f); }

@@ -189,7 +189,8 @@ void manhattan_signs_cpu(const float* A, const float* p, const float* q, float* 
 
 // ---- mmd ----
 // Kernels 0 gaussian, 1 laplacian, 2 energy, 3 polynomial; c or c, b are `numbers`. t [rows, columns] comes as <p, q>,
-// and s as <p, hq> + <hp, q>; for the laplacian they are |p - q|_1 and the slopes above, for which there are no offsets:
+// and s as <p, hq> + <hp, q>; for the laplacian they are |p - q|_1 and the slopes above, for which there are no
+// offsets:
 //   u = op + oq + <p, q>,   v = hop + hoq + s;       of squares (0, 2)  u = op + oq - 2 <p, q>,   v = hop + hoq - s
 //   totals[i] = sum over j of weight f(u)                               j > i alone with `diagonal`
 //   order -1    t = weight f(u)

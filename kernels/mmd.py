@@ -92,7 +92,10 @@ def mmd_tile_kernel(
                         hq = tl.load(hq_ptr + columns_at + d, in_q, other=0.0)
                         s = tl.dot(p, tl.trans(hq), s, input_precision=PRECISION)
                         s = tl.dot(hp, tl.trans(q), s, input_precision=PRECISION)
-                offset_p, offset_q = tl.load(op_ptr + i, i < rows, other=0.0), tl.load(oq_ptr + j, j < columns, other=0.0)
+                offset_p, offset_q = (
+                    tl.load(op_ptr + i, i < rows, other=0.0),
+                    tl.load(oq_ptr + j, j < columns, other=0.0),
+                )
                 limit = offset_p[:, None] + offset_q[None, :]
                 t = limit - 2 * t if SQUARED else limit + t
                 if ORDER == 2:

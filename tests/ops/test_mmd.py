@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from minegan_fast.ops import mmd2, use_backend
-from minegan_fast.ops._features import check_finite, median_distance
+from minegan_fast.ops._features import median_distance
 from minegan_fast.ops.mmd import _TILE, _offsets, mmd2_of_subsets, mmd_tile, plan_of, squarings
 
 KERNELS = ["gaussian", "laplacian", "polynomial", "energy"]
@@ -118,7 +118,9 @@ def test_every_backend_has_value_gradient_and_second_order_of_float64(kernel, si
     found = derivatives(x.to(device), y.to(device), kernel, bandwidths, False)
     assert abs(found[0].cpu().double() - expected[0]) <= 1e-8 + 1e-3 * abs(expected[0])
     for a, b in zip(found[1:], expected[1:], strict=True):
-        assert (a.cpu().double() - b).norm() <= 2e-5 * b.norm() + (1e-5 if D == 1 else 3e-7)  # energy has no curvature along a line
+        assert (a.cpu().double() - b).norm() <= 2e-5 * b.norm() + (
+            1e-5 if D == 1 else 3e-7
+        )  # energy has no curvature along a line
 
 
 @pytest.mark.parametrize("order", [-1, 0, 1, 2])
@@ -245,10 +247,6 @@ def test_subsets_are_those_of_one_at_a_time():
         found = mmd2_of_subsets(x, y, rows, columns)
         assert found.dtype == torch.float64
         torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-4, atol=1e-7)
-
-
-def test_a_sum_that_overflows_is_not_taken_for_infinite_features():
-    check_finite(torch.full((4, 3), 2e38), "x")
 
 
 def test_without_validation_nan_comes_out():
@@ -407,20 +405,6 @@ def test_unbiased_estimate_averages_to_zero_for_one_distribution():
     error = values.std() / 20
     assert values.mean().abs() < 4 * error
     assert error < 0.01
-
-
-@pytest.mark.parametrize("p", [1.0, 2.0])
-@pytest.mark.parametrize("n", [2, 3, 4, 9])
-def test_median_distance(n, p):
-    x = sample(n, 3)
-    assert median_distance(x, p) == pytest.approx(brute_median(x.numpy(), p), rel=1e-12)
-
-
-def test_median_distance_of_many_rows_is_estimated_reproducibly():
-    x = sample(4200, 2)
-    exact = torch.nn.functional.pdist(x).median().item()
-    assert median_distance(x) == median_distance(x)
-    assert median_distance(x) == pytest.approx(exact, rel=5e-3)
 
 
 def test_bandwidth_may_be_a_tensor():
