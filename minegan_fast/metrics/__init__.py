@@ -2,8 +2,18 @@
 
 from .bootstrap import bootstrap
 from .features import FeatureExtractor
-from .frechet import fid
+from .frechet import FeatureStatistics, fid
 from .kernel import kid, kmmd
 from .spread import diversity, mean_variance, nearest
 
-__all__ = ["FeatureExtractor", "bootstrap", "diversity", "fid", "kid", "kmmd", "mean_variance", "nearest"]
+__all__ = [
+    "FeatureExtractor",
+    "FeatureStatistics",
+    "bootstrap",
+    "diversity",
+    "fid",
+    "kid",
+    "kmmd",
+    "mean_variance",
+    "nearest",
+]

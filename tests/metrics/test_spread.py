@@ -70,3 +70,13 @@ def test_wrong_features_are_named():
         nearest(features(2), features(0))
     with pytest.raises(ValueError, match="x holds NaN or inf in 1 of 2 rows, the first is row 1"):
         nearest(torch.tensor([[0.0], [float("nan")]]), torch.ones(1, 1))
+
+
+def test_float32_features_are_computed_in_float64():
+    x, y = features(30, 6).float() + 1000, features(20, 6, seed=1).float() + 1000
+    assert mean_variance(x) == mean_variance(x.double())
+    assert diversity(x) == diversity(x.double())
+    distance, index = nearest(x, y)
+    assert distance.dtype == torch.float64
+    assert torch.equal(distance, nearest(x.double(), y.double())[0])
+    assert torch.equal(index, nearest(x.double(), y.double())[1])
