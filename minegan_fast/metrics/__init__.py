@@ -4,6 +4,7 @@ from .bootstrap import bootstrap
 from .features import FeatureExtractor
 from .frechet import FeatureStatistics, fid
 from .kernel import kid, kmmd
+from .manifold import precision_recall
 from .spread import diversity, mean_variance, nearest
 
 __all__ = [
@@ -16,4 +17,5 @@ __all__ = [
     "kmmd",
     "mean_variance",
     "nearest",
+    "precision_recall",
 ]

@@ -1,5 +1,7 @@
 """Features as every metric takes them: a tensor or NumPy array [samples, dimensions]."""
 
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -26,3 +28,10 @@ def as_pair(x, y, least: int = 1, dtype: torch.dtype | None = None) -> tuple[Ten
         raise ValueError(f"x and y must be on the same device, got {x.device} and {y.device}")
     dtype = torch.promote_types(x.dtype, y.dtype)
     return x.to(dtype), y.to(dtype)
+
+
+def warn_of_few(counts: dict[str, int], least: int, metric: str, consequence: str, stacklevel: int = 3) -> None:
+    """One UserWarning that names every sample of fewer than `least`, on behalf of the caller's caller."""
+    few = " and ".join(f"{name} has {count}" for name, count in counts.items() if count < least)
+    if few:
+        warnings.warn(f"{few} samples: with fewer than {least} {metric} {consequence}", stacklevel=stacklevel)
