@@ -7,11 +7,17 @@ from .frechet import FeatureStatistics, fid
 from .kernel import kid, kmmd
 from .manifold import precision_recall
 from .spread import diversity, mean_variance, nearest
+from .streaming import FID, KID, KMMD, MeanVariance, PrecisionRecall
 
 __all__ = [
+    "FID",
+    "KID",
+    "KMMD",
     "FeatureExtractor",
     "FeatureStatistics",
     "IntraClusterDiversity",
+    "MeanVariance",
+    "PrecisionRecall",
     "bootstrap",
     "diversity",
     "fid",

@@ -34,9 +34,9 @@ def intra_cluster_diversity(
     Higher: more diverse. The papers generate 1,000 images for 10 targets.
 
     images [N, ...], targets [K, ...]: tensors or arrays of one shape behind the first dimension, floating point
-        ([-1, 1] for images) or uint8, which becomes x / 127.5 - 1. A batch at a time is moved to the device and dtype of
-        a module; a function gets them where and as they are. Images [N, C, H, W] far beyond [-1, 1] raise ValueError.
-        Features [N, D] are fine with a distance for them.
+        ([-1, 1] for images) or uint8, which becomes x / 127.5 - 1. A batch at a time is moved to the device and dtype
+        of a module; a function gets them where and as they are. Images [N, C, H, W] far beyond [-1, 1] raise
+        ValueError. Features [N, D] are fine with a distance for them.
     distance: any perceptual module or function; distance(a, b) of two batches [B, ...] gives B numbers, of any shape:
         lpips.LPIPS() as it is. An nn.Module is evaluated in eval mode, its own modes are put back after; never with
         gradient or autocast. Assumed symmetric.
@@ -45,7 +45,7 @@ def intra_cluster_diversity(
     A cluster of fewer than two images has no pair: it is left out, with a warning that counts such clusters, and
     `sizes` says which. A generator that left a target out therefore does not lose by it here: read `sizes` or recall
     as well. ValueError where no cluster has two.
-    Source: Ojha et al., "Few-shot Image Generation via Cross-domain Correspondence", CVPR 2021, section 4.1.
+    Source: Ojha et al., "Few-shot Image Generation via Cross-domain Correspondence", CVPR 2021.
     """
     if batch < 1 or (pairs is not None and pairs < 1):
         raise ValueError(f"batch and pairs must be at least 1, got {batch} and {pairs}")
