@@ -1,4 +1,10 @@
-"""Metrics of generated images on features [N, D], x of the fakes, y of the reals: tensors or arrays in, floats out."""
+"""Metrics of generated images.
+
+Functions take features [N, D], x of the fakes and y of the reals, tensors or arrays, and give floats. Their classes in
+capitals take the same features batch by batch. `intra_cluster_diversity` takes images and a perceptual distance.
+
+A number that too few samples make meaningless comes with one UserWarning that says why.
+"""
 
 from .bootstrap import bootstrap
 from .clusters import IntraClusterDiversity, intra_cluster_diversity

@@ -207,3 +207,17 @@ P = pictures(5)
 def test_wrong_arguments_are_named(images, targets, distance, options, error, message):
     with pytest.raises(error, match=message):
         intra_cluster_diversity(images, targets, distance, **options)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu():
+    module = Perceptual()
+    images, targets = pictures(30), pictures(3, seed=1)
+    expected = intra_cluster_diversity(images, targets, module).mean
+    for x, y in ((images, targets), (images.cuda(), targets), (images.cuda(), targets.cuda())):
+        assert intra_cluster_diversity(x, y, module.cuda()).mean == pytest.approx(expected, rel=1e-3)
+    assert intra_cluster_diversity(images.cuda(), targets.cuda(), rms).mean == pytest.approx(
+        intra_cluster_diversity(images, targets, rms).mean, rel=1e-5
+    )
+    with pytest.raises(ValueError, match="images and targets must be on the same device, got cuda:0 and cpu"):
+        intra_cluster_diversity(images.cuda(), targets, rms)

@@ -213,3 +213,13 @@ def test_a_warning_points_at_the_caller():
     with pytest.warns(UserWarning, match="rank-deficient") as caught:
         fid(features(3, 4), features(9, 4))
     assert caught[0].filename == __file__
+
+
+@pytest.mark.gpu
+def test_on_a_gpu():
+    x, y = features(60, 5), features(50, 5, seed=1, shift=1)
+    assert fid(x.cuda(), y.cuda()) == pytest.approx(fid(x, y), rel=1e-9)
+    statistics = FeatureStatistics.of(y)
+    assert fid(x.cuda(), statistics.to("cuda")) == pytest.approx(fid(x, y), rel=1e-9)
+    with pytest.raises(ValueError, match="x and y must be on the same device, got cuda:0 and cpu"):
+        fid(x.cuda(), statistics)

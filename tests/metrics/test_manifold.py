@@ -35,7 +35,7 @@ def brute(x, y, k):
 @pytest.mark.parametrize("tile", [1 << 21, 50])
 @pytest.mark.parametrize(("n", "m", "k"), [(40, 30, 3), (30, 40, 1), (4, 9, 3), (2, 2, 1), (25, 31, 24)])
 def test_matches_brute_force(n, m, k, tile, monkeypatch):
-    monkeypatch.setattr("minegan_fast.metrics.manifold._TILE", tile)
+    monkeypatch.setattr("minegan_fast.metrics._points.TILE", tile)
     for d, shift in ((1, 1.0), (3, 0.7), (20, 0.4)):
         x, y = features(n, d, shift=shift), features(m, d, seed=1, scale=1.3)
         values = precision_recall(x, y, k)
@@ -140,3 +140,13 @@ def test_warns_once_of_few_samples():
 def test_wrong_arguments_are_named(x, y, k, error, message):
     with pytest.raises(error, match=message):
         precision_recall(x, y, k)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu():
+    x, y = features(300, 40, shift=0.3), features(250, 40, seed=1)
+    assert precision_recall(x.cuda(), y.cuda()) == precision_recall(x, y)
+    lattice = [(4 * z).round() for z in (x[:, :2], y[:, :2])]
+    assert precision_recall(*(z.cuda() for z in lattice)) == brute(*lattice, 3)
+    with pytest.raises(ValueError, match="x and y must be on the same device, got cuda:0 and cpu"):
+        precision_recall(x.cuda(), y)

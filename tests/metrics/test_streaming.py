@@ -249,3 +249,15 @@ def test_fid_matches_torchmetrics_batch_by_batch():
     other.update(y, real=True)
     assert feed(FID(), x, y).compute() == pytest.approx(other.compute().item(), rel=1e-7)
     assert np.isfinite(other.compute().item())
+
+
+@pytest.mark.gpu
+@each
+def test_on_a_gpu(make, function):
+    x, y = features(40, shift=0.4), features(33, seed=1)
+    metric = feed(make(), x.cuda(), y.cuda())
+    assert metric.compute() == pytest.approx(function(x, y), rel=1e-6)
+    with pytest.raises(ValueError, match="device of the first, cuda:0, got cpu"):
+        metric.update(x, real=False)
+    metric.to("cpu").update(x, real=False)
+    assert metric.compute() == pytest.approx(function(torch.cat([x, x]), y), rel=1e-6)
