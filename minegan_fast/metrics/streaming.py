@@ -42,12 +42,13 @@ class _Root(_Rows):
 
     def __init__(self, count: int, rows: Tensor, mean: Tensor):
         super().__init__(count, rows)
-        self.mean = mean
+        self.mean, self.held = mean, len(rows)
         self._reduce()
 
     def _reduce(self) -> None:
-        if sum(map(len, self.parts)) > 2 * len(self.mean):
+        if self.held > 2 * len(self.mean):
             self.parts = [torch.linalg.qr(self.rows, mode="r").R]
+            self.held = len(self.parts[0])
 
     @classmethod
     def of(cls, x: Tensor):
@@ -60,6 +61,7 @@ class _Root(_Rows):
         self.parts.append(shift[None] * (self.count * share) ** 0.5)
         self.mean = self.mean + share * shift
         super().merge(other)
+        self.held += 1 + other.held
         self._reduce()
 
     def normal(self) -> Normal:
