@@ -29,18 +29,27 @@ def _imagenet(x):
 _NORMALIZE = {
     "[-1,1]": lambda x: x,
     "[0,1]": lambda x: (x + 1) / 2,
+    "[0,255]": lambda x: (x + 1) * 127.5,
     "imagenet": _imagenet,
     "tensorflow": lambda x: (x * 127.5 - 0.5) / 128,
     "uint8": lambda x: ((x + 1) * 127.5).round().to(torch.uint8),
 }
 
-# What suits a network that nothing is known of, and each set of weights of Inception v3.
+# What suits a network that nothing is known of, NVIDIA's, and each set of weights of Inception v3.
 _INCEPTION = {"size": (299, 299), "channels": 3, "interpolation": "bicubic", "quantize": True}
 _DEFAULTS = {
     None: {"size": None, "channels": None, "interpolation": "bilinear", "quantize": False, "normalize": "[-1,1]"},
+    "nvidia": {"size": None, "channels": 3, "interpolation": "bilinear", "quantize": True, "normalize": "uint8"},
     "torchvision": {**_INCEPTION, "normalize": "[-1,1]"},
     "fid": {**_INCEPTION, "normalize": "tensorflow"},
 }
+
+
+def _is_nvidias(module: nn.Module) -> bool:
+    """Whether this is a TorchScript network of StyleGAN2-ADA's metrics, which gives classes unless asked otherwise."""
+    if not isinstance(module, torch.jit.ScriptModule):
+        return False
+    return any(argument.name == "return_features" for argument in module.forward.schema.arguments)
 
 
 def _load(path, device) -> tuple[nn.Module, str | None]:
@@ -88,10 +97,10 @@ class FeatureExtractor:
     batch: images evaluated at once.
     resolution: resize to this height and width first (int or pair). None: as they are; for Inception's weights 299.
     normalize: the range that the network expects: "[-1,1]" | "[0,1]" | "imagenet" ([0,1], then ImageNet's mean and
-        deviation) | "tensorflow" (0..255, then (x - 128) / 128) | "uint8" (rounded to 0..255, uint8). None: "[-1,1]";
-        for FID's weights "tensorflow". A network that converts by itself is described by what it takes: pytorch-fid's
-        InceptionV3 "[0,1]", torchvision's classifiers "imagenet", StyleGAN2-ADA's TorchScript Inception "uint8". Of
-        torchvision's Inception a file holds the weights alone, without its conversion of ImageNet's range to [-1, 1].
+        deviation) | "[0,255]" | "tensorflow" ([0,255], then (x - 128) / 128) | "uint8" (rounded to 0..255).
+        None: "[-1,1]"; for FID's weights "tensorflow". A network that converts by itself is described by what it takes:
+        pytorch-fid's InceptionV3 "[0,1]", torchvision's classifiers "imagenet". Of torchvision's Inception a file holds
+        the weights alone, without its conversion of ImageNet's range to [-1, 1].
     channels: 3 repeats grey images to three channels. None: as they are; "imagenet" and Inception's weights imply 3.
     interpolation: "bilinear" | "bicubic". None: "bilinear"; for Inception's weights "bicubic".
     device: where a file's network is loaded; None: CPU.
@@ -103,6 +112,13 @@ class FeatureExtractor:
     For Inception's weights the defaults are those of clean-fid (Parmar et al. 2022), which sees image files: 8 bits,
     resized in floating point by PIL's bicubic kernel, clamped, and for FID's weights the range of the TensorFlow graph.
     What pytorch-fid computes is interpolation="bilinear", antialias=False, normalize="[-1,1]".
+
+    A TorchScript network whose forward has an argument `return_features`, as those of StyleGAN2-ADA's metrics
+    (`inception-2015-12-05.pt`, `vgg16.pt`), is asked for them, and its defaults are that project's: uint8, 3 channels,
+    resized by the network itself. What clean-fid computes with this Inception is resolution=299,
+    interpolation="bicubic", normalize="[0,255]".
+
+    The attribute `variant` says what was recognised: "torchvision", "fid", "nvidia" or None.
 
     The network may return [N, D], a map [N, D, h, w] (averaged over h and w), or a tuple or list whose first entry is
     one of these.
@@ -141,6 +157,8 @@ class FeatureExtractor:
                 f"expected an nn.Module or the path of a TorchScript file or of Inception's weights, not "
                 f"{type(path_or_module).__name__}"
             )
+        if _is_nvidias(self.module):
+            self.variant = "nvidia"
         default = _DEFAULTS[self.variant]
         self.batch, self.antialias = batch, antialias
         self.size = size or default["size"]
@@ -148,7 +166,7 @@ class FeatureExtractor:
         self.channels = channels or default["channels"] or (3 if self.normalize == "imagenet" else None)
         self.interpolation = interpolation or default["interpolation"]
         self.quantize = default["quantize"] if quantize is None else quantize
-        if self.variant is not None:
+        if self.variant in ("torchvision", "fid"):
             if min(self.size) < SMALLEST:
                 raise ValueError(
                     f"Inception v3 takes {SMALLEST}x{SMALLEST} pixels and more, got resolution {resolution!r}"
@@ -219,7 +237,8 @@ class FeatureExtractor:
             # Bicubic overshoots.
             x = F.interpolate(x, self.size, mode=self.interpolation, antialias=self.antialias).clamp(-1, 1)
         x = _NORMALIZE[self.normalize](x)
-        features = self.module(x if self.normalize == "uint8" else x.to(anchor.dtype))
+        x = x if self.normalize == "uint8" else x.to(anchor.dtype)
+        features = self.module(x, return_features=True) if self.variant == "nvidia" else self.module(x)
         if isinstance(features, (tuple, list)) and features:
             features = features[0]
         if not isinstance(features, Tensor):

@@ -104,6 +104,7 @@ def test_each_range_is_converted_once():
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     expected = (((x + 1) / 2).movedim(1, 3) - mean) / std
     torch.testing.assert_close(given(x, normalize="imagenet"), expected.movedim(3, 1))
+    torch.testing.assert_close(given(x, normalize="[0,255]"), (x + 1) * 127.5)
     torch.testing.assert_close(given(x, normalize="tensorflow"), ((x + 1) * 127.5 - 128) / 128)
     as_uint8 = given(x, normalize="uint8")
     assert as_uint8.dtype == torch.uint8
@@ -208,6 +209,26 @@ def test_torchscript_file(tmp_path, freeze):
         assert torch.equal(extractor(x), extractor(x))
 
 
+class Detector(nn.Module):
+    """The interface of the TorchScript networks of StyleGAN2-ADA's metrics."""
+
+    def forward(self, img: torch.Tensor, return_features: bool = False, no_output_bias: bool = False) -> torch.Tensor:
+        assert img.shape[1] == 3
+        features = img.float().flatten(1)
+        return features if return_features else features.softmax(1)
+
+
+def test_networks_of_stylegan2_ada_are_asked_for_features_of_uint8(tmp_path):
+    torch.jit.save(torch.jit.script(Detector()), tmp_path / "inception.pt")
+    x = images(2, 1, 8)
+    as_bytes = ((x + 1) * 127.5).round().expand(-1, 3, -1, -1)
+    for network in (tmp_path / "inception.pt", torch.jit.load(tmp_path / "inception.pt")):
+        assert torch.equal(FeatureExtractor(network)(x), as_bytes.flatten(1))
+    clean = FeatureExtractor(tmp_path / "inception.pt", resolution=5, interpolation="bicubic", normalize="[0,255]")
+    expected = F.interpolate(as_bytes, (5, 5), mode="bicubic", antialias=True).clamp(0, 255)
+    torch.testing.assert_close(clean(x), expected.flatten(1), rtol=0, atol=1e-4)
+
+
 class Bomb:
     def __init__(self, path):
         self.path = str(path)
@@ -302,7 +323,7 @@ def test_images_that_seem_to_be_in_0_1_warn():
         (
             {"normalize": "0-1"},
             ValueError,
-            r"unknown normalize '0-1': one of \[-1,1\], \[0,1\], imagenet, tensorflow, uint8",
+            r"unknown normalize '0-1': one of \[-1,1\], \[0,1\], \[0,255\], imagenet, tensorflow, uint8",
         ),
         ({"interpolation": "nearest"}, ValueError, "must be 'bilinear' or 'bicubic', got 'nearest'"),
         ({"resolution": 0}, ValueError, "resolution must be a positive int or a pair"),
