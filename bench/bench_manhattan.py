@@ -35,7 +35,6 @@ def test_manhattan(compare, device, pytestconfig, step, number):
     expected = eager(*(t.double() for t in (p, q, A)))()
     case = Case("manhattan", step, (r, c, D), torch.float32, 4 * (r * D + c * D + r * c), expected, flops=2 * r * c * D)
     case.rounding = 1e-5  # sums of D terms in another order
-    providers = [
-        Provider(OURS, lambda: lambda: (ours(p, q, A),), backend) for backend in ("triton", "cpp", "reference")
-    ]
+    backends = ("triton", "cpp", "reference")
+    providers = [Provider(OURS, lambda: lambda: (ours(p, q, A),), backend) for backend in backends]
     compare(case, [*providers, Provider("eager", lambda: eager(p, q, A))])

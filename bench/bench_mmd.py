@@ -1,7 +1,7 @@
 """mmd2 with five gaussian bandwidths, its gradient, its memory; and KID over 100 subsets of 1,000.
 
-Competitors of mmd2: the pooled `cdist` formulation, the one by products ("norms"), torch.compile of that, KeOps where it
-is installed, and as a floor the three products of the samples alone. Of KID: the loop over subsets in NumPy that
+Competitors of mmd2: the pooled `cdist` formulation, the one by products ("norms"), torch.compile of that, KeOps where
+it is installed, and as a floor the three products of the samples alone. Of KID: the loop over subsets in NumPy that
 torch-fidelity runs, and torchmetrics.
 """
 

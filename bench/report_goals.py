@@ -205,7 +205,8 @@ GOALS = [
     ),
     Goal(
         "memory of `mmd2` and its gradient, 2 × 20,000 samples, D = 512",
-        lambda m: [r["peak_bytes"] / 1e6 for r in m.ours("mmd") if r["pass"].startswith("memory")], 500, 500, True, " MB",
+        lambda m: [r["peak_bytes"] / 1e6 for r in m.ours("mmd") if r["pass"].startswith("memory")],
+        500, 500, True, " MB",
     ),
     Goal("KID of 100 subsets of 1,000, against NumPy", lambda m: _kid(m, "NumPy"), 3, None),
     Goal("the same against torchmetrics", lambda m: _kid(m, "torchmetrics"), 3, 10),

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from ..ops._features import median_distance
 from ..ops.mmd import mmd2, mmd2_of_subsets
-from ._inputs import as_pair
+from ._inputs import as_pair, warn_of_few
+
+FEW = 10  # fewer vary by as much as they measure
 
 
 def kid(
@@ -23,6 +25,7 @@ def kid(
     indices: the rows of x and of y in every subset, two integer arrays [subsets, subset_size], instead of draws.
     Returns the mean and the (population) standard deviation over the subsets; 0.0 where every subset is the whole of
     both. Not scaled by 1000. The kernel is not scale-free: features with large values give large KIDs.
+    Fewer than 10 samples in a set warn: the value varies by as much as it measures.
 
     Where the subsets overlap so much that all pairs are fewer, every pair is computed once and counts in each subset
     that holds it. float32 features are multiplied in float32 and summed in float64; float64 stays float64.
@@ -45,6 +48,7 @@ def kid(
         if size == N == M:
             subsets = 1
         rows, columns = _draw(N, M, subsets, size, seed)
+    warn_of_few({"x": N, "y": M}, FEW, "KID", "varies by as much as it measures: give an interval (bootstrap)")
     values = mmd2_of_subsets(x, y, rows.to(x.device), columns.to(x.device))
     return float(values.mean()), float(values.std(correction=0))
 
@@ -76,9 +80,13 @@ def kmmd(x, y, sigma: float = 1.0) -> float:
     x [N, D], y [M, D]: features of the fakes and of the reals, N, M >= 2. The median of |y_i - y_j|_2 over i < j makes
     it scale-free: the same for features in other units. Between 0 and about 2; slightly negative values are noise
     around 0. The papers that report a KMMD do not define theirs: numbers are comparable only within one definition and
-    one extractor.
+    one extractor. Fewer than 10 samples in a set warn: the value varies by as much as it measures.
     """
     x, y = as_pair(x, y, least=2)
     if not (math.isfinite(sigma) and sigma > 0):
         raise ValueError(f"sigma must be a finite number > 0, got {sigma!r}")
-    return float(mmd2(x, y, bandwidth=sigma * median_distance(y)))
+    bandwidth = sigma * median_distance(y)
+    warn_of_few(
+        {"x": len(x), "y": len(y)}, FEW, "KMMD", "varies by as much as it measures: give an interval (bootstrap)"
+    )
+    return float(mmd2(x, y, bandwidth=bandwidth))

@@ -16,9 +16,9 @@ back is t = <a - m, b - m> + <a - m, m> + <b - m, m>, with b = 1 + |m|^2 / D; th
 With z = [x; y], and w the weight of a pair, which depends on the samples that its two belong to, all of it is a sum of
 w f(t) over the pairs i < j. It is made in tiles of rows p and columns q of z, whose matrices are all that is ever held:
 
-    squared       A = 2 w f'       B = 4 w f'' <p - q, hp - hq>       gp = A (p - q),        hess = A (hp - hq) + B (p - q)
-    laplacian     A = w f'         B = w f'' <sign(p - q), hp - hq>   gp = A sign(p - q),    hess = B sign(p - q)
-    polynomial    A = w f'         B = w f'' (<p, hq> + <hp, q>)      gp = A q,              hess = A hq + B q
+    squared       A = 2 w f'    B = 4 w f'' <p - q, hp - hq>        gp = A (p - q),      hess = A (hp - hq) + B (p - q)
+    laplacian     A = w f'      B = w f'' <sign(p - q), hp - hq>    gp = A sign(p - q),  hess = B sign(p - q)
+    polynomial    A = w f'      B = w f'' (<p, hq> + <hp, q>)       gp = A q,            hess = A hq + B q
 
 summed over the columns; gq, summed over the rows, is the same with p and q exchanged and A and B transposed. g is the
 gradient, hess its derivative along a cotangent h of it.
@@ -288,10 +288,10 @@ def mmd2(
     unbiased: leave the pairs i = j within a sample out (needs N, M >= 2); such an estimate can be negative.
     validate: look for NaN and inf, for which a GPU has to be waited for; False in a loop that must not wait.
 
-    Returns a scalar: float64 for float64 inputs, else float32. Pairs of float32 (and of bfloat16 and float16, converted)
-    are computed in float32 and summed in float64: |error| <= 1e-8 + 1e-3 |value|. Differentiable twice in x and y;
-    distance kernels have subgradient 0 at coincident points. The matrix of pairs is never held: memory beyond a few
-    copies of x and y is that of some tiles, and the samples that need no gradient cost none.
+    Returns a scalar: float64 for float64 inputs, else float32. Pairs of float32, and of bfloat16 and float16 converted
+    to it, are computed in float32 and summed in float64: |error| <= 1e-8 + 1e-3 |value|. Differentiable twice in x and
+    y; distance kernels have subgradient 0 at coincident points. The matrix of pairs is never held: memory beyond a few
+    copies of x and y is that of some tiles, and a sample that needs no gradient costs none.
 
     Raises TypeError for features that are not floating point or of two dtypes; ValueError for shapes, devices, kernel
     or bandwidth that do not fit, too few samples, and NaN or inf, with the row.
@@ -344,7 +344,8 @@ def mmd2_of_subsets(x: Tensor, y: Tensor, rows: Tensor, columns: Tensor) -> Tens
     S, m = rows.shape
     N, n = len(x), len(x) + len(y)
     if S * 4 * m * m <= n * n:
-        return torch.stack([mmd2(x[i], y[j], "polynomial", validate=False).double() for i, j in zip(rows, columns)])
+        pairs = zip(rows, columns, strict=True)
+        return torch.stack([mmd2(x[i], y[j], "polynomial", validate=False).double() for i, j in pairs])
     members = x.new_zeros(n, S)
     subset = torch.arange(S, device=x.device)[:, None]
     members[rows, subset] = 1

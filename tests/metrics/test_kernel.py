@@ -31,7 +31,7 @@ def test_kid_of_whole_samples_equals_torchmetrics():
 
 def test_kid_is_mean_and_population_deviation_over_seeded_subsets():
     x, y = features(40), features(30, seed=1, shift=0.3)
-    draws = np.random.RandomState(5)  # noqa: NPY002: those of torch-fidelity
+    draws = np.random.RandomState(5)
     values, drawn = [], []
     for _ in range(9):
         rows, columns = (draws.choice(n, 12, replace=False) for n in (40, 30))
@@ -79,9 +79,20 @@ def test_wrong_indices_are_named(indices, message):
 
 def test_kid_subsets_are_drawn_without_replacement():
     # All kernels are 1 but that of the odd row with itself, which is on the diagonal unless the row is drawn twice.
-    x, y = torch.zeros(5, 1), torch.zeros(5, 1)
+    x, y = torch.zeros(2, 12, 1, dtype=torch.float64)
     x[4] = 10
-    assert kid(x, y, subsets=50, subset_size=4) == (0.0, 0.0)
+    mean, deviation = kid(x, y, subsets=50, subset_size=11)
+    assert mean == pytest.approx(0, abs=1e-9)
+    assert deviation == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("metric", [kid, kmmd])
+def test_a_handful_of_samples_warns(metric):
+    x, y = features(9), features(30, seed=1)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        metric(x, y)
+    assert any("varies by as much as it measures" in str(w.message) for w in seen)
 
 
 @pytest.mark.parametrize(("n", "m"), [(20, 50), (50, 20)])
