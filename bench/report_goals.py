@@ -97,6 +97,25 @@ def _of_copy(machine, op):
     return [row["percent_of_copy"] for row in machine.ours(op) if row.get("percent_of_copy")]
 
 
+def _mmd(machine, step, rival, D=2048):
+    """Of samples of 2,000 and more: the rival's time over ours, or for the products, a floor, ours over theirs."""
+    for row in machine.ours("mmd"):
+        if row["pass"] == step and row["shape"][0] >= 2000 and D in (None, row["shape"][2]):
+            ratio = machine.ratio(row, rival, "median_us")
+            yield 1 / ratio if rival == "products" else ratio
+
+
+def _of_products(machine):
+    """The arithmetic of the pairs i < j alone over the time, of the rate of float32 products by three of tf32."""
+    for row in machine.ours("mmd"):
+        if row["pass"] == "forward" and row["shape"][0] >= 4000:
+            yield 100 * row["tflop_s"] / (machine.runs[row["run"]]["ceilings"]["matmul_tf32_tflop_s"] / 3)
+
+
+def _kid(machine, rival):
+    return [machine.ratio(r, rival, "median_us") for r in machine.ours("mmd") if r["pass"].startswith("KID")]
+
+
 PUBLIC = ("public", "float32"), ("public", "bfloat16")
 TRAINING = "forward + backward"
 GOALS = [
@@ -170,6 +189,30 @@ GOALS = [
     Goal(
         "a path length step of it, against the public formulation, float32",
         lambda m: _generator(m, "path length", "float32", PUBLIC[0]), 1.3, 1.3,
+    ),
+    Goal("`mmd2`, D = 64, against `cdist`", lambda m: _mmd(m, "forward", "cdist", 64), 10, None),
+    Goal("the same with its gradient", lambda m: _mmd(m, TRAINING, "cdist", 64), 4, None),
+    Goal("`mmd2`, D = 2048, over the three products alone", lambda m: _mmd(m, "forward", "products"), 1.5, None, True),
+    Goal("the same against `cdist`", lambda m: _mmd(m, "forward", "cdist"), 3, None),
+    Goal("`mmd2`, D ≥ 64, against KeOps", lambda m: _mmd(m, "forward", "KeOps", None), 10, None),
+    Goal("`mmd2`, of the rate of a matrix product", _of_products, None, 70, unit=" %"),
+    Goal("`mmd2` with its gradient, against eager PyTorch", lambda m: _mmd(m, TRAINING, "norms"), None, 4),
+    Goal("the same against `torch.compile`", lambda m: _mmd(m, TRAINING, "torch.compile"), None, 2),
+    Goal(
+        "`mmd2` with its gradient of 1,024 samples, D = 512",
+        lambda m: [r[m.time] for r in m.ours("mmd") if r["pass"] == TRAINING and r["shape"] == [1024, 1024, 512]],
+        None, 40, True, " µs",
+    ),
+    Goal(
+        "memory of `mmd2` and its gradient, 2 × 20,000 samples, D = 512",
+        lambda m: [r["peak_bytes"] / 1e6 for r in m.ours("mmd") if r["pass"].startswith("memory")],
+        500, 500, True, " MB",
+    ),
+    Goal("KID of 100 subsets of 1,000, against NumPy", lambda m: _kid(m, "NumPy"), 3, None),
+    Goal("the same against torchmetrics", lambda m: _kid(m, "torchmetrics"), 3, 10),
+    Goal(
+        "its time",
+        lambda m: [r["median_us"] / 1e3 for r in m.ours("mmd") if r["pass"].startswith("KID")], None, 3.5, True, " ms",
     ),
     Goal("`upfirdn2d`, of the copy bandwidth", lambda m: _of_copy(m, "upfirdn2d"), None, 85, unit=" %"),
     Goal("`bias_act`, of the copy bandwidth", lambda m: _of_copy(m, "bias_act"), None, 85, unit=" %"),

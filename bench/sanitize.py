@@ -26,12 +26,15 @@ from minegan_fast.ops import (
     RowUpdate,
     bias_act,
     minibatch_stddev,
+    mmd2,
     row_gradient,
     row_score,
     upfirdn2d,
     use_backend,
 )
 from minegan_fast.ops._op import _ops
+from minegan_fast.ops.manhattan import manhattan_distance, manhattan_signs, manhattan_slopes
+from minegan_fast.ops.mmd import KERNELS
 from minegan_fast.ops.modulated_conv2d import modulate_backward, modulate_double_backward, modulate_forward
 from minegan_fast.ops.noise_bias_act import (
     noise_bias_act_backward,
@@ -228,6 +231,43 @@ def check_minibatch_stddev(device: str) -> Iterator[Check]:
         yield f"{list(shape)} {group} {features} {dtype}{' channels last' * last}", dtype, *calls
 
 
+def check_mmd(device: str) -> Iterator[Check]:
+    """Tiles that no block divides, on the diagonal and off it, points that coincide; all orders."""
+    for kernel, (N, M, D), order in itertools.product(KERNELS, [(5, 3, 2), (70, 130, 33), (129, 64, 64)], (0, 1, 2)):
+        x, y = torch.randn(N, D), torch.randn(M, D) + 0.5
+        y[:3] = x[:3]
+
+        def make(place, kind, x=x, y=y, kernel=kernel, order=order, D=D):
+            one, two = (t.to(place, kind).requires_grad_(order > 0) for t in (x, y))
+
+            def call():
+                value = mmd2(one, two, kernel, [D**0.5, 2 * D**0.5, 3.3 * D**0.5], False, validate=False)
+                if order == 0:
+                    return (value,)
+                first = torch.autograd.grad(value, (one, two), create_graph=order == 2)
+                if order == 1:
+                    return first
+                return torch.autograd.grad(first, (one, two), (one.detach(), -two.detach()))
+
+            return call
+
+        calls = [functools.partial(make, *where) for where in ((device, torch.float32), ("cpu", torch.float64))]
+        yield f"{kernel} {[N, M, D]} order {order}", torch.bfloat16, *calls  # sums of cancelling terms: 3 digits
+
+
+def check_manhattan(device: str) -> Iterator[Check]:
+    """Sizes that no block divides, A transposed."""
+    for r, c, D in [(1, 1, 1), (70, 33, 65), (64, 130, 64)]:
+        p, q, hp, hq, A = (torch.randn(*size) for size in ((r, D), (c, D), (r, D), (c, D), (c, r)))
+
+        def make(place, kind, tensors=(p, q, hp, hq, A)):
+            p, q, hp, hq, A = (t.to(place, kind) for t in tensors)
+            return lambda: (manhattan_distance(p, q), manhattan_slopes(p, q, hp, hq), manhattan_signs(A.T, p, q))
+
+        calls = [functools.partial(make, *where) for where in ((device, torch.float32), ("cpu", torch.float64))]
+        yield f"{[r, c, D]}", torch.float32, *calls
+
+
 OPS: dict[str, Callable[[str], Iterator[Check]]] = {
     "bias_act": check_bias_act,
     "row_update": check_row_update,
@@ -237,6 +277,8 @@ OPS: dict[str, Callable[[str], Iterator[Check]]] = {
     "noise_bias_act": functools.partial(check_planes, op="noise_bias_act"),
     "upfirdn2d": check_upfirdn2d,
     "minibatch_stddev": check_minibatch_stddev,
+    "manhattan": check_manhattan,
+    "mmd": check_mmd,
 }
 
 

@@ -169,6 +169,57 @@ PYBIND11_MODULE(_C, m) {
       },
       no_gil);
 
+  // r, c, D
+  using Sizes = std::array<int64_t, 3>;
+  m.def(
+      "manhattan_distance_cpu",
+      [](Address p, Address q, Address t, const Sizes& n, int threads) {
+        minegan::manhattan_distance_cpu((const float*)at(p), (const float*)at(q), (float*)at(t), n[0], n[1], n[2],
+                                        threads);
+      },
+      no_gil);
+  m.def(
+      "manhattan_slopes_cpu",
+      [](Address p, Address q, Address hp, Address hq, Address s, const Sizes& n, int threads) {
+        minegan::manhattan_slopes_cpu((const float*)at(p), (const float*)at(q), (const float*)at(hp),
+                                      (const float*)at(hq), (float*)at(s), n[0], n[1], n[2], threads);
+      },
+      no_gil);
+  m.def(
+      "manhattan_signs_cpu",
+      [](Address A, Address p, Address q, Address out, const Sizes& n, int threads) {
+        minegan::manhattan_signs_cpu((const float*)at(A), (const float*)at(p), (const float*)at(q), (float*)at(out),
+                                     n[0], n[1], n[2], threads);
+      },
+      no_gil);
+  m.def(
+      "mmd_tile_cpu",
+      [](const std::array<Address, 12>& a, const Sizes& n, const std::vector<int64_t>& squarings, int kernel,
+         double weight, bool diagonal, int order, int threads) {
+        const auto in = [&](int i) { return (const float*)at(a[i]); };
+        const minegan::MmdTile tile{in(0),
+                                    in(1),
+                                    in(2),
+                                    in(3),
+                                    in(4),
+                                    in(5),
+                                    in(6),
+                                    in(7),
+                                    (const double*)at(a[8]),
+                                    (float*)at(a[9]),
+                                    (float*)at(a[10]),
+                                    (double*)at(a[11]),
+                                    n[0],
+                                    n[1],
+                                    n[2],
+                                    squarings.data(),
+                                    int64_t(squarings.size()),
+                                    weight,
+                                    diagonal};
+        minegan::mmd_tile_cpu(tile, kernel, order, threads);
+      },
+      no_gil);
+
 #ifdef MINEGAN_CUDA
   m.attr("cuda_version") = MINEGAN_CUDA_VERSION;
   m.attr("cuda_architectures") = MINEGAN_CUDA;

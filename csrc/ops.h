@@ -176,4 +176,39 @@ void minibatch_stddev_backward_cpu(DType, const void* dy, const void* D, const v
 void minibatch_stddev_double_backward_cpu(DType, const void* ddx, const void* D, const void* x, void* ddy, void* gx,
                                           const Groups&, int threads);
 
+// ---- manhattan ----
+// p, hp [r, D], q, hq [c, D], A [r, c]; sums in float, in an order that depends on the shape alone:
+//   t[i, j]   = sum over d of |p[i, d] - q[j, d]|
+//   s[i, j]   = sum over d of sign(p[i, d] - q[j, d]) (hp[i, d] - hq[j, d])
+//   out[i, d] = sum over j of A[i, j] sign(p[i, d] - q[j, d])
+void manhattan_distance_cpu(const float* p, const float* q, float* t, int64_t r, int64_t c, int64_t D, int threads);
+void manhattan_slopes_cpu(const float* p, const float* q, const float* hp, const float* hq, float* s, int64_t r,
+                          int64_t c, int64_t D, int threads);
+void manhattan_signs_cpu(const float* A, const float* p, const float* q, float* out, int64_t r, int64_t c, int64_t D,
+                         int threads);
+
+// ---- mmd ----
+// Kernels 0 gaussian, 1 laplacian, 2 energy, 3 polynomial; c or c, b are `numbers`. t [rows, columns] comes as <p, q>,
+// and s as <p, hq> + <hp, q>; for the laplacian they are |p - q|_1 and the slopes above, for which there are no
+// offsets:
+//   u = op + oq + <p, q>,   v = hop + hoq + s;       of squares (0, 2)  u = op + oq - 2 <p, q>,   v = hop + hoq - s
+//   totals[i] = sum over j of weight f(u)                               j > i alone with `diagonal`
+//   order -1    t = weight f(u)
+//   order 1, 2  t = A = weight f'(u),  of squares twice that
+//   order 2     s = B = weight f''(u) v,  of squares 4 times that
+// f(u) = sum of exp(c u) | the same | -sqrt(u) | (b + c u)^3 - b^3. squarings[n] > 0: exp(c[n] u) is exp(c[n - 1] u)
+// squared so often. hp, hq, hop, hoq and s are read for order 2 alone.
+struct MmdTile {
+  const float *p, *q, *hp, *hq, *op, *hop, *oq, *hoq;
+  const double* numbers;
+  float *t, *s;
+  double* totals;
+  int64_t rows, columns, D;
+  const int64_t* squarings;
+  int64_t count;  // of them, one for each c
+  double weight;
+  bool diagonal;
+};
+void mmd_tile_cpu(const MmdTile&, int kernel, int order, int threads);
+
 }  // namespace minegan

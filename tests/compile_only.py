@@ -45,6 +45,7 @@ class Kernel:
     wide: bool = True  # 16-byte loads are expected
     tensor_cores: bool = False  # instructions of theirs are expected
     options: dict[str, object] = field(default_factory=dict)  # of the launch
+    architectures: tuple[int, ...] = ARCHITECTURES  # that it is launched so on
 
     def compile(self, architecture: int) -> bytes:
         function = getattr(importlib.import_module(f"minegan_fast.kernels.{self.op}"), self.name)
@@ -62,8 +63,9 @@ class Kernel:
 
 
 def bias_act_kernels():
-    from minegan_fast.kernels.bias_act import _OPTIONS, _blocks
     from triton import language as tl
+
+    from minegan_fast.kernels.bias_act import _OPTIONS, _blocks
 
     axes = {"channels last": (4096, 512, 1), "8x8": (16, 512, 64), "64x64": (16, 512, 4096), "odd": (16, 3, 49)}
     for layout, axis in axes.items():
@@ -85,8 +87,9 @@ def bias_act_kernels():
 
 
 def row_update_kernels():
-    from minegan_fast.kernels.row_update import _OPTIONS, CHUNK
     from triton import language as tl
+
+    from minegan_fast.kernels.row_update import _OPTIONS, CHUNK
 
     pointers = {"words_ptr": "i64", "grads_ptr": "i64", "items_ptr": "i32"}
     pointers |= dict.fromkeys(("lr_ptr", "scale_ptr", "found_ptr"), "fp32")
@@ -103,8 +106,9 @@ def row_update_kernels():
 
 
 def row_score_kernels():
-    from minegan_fast.kernels.row_score import _OPTIONS, _TILES
     from triton import language as tl
+
+    from minegan_fast.kernels.row_score import _OPTIONS, _TILES
 
     elements = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16, "fp64": tl.float64}
     for long, width in ((True, 4), (True, 1), (False, 4), (False, 1)):
@@ -148,8 +152,9 @@ def row_gradient_kernels():
 
 
 def upfirdn2d_kernels():
-    from minegan_fast.kernels.upfirdn2d import _OPTIONS, blocks
     from triton import language as tl
+
+    from minegan_fast.kernels.upfirdn2d import _OPTIONS, blocks
 
     layers = {  # outer, inner, size of x, of y, up, down, padding before
         "blur 257x257": (2048, 1, (257, 257), (256, 256), 1, 1, 1),
@@ -179,8 +184,9 @@ def upfirdn2d_kernels():
 
 def plane_kernels(op: str, tensors: dict[str, tuple[str, ...]], summing: tuple[str, ...]):
     """Of modulated_conv2d and noise_bias_act, which share their tiles: images by kernel; those with sums."""
-    from minegan_fast.kernels.noise_bias_act import _OPTIONS, blocks
     from triton import language as tl
+
+    from minegan_fast.kernels.noise_bias_act import _OPTIONS, blocks
 
     for layout, (C, P, last) in {"channels last": (512, 4096, True), "64x64": (512, 4096, False)}.items():
         sizes = {"B": 16, "C": C, "P": P, "channel_stride": 1 if last else P, "position_stride": C if last else 1}
@@ -220,8 +226,9 @@ def noise_bias_act_kernels():
 
 
 def minibatch_stddev_kernels():
-    from minegan_fast.kernels.minibatch_stddev import _OPTIONS, tile
     from triton import language as tl
+
+    from minegan_fast.kernels.minibatch_stddev import _OPTIONS, tile
 
     types = {"fp32": tl.float32, "bf16": tl.float32, "fp64": tl.float64}
     for size, groups, last in ((4, 4, False), (4, 4, True), (16, 1, False)):
@@ -245,6 +252,49 @@ def minibatch_stddev_kernels():
             )  # fmt: skip
 
 
+def mmd_kernels():
+    from minegan_fast.kernels.mmd import SQUARED_KERNELS, blocks
+
+    sizes = {"rows": 2048, "columns": 8192, "D": 2048, "op_stride": 10240, "oq_stride": 10240}
+    inputs = ("p_ptr", "q_ptr", "hp_ptr", "hq_ptr", "op_ptr", "oq_ptr", "t_ptr", "s_ptr", "A_ptr", "B_ptr")
+    cases = [(kernel, order) for kernel in range(4) for order in (-1, 0, 1, 2) if order >= 0 or kernel == 3]
+    for kernel, order in cases:
+        for mode in ("tf32", "tf32x3", "exact") if kernel in SQUARED_KERNELS else ("tf32x3",):
+            used = {"t_ptr", "s_ptr"} if kernel == 1 else {*inputs[:6]}
+            used -= {"s_ptr", "hp_ptr", "hq_ptr"} if order < 2 else set()
+            used |= {*("A_ptr",) * (order != 0), *("B_ptr",) * (order == 2)}
+            pointers = dict.fromkeys(used, "fp32") | {"numbers_ptr": "fp64", "totals_ptr": "fp64", "close_ptr": "i32"}
+            constants = {"KERNEL": kernel, "ORDER": order, "DIAGONAL": order != 2, "EXACT": mode == "exact"}
+            constants |= {"SQUARINGS": (0, 2, 2, 2, 2) if kernel < 2 else (0,), "PRECISION": mode}
+            label = f"{('gaussian', 'laplacian', 'energy', 'polynomial')[kernel]} order {order} {mode}"
+            for architectures in ((80,), (90, 100)):
+                tile = blocks(kernel, order, mode == "exact", architectures[0] // 10)
+                options = {name: tile.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in tile}
+                yield Kernel(
+                    "mmd", "mmd_tile_kernel", label, pointers, sizes, {"weight": "fp64"},
+                    constants | tile | dict.fromkeys({*inputs} - used), options=options, wide=False,
+                    tensor_cores=kernel != 1 and mode != "exact", architectures=architectures,
+                )  # fmt: skip
+
+
+def manhattan_kernels():
+    from minegan_fast.kernels.manhattan import _OPTIONS, _SIGNS, _TILE
+
+    sizes = {"rows": 2048, "columns": 8192, "D": 2048}
+    for slopes in (False, True):
+        pointers = dict.fromkeys(("p_ptr", "q_ptr", "out_ptr") + ("hp_ptr", "hq_ptr") * slopes, "fp32")
+        constants = {"SLOPES": slopes, **_TILE} | ({} if slopes else {"hp_ptr": None, "hq_ptr": None})
+        label = "slopes" if slopes else "distances"
+        yield Kernel(
+            "manhattan", "pairs_kernel", label, pointers, sizes, constants=constants, wide=False, options=_OPTIONS
+        )  # fmt: skip
+    pointers = dict.fromkeys(("A_ptr", "p_ptr", "q_ptr", "out_ptr"), "fp32")
+    strides = {"row_stride": 8192, "column_stride": 1}
+    yield Kernel(
+        "manhattan", "signs_kernel", "signs", pointers, sizes | strides, constants=dict(_SIGNS), options=_OPTIONS
+    )  # fmt: skip
+
+
 TRITON = {
     "bias_act": bias_act_kernels,
     "row_update": row_update_kernels,
@@ -254,6 +304,8 @@ TRITON = {
     "modulated_conv2d": modulated_conv2d_kernels,
     "noise_bias_act": noise_bias_act_kernels,
     "minibatch_stddev": minibatch_stddev_kernels,
+    "manhattan": manhattan_kernels,
+    "mmd": mmd_kernels,
 }
 
 # <op>.cu: which of its kernels, demangled, must have 16-byte loads; None: host code alone.
@@ -266,6 +318,8 @@ CUDA = {
     "modulated_conv2d": None,
     "noise_bias_act": None,
     "minibatch_stddev": None,
+    "manhattan": None,
+    "mmd": None,
 }
 
 
@@ -304,7 +358,7 @@ def machine_code(cubin: Path) -> dict[str, tuple[int, int, int, int, int]]:
 
 
 def triton_rows(kernel: Kernel):
-    for architecture in ARCHITECTURES:
+    for architecture in kernel.architectures:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(kernel.compile(architecture))
             file.flush()

@@ -1,26 +1,37 @@
-"""Features as every metric takes them: a tensor or NumPy array [samples, dimensions]; metrics compute in float64."""
+"""Features as every metric takes them: a tensor or NumPy array [samples, dimensions]."""
+
+import warnings
 
 import torch
 from torch import Tensor
 
-from ..ops.mmd import check_features, check_finite
+from ..ops._features import check_features, check_finite
 
 
-def as_features(x, name: str, least: int = 1) -> Tensor:
-    """x [N, D] as float64 without gradient, on the device where it lies; ValueError for fewer than `least` rows."""
+def as_features(x, name: str, least: int = 1, dtype: torch.dtype | None = None) -> Tensor:
+    """x [N, D] without gradient, on the device where it lies, as `dtype`; None: float64 as float64, all else as
+    float32. ValueError for fewer than `least` rows."""
     x = torch.as_tensor(x)
     check_features(x, name)
     check_finite(x, name)
     if len(x) < least:
         raise ValueError(f"{name} has {len(x)} sample(s), this metric needs at least {least}")
-    return x.detach().double()
+    return x.detach().to(dtype or torch.promote_types(x.dtype, torch.float32))
 
 
-def as_pair(x, y, least: int = 1) -> tuple[Tensor, Tensor]:
-    """Two samples of the same dimensions on the same device."""
-    x, y = as_features(x, "x", least), as_features(y, "y", least)
+def as_pair(x, y, least: int = 1, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """Two samples of the same dimensions on the same device, as `dtype`; None: the wider of their dtypes."""
+    x, y = as_features(x, "x", least, dtype), as_features(y, "y", least, dtype)
     if x.shape[1] != y.shape[1]:
         raise ValueError(f"x and y must have the same number of dimensions, got {x.shape[1]} and {y.shape[1]}")
     if x.device != y.device:
         raise ValueError(f"x and y must be on the same device, got {x.device} and {y.device}")
-    return x, y
+    dtype = torch.promote_types(x.dtype, y.dtype)
+    return x.to(dtype), y.to(dtype)
+
+
+def warn_of_few(counts: dict[str, int], least: int, metric: str, consequence: str, stacklevel: int = 3) -> None:
+    """One UserWarning that names every sample of fewer than `least`, on behalf of the caller's caller."""
+    few = " and ".join(f"{name} has {count}" for name, count in counts.items() if count < least)
+    if few:
+        warnings.warn(f"{few} samples: with fewer than {least} {metric} {consequence}", stacklevel=stacklevel)

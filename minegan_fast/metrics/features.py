@@ -2,7 +2,8 @@
 
 Two mistakes make published FIDs incomparable: an Inception that normalises with batch statistics, and images in [-1, 1]
 given to a network that expects [0, 1]. Here the network always evaluates in eval mode, and images are always [-1, 1]
-until the one conversion to the range that `normalize` says the network expects.
+until the one conversion to the range that `normalize` says the network expects. A third is resizing without a low-pass
+filter (Parmar et al. 2022, "On Aliased Resizing and Surprising Subtleties in GAN Evaluation").
 """
 
 import os
@@ -13,6 +14,9 @@ from itertools import chain
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .._reading import read
+from .inception import SMALLEST, from_weights, is_inception, shortened
 
 _LIMIT = 16.0  # beyond it a float image is in [0, 255], not an unclamped generator's
 
@@ -25,45 +29,96 @@ def _imagenet(x):
 _NORMALIZE = {
     "[-1,1]": lambda x: x,
     "[0,1]": lambda x: (x + 1) / 2,
+    "[0,255]": lambda x: (x + 1) * 127.5,
     "imagenet": _imagenet,
+    "tensorflow": lambda x: (x * 127.5 - 0.5) / 128,
     "uint8": lambda x: ((x + 1) * 127.5).round().to(torch.uint8),
 }
 
+# What suits a network that nothing is known of, NVIDIA's, and each set of weights of Inception v3.
+_INCEPTION = {"size": (299, 299), "channels": 3, "interpolation": "bicubic", "quantize": True}
+_DEFAULTS = {
+    None: {"size": None, "channels": None, "interpolation": "bilinear", "quantize": False, "normalize": "[-1,1]"},
+    "nvidia": {"size": None, "channels": 3, "interpolation": "bilinear", "quantize": True, "normalize": "uint8"},
+    "torchvision": {**_INCEPTION, "normalize": "[-1,1]"},
+    "fid": {**_INCEPTION, "normalize": "tensorflow"},
+}
 
-def _load_torchscript(path, device) -> nn.Module:
-    """Only archives of torch.jit.save are opened: a pickle can run code when it is read."""
+
+def _is_nvidias(module: nn.Module) -> bool:
+    """Whether this is a TorchScript network of StyleGAN2-ADA's metrics, which gives classes unless asked otherwise."""
+    if not isinstance(module, torch.jit.ScriptModule):
+        return False
+    return any(argument.name == "return_features" for argument in module.forward.schema.arguments)
+
+
+def _load(path, device) -> tuple[nn.Module, str | None]:
+    """(network, variant of Inception or None) of a file; a file of weights is read as data, and nothing in it runs."""
     if not os.path.isfile(path):
-        raise ValueError(f"no file {path}: expected a TorchScript file of the feature network")
+        raise ValueError(
+            f"no file {path}: expected a TorchScript file of the feature network or a file of Inception's weights"
+        )
     names = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
     # An archive lies in one folder: TorchScript has NAME/constants.pkl and NAME/code/, torch.save NAME/data.pkl alone.
-    if not any(name.endswith("/constants.pkl") for name in names) or not any("/code/" in name for name in names):
-        raise ValueError(
-            f"{path} is not a TorchScript file and was not opened. If it holds weights alone (a state dict), build the "
-            f"network, load them with network.load_state_dict(torch.load(path, weights_only=True)) and pass the "
-            f"network itself, or save torch.jit.script(network) once and pass that file"
-        )
+    if any(name.endswith("/constants.pkl") for name in names) and any("/code/" in name for name in names):
+        try:
+            return torch.jit.load(path, map_location=device), None
+        except RuntimeError as error:
+            raise ValueError(f"{path} cannot be read as TorchScript: {str(error).strip().splitlines()[0]}") from error
     try:
-        return torch.jit.load(path, map_location=device)
-    except RuntimeError as error:
-        raise ValueError(f"{path} cannot be read as TorchScript: {str(error).strip().splitlines()[0]}") from error
+        contents = read(path).data
+    except ValueError as error:
+        raise ValueError(f"{error} (expected a TorchScript file or a file of Inception's weights)") from None
+    for state in (contents, *contents.values()):
+        if not isinstance(state, dict):
+            continue
+        state = {str(name).removeprefix("module."): tensor for name, tensor in state.items()}
+        if is_inception(state):
+            try:
+                return from_weights(state, device)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from None
+    raise ValueError(
+        f"{path} is no TorchScript file and holds no Inception v3 under torchvision's names, but "
+        f"{shortened(contents, 4) or 'nothing'}. For another network build it, load its weights with "
+        f"network.load_state_dict(torch.load(path, weights_only=True)) and pass the network itself, or save "
+        f"torch.jit.script(network) once and pass that file"
+    )
 
 
 class FeatureExtractor:
     """images [N, C, H, W] in [-1, 1] -> features [N, D], in batches, in eval mode, without gradient.
 
     path_or_module: an nn.Module (it stays on its device and keeps its mode: train or eval flags are put back after
-        every call), or the path of a TorchScript file. A TorchScript file is a program: use one whose origin you trust.
-        Files of weights alone (torchvision's or pytorch-fid's Inception) are refused with what to do: they need their
-        network.
+        every call), the path of a TorchScript file, or the path of a file of weights of Inception v3 (torch.save of a
+        state dict, or safetensors), whose features are the 2048 pooled ones: torchvision's ImageNet weights or
+        `pt_inception-2015-12-05` of pytorch-fid, told by fc.weight. Weights are read as data, whoever wrote the file.
+        A TorchScript file is a program: use one whose origin you trust.
     batch: images evaluated at once.
-    resolution: resize to this height and width first (int or pair); None: as they are. Antialiased, as PIL does.
+    resolution: resize to this height and width first (int or pair). None: as they are; for Inception's weights 299.
     normalize: the range that the network expects: "[-1,1]" | "[0,1]" | "imagenet" ([0,1], then ImageNet's mean and
-        deviation) | "uint8" (rounded to 0..255, uint8). A network that converts by itself is described by what it
-        takes: pytorch-fid's InceptionV3 "[0,1]", torchvision's classifiers "imagenet", StyleGAN2-ADA's TorchScript
-        Inception "uint8".
-    channels: 3 repeats grey images to three channels; None: as they are ("imagenet" implies 3).
-    interpolation: "bilinear" | "bicubic".
+        deviation) | "[0,255]" | "tensorflow" ([0,255], then (x - 128) / 128) | "uint8" (rounded to 0..255).
+        None: "[-1,1]"; for FID's weights "tensorflow". A network that converts by itself is described by what it takes:
+        pytorch-fid's InceptionV3 "[0,1]", torchvision's classifiers "imagenet". Of torchvision's Inception a file holds
+        the weights alone, without its conversion of ImageNet's range to [-1, 1].
+    channels: 3 repeats grey images to three channels. None: as they are; "imagenet" and Inception's weights imply 3.
+    interpolation: "bilinear" | "bicubic". None: "bilinear"; for Inception's weights "bicubic".
     device: where a file's network is loaded; None: CPU.
+    antialias: resize as PIL does, by a kernel that grows with the scale. False: as PyTorch does, from the nearest
+        pixels alone (align_corners=False).
+    quantize: round floating point images to the 256 values of an image file before anything else. None: False; for
+        Inception's weights True.
+
+    For Inception's weights the defaults are those of clean-fid (Parmar et al. 2022), which sees image files: 8 bits,
+    resized in floating point by PIL's bicubic kernel, clamped, and for FID's weights the range of the TensorFlow graph.
+    What pytorch-fid computes is interpolation="bilinear", antialias=False, normalize="[-1,1]".
+
+    A TorchScript network whose forward has an argument `return_features`, as those of StyleGAN2-ADA's metrics
+    (`inception-2015-12-05.pt`, `vgg16.pt`), is asked for them, and its defaults are that project's: uint8, 3 channels,
+    resized by the network itself. What clean-fid computes with this Inception is resolution=299,
+    interpolation="bicubic", normalize="[0,255]".
+
+    The attribute `variant` says what was recognised: "torchvision", "fid", "nvidia" or None.
 
     The network may return [N, D], a map [N, D, h, w] (averaged over h and w), or a tuple or list whose first entry is
     one of these.
@@ -74,33 +129,52 @@ class FeatureExtractor:
         path_or_module,
         batch=64,
         resolution=None,
-        normalize="[-1,1]",
+        normalize=None,
         channels=None,
-        interpolation="bilinear",
+        interpolation=None,
         device=None,
+        antialias=True,
+        quantize=None,
     ):
         if batch < 1:
             raise ValueError(f"batch must be at least 1, got {batch}")
-        if normalize not in _NORMALIZE:
+        if normalize not in (None, *_NORMALIZE):
             raise ValueError(f"unknown normalize {normalize!r}: one of {', '.join(_NORMALIZE)}")
-        if interpolation not in ("bilinear", "bicubic"):
+        if interpolation not in (None, "bilinear", "bicubic"):
             raise ValueError(f"interpolation must be 'bilinear' or 'bicubic', got {interpolation!r}")
-        if channels is None and normalize == "imagenet":
-            channels = 3
-        self.size = (resolution, resolution) if isinstance(resolution, int) else resolution
-        if self.size is not None and (len(self.size) != 2 or min(self.size) < 1):
+        size = (resolution, resolution) if isinstance(resolution, int) else resolution
+        if size is not None and (len(size) != 2 or min(size) < 1):
             raise ValueError(f"resolution must be a positive int or a pair (height, width), got {resolution!r}")
+        self.variant = None
         if isinstance(path_or_module, nn.Module):
             if device is not None:
                 raise ValueError("device is for files: a module stays where it is; move it with .to(device) yourself")
             self.module = path_or_module
         elif isinstance(path_or_module, (str, os.PathLike)):
-            self.module = _load_torchscript(os.fspath(path_or_module), device or "cpu")
+            self.module, self.variant = _load(os.fspath(path_or_module), device or "cpu")
         else:
             raise TypeError(
-                f"expected an nn.Module or the path of a TorchScript file, not {type(path_or_module).__name__}"
+                f"expected an nn.Module or the path of a TorchScript file or of Inception's weights, not "
+                f"{type(path_or_module).__name__}"
             )
-        self.batch, self.normalize, self.channels, self.interpolation = batch, normalize, channels, interpolation
+        if _is_nvidias(self.module):
+            self.variant = "nvidia"
+        default = _DEFAULTS[self.variant]
+        self.batch, self.antialias = batch, antialias
+        self.size = size or default["size"]
+        self.normalize = normalize or default["normalize"]
+        self.channels = channels or default["channels"] or (3 if self.normalize == "imagenet" else None)
+        self.interpolation = interpolation or default["interpolation"]
+        self.quantize = default["quantize"] if quantize is None else quantize
+        if self.variant in ("torchvision", "fid"):
+            if min(self.size) < SMALLEST:
+                raise ValueError(
+                    f"Inception v3 takes {SMALLEST}x{SMALLEST} pixels and more, got resolution {resolution!r}"
+                )
+            if self.channels != 3 or self.normalize == "uint8":
+                raise ValueError(
+                    f"Inception's weights take 3 channels of floats, got channels={channels!r}, normalize={normalize!r}"
+                )
 
     def __call__(self, images) -> Tensor:
         """Features [N, D] on the network's device: float64 for a float64 network, else float32.
@@ -151,14 +225,20 @@ class FeatureExtractor:
         N = len(x)
         uint8 = x.dtype == torch.uint8
         x = x.to(anchor.device, torch.float64 if anchor.dtype == torch.float64 else torch.float32)
-        x = x / 127.5 - 1 if uint8 else x.clamp(-1, 1)
+        if uint8:
+            x = x / 127.5 - 1
+        else:
+            x = x.clamp(-1, 1)
+            if self.quantize:
+                x = ((x + 1) * 127.5).round() / 127.5 - 1
         if self.channels is not None:
             x = x.expand(-1, self.channels, -1, -1)
         if self.size is not None and x.shape[2:] != torch.Size(self.size):
             # Bicubic overshoots.
-            x = F.interpolate(x, self.size, mode=self.interpolation, antialias=True).clamp(-1, 1)
+            x = F.interpolate(x, self.size, mode=self.interpolation, antialias=self.antialias).clamp(-1, 1)
         x = _NORMALIZE[self.normalize](x)
-        features = self.module(x if self.normalize == "uint8" else x.to(anchor.dtype))
+        x = x if self.normalize == "uint8" else x.to(anchor.dtype)
+        features = self.module(x, return_features=True) if self.variant == "nvidia" else self.module(x)
         if isinstance(features, (tuple, list)) and features:
             features = features[0]
         if not isinstance(features, Tensor):

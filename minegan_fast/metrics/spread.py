@@ -3,26 +3,29 @@
 import torch
 from torch import Tensor
 
+from . import _points
 from ._inputs import as_features, as_pair
-
-_TILE = 1 << 21  # distances held at once
+from ._points import Points, distances
 
 
 def mean_variance(x) -> float:
     """Mean over the D dimensions of the unbiased variance over the samples; x [N >= 2, D]. Higher: more diverse.
 
     Half the mean squared distance between two samples, per dimension. In squared units of the features: compare only
-    values of one extractor.
+    values of one extractor. In float64.
     """
-    return float(as_features(x, "x", least=2).var(0).mean())
+    return float(as_features(x, "x", 2, torch.float64).var(0).mean())
 
 
 def diversity(x) -> float:
-    """Mean euclidean distance |x_i - x_j| over the pairs i < j; x [N >= 2, D]. Higher: more diverse."""
-    x = as_features(x, "x", least=2)
+    """Mean euclidean distance |x_i - x_j| over the pairs i < j; x [N >= 2, D]. Higher: more diverse.
+
+    In float64, in tiles of the distance matrix.
+    """
+    x = as_features(x, "x", 2, torch.float64)
     x = x - x.mean(0)
     N = len(x)
-    step = max(1, _TILE // N)
+    step = max(1, _points.TILE // N)
     total = sum(torch.cdist(x[i : i + step], x[i:]).triu(1).sum() for i in range(0, N, step))
     return float(total / (N * (N - 1) / 2))
 
@@ -30,10 +33,21 @@ def diversity(x) -> float:
 def nearest(x, y) -> tuple[Tensor, Tensor]:
     """Distance [N] (float64) and index [N] (int64) of the nearest row of y [M, D] for every row of x [N, D].
 
-    Euclidean. The distances are computed from differences, so a copy has distance 0 exactly.
+    Euclidean, in float64. Distances that products cannot tell apart are computed from differences, so the nearest is
+    the nearest, and a copy has distance 0 exactly. Memory is that of float64 copies of the features, not N x M.
     """
-    x, y = as_pair(x, y)
+    x, y = as_pair(x, y, dtype=torch.float64)
     center = y.mean(0)
-    step = max(1, _TILE // len(y))
-    index = torch.cat([torch.cdist(rows - center, y - center).argmin(1) for rows in x.split(step)])
+    rows, columns = Points(x, center), Points(y, center)
+    index = torch.cat([_nearest(rows, tile, columns) for tile in rows.slices(columns)])
     return (x - y[index]).norm(dim=1), index
+
+
+def _nearest(x: Points, rows: slice, y: Points) -> Tensor:
+    squares, bound = x.squares(rows, y)
+    least, index = squares.min(1)
+    close = squares <= (least + 2 * bound.amax(1))[:, None]
+    several = (close.sum(1) > 1).nonzero().flatten()
+    if len(several):
+        index[several] = distances(x.z[rows][several], y.z).argmin(1)
+    return index

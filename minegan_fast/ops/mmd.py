@@ -5,169 +5,241 @@
 The biased estimator takes the first two means over all pairs, the unbiased one over the pairs i != j.
 Source: Gretton et al., "A Kernel Two-Sample Test", JMLR 13, 2012, Lemma 6.
 
-    gaussian      k(a, b) = exp(-|a - b|_2^2 / (2 sigma^2))
-    laplacian     k(a, b) = exp(-|a - b|_1 / sigma)
-    polynomial    k(a, b) = (a.b / D + 1)^3
-    energy        k(a, b) = -|a - b|_2
+    gaussian      k(a, b) = exp(-|a - b|_2^2 / (2 sigma^2))        f(t) = sum of exp(c t),       t = |a - b|_2^2
+    laplacian     k(a, b) = exp(-|a - b|_1 / sigma)                f(t) = sum of exp(c t),       t = |a - b|_1
+    energy        k(a, b) = -|a - b|_2                             f(t) = -sqrt(t),              t = |a - b|_2^2
+    polynomial    k(a, b) = (a.b / D + 1)^3                        f(t) = (b + c t)^3 - b^3,     t = a.b - |m|^2
 
-Everything is computed in float64. Where x and y are close the three means cancel, and a training loss that is nearly
-zero is the one whose value and gradient must be right.
+Samples are centred at m, their pooled mean: distances do not see a common shift, rounding does. A product with m added
+back is t = <a - m, b - m> + <a - m, m> + <b - m, m>, with b = 1 + |m|^2 / D; the constant b^3 cancels in the end.
+
+With z = [x; y], and w the weight of a pair, which depends on the samples that its two belong to, all of it is a sum of
+w f(t) over the pairs i < j. It is made in tiles of rows p and columns q of z, whose matrices are all that is ever held:
+
+    squared       A = 2 w f'    B = 4 w f'' <p - q, hp - hq>        gp = A (p - q),      hess = A (hp - hq) + B (p - q)
+    laplacian     A = w f'      B = w f'' <sign(p - q), hp - hq>    gp = A sign(p - q),  hess = B sign(p - q)
+    polynomial    A = w f'      B = w f'' (<p, hq> + <hp, q>)       gp = A q,            hess = A hq + B q
+
+summed over the columns; gq, summed over the rows, is the same with p and q exchanged and A and B transposed. g is the
+gradient, hess its derivative along a cotangent h of it.
 """
 
 import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pdist
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
-__all__ = ["check_features", "check_finite", "median_distance", "mmd2"]
+from ._features import check_features, check_finite, median_distance
+from ._op import Op, forced_backend
+from .manhattan import manhattan_distance, manhattan_signs, manhattan_slopes
 
-_TILE = 1 << 21  # elements of the largest temporary, 16 MiB in float64
-_MEDIAN_ROWS = 4096  # 8.4 million pairs
+__all__ = ["mmd2"]
 
-
-def _row_chunks(rows: int, elements_per_row: int):
-    step = max(1, _TILE // max(1, elements_per_row))
-    return ((start, min(start + step, rows)) for start in range(0, rows, step))
-
-
-class _EuclideanDistance(torch.autograd.Function):
-    """|a_i - b_j|_2 [n, m] from differences, exact for rows that nearly coincide; subgradient 0 where they do.
-
-    With w_ij = g_ij / dist_ij: da_i = sum_j w_ij (a_i - b_j), db_j = sum_i w_ij (b_j - a_i). `dist` is saved as an
-    output, so the backward is differentiable through it to any order.
-    """
-
-    @staticmethod
-    def forward(ctx, a, b):
-        dist = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
-        ctx.save_for_backward(a, b, dist)
-        return dist
-
-    @staticmethod
-    def backward(ctx, g):
-        a, b, dist = ctx.saved_tensors
-        apart = dist > 0
-        w = torch.where(apart, g / torch.where(apart, dist, 1.0), 0.0)
-        return w.sum(1, keepdim=True) * a - w @ b, w.sum(0).unsqueeze(1) * b - w.T @ a
+KERNELS = ("gaussian", "laplacian", "polynomial", "energy")
+_TILE = {"cpu": (512, 2048), "cuda": (2048, 8192)}  # rows, at least as many columns
+_ALL = 1 << 40
 
 
-class _ManhattanDistance(torch.autograd.Function):
-    """|a_i - b_j|_1 [n, m] without a tensor [n, m, D]; subgradient 0 where components are equal."""
+class Plan(NamedTuple):
+    """A kernel and the numbers of its f, c or c and b; the weights of a pair within x, within y and across; m."""
 
-    @staticmethod
-    def forward(ctx, a, b):
-        ctx.save_for_backward(a, b)
-        return torch.cdist(a, b, p=1.0)
+    kernel: str
+    numbers: Tensor
+    squarings: list[int]
+    weights: tuple[float, float, float]
+    center: Tensor
 
-    @staticmethod
-    def backward(ctx, g):
-        return _ManhattanDistanceBackward.apply(g, *ctx.saved_tensors)
-
-
-class _ManhattanDistanceBackward(torch.autograd.Function):
-    """da_i = sum_j g_ij s_ij, db_j = -sum_i g_ij s_ij with s_ij = sign(a_i - b_j) [D]; linear in g, constant in a and
-    b."""
-
-    @staticmethod
-    def forward(ctx, g, a, b):
-        ctx.save_for_backward(a, b)
-        da, db = torch.empty_like(a), torch.zeros_like(b)
-        for i, j in _row_chunks(len(a), b.numel()):
-            sign = torch.sign(a[i:j, None] - b)
-            da[i:j] = torch.einsum("nm,nmd->nd", g[i:j], sign)
-            db -= torch.einsum("nm,nmd->md", g[i:j], sign)
-        return da, db
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dda, ddb):
-        a, b = ctx.saved_tensors
-        dg = a.new_empty(len(a), len(b))
-        for i, j in _row_chunks(len(a), b.numel()):
-            dg[i:j] = (torch.sign(a[i:j, None] - b) * (dda[i:j, None] - ddb)).sum(2)
-        return dg, None, None
+    @property
+    def squared(self) -> bool:
+        return self.kernel in ("gaussian", "energy")
 
 
-def _average(kernel, bandwidths):
-    first, *rest = (kernel(s) for s in bandwidths)
-    return sum(rest, first) / len(bandwidths) if rest else first
-
-
-def _gaussian(a, b, bandwidths):
-    # Not clamped at 0: the Hessian of exp(-d2/2s^2) at coincident points is -I/s^2, and a clamp would drop it.
-    d2 = torch.addmm(b.square().sum(1), a, b.T, alpha=-2) + a.square().sum(1, keepdim=True)
-    return _average(lambda s: torch.exp(d2 * (-0.5 / s**2)), bandwidths)
-
-
-def _laplacian(a, b, bandwidths):
-    distance = _ManhattanDistance.apply(a, b)
-    return _average(lambda s: torch.exp(distance / -s), bandwidths)
-
-
-def _polynomial(a, b, bandwidths):
-    base = torch.addmm(a.new_ones(()), a, b.T, alpha=1 / a.shape[1])
-    return base * base * base
-
-
-def _energy(a, b, bandwidths):
-    return -_EuclideanDistance.apply(a, b)
-
-
-_KERNELS = {"gaussian": _gaussian, "laplacian": _laplacian, "polynomial": _polynomial, "energy": _energy}
-
-
-def _sum_pairs(k, a, b):
-    return sum(k(a[i:j], b).sum() for i, j in _row_chunks(len(a), len(b)))
-
-
-def _sum_distinct_pairs(k, a):
-    """Sum of k(a_i, a_j) over i != j: twice the upper triangle, so the diagonal is left out by its index."""
-    return 2 * sum(k(a[i:j], a[i:]).triu(1).sum() for i, j in _row_chunks(len(a), len(a)))
-
-
-def _sum_diagonal(kernel, a):
+def derivatives(kernel: str, numbers: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """f, f' and f'' at t."""
     if kernel == "polynomial":
-        return (a.square().mean(1) + 1).pow(3).sum()
-    return 0.0 if kernel == "energy" else float(len(a))
+        c, b = numbers
+        e = c * t
+        return e * (3 * b * b + 3 * b * e + e * e), 3 * c * (b + e) ** 2, 6 * c * c * (b + e)
+    if kernel == "energy":
+        root = t.sqrt()
+        inverse = torch.where(t > 0, 1 / root, 0.0)  # no force between points that coincide
+        return -root, -inverse / 2, inverse**3 / 4
+    terms = [torch.exp(c * t) for c in numbers]
+    return tuple(sum(c**k * e for c, e in zip(numbers, terms, strict=True)) for k in range(3))
 
 
-def check_features(x: Tensor, name: str) -> None:
-    """Raise unless x is a floating-point tensor [samples >= 1, dimensions >= 1]."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a tensor of features, not {type(x).__name__}")
-    if not x.is_floating_point():
-        raise TypeError(
-            f"{name} holds {x.dtype}: features are floating point; images go through a feature extractor first"
-        )
-    if x.dim() != 2 or x.numel() == 0:
-        raise ValueError(f"{name} must be [samples, dimensions] with at least one of each, got {list(x.shape)}")
+@Op
+def mmd_tile(
+    p: Tensor,
+    q: Tensor,
+    hp: Tensor | None,
+    hq: Tensor | None,
+    op: Tensor,
+    oq: Tensor,
+    numbers: Tensor,
+    squarings: Sequence[int],
+    kernel: str,
+    weight: float,
+    diagonal: bool,
+    order: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum of w f over a tile [r, c] (0-d, float64), A and B, which are empty below order 1 and 2.
 
-
-def check_finite(x: Tensor, name: str) -> None:
-    """Raise if x [samples, dimensions] holds NaN or inf, with the first row that does."""
-    finite = x.isfinite().all(1)
-    if not finite.all():
-        bad = (~finite).nonzero().flatten()
-        raise ValueError(f"{name} holds NaN or inf in {len(bad)} of {len(x)} rows, the first is row {int(bad[0])}")
-
-
-def median_distance(x: Tensor, p: float = 2.0) -> float:
-    """Median of |x_i - x_j|_p over the pairs i < j of x [N >= 2, D]; of an even count, the mean of the middle two.
-
-    Of more than 4,096 rows, 4,096 are drawn without replacement with a fixed seed, which bounds memory and time.
-    Raises ValueError where the median is 0, that is where half of the pairs coincide.
+    p [r, D] and hp are rows, q [c, D] and hq columns, op [2, r] and oq [2, c] what `_offsets` says, of one dtype; rows
+    are contiguous. numbers are float64. `diagonal`: p are the first of q, and only the pairs i < j count. Order -1
+    gives w f itself in the place of A.
     """
-    x = x.detach().double()
-    if len(x) > _MEDIAN_ROWS:
-        rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:_MEDIAN_ROWS]
-        x = x[rows.to(x.device)]
-    pairs = pdist(x, p)
-    # Tensor.median is the lower of two middle values; the upper one is the lower one of the negatives.
-    median = float((pairs.median() - (-pairs).median()) / 2)
-    if median <= 0:
-        raise ValueError("the median distance is 0: half of the pairs of samples coincide; give a bandwidth > 0")
-    return median
+    a, b = p.double(), q.double()
+    if kernel == "polynomial":
+        t = a @ b.T + op[0].double()[:, None] + oq[0].double()
+    elif kernel == "laplacian":
+        t = torch.cdist(a, b, p=1.0)
+    else:
+        t = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist").square()
+    f, first, second = (weight * (d.triu(1) if diagonal else d) for d in derivatives(kernel, numbers, t))
+    A = B = p.new_empty(0, 0)
+    if order == -1:
+        A = f.to(p.dtype)
+    if order >= 1:
+        A = (first * (2 if kernel in ("gaussian", "energy") else 1)).to(p.dtype)
+    if order == 2:
+        u, v = hp.double(), hq.double()
+        if kernel == "laplacian":
+            along = manhattan_slopes.reference(a, b, u, v)
+        else:
+            along = a @ v.T + u @ b.T
+            if kernel == "polynomial":
+                along += op[1].double()[:, None] + oq[1].double()
+            else:
+                along = 4 * ((a * u).sum(1, keepdim=True) + (b * v).sum(1) - along)
+        B = (second * along).to(p.dtype)
+    return f.sum(), A, B
+
+
+def _offsets(z: Tensor, h: Tensor | None, plan: Plan) -> Tensor:
+    """[2, n]: what a row adds to t and, where there is an h, to its derivative along it, beside the products."""
+    out = z.new_zeros(2, len(z))
+    if plan.kernel == "polynomial":
+        out[0] = z @ plan.center
+        out[1] = 0 if h is None else h @ plan.center
+    elif plan.squared:
+        out[0] = torch.linalg.vecdot(z, z)
+        out[1] = 0 if h is None else torch.linalg.vecdot(z, h)
+    return out
+
+
+def tiles(N: int, n: int, weights: Sequence[float], rows: int, columns: int) -> Iterator[tuple]:
+    """(rows i:j, columns k:l, weight, diagonal) of all tiles above the diagonal; none reaches from x into y."""
+    within_x, within_y, across = weights
+    for begin, end, within in ((0, N, within_x), (N, n, within_y)):
+        for i in range(begin, end, rows):
+            j = min(i + rows, end)
+            for k in range(i, end, columns):
+                yield slice(i, j), slice(k, min(k + columns, end)), within, k == i
+            for k in range(N, n if begin == 0 else N, columns):
+                yield slice(i, j), slice(k, min(k + columns, n)), across, False
+
+
+def _sum_and_slope(
+    z: Tensor, N: int, plan: Plan, h: Tensor | None, order: int, wanted: tuple[bool, bool], backend: str | None
+) -> tuple[Tensor, Tensor | None]:
+    """The sum of w f over all pairs (0-d, float64) and for order 1 its gradient by z, for order 2 that along h.
+
+    wanted: whether x's rows of it are, and y's; the others are not computed and undefined.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=z.device)
+    slope = torch.zeros_like(z) if order else None
+    sizes = _TILE["cuda" if z.is_cuda else "cpu"] if order or not z.is_cuda else (_ALL, _ALL)
+    with torch.autocast(z.device.type, enabled=False):
+        offsets = _offsets(z, h, plan)
+        for r, c, weight, diagonal in tiles(N, len(z), plan.weights, *sizes):
+            sides = wanted[r.start >= N], wanted[c.start >= N]
+            this = order if any(sides) else 0
+            if order == 2 and not this:
+                continue
+            hr, hc = (h[r], h[c]) if this == 2 else (None, None)
+            f, A, B = mmd_tile(
+                z[r], z[c], hr, hc, offsets[:, r], offsets[:, c], plan.numbers, plan.squarings, plan.kernel, weight,
+                diagonal, this, backend=backend,
+            )  # fmt: skip
+            total += f
+            if this and sides[0]:
+                _add_slopes(slope[r], plan, A, B, z[r], z[c], hr, hc, backend)
+            if this and sides[1]:
+                _add_slopes(slope[c], plan, A.T, B.T, z[c], z[r], hc, hr, backend)
+    return total, slope
+
+
+def _add_slopes(out: Tensor, plan: Plan, A, B, p, q, hp, hq, backend: str | None) -> None:
+    """Adds to out what the columns of A, and of B where there is an h, do to the rows."""
+    if plan.kernel == "laplacian":
+        out += manhattan_signs(A if hp is None else B, p, q, backend=backend)
+        return
+    pairs = [(A, p, q, plan.center)] if hp is None else [(A, hp, hq, None), (B, p, q, plan.center)]
+    for weights, near, far, center in pairs:
+        if plan.squared:
+            out.addcmul_(weights.sum(1, keepdim=True), near)
+        elif center is not None:
+            out.addcmul_(weights.sum(1, keepdim=True), center)
+        out.addmm_(weights, far, alpha=-1.0 if plan.squared else 1.0)
+
+
+class _Mmd(Function):
+    """The sum over all pairs. The gradient is made with the value: of the tiles it needs their forward anyway."""
+
+    @staticmethod
+    def forward(ctx, x, y, plan, backend):
+        ctx.args = plan, backend
+        wanted = tuple(ctx.needs_input_grad[:2])
+        z = _pooled(x, y, plan.center)
+        total, ctx.slope = _sum_and_slope(z, len(x), plan, None, int(any(wanted)), wanted, backend)
+        ctx.save_for_backward(x, y)
+        return total
+
+    @staticmethod
+    def backward(ctx, g):
+        gx, gy = _Gradient.apply(*ctx.saved_tensors, ctx.slope, *ctx.args)
+        wanted = ctx.needs_input_grad
+        return g * gx if wanted[0] else None, g * gy if wanted[1] else None, None, None
+
+
+class _Gradient(Function):
+    @staticmethod
+    def forward(ctx, x, y, slope, plan, backend):
+        ctx.args = plan, backend
+        ctx.save_for_backward(x, y)
+        return slope[: len(x)].to(x.dtype), slope[len(x) :].to(y.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, hx, hy):
+        (x, y), (plan, backend) = ctx.saved_tensors, ctx.args
+        wanted = tuple(ctx.needs_input_grad[:2])
+        z, h = _pooled(x, y, plan.center), _pooled(hx, hy, None)
+        _, slope = _sum_and_slope(z, len(x), plan, h, 2, wanted, backend)
+        parts = slope[: len(x)].to(x.dtype), slope[len(x) :].to(y.dtype)
+        return *(part if want else None for part, want in zip(parts, wanted, strict=True)), None, None, None
+
+
+def _pooled(x: Tensor, y: Tensor, center: Tensor | None) -> Tensor:
+    """[x; y] - center, float64 for float64 and else float32, contiguous."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    z = torch.empty(len(x) + len(y), x.shape[1], dtype=dtype, device=x.device)
+    for part, source in ((z[: len(x)], x), (z[len(x) :], y)):
+        part.copy_(source)
+        if center is not None:
+            part -= center
+    return z
+
+
+def _center(x: Tensor, y: Tensor) -> Tensor:
+    """The pooled mean, float64 for float64 and else float32."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return (x.detach().sum(0, dtype=dtype) + y.detach().sum(0, dtype=dtype)) / (len(x) + len(y))
 
 
 def _check_bandwidths(bandwidth) -> list[float]:
@@ -178,20 +250,48 @@ def _check_bandwidths(bandwidth) -> list[float]:
     return [float(s) for s in values]
 
 
-def mmd2(x: Tensor, y: Tensor, kernel: str = "gaussian", bandwidth=None, unbiased: bool = True) -> Tensor:
+def plan_of(kernel: str, bandwidths: Sequence[float], x: Tensor, y: Tensor, N: int, M: int, unbiased: bool) -> Plan:
+    """What is summed over the pairs i < j of N rows of x and M of y; bandwidths is empty for polynomial and energy."""
+    center = _center(x, y)
+    # Widest first: where the next is a power of two narrower, a native kernel squares instead of taking exp again.
+    scale = {"gaussian": lambda s: -0.5 / s**2, "laplacian": lambda s: -1 / s}.get(kernel)
+    values = [scale(s) for s in sorted(bandwidths, reverse=True)] or [1 / x.shape[1]]
+    numbers = torch.tensor(values, dtype=torch.float64, device=x.device)
+    if kernel == "polynomial":
+        m = center.double()
+        numbers = torch.cat([numbers, 1 + (m @ m)[None] / x.shape[1]])
+    share = 1 / max(1, len(bandwidths))
+    within = [2 * share / (n * max(1, n - 1) if unbiased else n * n) for n in (N, M)]
+    return Plan(kernel, numbers, squarings(values), (*within, -2 * share / (N * M)), center)
+
+
+def squarings(numbers: Sequence[float]) -> list[int]:
+    """How often exp(c t) of the number before has to be squared to be that of this one; 0: it has to be made anew."""
+    found = [0] * len(numbers)
+    for i in range(1, len(numbers)):
+        power = math.log2(numbers[i] / numbers[i - 1])
+        if 0.5 < power < 5 and abs(power - round(power)) < 1e-12:
+            found[i] = round(power)
+    return found
+
+
+def mmd2(
+    x: Tensor, y: Tensor, kernel: str = "gaussian", bandwidth=None, unbiased: bool = True, validate: bool = True
+) -> Tensor:
     """Squared maximum mean discrepancy of two samples; the equations are at the top of this file.
 
     x: [N, D] floating point; y: [M, D], same dtype and device.
     kernel: "gaussian" | "laplacian" | "polynomial" | "energy".
-    bandwidth: sigma > 0, in the units of x; a sequence averages the kernels; None takes the median distance over the
-        pairs i < j of the pooled sample (L1 distances for laplacian; `median_distance` says what happens beyond 4,096
-        rows), a constant for the gradient. polynomial and energy have no bandwidth and do not use it.
+    bandwidth: sigma > 0, in the units of x; a sequence averages the kernels, all in one pass; None takes the median
+        distance over the pairs i < j of the pooled sample (L1 distances for laplacian; `median_distance` says what
+        happens beyond 4,096 rows), a constant for the gradient. polynomial and energy do not use it.
     unbiased: leave the pairs i = j within a sample out (needs N, M >= 2); such an estimate can be negative.
+    validate: look for NaN and inf, for which a GPU has to be waited for; False in a loop that must not wait.
 
-    Returns a scalar: float64 for float64 inputs, else float32. Computed in float64, so that for float32 inputs
-    |error| <= 1e-8 + 1e-3 |value|. Differentiable twice in x and y; distance kernels have subgradient 0 at coincident
-    points. Without gradients no more than 16 MiB a temporary is held beside float64 copies of x and y; with gradients
-    autograd keeps N x M matrices.
+    Returns a scalar: float64 for float64 inputs, else float32. Pairs of float32, and of bfloat16 and float16 converted
+    to it, are computed in float32 and summed in float64: |error| <= 1e-8 + 1e-3 |value|. Differentiable twice in x and
+    y; distance kernels have subgradient 0 at coincident points. The matrix of pairs is never held: memory beyond a few
+    copies of x and y is that of some tiles, and a sample that needs no gradient costs none.
 
     Raises TypeError for features that are not floating point or of two dtypes; ValueError for shapes, devices, kernel
     or bandwidth that do not fit, too few samples, and NaN or inf, with the row.
@@ -204,34 +304,97 @@ def mmd2(x: Tensor, y: Tensor, kernel: str = "gaussian", bandwidth=None, unbiase
         raise TypeError(f"x and y must have the same dtype, got {x.dtype} and {y.dtype}")
     if x.device != y.device:
         raise ValueError(f"x and y must be on the same device, got {x.device} and {y.device}")
-    if kernel not in _KERNELS:
-        raise ValueError(f"unknown kernel {kernel!r}: one of {', '.join(_KERNELS)}")
+    if kernel not in KERNELS:
+        raise ValueError(f"unknown kernel {kernel!r}: one of {', '.join(KERNELS)}")
     N, M = len(x), len(y)
     if unbiased and min(N, M) < 2:
         raise ValueError(
             f"the unbiased estimate needs at least 2 samples each, got {N} and {M}; unbiased=False takes 1"
         )
-    check_finite(x, "x")
-    check_finite(y, "y")
+    if validate and not torch.compiler.is_compiling():
+        check_finite(x, "x")
+        check_finite(y, "y")
 
-    a, b = x.double(), y.double()
-    if kernel != "polynomial":
-        # Distances do not see a common shift, the rounding of |a|^2 + |b|^2 - 2ab does.
-        center = ((a.sum(0) + b.sum(0)) / (N + M)).detach()
-        a, b = a - center, b - center
-    if bandwidth is not None:
-        bandwidths = _check_bandwidths(bandwidth)
-    elif kernel in ("gaussian", "laplacian"):
-        bandwidths = [median_distance(torch.cat([a, b]), p=1.0 if kernel == "laplacian" else 2.0)]
-    else:
-        bandwidths = []
-
-    def k(rows, columns):
-        return _KERNELS[kernel](rows, columns, bandwidths)
-
-    def mean_within(z):
-        n, total = len(z), _sum_distinct_pairs(k, z)
-        return total / (n * (n - 1)) if unbiased else (total + _sum_diagonal(kernel, z)) / n**2
-
-    value = mean_within(a) + mean_within(b) - 2 * _sum_pairs(k, a, b) / (N * M)
+    bandwidths = []
+    if kernel in ("gaussian", "laplacian"):
+        if bandwidth is None:
+            bandwidths = [median_distance(torch.cat([x.detach(), y.detach()]), 1.0 if kernel == "laplacian" else 2.0)]
+        else:
+            bandwidths = _check_bandwidths(bandwidth)
+    plan = plan_of(kernel, bandwidths, x, y, N, M, unbiased)
+    value = _Mmd.apply(x, y, plan, forced_backend())
+    if not unbiased:
+        value = value + _diagonal(x, plan) / N**2 + _diagonal(y, plan) / M**2
     return value.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+
+def _diagonal(x: Tensor, plan: Plan) -> Tensor | float:
+    """The sum of f over the pairs of a point and itself."""
+    if plan.kernel == "polynomial":
+        c, b = plan.numbers
+        return ((c * torch.linalg.vecdot(x.double(), x.double()) + 1) ** 3 - b**3).sum()
+    return 0.0 if plan.kernel == "energy" else float(len(x))
+
+
+def mmd2_of_subsets(x: Tensor, y: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Unbiased MMD^2 with the polynomial kernel of S subsets, [S] in float64, by whichever way has fewer pairs.
+
+    x [N, D], y [M, D], float32 or float64; rows and columns [S, m] are int64, in each row without repetition.
+    """
+    S, m = rows.shape
+    N, n = len(x), len(x) + len(y)
+    if S * 4 * m * m <= n * n:
+        pairs = zip(rows, columns, strict=True)
+        return torch.stack([mmd2(x[i], y[j], "polynomial", validate=False).double() for i, j in pairs])
+    members = x.new_zeros(n, S)
+    subset = torch.arange(S, device=x.device)[:, None]
+    members[rows, subset] = 1
+    members[columns + N, subset] = 1
+    sums = torch.zeros(S, dtype=torch.float64, device=x.device)
+    plan = plan_of("polynomial", [], x, y, m, m, unbiased=True)
+    z = _pooled(x, y, plan.center)
+    with torch.autocast(z.device.type, enabled=False):
+        offsets = _offsets(z, None, plan)
+        for r, c, weight, diagonal in tiles(N, n, plan.weights, *_TILE["cuda" if z.is_cuda else "cpu"]):
+            _, K, _ = mmd_tile(
+                z[r], z[c], None, None, offsets[:, r], offsets[:, c], plan.numbers, plan.squarings, plan.kernel, 1.0,
+                diagonal, -1,
+            )  # fmt: skip
+            # A subset has a share in a pair that it holds both of.
+            sums += weight * (K @ members[c]).mul_(members[r]).sum(0, dtype=torch.float64)
+    return sums
+
+
+# Launchers. Rows are contiguous, all is of one dtype.
+
+_CODES = {"gaussian": 0, "laplacian": 1, "energy": 2, "polynomial": 3}
+
+
+@mmd_tile.register("cpp", dtypes=(torch.float32,))
+def _(native, p, q, hp, hq, op, oq, numbers, squarings, kernel, weight, diagonal, order):
+    s = p.new_empty(0, 0)
+    if kernel == "laplacian":
+        t = manhattan_distance(p, q, backend="cpp")
+        if order == 2:
+            s = manhattan_slopes(p, q, hp, hq, backend="cpp")
+    else:
+        t = p @ q.T
+        if order == 2:
+            s = torch.addmm(p @ hq.T, hp, q.T)
+    totals = torch.empty(len(p), dtype=torch.float64)
+    tensors = p, q, hp, hq, *op, *oq, numbers, t, s, totals
+    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+    sizes, options = (len(p), len(q), p.shape[1]), (_CODES[kernel], weight, diagonal, order)
+    native.mmd_tile_cpu(addresses, sizes, list(squarings), *options, torch.get_num_threads())
+    return totals.sum(), t if order else p.new_empty(0, 0), s
+
+
+@mmd_tile.register("triton", dtypes=(torch.float32,))
+def _(kernels, p, q, hp, hq, op, oq, numbers, squarings, kernel, weight, diagonal, order):
+    t = s = None
+    if kernel == "laplacian":
+        t = manhattan_distance(p, q, backend="triton")
+        s = manhattan_slopes(p, q, hp, hq, backend="triton") if order == 2 else None
+    options = squarings, _CODES[kernel], weight, diagonal, order
+    totals, A, B = kernels.mmd_tile(p, q, hp, hq, op, oq, numbers, t, s, *options)
+    return totals.sum(), A, B

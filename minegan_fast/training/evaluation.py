@@ -59,8 +59,8 @@ def choose_features(choice, critic: nn.Module | None, reference: Tensor, device)
     """Features for metrics.
 
     choice: None ("critic" where the source's critic has them, else "pixels"), "critic", "pixels", "digits" (the
-    embedded classifier, 32x32 grey), a path of a TorchScript file, an nn.Module or a FeatureExtractor. The first three
-    are scaled by their RMS over `reference`, uint8 [N, C, R, R].
+    embedded classifier, 32x32 grey), a path of a TorchScript file or of Inception's weights, an nn.Module or a
+    FeatureExtractor. The first two are scaled by their RMS over `reference`, uint8 [N, C, R, R].
     """
     if choice is None:
         choice = "critic" if hasattr(critic, "features") else "pixels"

@@ -104,6 +104,8 @@ def test_each_range_is_converted_once():
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     expected = (((x + 1) / 2).movedim(1, 3) - mean) / std
     torch.testing.assert_close(given(x, normalize="imagenet"), expected.movedim(3, 1))
+    torch.testing.assert_close(given(x, normalize="[0,255]"), (x + 1) * 127.5)
+    torch.testing.assert_close(given(x, normalize="tensorflow"), ((x + 1) * 127.5 - 128) / 128)
     as_uint8 = given(x, normalize="uint8")
     assert as_uint8.dtype == torch.uint8
     assert torch.equal(as_uint8, ((x + 1) * 127.5).round().to(torch.uint8))
@@ -207,6 +209,26 @@ def test_torchscript_file(tmp_path, freeze):
         assert torch.equal(extractor(x), extractor(x))
 
 
+class Detector(nn.Module):
+    """The interface of the TorchScript networks of StyleGAN2-ADA's metrics."""
+
+    def forward(self, img: torch.Tensor, return_features: bool = False, no_output_bias: bool = False) -> torch.Tensor:
+        assert img.shape[1] == 3
+        features = img.float().flatten(1)
+        return features if return_features else features.softmax(1)
+
+
+def test_networks_of_stylegan2_ada_are_asked_for_features_of_uint8(tmp_path):
+    torch.jit.save(torch.jit.script(Detector()), tmp_path / "inception.pt")
+    x = images(2, 1, 8)
+    as_bytes = ((x + 1) * 127.5).round().expand(-1, 3, -1, -1)
+    for network in (tmp_path / "inception.pt", torch.jit.load(tmp_path / "inception.pt")):
+        assert torch.equal(FeatureExtractor(network)(x), as_bytes.flatten(1))
+    clean = FeatureExtractor(tmp_path / "inception.pt", resolution=5, interpolation="bicubic", normalize="[0,255]")
+    expected = F.interpolate(as_bytes, (5, 5), mode="bicubic", antialias=True).clamp(0, 255)
+    torch.testing.assert_close(clean(x), expected.flatten(1), rtol=0, atol=1e-4)
+
+
 class Bomb:
     def __init__(self, path):
         self.path = str(path)
@@ -221,7 +243,7 @@ def test_a_pickle_is_refused_and_nothing_in_it_runs(tmp_path):
     torch.save(Bomb(fuse), tmp_path / "legacy.pth", _use_new_zipfile_serialization=False)
     (tmp_path / "plain.pkl").write_bytes(pickle.dumps(Bomb(fuse)))
     for name in ("zip.pth", "legacy.pth", "plain.pkl"):
-        with pytest.raises(ValueError, match="is not a TorchScript file and was not opened"):
+        with pytest.raises(ValueError, match=r"was refused: .*; nothing of it was run"):
             FeatureExtractor(tmp_path / name)
     assert not fuse.exists()
 
@@ -239,10 +261,12 @@ def test_a_pickle_dressed_as_torchscript_runs_nothing(tmp_path):
     assert not fuse.exists()
 
 
-def test_a_state_dict_is_refused_with_the_remedy(tmp_path):
-    torch.save(Network().state_dict(), tmp_path / "pt_inception.pth")
-    with pytest.raises(ValueError, match=r"build the network, load them with network\.load_state_dict"):
-        FeatureExtractor(tmp_path / "pt_inception.pth")
+def test_weights_of_another_network_are_refused_with_the_remedy(tmp_path):
+    torch.save(Network().state_dict(), tmp_path / "other.pth")
+    torch.save({}, tmp_path / "empty.pth")
+    for name, keys in (("other", r"conv\.bias, conv\.weight, norm\.bias, .* and 3 more"), ("empty", "nothing")):
+        with pytest.raises(ValueError, match=rf"but {keys}\. For another network build it, load its weights with"):
+            FeatureExtractor(tmp_path / f"{name}.pth")
 
 
 def test_other_files_are_refused(tmp_path):
@@ -251,7 +275,7 @@ def test_other_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match="no file"):
         FeatureExtractor(tmp_path)
     (tmp_path / "text.pt").write_text("not a network")
-    with pytest.raises(ValueError, match="is not a TorchScript file"):
+    with pytest.raises(ValueError, match=r"text\.pt is neither .* \(expected a TorchScript file or a file of"):
         FeatureExtractor(tmp_path / "text.pt")
     torch.jit.save(torch.jit.script(Network()), tmp_path / "cut.pt")
     whole = (tmp_path / "cut.pt").read_bytes()
@@ -296,7 +320,11 @@ def test_images_that_seem_to_be_in_0_1_warn():
     [
         ({"path_or_module": lambda x: x}, TypeError, "expected an nn.Module or the path .* not function"),
         ({"batch": 0}, ValueError, "batch must be at least 1, got 0"),
-        ({"normalize": "0-1"}, ValueError, r"unknown normalize '0-1': one of \[-1,1\], \[0,1\], imagenet, uint8"),
+        (
+            {"normalize": "0-1"},
+            ValueError,
+            r"unknown normalize '0-1': one of \[-1,1\], \[0,1\], \[0,255\], imagenet, tensorflow, uint8",
+        ),
         ({"interpolation": "nearest"}, ValueError, "must be 'bilinear' or 'bicubic', got 'nearest'"),
         ({"resolution": 0}, ValueError, "resolution must be a positive int or a pair"),
         ({"resolution": (8, 8, 8)}, ValueError, "resolution must be a positive int or a pair"),

@@ -31,23 +31,68 @@ def test_kid_of_whole_samples_equals_torchmetrics():
 
 def test_kid_is_mean_and_population_deviation_over_seeded_subsets():
     x, y = features(40), features(30, seed=1, shift=0.3)
-    generator = torch.Generator().manual_seed(5)
-    values = []
+    draws = np.random.RandomState(5)
+    values, drawn = [], []
     for _ in range(9):
-        rows, columns = (torch.randperm(n, generator=generator)[:12] for n in (40, 30))
+        rows, columns = (draws.choice(n, 12, replace=False) for n in (40, 30))
+        drawn.append((rows, columns))
         values.append(brute_polynomial_mmd2(x[rows], y[columns]))
     mean, std = kid(x, y, subsets=9, subset_size=12, seed=5)
     assert mean == pytest.approx(np.mean(values), rel=1e-10)
     assert std == pytest.approx(np.std(values), rel=1e-10)
     assert kid(x, y, 9, 12, seed=5) == (mean, std)
+    indices = tuple(np.stack(part) for part in zip(*drawn, strict=True))
+    assert kid(x, y, indices=indices) == (mean, std)
     assert kid(x, y, 9, 12, seed=6)[0] != mean
+
+
+@pytest.mark.parametrize("subsets", [3, 60], ids=["one_at_a_time", "all_pairs_once"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_kid_of_either_way_is_torchmetrics_on_the_same_subsets(subsets, dtype):
+    poly_mmd = pytest.importorskip("torchmetrics.image.kid").poly_mmd
+    x, y = features(50, 20).abs().to(dtype), features(60, 20, seed=1).abs().to(dtype)
+    draws = np.random.RandomState(7)
+    values = []
+    for _ in range(subsets):
+        rows, columns = draws.choice(50, 15, replace=False), draws.choice(60, 15, replace=False)
+        values.append(poly_mmd(x[rows].double(), y[columns].double()).item())
+    mean, std = kid(x, y, subsets, 15, seed=7)
+    near = {"rel": 1e-3, "abs": 1e-8} if dtype == torch.float32 else {"rel": 1e-10, "abs": 1e-14}
+    assert mean == pytest.approx(np.mean(values), **near)
+    assert std == pytest.approx(np.std(values), **near)
+
+
+@pytest.mark.parametrize(
+    ("indices", "message"),
+    [
+        ((np.zeros((2, 3), int), np.zeros((2, 4), int)), "of one shape"),
+        ((np.zeros((2, 1), int), np.zeros((2, 1), int)), "subset_size >= 2"),
+        ((np.zeros((2, 3)), np.zeros((2, 3))), "int64"),
+        ((np.full((2, 3), 9), np.zeros((2, 3), int)), r"of x must lie in 0..8, got 9..9"),
+        ((np.zeros((2, 3), int), np.full((2, 3), -1)), r"of y must lie in 0..6, got -1..-1"),
+    ],
+)
+def test_wrong_indices_are_named(indices, message):
+    with pytest.raises(ValueError, match=message):
+        kid(features(9), features(7), indices=indices)
 
 
 def test_kid_subsets_are_drawn_without_replacement():
     # All kernels are 1 but that of the odd row with itself, which is on the diagonal unless the row is drawn twice.
-    x, y = torch.zeros(5, 1), torch.zeros(5, 1)
+    x, y = torch.zeros(2, 12, 1, dtype=torch.float64)
     x[4] = 10
-    assert kid(x, y, subsets=50, subset_size=4) == (0.0, 0.0)
+    mean, deviation = kid(x, y, subsets=50, subset_size=11)
+    assert mean == pytest.approx(0, abs=1e-9)
+    assert deviation == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("metric", [kid, kmmd])
+def test_a_handful_of_samples_warns(metric):
+    x, y = features(9), features(30, seed=1)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        metric(x, y)
+    assert any("varies by as much as it measures" in str(w.message) for w in seen)
 
 
 @pytest.mark.parametrize(("n", "m"), [(20, 50), (50, 20)])

@@ -1,0 +1,72 @@
+"""Triton kernels of manhattan: distances and slopes of a tile of pairs, and the sums of signs."""
+
+import torch
+import triton
+import triton.language as tl
+
+_OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}
+_TILE = {"BM": 64, "BN": 64}
+_SIGNS = {"BM": 32, "BD": 64, "UNROLL": 4}
+
+
+@triton.jit
+def _sign(v):
+    return (v > 0).to(tl.float32) - (v < 0).to(tl.float32)
+
+
+@triton.jit
+def pairs_kernel(
+    p_ptr, q_ptr, hp_ptr, hq_ptr, out_ptr, rows, columns, D, SLOPES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
+):
+    i = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)[:, None]
+    j = (tl.program_id(1) * BN + tl.arange(0, BN)).to(tl.int64)[None, :]
+    total = tl.zeros((BM, BN), tl.float32)
+    for d in range(D):
+        v = tl.load(p_ptr + i * D + d, i < rows, other=0.0) - tl.load(q_ptr + j * D + d, j < columns, other=0.0)
+        if SLOPES:
+            hp = tl.load(hp_ptr + i * D + d, i < rows, other=0.0)
+            hq = tl.load(hq_ptr + j * D + d, j < columns, other=0.0)
+            total += _sign(v) * (hp - hq)
+        else:
+            total += tl.abs(v)
+    tl.store(out_ptr + i * columns + j, total, (i < rows) & (j < columns))
+
+
+@triton.jit
+def signs_kernel(
+    A_ptr, p_ptr, q_ptr, out_ptr, rows, columns, D, row_stride, column_stride,
+    BM: tl.constexpr, BD: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """A program takes BM rows and BD dimensions, and all columns one after the other."""
+    i = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)[:, None]
+    d = tl.program_id(1) * BD + tl.arange(0, BD)[None, :]
+    p = tl.load(p_ptr + i * D + d, (i < rows) & (d < D), other=0.0)
+    total = tl.zeros((BM, BD), tl.float32)
+    for first in range(0, columns, UNROLL):
+        for u in tl.static_range(UNROLL):
+            j = tl.full((1, 1), first + u, tl.int64)
+            exists = j < columns
+            q = tl.load(q_ptr + j * D + d, (d < D) & exists, other=0.0)
+            A = tl.load(A_ptr + i * row_stride + j * column_stride, (i < rows) & exists, other=0.0)
+            total += A * _sign(p - q)
+    tl.store(out_ptr + i * D + d, total, (i < rows) & (d < D))
+
+
+def pairs(p, q, hp, hq) -> torch.Tensor:
+    """[r, c]: distances, or with hp and hq their slopes."""
+    out = p.new_empty(len(p), len(q))
+    grid = triton.cdiv(len(p), _TILE["BM"]), triton.cdiv(len(q), _TILE["BN"])
+    with torch.cuda.device_of(p):
+        pairs_kernel[grid](
+            p, q, hp, hq, out, len(p), len(q), p.shape[1], SLOPES=hp is not None, **_TILE, **_OPTIONS
+        )  # fmt: skip
+    return out
+
+
+def signs(A, p, q) -> torch.Tensor:
+    """[r, D]"""
+    out = p.new_empty(p.shape)
+    grid = triton.cdiv(len(p), _SIGNS["BM"]), triton.cdiv(p.shape[1], _SIGNS["BD"])
+    with torch.cuda.device_of(p):
+        signs_kernel[grid](A, p, q, out, len(p), len(q), p.shape[1], *A.stride(), **_SIGNS, **_OPTIONS)
+    return out
