@@ -55,7 +55,7 @@ def kid(
 
 def _draw(N: int, M: int, subsets: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
     """[subsets, size] of each, drawn in turn."""
-    random = np.random.RandomState(seed)  # noqa: NPY002
+    random = np.random.RandomState(seed)
     drawn = [[random.choice(n, size, replace=False) for n in (N, M)] for _ in range(subsets)]
     rows, columns = (torch.from_numpy(np.stack(part)) for part in zip(*drawn, strict=True))
     return rows, columns
