@@ -230,7 +230,9 @@ def evaluate(
     samples: Annotated[int, typer.Option(min=2, help="Generated images.")] = 1000,
     features: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="critic, pixels, digits, or a TorchScript file; default: the run's; of a checkpoint pixels."),
+        typer.Option(
+            help="critic, pixels, digits, or a file (TorchScript, Inception weights); default: the run's; else pixels."
+        ),
     ] = None,
     source: Base = None,
     miner: MinerFile = None,

@@ -72,7 +72,9 @@ class TransferConfig:
     held_out: float | str = setting(
         0.1, "Fraction of the images set aside, where that makes 5 or more, or a folder of other images."
     )
-    features: str | None = setting(None, "Features of the metrics: critic, pixels, digits, or a TorchScript file.")
+    features: str | None = setting(
+        None, "Features of the metrics: critic, pixels, digits, or a file: TorchScript, Inception's weights."
+    )
     eval_samples: int = setting(1000, "Generated images that the metrics see.")
     patience: int = setting(0, "Stop after so many snapshots without a gain in held-out KID; 0: never.")
     keep: int = setting(2, "Newest snapshots that stay on the disk.")

@@ -52,7 +52,7 @@ class Features:
     def __call__(self, images: Tensor) -> Tensor:
         if images.dtype == torch.uint8:
             images = to_float(images)
-        return self.extract(images).double() / self.scale
+        return self.extract(images) / self.scale
 
 
 def choose_features(choice, critic: nn.Module | None, reference: Tensor, device) -> Features:

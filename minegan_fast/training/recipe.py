@@ -64,8 +64,8 @@ def transfer(
         resume: go on from the newest snapshot in `out`, or begin where there is none.
         snapshot_every: steps between snapshots; there is one after mining and one at the end too.
         metrics: of "fid", "kid", "kmmd", "mv", "diversity", at every snapshot.
-        features: for the metrics: None (the source critic's), "critic", "pixels", "digits", a TorchScript file, a
-            module or a `metrics.FeatureExtractor`.
+        features: for the metrics: None (the source critic's), "critic", "pixels", "digits", a TorchScript file or one
+            of Inception's weights, a module or a `metrics.FeatureExtractor`.
         **settings: any other field of `TransferConfig`: held_out (fraction set aside where that makes 5 images or more,
             or a folder), patience (snapshots without a gain in held-out KID after which stage 2 stops; 0 never),
             criterion, scope, budget, policy, score_samples, train_critic ("all" | "sparse" | "freezed") and
