@@ -15,6 +15,8 @@ backward(create_graph=True) would tie graph and weights into a reference cycle. 
 import torch
 from torch import Tensor, nn
 
+from .second_order import second_order
+
 __all__ = ["gradient_penalty", "interpolate", "path_length_penalty", "r1_penalty"]
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -89,7 +91,8 @@ def _squared_gradient_norms(critic, x: Tensor) -> Tensor:
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
         x.requires_grad_()
-        score = critic(x)
+        with second_order():
+            score = critic(x)
         if not isinstance(score, Tensor):
             raise TypeError(f"the critic must return a tensor [B] or [B, 1], not {type(score).__name__}")
         if score.shape not in ((len(x),), (len(x), 1)):
