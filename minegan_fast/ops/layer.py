@@ -4,10 +4,10 @@
     input gradient    gx = I(gy, W)         dgy = L(hx, W),   dW = G(hx, gy)    for a cotangent hx of gx
     weight gradient   gW = G(x, gy)         dx  = I(gy, V),   dgy = L(x, V)     for a cotangent V of gW
 
-L, I and G are bilinear and <L(x, W), gy> = <x, I(gy, W)> = <W, G(x, gy)>: the table closes. PyTorch's double backward
-of a convolution writes G(hx, gy) as a convolution whose kernel has the size of an image, at twice the cost of G.
+L, I and G are bilinear with <L(x, W), gy> = <x, I(gy, W)> = <W, G(x, gy)>, so the table closes. PyTorch's own double
+backward of a convolution writes G(hx, gy) as a convolution whose kernel has the size of an image, at twice its cost.
 
-Where only some rows of W train, the `part`, its gradient is `row_gradient`'s, and G of the other rows is never computed.
+Where only some rows of W train, the `part`, its gradient is `row_gradient`'s, and G of the other rows is not computed.
 A gradient that is not there (None) stays so, and costs nothing.
 """
 
