@@ -97,6 +97,16 @@ def _of_copy(machine, op):
     return [row["percent_of_copy"] for row in machine.ours(op) if row.get("percent_of_copy")]
 
 
+def _penalties(machine, name):
+    """The rows of the passes that begin so; of kernels those that come from memory."""
+    rows = [row for row in machine.ours("penalty") if row["pass"].startswith(name)]
+    return [row for row in rows if row.get("cold", True)]
+
+
+def _norms(machine, provider):
+    return [machine.ratio(r, provider, "median_us") for r in _penalties(machine, "norm")]
+
+
 PUBLIC = ("public", "float32"), ("public", "bfloat16")
 TRAINING = "forward + backward"
 GOALS = [
@@ -173,6 +183,31 @@ GOALS = [
     ),
     Goal("`upfirdn2d`, of the copy bandwidth", lambda m: _of_copy(m, "upfirdn2d"), None, 85, unit=" %"),
     Goal("`bias_act`, of the copy bandwidth", lambda m: _of_copy(m, "bias_act"), None, 85, unit=" %"),
+    Goal("norm of a gradient and its penalty, against eager", lambda m: _norms(m, "eager"), 2.5, 2.5),
+    Goal(
+        "the same, over the byte floor",
+        lambda m: [m.above_floor(r) for r in _penalties(m, "norm")], 1.3, 1.3, most=True,
+    ),
+    Goal(
+        "interpolation with its draw, over `torch.lerp`",
+        lambda m: [1 / m.ratio(r, "torch.lerp", "median_us") for r in _penalties(m, "interpolation")],
+        1.1, 1.1, most=True,
+    ),
+    Goal(
+        "an R1 step of StyleGAN2-256's discriminator, against plain layers",
+        lambda m: [m.ratio(r, "plain layers", "median_us") for r in _penalties(m, "R1")], 1.3, 1.3,
+    ),
+    Goal(
+        "a WGAN-GP step of a ResNet critic, against plain autograd",
+        lambda m: [m.ratio(r, "plain autograd", "median_us") for r in _penalties(m, "WGAN-GP")], 1.3, 1.3,
+    ),
+    Goal(
+        "peak memory of these steps, of the plain ones'",
+        lambda m: [
+            1 / m.ratio(r, rival, "peak_bytes")
+            for name, rival in (("R1", "plain layers"), ("WGAN-GP", "plain autograd")) for r in _penalties(m, name)
+        ], 1, 1, most=True,
+    ),
 ]  # fmt: skip
 
 

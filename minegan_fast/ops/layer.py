@@ -79,9 +79,8 @@ class Conv:
         return torch.ops.aten.convolution(x, weight, bias, *self._arguments)
 
     def input_gradient(self, gy, weight, shape, like):
-        if like is None:  # only its shape and layout are read
-            last = gy.dim() == 4 and not gy.is_contiguous() and gy.is_contiguous(memory_format=torch.channels_last)
-            like = gy.new_empty(shape).to(memory_format=torch.channels_last) if last else gy.new_empty(1).expand(shape)
+        if like is None:
+            like = _shaped(gy, shape)
         return torch.ops.aten.convolution_backward(
             gy, like, weight, None, *self._arguments, (True, False, False)
         )[0]  # fmt: skip
@@ -101,6 +100,15 @@ class Conv:
 
 
 _UPSAMPLING = Conv((2, 2), (0, 0), (1, 1), 1, True, (0, 0))
+
+
+def _shaped(gy: Tensor, shape: Sequence[int]) -> Tensor:
+    """A tensor of which only shape and layout, which is gy's, are read; without memory where nobody makes it dense."""
+    last = gy.dim() == 4 and not gy.is_contiguous() and gy.is_contiguous(memory_format=torch.channels_last)
+    if gy.is_cuda and not last:
+        return gy.new_empty(1).expand(shape)
+    layout = torch.channels_last if last else torch.contiguous_format
+    return torch.empty(shape, dtype=gy.dtype, device=gy.device, memory_format=layout)
 
 
 def _exactly(x: Tensor):
