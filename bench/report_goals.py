@@ -116,8 +116,15 @@ def _kid(machine, rival):
     return [machine.ratio(r, rival, "median_us") for r in machine.ours("mmd") if r["pass"].startswith("KID")]
 
 
+def _penalties(machine, name):
+    """The rows of the passes that begin so; of kernels those that come from memory."""
+    rows = [row for row in machine.ours("penalty") if row["pass"].startswith(name)]
+    return [row for row in rows if row.get("cold", True)]
+
+
 PUBLIC = ("public", "float32"), ("public", "bfloat16")
 TRAINING = "forward + backward"
+NORMS = f"norm {TRAINING}"
 GOALS = [
     Goal(
         "`row_update` at 5 %, against mask + fused Adam",
@@ -216,6 +223,34 @@ GOALS = [
     ),
     Goal("`upfirdn2d`, of the copy bandwidth", lambda m: _of_copy(m, "upfirdn2d"), None, 85, unit=" %"),
     Goal("`bias_act`, of the copy bandwidth", lambda m: _of_copy(m, "bias_act"), None, 85, unit=" %"),
+    Goal(
+        "norm of a gradient and its penalty, forward and backward, against eager",
+        lambda m: [m.ratio(r, "eager", "median_us") for r in _penalties(m, NORMS)], 2.5, 2.5,
+    ),
+    Goal(
+        "the same, over the byte floor",
+        lambda m: [m.above_floor(r) for r in _penalties(m, NORMS)], 1.3, 1.3, most=True,
+    ),
+    Goal(
+        "interpolation with its draw, over `torch.lerp`",
+        lambda m: [1 / m.ratio(r, "torch.lerp", "median_us") for r in _penalties(m, "interpolation")],
+        1.1, 1.1, most=True,
+    ),
+    Goal(
+        "an R1 step of StyleGAN2-256's discriminator, against plain layers",
+        lambda m: [m.ratio(r, "plain layers", "median_us") for r in _penalties(m, "R1")], 1.3, 1.3,
+    ),
+    Goal(
+        "a WGAN-GP step of a ResNet critic, against plain autograd",
+        lambda m: [m.ratio(r, "plain autograd", "median_us") for r in _penalties(m, "WGAN-GP")], 1.3, 1.3,
+    ),
+    Goal(
+        "peak memory of these steps, of the plain ones'",
+        lambda m: [
+            1 / m.ratio(r, rival, "peak_bytes")
+            for name, rival in (("R1", "plain layers"), ("WGAN-GP", "plain autograd")) for r in _penalties(m, name)
+        ], 1, 1, most=True,
+    ),
 ]  # fmt: skip
 
 

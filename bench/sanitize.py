@@ -41,6 +41,7 @@ from minegan_fast.ops.noise_bias_act import (
     noise_bias_act_double_backward,
     noise_bias_act_forward,
 )
+from minegan_fast.ops.penalty import interpolate_drawn, penalty_backward, penalty_forward
 
 Check = tuple[str, torch.dtype, Callable[[], Call], Callable[[], Call]]
 
@@ -268,6 +269,31 @@ def check_manhattan(device: str) -> Iterator[Check]:
         yield f"{[r, c, D]}", torch.float32, *calls
 
 
+def check_penalty(device: str) -> Iterator[Check]:
+    """Samples of one element, of sizes that no block divides, of several blocks; channels last; all kinds."""
+    kinds = {"centred": (-0.7, 0.0, 1, False), "squared": (0.0, 0.0, 1, True), "path length": (0.0, 0.01, 3, False)}
+    dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+    shapes = [(1, 1, 1, 1), (5, 3, 7, 3), (3, 5, 31, 29), (1030, 2, 1, 1)]
+    for shape, dtype, last, (name, args) in itertools.product(shapes, dtypes, (False, True), kinds.items()):
+        layout = torch.channels_last if last else torch.contiguous_format
+        g, other = (torch.randn(shape).to(dtype).contiguous(memory_format=layout) for _ in range(2))
+        mean = torch.tensor(-0.7) if name == "path length" else None  # nothing cancels
+
+        def make(place, wide, g=g, other=other, mean=mean, args=args):
+            one, two = (t.to(place, torch.float64 if wide else None) for t in (g, other))
+            m = mean if mean is None else mean.to(place, torch.promote_types(one.dtype, torch.float32))
+
+            def call():
+                P, r, s, a = penalty_forward(one, m, *args)
+                mixed = [] if device == "cpu" else [interpolate_drawn(one, two, 123, 4)]
+                return P, r, s, a, penalty_backward(one, s, torch.full_like(P, 1.5)), *mixed
+
+            return call
+
+        calls = [functools.partial(make, place, wide) for place, wide in ((device, False), ("cpu", True))]
+        yield f"{name} {list(shape)} {dtype}{' channels last' * last}", dtype, *calls
+
+
 OPS: dict[str, Callable[[str], Iterator[Check]]] = {
     "bias_act": check_bias_act,
     "row_update": check_row_update,
@@ -279,6 +305,7 @@ OPS: dict[str, Callable[[str], Iterator[Check]]] = {
     "minibatch_stddev": check_minibatch_stddev,
     "manhattan": check_manhattan,
     "mmd": check_mmd,
+    "penalty": check_penalty,
 }
 
 

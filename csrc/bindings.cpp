@@ -168,6 +168,23 @@ PYBIND11_MODULE(_C, m) {
                                                       {size, groups, C, pixels, features, channels_last}, threads);
       },
       no_gil);
+  m.def(
+      "penalty_cpu",
+      [](int dtype, Address g, Address mean, Address penalty, Address lengths, Address scale, Address new_mean,
+         int64_t count, int64_t length, int64_t stride, double center, double decay, int64_t parts, bool squared,
+         int threads) {
+        minegan::penalty_cpu(DType(dtype), at(g), at(mean), at(penalty), at(lengths), at(scale), at(new_mean),
+                             {count, length, stride, 0}, {center, decay, double(parts), squared}, threads);
+      },
+      no_gil);
+  m.def(
+      "penalty_backward_cpu",
+      [](int dtype, Address g, Address scale, Address dpenalty, Address dg, int64_t count, int64_t length,
+         int64_t stride, int64_t out_stride, int threads) {
+        minegan::penalty_backward_cpu(DType(dtype), at(g), at(scale), at(dpenalty), at(dg),
+                                      {count, length, stride, out_stride}, threads);
+      },
+      no_gil);
 
   // r, c, D
   using Sizes = std::array<int64_t, 3>;

@@ -210,5 +210,27 @@ struct MmdTile {
   bool diagonal;
 };
 void mmd_tile_cpu(const MmdTile&, int kernel, int order, int threads);
+// ---- penalty ----
+// `count` samples of `length` elements that lie densely, in any order, `stride` apart in g and `out_stride` in dg.
+struct Samples {
+  int64_t count, length, stride, out_stride;
+};
+
+struct Norm {
+  double center, decay, parts;
+  bool squared;
+};
+
+// With q_i the sum of the squares of sample i, r_i = sqrt(q_i / parts), m = mean where given, else center,
+// a = m + decay (mean of r - m), and u_i = 2 / count (r_i - a - decay (mean of r - a)):
+//   lengths = r,  new_mean = a,  penalty = mean of (r_i - a)²,  scale_i = u_i / (parts r_i), 0 where r_i is
+//   squared: penalty = mean of q_i, scale_i = 2 / count
+//   dg_i = dpenalty scale_i g_i
+// g, dg are of the dtype, all others of the type that its arithmetic is in. The order of a sum depends on the shape
+// alone.
+void penalty_cpu(DType, const void* g, const void* mean, void* penalty, void* lengths, void* scale, void* new_mean,
+                 const Samples&, const Norm&, int threads);
+void penalty_backward_cpu(DType, const void* g, const void* scale, const void* dpenalty, void* dg, const Samples&,
+                          int threads);
 
 }  // namespace minegan

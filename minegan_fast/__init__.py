@@ -4,20 +4,34 @@ from . import metrics, models
 from .finetune import FrozenNeuronsChanged, Selection, SparseFinetuner, load_delta, unload_delta
 from .mining import Mined, Miner, load_mined
 from .models import load_discriminator, load_generator, save_model
-from .ops import backends, gradient_penalty, interpolate, mmd2, path_length_penalty, r1_penalty, use_backend
+from .ops import (
+    LazyPenalty,
+    backends,
+    dragan_penalty,
+    gradient_penalty,
+    interpolate,
+    lazy_adam,
+    mmd2,
+    path_length_penalty,
+    r1_penalty,
+    use_backend,
+)
 from .training import transfer
 
 __version__ = "0.1.0"
 
 __all__ = [
     "FrozenNeuronsChanged",
+    "LazyPenalty",
     "Mined",
     "Miner",
     "Selection",
     "SparseFinetuner",
     "backends",
+    "dragan_penalty",
     "gradient_penalty",
     "interpolate",
+    "lazy_adam",
     "load_delta",
     "load_discriminator",
     "load_generator",

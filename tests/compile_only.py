@@ -11,6 +11,7 @@ An op joins with one entry in TRITON for each kernel and layout that matters, an
 
 import concurrent.futures
 import importlib
+import itertools
 import os
 import re
 import shutil
@@ -289,6 +290,36 @@ def manhattan_kernels():
     )  # fmt: skip
 
 
+def penalty_kernels():
+    from minegan_fast.kernels.penalty import _OPTIONS, BLOCK
+    from triton import language as tl
+
+    shapes = {"3x256x256": 3 * 256 * 256, "odd": 3 * 37 * 41}
+    for (shape, length), element in itertools.product(shapes.items(), ("fp32", "bf16", "fp64")):
+        wide, label = "fp64" if element == "fp64" else "fp32", f"{shape} {element}"
+        WIDE = tl.float64 if element == "fp64" else tl.float32
+        sizes = {"length": length, "stride": length, "splits": 12}
+        common = {"wide": shape != "odd", "options": _OPTIONS}
+        yield Kernel(
+            "penalty", "squares_kernel", label, {"g_ptr": element, "partial_ptr": "fp64"}, sizes,
+            constants={"WIDE": WIDE, "STEPS": 8, "BLOCK": BLOCK}, **common,
+        )  # fmt: skip
+        pointers = {"g_ptr": element, "scale_ptr": wide, "dpenalty_ptr": wide, "dg_ptr": element}
+        sizes = {"length": length, "stride": length, "out_stride": length}
+        constants = {"WIDE": WIDE, "BLOCK": BLOCK}
+        yield Kernel("penalty", "penalty_backward_kernel", label, pointers, sizes, constants=constants, **common)
+        pointers = dict.fromkeys(("real_ptr", "fake_ptr", "out_ptr"), element)
+        sizes, scalars = {"length": length, "stride": length}, dict.fromkeys(("seed", "low", "high"), "i64")
+        yield Kernel("penalty", "interpolate_kernel", label, pointers, sizes, scalars, constants, **common)
+    results = dict.fromkeys(("mean_ptr", "penalty_ptr", "lengths_ptr", "scale_ptr", "new_mean_ptr"), "fp32")
+    for squared in (False, True):
+        scalars = dict.fromkeys(("center", "decay", "inverse", "share"), "fp64")
+        yield Kernel(
+            "penalty", "penalty_kernel", "squared" if squared else "centred", {"partial_ptr": "fp64"} | results,
+            {"count": 16, "splits": 12}, scalars, {"SQUARED": squared, "TABLE": 16}, wide=False, options=_OPTIONS,
+        )  # fmt: skip
+
+
 TRITON = {
     "bias_act": bias_act_kernels,
     "row_update": row_update_kernels,
@@ -300,6 +331,7 @@ TRITON = {
     "minibatch_stddev": minibatch_stddev_kernels,
     "manhattan": manhattan_kernels,
     "mmd": mmd_kernels,
+    "penalty": penalty_kernels,
 }
 
 # <op>.cu: which of its kernels, demangled, must have 16-byte loads; None: host code alone.
@@ -314,6 +346,7 @@ CUDA = {
     "minibatch_stddev": None,
     "manhattan": None,
     "mmd": None,
+    "penalty": None,
 }
 
 

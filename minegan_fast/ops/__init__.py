@@ -7,24 +7,36 @@ from .minibatch_stddev import minibatch_stddev
 from .mmd import mmd2
 from .modulated_conv2d import modulated_conv2d
 from .noise_bias_act import noise_bias_act
-from .penalty import gradient_penalty, interpolate, path_length_penalty, r1_penalty
+from .penalty import (
+    LazyPenalty,
+    dragan_penalty,
+    gradient_penalty,
+    interpolate,
+    lazy_adam,
+    path_length_penalty,
+    r1_penalty,
+)
 from .row_gradient import dense_is_faster, row_gradient
 from .row_score import row_score
 from .row_update import Hyperparameters, RowUpdate
+from .second_order import second_order
 from .transposed_conv2d import transposed_conv2d
 from .upfirdn2d import upfirdn2d
 
 __all__ = [
     "BackendUnavailable",
     "Hyperparameters",
+    "LazyPenalty",
     "RowTensor",
     "RowUpdate",
     "backend_report",
     "backends",
     "bias_act",
     "dense_is_faster",
+    "dragan_penalty",
     "gradient_penalty",
     "interpolate",
+    "lazy_adam",
     "minibatch_stddev",
     "mmd2",
     "modulated_conv2d",
@@ -33,6 +45,7 @@ __all__ = [
     "r1_penalty",
     "row_gradient",
     "row_score",
+    "second_order",
     "transposed_conv2d",
     "upfirdn2d",
     "use_backend",

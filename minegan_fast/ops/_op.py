@@ -59,14 +59,16 @@ def device_and_stream(x: torch.Tensor) -> tuple[int, int]:
     return x.device.index, torch.cuda.current_stream(x.device).cuda_stream
 
 
-def backward_wants(ctx, i: int) -> bool:
+def backward_wants(ctx, i: int, place: int | None = None) -> bool:
     """Whether the backward that runs now asks for the gradient of input i of a Function: the inner pass of a penalty
-    wants that of the images alone, and needs_input_grad does not say so. For inputs 0, 1, ... that are tensors, up to
-    the first that is not."""
+    wants that of the images alone, and needs_input_grad does not say so. `place` is how many tensors are among the
+    inputs before i, where not all of them are."""
     if not ctx.needs_input_grad[i]:
         return False
+    if torch.compiler.is_compiling():
+        return True
     try:
-        return torch._C._will_engine_execute_node(ctx.next_functions[i][0])
+        return torch._C._will_engine_execute_node(ctx.next_functions[i if place is None else place][0])
     except RuntimeError:  # it is a leaf that autograd.grad was given
         return True
 

@@ -18,7 +18,7 @@ from torch.autograd import Function
 from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from ._op import DTYPE_CODES, Op, device_and_stream, forced_backend
+from ._op import DTYPE_CODES, Op, backward_wants, device_and_stream, forced_backend
 
 _SLOPES = {"linear": 1.0, "relu": 0.0}
 
@@ -41,6 +41,8 @@ def bias_act_backward(dy: Tensor, y: Tensor, dim: int, slope: float, gain: float
 class _BiasAct(Function):
     @staticmethod
     def forward(ctx, x, b, dim, slope, gain, backend):
+        ctx.set_materialize_grads(False)
+        ctx.bias = b if b is None else (b.shape, b.dtype, b.device)
         y = bias_act_forward(_dense(x), b, None, dim, slope, gain, backend=backend)
         ctx.args = (dim, slope, gain, backend)
         ctx.save_for_backward(y if slope != 1 else None)
@@ -49,9 +51,11 @@ class _BiasAct(Function):
     @staticmethod
     def backward(ctx, dy):
         (y,), (dim, _, gain, _) = ctx.saved_tensors, ctx.args
-        need_dx, need_db = ctx.needs_input_grad[:2]
-        db = None
-        if y is None:
+        need_dx, need_db = backward_wants(ctx, 0), backward_wants(ctx, 1)
+        dx = db = None
+        if dy is None:  # of a second order that does not depend on x; a bias has a gradient all the same
+            db = torch.zeros(ctx.bias[0], dtype=ctx.bias[1], device=ctx.bias[2]) if need_db else None
+        elif y is None:
             dx = dy if gain == 1 else dy * gain
             db = _sum_to(dim, dx) if need_db else None
         elif need_db:

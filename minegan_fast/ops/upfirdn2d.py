@@ -51,6 +51,7 @@ def upfirdn2d_forward(
 class _Upfirdn2d(Function):
     @staticmethod
     def forward(ctx, x, kernel, up, down, padding, flip, gain, backend):
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(kernel)
         ctx.args = x.shape[2:], up, down, padding, flip, gain, backend
         ctx.format = memory_format(x)
@@ -59,6 +60,8 @@ class _Upfirdn2d(Function):
 
     @staticmethod
     def backward(ctx, dy):
+        if dy is None:
+            return (None,) * 8
         (kernel,), (size, up, down, padding, flip, gain, backend) = ctx.saved_tensors, ctx.args
         taps = kernel.shape if kernel.dim() == 2 else 2 * kernel.shape
         before = [k - 1 - p for k, p in zip(taps, padding[2::-2], strict=True)]

@@ -124,7 +124,7 @@ def test_a_layer_without_selected_rows_keeps_no_input(name):
 
 def test_no_gradient_of_a_weight_is_dense(monkeypatch):
     """Every weight gradient that the backward computes has k rows."""
-    from minegan_fast.finetune import layers
+    from minegan_fast.ops import layer as layers
 
     seen = []
     original = layers.row_gradient
@@ -138,7 +138,7 @@ def test_no_gradient_of_a_weight_is_dense(monkeypatch):
 
 
 def test_the_inner_pass_of_a_penalty_computes_no_weight_gradient(monkeypatch):
-    from minegan_fast.finetune import layers
+    from minegan_fast.ops import layer as layers
 
     calls = []
     original = layers.row_gradient
@@ -288,7 +288,7 @@ def test_the_output_of_a_frozen_mapping_network_can_be_differentiated_by():
 
 @pytest.mark.parametrize("name", ["linear", "conv2d", "conv2d grouped", "transposed 2d"])
 def test_where_the_dense_gradient_is_faster_it_is_computed_and_gathered(name, monkeypatch):
-    from minegan_fast.finetune import layers
+    from minegan_fast.ops import layer as layers
 
     seen = []
     original = layers.row_gradient

@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minegan_fast.ops import gradient_penalty, interpolate, path_length_penalty, r1_penalty
+from minegan_fast.ops import (
+    LazyPenalty,
+    dragan_penalty,
+    gradient_penalty,
+    interpolate,
+    lazy_adam,
+    path_length_penalty,
+    r1_penalty,
+)
+from minegan_fast.ops.penalty import _penalty_on, interpolate_drawn, penalty_backward, penalty_forward
 
 
 def seeded(seed=0):
@@ -209,6 +218,201 @@ def test_a_critic_with_bfloat16_weights_is_fed_bfloat16():
     assert penalty.item() == pytest.approx(exact.item(), rel=2**-7)
 
 
+def layouts(g):
+    """The same numbers laid out in memory in several ways."""
+    wide = torch.cat([g, g], 1)[:, : g.shape[1]] if g.dim() > 2 else torch.stack([g, g], 1)[:, 0]
+    yield from {
+        "contiguous": g,
+        "batch apart": wide,
+        "batch inside": g.transpose(0, -1).contiguous().transpose(0, -1),
+    }.items()
+    if g.dim() == 4:
+        yield "channels last", g.to(memory_format=torch.channels_last)
+        yield "permuted", g.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+    yield "expanded", g[:1].expand_as(g)
+    yield "every second", torch.stack([g, g], -1)[..., 0]
+
+
+KINDS = {  # mean, center, decay, parts, squared
+    "centred": (False, 1.0, 0.0, 1, False),
+    "zero-centred": (False, 0.0, 0.0, 1, False),
+    "squared": (False, 0.0, 0.0, 1, True),
+    "path length": (True, 0.0, 0.01, 3, False),
+}
+
+
+def expected_penalty(g, mean, center, decay, parts, squared):
+    """From the definition and autograd in float64: P, r, a, dg."""
+    g = g.detach().double().clone().requires_grad_()
+    q = torch.stack([one.square().sum() for one in g])
+    r = torch.stack([v.sqrt() if v > 0 else v * 0 for v in q / parts])
+    origin = center if mean is None else mean.double()
+    a = origin + decay * (r.mean() - origin)
+    P = q.mean() if squared else (r - a).square().mean()
+    (dg,) = torch.autograd.grad(P, g)
+    return P.detach(), r.detach(), torch.as_tensor(a).detach(), dg
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_norms_and_their_penalty(backend, device, kind, dtype):
+    if backend == "triton" and device == "cpu" and dtype == torch.bfloat16:
+        pytest.skip("the interpreter computes bfloat16 wrongly")
+    has_mean, *args = KINDS[kind]
+    wide = torch.promote_types(dtype, torch.float32)
+    mean = torch.tensor(0.7, dtype=wide, device=device) if has_mean else None
+    for shape in [(1, 1), (3, 7), (5, 3, 4, 5), (2, 3, 70, 61)]:
+        base = (torch.randn(shape, generator=seeded(), dtype=torch.float64) / shape[1]).to(device, dtype)
+        base[0] = 0 if shape[0] == 3 else base[0]
+        for layout, g in layouts(base):
+            leaf = g.detach().requires_grad_()  # with g's strides
+            P, r, a = _penalty_on(leaf, mean, *args)
+            (dg,) = torch.autograd.grad(P, leaf, torch.tensor(1.5, dtype=wide, device=device))
+            expected = expected_penalty(g, mean, *args)
+            assert (P.dtype, r.dtype, a.dtype, dg.dtype) == (wide, wide, wide, dtype)
+            tolerance = {torch.float64: 1e-12, torch.float32: 3e-6}
+            for got, want in zip((P, r, a), expected, strict=False):
+                torch.testing.assert_close(
+                    got.double(), want.double(), rtol=tolerance[wide], atol=tolerance[wide], msg=layout
+                )
+            want = 1.5 * expected[3]
+            atol = max(2 * tolerance[wide], torch.finfo(dtype).eps) * float(want.abs().max())
+            torch.testing.assert_close(dg.double(), want, rtol=0, atol=atol, msg=layout)
+
+
+def test_channels_last_is_not_copied(backend, device):
+    g = torch.randn(2, 3, 5, 4, device=device).to(memory_format=torch.channels_last)
+    *_, s, _ = penalty_forward(g, None, 1.0, 0.0, 1, False)
+    assert penalty_backward(g, s, s[0]).stride() == g.stride()
+
+
+def test_sums_do_not_depend_on_threads(backend, device):
+    g = torch.randn(3, 3, 200, 300, device=device)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            P, r, s, _ = penalty_forward(g, None, 1.0, 0.0, 1, False)
+            results.append((P, r, s, penalty_backward(g, s, P)))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
+def test_small_and_large_gradients(backend, device):
+    for size in (1e-18, 1e18):
+        g = torch.full((2, 300), size, device=device)
+        r = penalty_forward(g, None, 0.0, 0.0, 1, False)[1]
+        torch.testing.assert_close(r, torch.full_like(r, size * 300**0.5), rtol=1e-5, atol=0)
+
+
+def test_the_penalty_is_differentiable_to_any_order(backend, device):
+    g = torch.randn(3, 2, 3, generator=seeded(), dtype=torch.float64).to(device).requires_grad_()
+    mean = torch.tensor(0.7, dtype=torch.float64, device=device)
+    for has_mean, *args in KINDS.values():
+
+        def function(g, args=args, m=mean if has_mean else None):
+            return _penalty_on(g, m, *args)[0]
+
+        assert torch.autograd.gradcheck(function, g)
+        assert torch.autograd.gradgradcheck(function, g)
+
+
+def test_a_drawn_interpolation(backend, device):
+    if backend == "cpp":
+        pytest.skip("drawn in a kernel on a GPU alone")
+    n = 2000 if backend == "reference" or device == "cuda" else 150  # the interpreter is slow
+    zero, one = torch.zeros(n, 3, device=device), torch.ones(n, 3, device=device)
+    alpha = interpolate_drawn(one, zero, 1234567890123, 8)
+    assert torch.equal(alpha, alpha[:, :1].expand(-1, 3))
+    alpha = alpha[:, 0]
+    assert 0 <= alpha.min() < 0.1 < 0.9 < alpha.max() < 1
+    assert abs(alpha.mean() - 0.5) < 4 * (1 / 12 / n) ** 0.5
+    assert abs(alpha.var() - 1 / 12) < 4 * (1 / 180 / n) ** 0.5
+    assert abs(torch.corrcoef(torch.stack([alpha[1:], alpha[:-1]]))[0, 1]) < 4 / n**0.5
+    for seed, offset in ((1234567890124, 8), (1234567890123, 12), (1234567890123, 8 + (4 << 32))):
+        other = interpolate_drawn(one, zero, seed, offset)[:, 0]
+        assert abs(torch.corrcoef(torch.stack([alpha, other]))[0, 1]) < 4 / n**0.5
+    real, fake = torch.randn(2, 5, 3, 4, 6, generator=seeded()).to(device)
+    expected = torch.lerp(fake, real, alpha[:5].view(5, 1, 1, 1))
+    for layout in (torch.contiguous_format, torch.channels_last):
+        mixed = interpolate_drawn(real.to(memory_format=layout), fake.to(memory_format=layout), 1234567890123, 8)
+        torch.testing.assert_close(mixed, expected, rtol=0, atol=2**-23 * float(expected.abs().max()))
+    mixed = interpolate_drawn(real.to(memory_format=torch.channels_last), fake, 1234567890123, 8)
+    torch.testing.assert_close(mixed, expected, rtol=0, atol=2**-23 * float(expected.abs().max()))
+
+
+def test_philox_is_the_published_one():
+    """Random123's known answer for counter and key 0 begins with 6627e8d5."""
+    alpha = interpolate_drawn.reference(
+        torch.ones(1, 1, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64), 0, 0
+    )
+    assert alpha.item() == pytest.approx(0x6627E8D5 / 2**31, abs=1e-7)
+
+
+@pytest.mark.gpu
+def test_interpolation_moves_the_generator():
+    real, fake = torch.ones(64, 3, device="cuda"), torch.zeros(64, 3, device="cuda")
+    generator = torch.Generator("cuda").manual_seed(3)
+    first, second = (interpolate(real, fake, generator=generator) for _ in range(2))
+    assert not torch.equal(first, second)
+    assert torch.equal(interpolate(real, fake, generator=generator.manual_seed(3)), first)
+    torch.cuda.manual_seed(5)
+    first = interpolate(real, fake)
+    torch.cuda.manual_seed(5)
+    assert torch.equal(interpolate(real, fake), first)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = interpolate(real, fake)
+    graph.replay()
+    first = captured.clone()
+    graph.replay()
+    assert not torch.equal(first, captured)
+
+
+def test_dragan_matches_its_definition():
+    critic, real = smooth_critic(), images(seed=1)
+    penalty = dragan_penalty(critic, real, 0.8, 0.3, generator=seeded(3))
+    generator = seeded(3)
+    noise = torch.rand(real.shape, generator=generator, dtype=torch.float64)
+    alpha = torch.rand(4, 1, 1, 1, generator=generator, dtype=torch.float64)
+    std = (real - real.mean()).square().mean().sqrt()
+    norms = per_sample_norms(critic, real + alpha * 0.3 * std * noise)
+    expected = (norms - 0.8).square().mean()
+    torch.testing.assert_close(penalty, expected, rtol=1e-12, atol=0)
+    got, want = (torch.autograd.grad(value, critic[0].weight)[0] for value in (penalty, expected))
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-14)
+
+
+def test_a_lazy_penalty_is_the_penalty_on_average():
+    critic, real = smooth_critic(torch.float32), images(dtype=torch.float32)
+    lazy = LazyPenalty(r1_penalty, every=4, weight=2.5)
+    values = [lazy(step, critic, real) for step in range(8)]
+    assert [v.requires_grad for v in values] == [True, False, False, False] * 2
+    assert all(v.dtype == torch.float32 and v.shape == () for v in values)
+    assert sum(values).item() == pytest.approx(8 * 2.5 * r1_penalty(critic, real).item(), rel=1e-6)
+    lazy = LazyPenalty(gradient_penalty, 2, 10)
+    value = lazy(2, critic, real, -real, center=0.5, generator=seeded())
+    expected = gradient_penalty(critic, real, -real, 0.5, generator=seeded())
+    assert value.item() == pytest.approx(20 * expected.item(), rel=1e-6)
+    assert LazyPenalty(r1_penalty, 1, 0.0)(0, critic, images()).dtype == torch.float64
+    for every, weight, message in (
+        (0, 1.0, "every"),
+        (1.5, 1.0, "every"),
+        (1, -1.0, "weight"),
+        (1, float("nan"), "weight"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            LazyPenalty(r1_penalty, every, weight)
+
+
+def test_lazy_adam_moves_a_weight_as_far():
+    assert lazy_adam(0.002, (0.0, 0.99), 16) == (0.002 * (16 / 17), (0.0, 0.99 ** (16 / 17)))
+    lr, (b1, b2) = lazy_adam(0.1, (0.9, 0.99), 4)
+    assert (b1**5, b2**5, 5 * lr) == pytest.approx((0.9**4, 0.99**4, 4 * 0.1))
+
+
 def small_generator(latents):
     """[B, L, W] or [B, W] -> images [B, 2, 4, 6], smooth, every w of its own weight."""
     flat = latents.flatten(1)
@@ -282,16 +486,37 @@ def test_path_length_of_a_constant_direction_is_finite():
     assert scale.grad == 0
 
 
-def test_memory_is_flat_without_the_garbage_collector():
+def resident_mib():
     statm = "/proc/self/statm"
     if not os.path.exists(statm):
         pytest.skip("reads the resident memory from /proc")
+    with open(statm) as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def test_memory_is_flat_over_a_thousand_steps():
+    critic = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(inplace=True), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(392, 1))
+    real, lazy = torch.randn(2, 3, 16, 16), LazyPenalty(r1_penalty, 4, 0.01)
+    while gc.collect():
+        pass
+    gc.disable()
+    try:
+        for step in range(1000):
+            if step == 50:
+                before = resident_mib()
+            loss = gradient_penalty(critic, real, -real) + lazy(step, critic, real)
+            gradients = torch.autograd.grad(loss, [*critic.parameters()][:3])
+        # One graph holds over 60 KiB, 950 of them over 57 MiB.
+        assert resident_mib() - before < 15
+        del loss, gradients
+        assert gc.collect() == 0
+    finally:
+        gc.enable()
+
+
+def test_memory_is_flat_without_the_garbage_collector():
     critic = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Softplus(), nn.Conv2d(16, 1, 3), nn.Flatten())
     real, latents = torch.randn(8, 3, 36, 36), torch.randn(8, 3 * 36 * 36, requires_grad=True)
-
-    def resident_mib():
-        with open(statm) as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
     def step():
         # No backward at the end: it would free the buffers and with them break most cycles.
