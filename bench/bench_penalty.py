@@ -186,6 +186,7 @@ def wgan_gp_step(device: str, quick: bool):
 STEPS = {"R1 step, StyleGAN2": r1_step, "WGAN-GP step, ResNet": wgan_gp_step}
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("step", STEPS)
 def test_step(benchmark, device, recorder, pytestconfig, step):
     torch.manual_seed(0)

@@ -7,7 +7,7 @@ import triton.language as tl
 _OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 BLOCK = 2048  # elements that a program reads at a time
 MOST = 32  # blocks that a program of the forward adds up
-TABLE = 1024  # samples, or partial sums of one, that the last step takes at a time
+TABLE = 1024  # partial sums that the last step takes at a time
 
 
 @triton.jit
@@ -25,10 +25,12 @@ def squares_kernel(
 
 
 @triton.jit
-def norm_of(partial_ptr, b, mask, splits, inverse: tl.float64):
-    q = tl.zeros(b.shape, tl.float64)
-    for split in range(splits):
-        q += tl.load(partial_ptr + b * splits + split, mask, other=0.0)
+def norm_of(partial_ptr, b, mask, splits, inverse: tl.float64, SPLITS: tl.constexpr):
+    sums = tl.zeros((b.shape[0], SPLITS), tl.float64)
+    for first in range(0, splits, SPLITS):
+        k = first + tl.arange(0, SPLITS)[None, :]
+        sums += tl.load(partial_ptr + b[:, None] * splits + k, mask[:, None] & (k < splits), other=0.0)
+    q = tl.sum(sums, 1)
     return q, tl.sqrt(q * inverse)
 
 
@@ -36,13 +38,14 @@ def norm_of(partial_ptr, b, mask, splits, inverse: tl.float64):
 def penalty_kernel(
     partial_ptr, mean_ptr, penalty_ptr, lengths_ptr, scale_ptr, new_mean_ptr, count, splits, center: tl.float64,
     decay: tl.float64, inverse: tl.float64, share: tl.float64, SQUARED: tl.constexpr, TABLE: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):  # fmt: skip
     """One program, after the sums; inverse = 1 / parts, share = 2 / count: here they would be in float32."""
     total = tl.zeros((TABLE,), tl.float64)
     squares = tl.zeros((TABLE,), tl.float64)
     for first in range(0, count, TABLE):
         b = first + tl.arange(0, TABLE)
-        q, r = norm_of(partial_ptr, b, b < count, splits, inverse)
+        q, r = norm_of(partial_ptr, b, b < count, splits, inverse, SPLITS)
         total += r
         squares += q
     mean = tl.sum(total, 0) * share * 0.5
@@ -54,7 +57,7 @@ def penalty_kernel(
     for first in range(0, count, TABLE):
         b = first + tl.arange(0, TABLE)
         mask = b < count
-        q, r = norm_of(partial_ptr, b, mask, splits, inverse)
+        q, r = norm_of(partial_ptr, b, mask, splits, inverse, SPLITS)
         d = tl.where(mask, r - a, 0.0)
         result += d * d
         slope = share * (d - decay * (mean - a))
@@ -102,6 +105,12 @@ def _wide(dtype: torch.dtype):
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
+def table(count: int, splits: int) -> dict[str, int]:
+    """Samples, and partial sums of each, that the last step reads together."""
+    rows = min(128, triton.next_power_of_2(count))
+    return {"TABLE": rows, "SPLITS": min(TABLE // rows, triton.next_power_of_2(splits))}
+
+
 def penalty(g, mean, penalty, lengths, scale, new_mean, count, length, stride, center, decay, parts, squared) -> None:
     steps = min(MOST, max(1, triton.cdiv(count * length, 2048 * BLOCK)))  # some 2048 programs, if it is that large
     splits = triton.cdiv(length, steps * BLOCK)
@@ -112,7 +121,7 @@ def penalty(g, mean, penalty, lengths, scale, new_mean, count, length, stride, c
         )
         penalty_kernel[(1,)](
             partial, mean, penalty, lengths, scale, new_mean, count, splits, center, decay, 1 / parts, 2 / count,
-            SQUARED=squared, TABLE=min(TABLE, triton.next_power_of_2(count)), **_OPTIONS,
+            SQUARED=squared, **table(count, splits), **_OPTIONS,
         )  # fmt: skip
 
 

@@ -291,7 +291,7 @@ def manhattan_kernels():
 
 
 def penalty_kernels():
-    from minegan_fast.kernels.penalty import _OPTIONS, BLOCK
+    from minegan_fast.kernels.penalty import _OPTIONS, BLOCK, table
     from triton import language as tl
 
     shapes = {"3x256x256": 3 * 256 * 256, "odd": 3 * 37 * 41}
@@ -312,11 +312,12 @@ def penalty_kernels():
         sizes, scalars = {"length": length, "stride": length}, dict.fromkeys(("seed", "low", "high"), "i64")
         yield Kernel("penalty", "interpolate_kernel", label, pointers, sizes, scalars, constants, **common)
     results = dict.fromkeys(("mean_ptr", "penalty_ptr", "lengths_ptr", "scale_ptr", "new_mean_ptr"), "fp32")
-    for squared in (False, True):
+    for (count, splits), squared in itertools.product(((16, 96), (4, 512), (1030, 1)), (False, True)):
         scalars = dict.fromkeys(("center", "decay", "inverse", "share"), "fp64")
+        label = f"{count} samples, {splits} sums{', squared' * squared}"
         yield Kernel(
-            "penalty", "penalty_kernel", "squared" if squared else "centred", {"partial_ptr": "fp64"} | results,
-            {"count": 16, "splits": 12}, scalars, {"SQUARED": squared, "TABLE": 16}, wide=False, options=_OPTIONS,
+            "penalty", "penalty_kernel", label, {"partial_ptr": "fp64"} | results, {"count": count, "splits": splits},
+            scalars, {"SQUARED": squared} | table(count, splits), wide=False, options=_OPTIONS,
         )  # fmt: skip
 
 
