@@ -210,9 +210,10 @@ def test_gradient_with_respect_to_the_weight_is_its_rows():
     plain = build("mlp")
     (ours,) = torch.autograd.grad(net(data()).sum(), net[1].weight)
     (theirs,) = torch.autograd.grad(plain(data()).sum(), plain[1].weight)
-    assert torch.equal(ours, theirs[[1, 3]])
+    # A product of some rows may be summed in another order than that of all.
+    torch.testing.assert_close(ours, theirs[[1, 3]], rtol=1e-13, atol=1e-13)
     net(data()).sum().backward(inputs=[net[1].weight])
-    assert torch.equal(ft.parameters()[0].grad, theirs[[1, 3]])
+    assert torch.equal(ft.parameters()[0].grad, ours)
     assert ft.parameters()[1].grad is None
     seen = []
     net[1].weight.register_hook(lambda grad: seen.append(grad.shape))
@@ -231,7 +232,7 @@ def test_checkpointed_forward_runs_again_inside_the_gradient():
 
     (ours,) = torch.autograd.grad(value(net), net[1].weight)
     (theirs,) = torch.autograd.grad(value(plain), plain[1].weight)
-    assert torch.equal(ours, theirs[[1, 3]])
+    torch.testing.assert_close(ours, theirs[[1, 3]], rtol=1e-13, atol=1e-13)
 
 
 def test_functional_call():
