@@ -291,9 +291,12 @@ class ConvLayer(nn.Sequential):
     """[blur,] convolution [, bias and leaky ReLU]; `downsample` halves the size."""
 
     def __init__(self, cin: int, cout: int, kernel: int, downsample: bool = False, activate: bool = True):
-        stride, padding = (2, 0) if downsample else (1, kernel // 2)
+        # A convolution of single pixels needs no pixel that it would leave out.
+        single = kernel == 1
+        before = [Downsample() if single else Blur(padding=(kernel + 1) // 2)] if downsample else []
+        stride, padding = (1 if single else 2, 0) if downsample else (1, kernel // 2)
         super().__init__(
-            *([Blur(padding=(kernel + 1) // 2)] if downsample else []),
+            *before,
             EqualConv2d(cin, cout, kernel, stride, padding),
             *([FusedLeakyReLU(cout)] if activate else []),
         )
