@@ -155,7 +155,9 @@ def blocks(kernel: int, order: int, exact: bool, capability: int) -> dict[str, i
     return {"BM": BM, "BN": BN, "BK": BK, "num_warps": 8, "num_stages": 2 if order == 2 else 3}
 
 
-def mmd_tile(p, q, hp, hq, op, oq, numbers, t, s, squarings, kernel: int, weight: float, diagonal: bool, order: int):
+def mmd_tile(
+    p, q, hp, hq, op, oq, numbers, t, s, squarings, kernel: int, precision, weight, diagonal: bool, order: int
+):
     """(float64 whose sum is the tile's, A, B); A and B, where there are any, lie where t and s did."""
     capability = torch.cuda.get_device_capability(p.device)[0] if p.is_cuda else 9
     options = [blocks(kernel, order, exact, capability) for exact in (False, True)[: 1 + (kernel in SQUARED_KERNELS)]]
@@ -168,7 +170,6 @@ def mmd_tile(p, q, hp, hq, op, oq, numbers, t, s, squarings, kernel: int, weight
         A = p.new_empty(len(p), len(q)) if t is None else t
     if order == 2:
         B = p.new_empty(len(p), len(q)) if s is None else s
-    precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
     with torch.cuda.device_of(p):
         for exact, (grid, option, part) in enumerate(zip(grids, options, totals.split(counts), strict=True)):
             mmd_tile_kernel[grid](

@@ -45,13 +45,15 @@ _ALL = 1 << 40
 
 
 class Plan(NamedTuple):
-    """A kernel and the numbers of its f, c or c and b; the weights of a pair within x, within y and across; m."""
+    """A kernel and the numbers of its f, c or c and b; the weights of a pair within x, within y and across; m; how a
+    GPU multiplies."""
 
     kernel: str
     numbers: Tensor
     squarings: list[int]
     weights: tuple[float, float, float]
     center: Tensor
+    precision: str
 
     @property
     def squared(self) -> bool:
@@ -83,6 +85,7 @@ def mmd_tile(
     numbers: Tensor,
     squarings: Sequence[int],
     kernel: str,
+    precision: str,
     weight: float,
     diagonal: bool,
     order: int,
@@ -165,8 +168,8 @@ def _sum_and_slope(
                 continue
             hr, hc = (h[r], h[c]) if this == 2 else (None, None)
             f, A, B = mmd_tile(
-                z[r], z[c], hr, hc, offsets[:, r], offsets[:, c], plan.numbers, plan.squarings, plan.kernel, weight,
-                diagonal, this, backend=backend,
+                z[r], z[c], hr, hc, offsets[:, r], offsets[:, c], plan.numbers, plan.squarings, plan.kernel,
+                plan.precision, weight, diagonal, this, backend=backend,
             )  # fmt: skip
             total += f
             if this and sides[0]:
@@ -252,7 +255,9 @@ def _check_bandwidths(bandwidth) -> list[float]:
     return [float(s) for s in values]
 
 
-def plan_of(kernel: str, bandwidths: Sequence[float], x: Tensor, y: Tensor, N: int, M: int, unbiased: bool) -> Plan:
+def plan_of(
+    kernel: str, bandwidths: Sequence[float], x: Tensor, y: Tensor, N: int, M: int, unbiased: bool, precision="tf32x3"
+) -> Plan:
     """What is summed over the pairs i < j of N rows of x and M of y; bandwidths is empty for polynomial and energy."""
     center = _center(x, y)
     # Widest first: where the next is a power of two narrower, a native kernel squares instead of taking exp again.
@@ -264,7 +269,7 @@ def plan_of(kernel: str, bandwidths: Sequence[float], x: Tensor, y: Tensor, N: i
         numbers = torch.cat([numbers, 1 + (m @ m)[None] / x.shape[1]])
     share = 1 / max(1, len(bandwidths))
     within = [2 * share / (n * max(1, n - 1) if unbiased else n * n) for n in (N, M)]
-    return Plan(kernel, numbers, squarings(values), (*within, -2 * share / (N * M)), center)
+    return Plan(kernel, numbers, squarings(values), (*within, -2 * share / (N * M)), center, precision)
 
 
 def squarings(numbers: Sequence[float]) -> list[int]:
@@ -278,7 +283,13 @@ def squarings(numbers: Sequence[float]) -> list[int]:
 
 
 def mmd2(
-    x: Tensor, y: Tensor, kernel: str = "gaussian", bandwidth=None, unbiased: bool = True, validate: bool = True
+    x: Tensor,
+    y: Tensor,
+    kernel: str = "gaussian",
+    bandwidth=None,
+    unbiased: bool = True,
+    validate: bool = True,
+    input_precision: str = "tf32x3",
 ) -> Tensor:
     """Squared maximum mean discrepancy of two samples; the equations are at the top of this file.
 
@@ -289,6 +300,8 @@ def mmd2(
         happens beyond 4,096 rows), a constant for the gradient. polynomial and energy do not use it.
     unbiased: leave the pairs i = j within a sample out (needs N, M >= 2); such an estimate can be negative.
     validate: look for NaN and inf, for which a GPU has to be waited for; False in a loop that must not wait.
+    input_precision: how a GPU multiplies float32, "tf32x3", with float32's accuracy, or "tf32", several times as fast
+        and with 10 bits of mantissa; the gradient's products follow PyTorch's own setting.
 
     Returns a scalar: float64 for float64 inputs, else float32. Pairs of float32, and of bfloat16 and float16 converted
     to it, are computed in float32 and summed in float64: |error| <= 1e-8 + 1e-3 |value|. Differentiable twice in x and
@@ -308,6 +321,8 @@ def mmd2(
         raise ValueError(f"x and y must be on the same device, got {x.device} and {y.device}")
     if kernel not in KERNELS:
         raise ValueError(f"unknown kernel {kernel!r}: one of {', '.join(KERNELS)}")
+    if input_precision not in ("tf32x3", "tf32"):
+        raise ValueError(f'input_precision must be "tf32x3" or "tf32", got {input_precision!r}')
     N, M = len(x), len(y)
     if unbiased and min(N, M) < 2:
         raise ValueError(
@@ -323,7 +338,7 @@ def mmd2(
             bandwidths = [median_distance(torch.cat([x.detach(), y.detach()]), 1.0 if kernel == "laplacian" else 2.0)]
         else:
             bandwidths = _check_bandwidths(bandwidth)
-    plan = plan_of(kernel, bandwidths, x, y, N, M, unbiased)
+    plan = plan_of(kernel, bandwidths, x, y, N, M, unbiased, input_precision)
     value = _Mmd.apply(x, y, plan, forced_backend())
     if not unbiased:
         value = value + _diagonal(x, plan) / N**2 + _diagonal(y, plan) / M**2
@@ -359,8 +374,8 @@ def mmd2_of_subsets(x: Tensor, y: Tensor, rows: Tensor, columns: Tensor) -> Tens
         offsets = _offsets(z, None, plan)
         for r, c, weight, diagonal in tiles(N, n, plan.weights, *_TILE["cuda" if z.is_cuda else "cpu"]):
             _, K, _ = mmd_tile(
-                z[r], z[c], None, None, offsets[:, r], offsets[:, c], plan.numbers, plan.squarings, plan.kernel, 1.0,
-                diagonal, -1,
+                z[r], z[c], None, None, offsets[:, r], offsets[:, c], plan.numbers, plan.squarings, plan.kernel,
+                plan.precision, 1.0, diagonal, -1,
             )  # fmt: skip
             # A subset has a share in a pair that it holds both of.
             sums += weight * (K @ members[c]).mul_(members[r]).sum(0, dtype=torch.float64)
@@ -373,7 +388,7 @@ _CODES = {"gaussian": 0, "laplacian": 1, "energy": 2, "polynomial": 3}
 
 
 @mmd_tile.register("cpp", dtypes=(torch.float32,))
-def _(native, p, q, hp, hq, op, oq, numbers, squarings, kernel, weight, diagonal, order):
+def _(native, p, q, hp, hq, op, oq, numbers, squarings, kernel, precision, weight, diagonal, order):
     s = p.new_empty(0, 0)
     if kernel == "laplacian":
         t = manhattan_distance(p, q, backend="cpp")
@@ -392,11 +407,11 @@ def _(native, p, q, hp, hq, op, oq, numbers, squarings, kernel, weight, diagonal
 
 
 @mmd_tile.register("triton", dtypes=(torch.float32,))
-def _(kernels, p, q, hp, hq, op, oq, numbers, squarings, kernel, weight, diagonal, order):
+def _(kernels, p, q, hp, hq, op, oq, numbers, squarings, kernel, precision, weight, diagonal, order):
     t = s = None
     if kernel == "laplacian":
         t = manhattan_distance(p, q, backend="triton")
         s = manhattan_slopes(p, q, hp, hq, backend="triton") if order == 2 else None
-    options = squarings, _CODES[kernel], weight, diagonal, order
+    options = squarings, _CODES[kernel], precision, weight, diagonal, order
     totals, A, B = kernels.mmd_tile(p, q, hp, hq, op, oq, numbers, t, s, *options)
     return totals.sum(), A, B

@@ -132,7 +132,7 @@ def test_a_tile(kernel, diagonal, order, backend, device):
         q[:50], hq[:50] = p, hp
     plan = plan_of(kernel, {"gaussian": [4, 8, 9.0], "laplacian": [30, 60.0]}.get(kernel, []), p, q, 50, 70, False)
     offsets = _offsets(p, hp, plan), _offsets(q, hq, plan)
-    options = plan.squarings, kernel, -0.3, diagonal, order
+    options = plan.squarings, kernel, plan.precision, -0.3, diagonal, order
     tensors = *(t.double() for t in (p, q, hp, hq, *offsets)), plan.numbers
     expected = mmd_tile.reference(*tensors, *options)
     found = mmd_tile(*(t.to(device) for t in (p, q, hp, hq, *offsets, plan.numbers)), *options)
@@ -439,6 +439,7 @@ X = sample(4, 3)
         ((X, X.float()), TypeError, "same dtype, got torch.float64 and torch.float32"),
         ((X, X, "rbf"), ValueError, "unknown kernel 'rbf': one of gaussian, laplacian, polynomial, energy"),
         ((X, X, "gaussian", 0.0), ValueError, "bandwidth must be a finite number > 0"),
+        ((X, X, "energy", None, True, True, "fp8"), ValueError, 'input_precision must be "tf32x3" or "tf32", got'),
         ((X, X, "gaussian", [1.0, -2.0]), ValueError, "bandwidth must be a finite number > 0"),
         ((X, X, "gaussian", []), ValueError, "non-empty sequence"),
         ((X, X, "laplacian", float("nan")), ValueError, "bandwidth must be a finite number > 0"),
