@@ -25,7 +25,7 @@ gradient, hess its derivative along a cotangent h of it.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -245,11 +245,19 @@ def _center(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _check_bandwidths(bandwidth) -> list[float]:
-    values = bandwidth.tolist() if isinstance(bandwidth, Tensor) else bandwidth
-    values = [values] if isinstance(values, (int, float)) else list(values)
-    if not values or not all(math.isfinite(s) and s > 0 for s in values):
-        raise ValueError(f"bandwidth must be a finite number > 0 or a non-empty sequence of such, got {bandwidth!r}")
-    return [float(s) for s in values]
+    if isinstance(bandwidth, Tensor) and bandwidth.requires_grad:
+        raise ValueError("bandwidth gets no gradient: give bandwidth.detach()")
+    values = bandwidth.tolist() if hasattr(bandwidth, "tolist") else bandwidth
+    values = [] if isinstance(values, str) else values
+    try:
+        values = [float(s) for s in (values if isinstance(values, Iterable) else [values])]
+    except (TypeError, ValueError):
+        values = []
+    if not values or not all(s > 0 and 0 < s * s < math.inf for s in values):
+        raise ValueError(
+            f"bandwidth must be a finite number > 0, its square too, or a non-empty sequence of such, got {bandwidth!r}"
+        )
+    return values
 
 
 def plan_of(kernel: str, bandwidths: Sequence[float], x: Tensor, y: Tensor, N: int, M: int, unbiased: bool) -> Plan:
@@ -286,9 +294,12 @@ def mmd2(
     kernel: "gaussian" | "laplacian" | "polynomial" | "energy".
     bandwidth: sigma > 0, in the units of x; a sequence averages the kernels, all in one pass; None takes the median
         distance over the pairs i < j of the pooled sample (L1 distances for laplacian; `median_distance` says what
-        happens beyond 4,096 rows), a constant for the gradient. polynomial and energy do not use it.
-    unbiased: leave the pairs i = j within a sample out (needs N, M >= 2); such an estimate can be negative.
-    validate: look for NaN and inf, for which a GPU has to be waited for; False in a loop that must not wait.
+        happens beyond 4,096 rows), a constant for the gradient, at which torch.compile breaks its graph. polynomial and
+        energy do not use it.
+    unbiased: leave the pairs i = j within a sample out (needs N, M >= 2); such an estimate can be negative, and with
+        the polynomial kernel has no lower bound: minimised over samples that may go anywhere, it sends one away.
+    validate: look for NaN and inf, in the inputs and in the value, for which a GPU has to be waited for; False in a
+        loop that must not wait. Compiled code does not look.
 
     Returns a scalar: float64 for float64 inputs, else float32. Pairs of float32, and of bfloat16 and float16 converted
     to it, are computed in float32 and summed in float64: |error| <= 1e-8 + 1e-3 |value|. Differentiable twice in x and
@@ -296,7 +307,7 @@ def mmd2(
     copies of x and y is that of some tiles, and a sample that needs no gradient costs none.
 
     Raises TypeError for features that are not floating point or of two dtypes; ValueError for shapes, devices, kernel
-    or bandwidth that do not fit, too few samples, and NaN or inf, with the row.
+    or bandwidth that do not fit, too few samples, NaN or inf, with the row, and values that overflow.
     """
     check_features(x, "x")
     check_features(y, "y")
@@ -323,11 +334,26 @@ def mmd2(
             bandwidths = [median_distance(torch.cat([x.detach(), y.detach()]), 1.0 if kernel == "laplacian" else 2.0)]
         else:
             bandwidths = _check_bandwidths(bandwidth)
+    # Here and not inside, so that gradients meet the loss scale, and each other, before they are rounded.
+    wide = torch.promote_types(x.dtype, torch.float32)
+    x, y = x.to(wide), y.to(wide)
     plan = plan_of(kernel, bandwidths, x, y, N, M, unbiased)
     value = _Mmd.apply(x, y, plan, forced_backend())
     if not unbiased:
         value = value + _diagonal(x, plan) / N**2 + _diagonal(y, plan) / M**2
-    return value.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    value = value.to(x.dtype)
+    if validate and not torch.compiler.is_compiling():
+        check_value(value, x, y)
+    return value
+
+
+def check_value(value: Tensor, x: Tensor, y: Tensor) -> None:
+    """Raise where a distance of finite samples is none."""
+    if not value.isfinite().all():
+        low, high = torch.stack([*x.detach().aminmax(), *y.detach().aminmax()]).aminmax()
+        raise ValueError(
+            f"the kernel of features from {low:.4g} to {high:.4g} leaves the range of {x.dtype}: scale them"
+        )
 
 
 def _diagonal(x: Tensor, plan: Plan) -> Tensor | float:
