@@ -208,6 +208,16 @@ def test_inspect_exits_with_1_where_a_network_is_not_whole(call, tiny, tmp_path)
         assert "conv1.activate.bias" in said
 
 
+def test_inspect_names_a_few_of_many_tensors(call, tmp_path):
+    torch.save({f"layer{i}.weight": torch.zeros(1) for i in range(40)}, tmp_path / "foreign.pt")
+    code, said, _ = call("inspect", tmp_path / "foreign.pt")
+    assert code == 1
+    assert "and 24 more" in said
+    assert len(said.splitlines()) < 30
+    _, said, _ = call("inspect", tmp_path / "foreign.pt", "--json")
+    assert len(json.loads(said)["others"]) == 40
+
+
 def test_resuming_what_is_not_there(call, tmp_path):
     code, _, err = call("transfer", "--out", tmp_path / "nowhere", "--resume")
     assert code == 1
