@@ -254,6 +254,8 @@ def evaluate(
         table.add_column(name)
     table.add_row(*(f"{value:.4g}" for value in report["metrics"].values()))
     console.print(table)
+    for note in report["notes"]:
+        console.print(f"note: {note}", markup=False)
     if json_file:
         with atomic_path(json_file) as temporary:
             temporary.write_text(json.dumps(report, indent=2) + "\n")

@@ -14,6 +14,7 @@ Family = Annotated[
     typer.Option(help="biggan, pgan, stylegan or stylegan2; default: told by the file's keys."),
 ]
 SHOWN = 8  # names of tensors in a row of the table; --json has them all
+ROWS = 16  # of what else is in a file
 
 
 def convert(
@@ -61,7 +62,10 @@ def inspect(
         console = Console()
         for network in report.networks:
             _show(console, network.role, _rows(network))
-        _show(console, "also in the file", report.others)
+        others = dict(list(report.others.items())[:ROWS])
+        if len(report.others) > ROWS:
+            others[f"and {len(report.others) - ROWS} more"] = "--json has them all"
+        _show(console, "also in the file", others)
         if report.unknown:
             print(f"No network of a layout known here. {report.unknown}")
     if report.unknown or any(n.problem or n.missing or n.unexpected or n.wrong for n in report.networks):

@@ -68,6 +68,7 @@ def test_transfer_sample_evaluate(call, transfer, run_settings, tmp_path):
     report = json.loads(numbers.read_text())
     assert {"fid", "kid", "kmmd", "mv"} <= set(report["metrics"])
     assert "kmmd" in out
+    assert all(f"note: {note[:40]}" in out for note in report["notes"])
 
 
 def test_a_run_of_the_original_code_is_sampled(call, tiny, tmp_path):
@@ -206,6 +207,16 @@ def test_inspect_exits_with_1_where_a_network_is_not_whole(call, tiny, tmp_path)
         code, said, _ = call("inspect", tmp_path / "lacking.pt", *options)
         assert code == 1
         assert "conv1.activate.bias" in said
+
+
+def test_inspect_names_a_few_of_many_tensors(call, tmp_path):
+    torch.save({f"layer{i}.weight": torch.zeros(1) for i in range(40)}, tmp_path / "foreign.pt")
+    code, said, _ = call("inspect", tmp_path / "foreign.pt")
+    assert code == 1
+    assert "and 24 more" in said
+    assert len(said.splitlines()) < 30
+    _, said, _ = call("inspect", tmp_path / "foreign.pt", "--json")
+    assert len(json.loads(said)["others"]) == 40
 
 
 def test_resuming_what_is_not_there(call, tmp_path):

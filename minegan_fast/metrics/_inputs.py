@@ -1,17 +1,30 @@
-"""Features as every metric takes them: a tensor or NumPy array [samples, dimensions]."""
+"""What metrics take: a tensor or NumPy array, of features [samples, dimensions]."""
 
 import warnings
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..ops._features import check_features, check_finite
 
 
+def as_tensor(x, name: str) -> Tensor:
+    """A tensor as it is, or that of an array; TypeError for all else."""
+    if isinstance(x, np.ndarray) and (min(x.strides, default=0) < 0 or not (x.flags.writeable and x.dtype.isnative)):
+        # Reversed, read-only or of foreign byte order: torch would refuse it, or warn of it.
+        x = np.array(x, x.dtype.newbyteorder("="), order="C")
+    try:
+        return torch.as_tensor(x)
+    except (TypeError, ValueError, RuntimeError):
+        got = f"an array of {x.dtype}" if isinstance(x, np.ndarray) else type(x).__name__
+        raise TypeError(f"{name} must be a tensor or array of numbers, not {got}") from None
+
+
 def as_features(x, name: str, least: int = 1, dtype: torch.dtype | None = None) -> Tensor:
     """x [N, D] without gradient, on the device where it lies, as `dtype`; None: float64 as float64, all else as
     float32. ValueError for fewer than `least` rows."""
-    x = torch.as_tensor(x)
+    x = as_tensor(x, name)
     check_features(x, name)
     check_finite(x, name)
     if len(x) < least:

@@ -1,5 +1,6 @@
 """Confidence interval of a metric for small samples."""
 
+import contextlib
 import statistics
 import warnings
 
@@ -51,6 +52,15 @@ def bootstrap(
     return value - width, value + width
 
 
+@contextlib.contextmanager
+def _of(part: str):
+    """Says of an error that not the samples given, but others made from them are meant."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{error} (said of {part})") from error
+
+
 def _number(value) -> float:
     return float(value[0] if isinstance(value, tuple) else value)
 
@@ -60,7 +70,8 @@ def _percentile(metric, parts, samples: int, seed: int, level: float) -> tuple[f
     values = []
     for _ in range(samples):
         rows = [torch.randint(len(z), (len(z),), generator=generator).to(z.device) for z in parts]
-        values.append(_number(metric(*(z[i] for z, i in zip(parts, rows, strict=True)))))
+        with _of("a resample with replacement; method='jackknife' takes none"):
+            values.append(_number(metric(*(z[i] for z, i in zip(parts, rows, strict=True)))))
     tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
     low, high = torch.tensor(values, dtype=torch.float64).quantile(tails).tolist()
     return low, high
@@ -70,5 +81,6 @@ def _variance(metric, parts, side: int) -> float:
     """Of the metric, as far as the sample of one side makes it."""
     z = parts[side]
     n = len(z)
-    values = [_number(metric(*parts[:side], torch.cat([z[:i], z[i + 1 :]]), *parts[side + 1 :])) for i in range(n)]
+    with _of("the samples with one left out"):
+        values = [_number(metric(*parts[:side], torch.cat([z[:i], z[i + 1 :]]), *parts[side + 1 :])) for i in range(n)]
     return (n - 1) * statistics.pvariance(values)

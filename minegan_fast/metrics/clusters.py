@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ._inputs import as_tensor
+
 _LIMIT = 16.0  # beyond it a float image is in [0, 255], not an unclamped generator's
 
 
@@ -83,7 +85,7 @@ def intra_cluster_diversity(
 
 
 def _as_images(x, name: str) -> Tensor:
-    x = torch.as_tensor(x).detach()
+    x = as_tensor(x, name).detach()
     if x.dim() < 2 or x.numel() == 0:
         raise ValueError(f"{name} must be [N, ...] with at least one image, got {list(x.shape)}")
     if x.dtype == torch.uint8:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._reading import read
+from ._inputs import as_tensor
 from .inception import SMALLEST, from_weights, is_inception, shortened
 
 _LIMIT = 16.0  # beyond it a float image is in [0, 255], not an unclamped generator's
@@ -58,6 +59,10 @@ def _load(path, device) -> tuple[nn.Module, str | None]:
         raise ValueError(
             f"no file {path}: expected a TorchScript file of the feature network or a file of Inception's weights"
         )
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device {str(device)!r} cannot be used here: {str(error).splitlines()[0]}") from None
     names = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
     # An archive lies in one folder: TorchScript has NAME/constants.pkl and NAME/code/, torch.save NAME/data.pkl alone.
     if any(name.endswith("/constants.pkl") for name in names) and any("/code/" in name for name in names):
@@ -183,7 +188,7 @@ class FeatureExtractor:
         beyond [-1, 1] are clamped, as saving them would; far beyond, NaN, or of a wrong shape they raise ValueError;
         never below 0 they warn, as images in [0, 1] would.
         """
-        images = torch.as_tensor(images)
+        images = as_tensor(images, "images")
         self._check(images)
         tensors = chain(self.module.parameters(), self.module.buffers())
         anchor = next((t for t in tensors if t.is_floating_point()), images.new_empty(0, dtype=torch.float32))

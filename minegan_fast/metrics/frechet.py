@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .._files import atomic_path
-from ._inputs import as_features
+from ._inputs import as_features, as_tensor
 
 _ASYMMETRY = 1e-5  # of the largest entry; files made in float32 have about 1e-7
 _NEGATIVE = 1e-3  # of the largest eigenvalue: beyond it no rounding
@@ -39,7 +39,7 @@ class FeatureStatistics:
     count: int | None = None
 
     def __post_init__(self):
-        mean, covariance = torch.as_tensor(self.mean), torch.as_tensor(self.covariance)
+        mean, covariance = as_tensor(self.mean, "mean"), as_tensor(self.covariance, "covariance")
         for name, value in (("mean", mean), ("covariance", covariance)):
             if not value.is_floating_point():
                 raise TypeError(f"{name} must be floating point, not {value.dtype}")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..ops._features import median_distance
-from ..ops.mmd import mmd2, mmd2_of_subsets
+from ..ops.mmd import check_value, mmd2, mmd2_of_subsets
 from ._inputs import as_pair, warn_of_few
 
 FEW = 10  # fewer vary by as much as they measure
@@ -50,6 +50,7 @@ def kid(
         rows, columns = _draw(N, M, subsets, size, seed)
     warn_of_few({"x": N, "y": M}, FEW, "KID", "varies by as much as it measures: give an interval (bootstrap)")
     values = mmd2_of_subsets(x, y, rows.to(x.device), columns.to(x.device))
+    check_value(values, x, y)
     return float(values.mean()), float(values.std(correction=0))
 
 
@@ -85,7 +86,7 @@ def kmmd(x, y, sigma: float = 1.0) -> float:
     x, y = as_pair(x, y, least=2)
     if not (math.isfinite(sigma) and sigma > 0):
         raise ValueError(f"sigma must be a finite number > 0, got {sigma!r}")
-    bandwidth = sigma * median_distance(y)
+    bandwidth = sigma * median_distance(y, remedy="the reals, y, have to differ")
     warn_of_few(
         {"x": len(x), "y": len(y)}, FEW, "KMMD", "varies by as much as it measures: give an interval (bootstrap)"
     )

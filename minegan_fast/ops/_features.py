@@ -1,5 +1,6 @@
 """What a sample of features [N, D] must be, and how far its points lie apart."""
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pdist
@@ -29,11 +30,11 @@ def check_finite(x: Tensor, name: str) -> None:
         raise ValueError(f"{name} holds NaN or inf in {len(bad)} of {len(x)} rows, the first is row {int(bad[0])}")
 
 
-def median_distance(x: Tensor, p: float = 2.0) -> float:
+def median_distance(x: Tensor, p: float = 2.0, remedy: str = "give a bandwidth > 0") -> float:
     """Median of |x_i - x_j|_p over the pairs i < j of x [N >= 2, D]; of an even count, the mean of the middle two.
 
     Of more than 4,096 rows, 4,096 are drawn without replacement with a fixed seed, which bounds memory and time.
-    Raises ValueError where the median is 0, that is where half of the pairs coincide.
+    Raises ValueError where the median is 0, that is where half of the pairs coincide, with the caller's remedy.
     """
     x = x.detach()
     if len(x) > MEDIAN_ROWS:
@@ -49,8 +50,11 @@ def median_distance(x: Tensor, p: float = 2.0) -> float:
         pairs = squares.sqrt_()
     else:
         pairs = pdist(x, p)
-    # Tensor.median is the lower of two middle values; the upper one is the lower one of the negatives.
-    median = float((pairs.median() - (-pairs).median()) / 2)
+    if pairs.is_cuda:  # Tensor.median is the lower of two middle values; the upper is the lower of the negatives.
+        median = float((pairs.median() - (-pairs).median()) / 2)
+    else:
+        middle = (len(pairs) - 1) // 2, len(pairs) // 2
+        median = float(np.partition(pairs.numpy(), middle)[list(middle)].mean())
     if median <= 0:
-        raise ValueError("the median distance is 0: half of the pairs of samples coincide; give a bandwidth > 0")
+        raise ValueError(f"the median distance is 0: half of the pairs of samples coincide; {remedy}")
     return median

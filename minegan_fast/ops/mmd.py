@@ -25,7 +25,7 @@ gradient, hess its derivative along a cotangent h of it.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -248,11 +248,19 @@ def _center(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _check_bandwidths(bandwidth) -> list[float]:
-    values = bandwidth.tolist() if isinstance(bandwidth, Tensor) else bandwidth
-    values = [values] if isinstance(values, (int, float)) else list(values)
-    if not values or not all(math.isfinite(s) and s > 0 for s in values):
-        raise ValueError(f"bandwidth must be a finite number > 0 or a non-empty sequence of such, got {bandwidth!r}")
-    return [float(s) for s in values]
+    if isinstance(bandwidth, Tensor) and bandwidth.requires_grad:
+        raise ValueError("bandwidth gets no gradient: give bandwidth.detach()")
+    values = bandwidth.tolist() if hasattr(bandwidth, "tolist") else bandwidth
+    values = [] if isinstance(values, str) else values
+    try:
+        values = [float(s) for s in (values if isinstance(values, Iterable) else [values])]
+    except (TypeError, ValueError):
+        values = []
+    if not values or not all(s > 0 and 0 < s * s < math.inf for s in values):
+        raise ValueError(
+            f"bandwidth must be a finite number > 0, its square too, or a non-empty sequence of such, got {bandwidth!r}"
+        )
+    return values
 
 
 def plan_of(
@@ -293,13 +301,16 @@ def mmd2(
 ) -> Tensor:
     """Squared maximum mean discrepancy of two samples; the equations are at the top of this file.
 
-    x: [N, D] floating point; y: [M, D], same dtype and device.
+    x: [N, D] floating point; y: [M, D], on the same device; the wider of their dtypes holds for both.
     kernel: "gaussian" | "laplacian" | "polynomial" | "energy".
     bandwidth: sigma > 0, in the units of x; a sequence averages the kernels, all in one pass; None takes the median
         distance over the pairs i < j of the pooled sample (L1 distances for laplacian; `median_distance` says what
-        happens beyond 4,096 rows), a constant for the gradient. polynomial and energy do not use it.
-    unbiased: leave the pairs i = j within a sample out (needs N, M >= 2); such an estimate can be negative.
-    validate: look for NaN and inf, for which a GPU has to be waited for; False in a loop that must not wait.
+        happens beyond 4,096 rows), a constant for the gradient, at which torch.compile breaks its graph. polynomial and
+        energy do not use it.
+    unbiased: leave the pairs i = j within a sample out (needs N, M >= 2); such an estimate can be negative, and with
+        the polynomial kernel has no lower bound: minimised over samples that may go anywhere, it sends one away.
+    validate: look for NaN and inf, in the inputs and in the value, for which a GPU has to be waited for; False in a
+        loop that must not wait. Compiled code does not look.
     input_precision: how a GPU multiplies float32, "tf32x3", with float32's accuracy, or "tf32", several times as fast
         and with 10 bits of mantissa; the gradient's products follow PyTorch's own setting.
 
@@ -308,15 +319,13 @@ def mmd2(
     y; distance kernels have subgradient 0 at coincident points. The matrix of pairs is never held: memory beyond a few
     copies of x and y is that of some tiles, and a sample that needs no gradient costs none.
 
-    Raises TypeError for features that are not floating point or of two dtypes; ValueError for shapes, devices, kernel
-    or bandwidth that do not fit, too few samples, and NaN or inf, with the row.
+    Raises TypeError for features that are not floating point; ValueError for shapes, devices, kernel
+    or bandwidth that do not fit, too few samples, NaN or inf, with the row, and values that overflow.
     """
     check_features(x, "x")
     check_features(y, "y")
     if x.shape[1] != y.shape[1]:
         raise ValueError(f"x and y must have the same number of dimensions, got {x.shape[1]} and {y.shape[1]}")
-    if x.dtype != y.dtype:
-        raise TypeError(f"x and y must have the same dtype, got {x.dtype} and {y.dtype}")
     if x.device != y.device:
         raise ValueError(f"x and y must be on the same device, got {x.device} and {y.device}")
     if kernel not in KERNELS:
@@ -338,11 +347,26 @@ def mmd2(
             bandwidths = [median_distance(torch.cat([x.detach(), y.detach()]), 1.0 if kernel == "laplacian" else 2.0)]
         else:
             bandwidths = _check_bandwidths(bandwidth)
+    # Here and not inside, so that gradients meet the loss scale, and each other, before they are rounded.
+    wide = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
+    x, y = x.to(wide), y.to(wide)
     plan = plan_of(kernel, bandwidths, x, y, N, M, unbiased, input_precision)
     value = _Mmd.apply(x, y, plan, forced_backend())
     if not unbiased:
         value = value + _diagonal(x, plan) / N**2 + _diagonal(y, plan) / M**2
-    return value.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    value = value.to(x.dtype)
+    if validate and not torch.compiler.is_compiling():
+        check_value(value, x, y)
+    return value
+
+
+def check_value(value: Tensor, x: Tensor, y: Tensor) -> None:
+    """Raise where a distance of finite samples is none."""
+    if not value.isfinite().all():
+        low, high = torch.stack([*x.detach().aminmax(), *y.detach().aminmax()]).aminmax()
+        raise ValueError(
+            f"the kernel of features from {low:.4g} to {high:.4g} leaves the range of {x.dtype}: scale them"
+        )
 
 
 def _diagonal(x: Tensor, plan: Plan) -> Tensor | float:

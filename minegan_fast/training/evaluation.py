@@ -100,8 +100,11 @@ MEASURES: dict[str, Callable[[Tensor, Tensor], float]] = {
 }
 
 
-def measure(fake: Tensor, real: Tensor, names) -> dict[str, float]:
-    """The named metrics of features fake [N, D] against real [M, D], without the warnings of small samples."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return {name: MEASURES[name](fake, real) for name in names}
+def measure(fake: Tensor, real: Tensor, names, notes: list[str] | None = None) -> dict[str, float]:
+    """The named metrics of features fake [N, D] against real [M, D]; what they warn of goes to `notes`, where given."""
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        values = {name: MEASURES[name](fake, real) for name in names}
+    if notes is not None:
+        notes += dict.fromkeys(str(warning.message) for warning in seen)
+    return values

@@ -57,7 +57,10 @@ def _with_miner(path: Path, miner) -> Mined:
 
 @torch.no_grad()
 def evaluate_result(path, which, device, source, miner, images, samples: int, features, seed: int) -> dict:
-    """Metrics of an adapted GAN against a folder: {"metrics": {...}, "generated", "real", "features", "seed"}."""
+    """Metrics of an adapted GAN against a folder: {"metrics": {...}, "generated", "real", "features", "seed", "notes"}.
+
+    notes: what the metrics warn of, x being the generated images and y the real ones.
+    """
     sampler = open_result(path, which, device, source, miner)
     generator = sampler.generator
     real = load_images(images, generator.resolution, image_channels(generator)).images
@@ -71,10 +74,12 @@ def evaluate_result(path, which, device, source, miner, images, samples: int, fe
         critic = load_discriminator(source)
     extractor = choose_features(features, critic, real, next(generator.parameters()).device)
     fake = generate(sampler, samples, seed)
+    notes: list[str] = []
     return {
-        "metrics": measure(extractor(fake), extractor(real), MEASURES),
+        "metrics": measure(extractor(fake), extractor(real), MEASURES, notes),
         "generated": len(fake),
         "real": len(real),
         "features": extractor.name,
         "seed": seed,
+        "notes": notes,
     }

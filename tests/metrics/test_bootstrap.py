@@ -129,3 +129,14 @@ def test_wrong_options_are_named():
         bootstrap(kmmd, x, features(5, 3))
     with pytest.raises(ValueError, match="x holds NaN"):
         bootstrap(mean_variance, x * torch.nan)
+
+
+@pytest.mark.filterwarnings("ignore:x has")
+def test_errors_of_resamples_say_so():
+    x = features(3)
+    with pytest.raises(
+        ValueError, match=r"median distance is 0.*resample with replacement; method='jackknife' takes none"
+    ):
+        bootstrap(kmmd, x, x)
+    with pytest.raises(ValueError, match=r"x has 1 sample.*with one left out"):
+        bootstrap(kmmd, x[:2], x, method="jackknife")

@@ -334,3 +334,15 @@ def test_images_that_seem_to_be_in_0_1_warn():
 def test_wrong_options_are_named(arguments, error, message):
     with pytest.raises(error, match=message):
         FeatureExtractor(**{"path_or_module": Network(), **arguments})
+
+
+def test_a_list_of_images_is_named():
+    with pytest.raises(TypeError, match="images must be a tensor or array of numbers, not list"):
+        FeatureExtractor(Record())(list(images(2)))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there_is_named(tmp_path):
+    torch.jit.save(torch.jit.script(Network()), path := tmp_path / "network.pt")
+    with pytest.raises(ValueError, match="device 'cuda' cannot be used here"):
+        FeatureExtractor(path, device="cuda")

@@ -188,5 +188,28 @@ def test_wrong_options_are_named():
     for sigma in (0.0, -1.0, float("nan")):
         with pytest.raises(ValueError, match="sigma must be a finite number > 0"):
             kmmd(X, X, sigma)
-    with pytest.raises(ValueError, match="median distance is 0"):
+    with pytest.raises(ValueError, match=r"median distance is 0.*the reals, y, have to differ"):
         kmmd(X, torch.zeros(5, 8))
+
+
+@pytest.mark.parametrize("metric", [kid, kmmd])
+@pytest.mark.filterwarnings("ignore:subset_size")
+def test_features_whose_distance_overflows_are_named(metric):
+    x = features(12).float()
+    with pytest.raises(ValueError, match="leaves the range of torch"):
+        metric(x * 1e20, x * 2e20)
+
+
+@pytest.mark.filterwarnings("ignore:x has", "error:The given NumPy array")
+def test_arrays_that_torch_does_not_take_are_copied():
+    frozen = X.numpy().copy()
+    frozen.flags.writeable = False
+    expected = kmmd(X, X.flip(0))
+    for x in (frozen, frozen[:, ::-1][:, ::-1], X.numpy().astype(">f8")):
+        assert kmmd(x, X.numpy()[::-1]) == expected
+
+
+@pytest.mark.parametrize("x", [[X[0], X[1]], "x.pt", np.array([[None, 1.0]])], ids=["list", "path", "objects"])
+def test_what_is_no_array_is_named(x):
+    with pytest.raises(TypeError, match=r"x must be a tensor or array of numbers, not (list|str|an array of object)"):
+        kmmd(x, X)

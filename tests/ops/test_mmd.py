@@ -253,6 +253,16 @@ def test_without_validation_nan_comes_out():
     assert mmd2(X.float() * float("nan"), X.float(), bandwidth=1.0, validate=False).isnan()
 
 
+def test_the_wider_dtype_holds_for_both():
+    x, y = sample(20, 8, dtype=torch.bfloat16).requires_grad_(), sample(30, 8, seed=1, shift=0.3, dtype=torch.float32)
+    value = mmd2(x, y, bandwidth=2.0)
+    assert value.dtype == torch.float32
+    assert value.item() == mmd2(x.float(), y, bandwidth=2.0).item()
+    (gradient,) = torch.autograd.grad(value, x)
+    assert gradient.dtype == torch.bfloat16
+    assert mmd2(y, y.double(), bandwidth=2.0, unbiased=False).dtype == torch.float64
+
+
 def test_kernels_are_those_of_scikit_learn():
     pairwise = pytest.importorskip("sklearn.metrics.pairwise")
     x, y = sample(40, 6), sample(30, 6, seed=1, shift=0.2)
@@ -436,12 +446,15 @@ X = sample(4, 3)
         ((X, X.long()), TypeError, "y holds torch.int64"),
         ((X.to(torch.uint8), X), TypeError, "x holds torch.uint8"),
         ((X.numpy(), X), TypeError, "x must be a tensor of features, not ndarray"),
-        ((X, X.float()), TypeError, "same dtype, got torch.float64 and torch.float32"),
         ((X, X, "rbf"), ValueError, "unknown kernel 'rbf': one of gaussian, laplacian, polynomial, energy"),
         ((X, X, "gaussian", 0.0), ValueError, "bandwidth must be a finite number > 0"),
         ((X, X, "energy", None, True, True, "fp8"), ValueError, 'input_precision must be "tf32x3" or "tf32", got'),
         ((X, X, "gaussian", [1.0, -2.0]), ValueError, "bandwidth must be a finite number > 0"),
         ((X, X, "gaussian", []), ValueError, "non-empty sequence"),
+        ((X, X, "gaussian", "2"), ValueError, "bandwidth must be a finite number > 0.*'2'"),
+        ((X, X, "gaussian", 1e-200), ValueError, "its square too.*1e-200"),
+        ((X, X, "gaussian", [1.0, 1e200]), ValueError, "its square too"),
+        ((X, X, "gaussian", torch.tensor(1.0, requires_grad=True)), ValueError, "no gradient: give bandwidth.detach"),
         ((X, X, "laplacian", float("nan")), ValueError, "bandwidth must be a finite number > 0"),
         ((X[:1].expand(4, 3), X[:1].expand(3, 3)), ValueError, "median distance is 0.*give a bandwidth"),
     ],
@@ -457,6 +470,42 @@ def test_the_first_row_that_is_not_finite_is_named(value):
     y[2, 1] = y[3, 0] = value
     with pytest.raises(ValueError, match="y holds NaN or inf in 2 of 4 rows, the first is row 2"):
         mmd2(X, y)
+
+
+@pytest.mark.parametrize("bandwidth", [np.float32(1.5), np.array([1.5]), torch.tensor(1.5), (s for s in [1.5])])
+def test_a_bandwidth_may_be_any_kind_of_number(bandwidth):
+    assert mmd2(X, X + 1, bandwidth=bandwidth) == mmd2(X, X + 1, bandwidth=1.5)
+
+
+@pytest.mark.parametrize("kernel", ["gaussian", "polynomial", "energy"])
+def test_a_value_that_overflows_is_named(kernel):
+    x = X.float() * 1e20
+    with pytest.raises(ValueError, match=r"features from .*e\+20 to .*e\+20 leaves the range of torch.float32"):
+        mmd2(x, x + 1e20, kernel)
+    assert not mmd2(x, x + 1e20, kernel, validate=False).isfinite()
+
+
+def assert_gradient_rounded_once(x, y, scale, *options):
+    """That of low precision is as near to that of float64 as its dtype lets it be."""
+    gradients = []
+    for p in (x, x.double()):
+        p = p.requires_grad_()
+        (scale * mmd2(p, y.to(p.dtype), *options)).backward()
+        gradients.append(p.grad)
+    low, high = gradients
+    assert (low.double() - high).norm() <= 2 * (high.to(low.dtype).double() - high).norm()
+
+
+@pytest.mark.parametrize(("kernel", "bandwidth"), [("gaussian", 8.0), ("laplacian", 100.0), ("energy", None)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gradients_are_scaled_before_they_are_rounded(kernel, bandwidth, dtype):
+    x, y = sample(300, 16, dtype=dtype), sample(200, 16, seed=1, shift=0.5, dtype=dtype)
+    assert_gradient_rounded_once(x, y, 65536.0, kernel, bandwidth)  # GradScaler's first scale, beyond float16
+
+
+def test_pairs_and_diagonal_cancel_before_they_are_rounded():
+    x, y = (sample(n, 3, seed=n, shift=100.0, dtype=torch.bfloat16) for n in (5, 7))
+    assert_gradient_rounded_once(x, y, 1.0, "polynomial", None, False)
 
 
 def test_mixed_devices_are_named():

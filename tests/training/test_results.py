@@ -42,6 +42,8 @@ def test_an_original_run_of_stylegan2_is_evaluated(stylegan2_run, tmp_path):
         stylegan2_run[0], "best", None, None, None, tmp_path / "images", samples=6, features="pixels", seed=0
     )
     assert report["metrics"]["fid"] >= 0
+    assert any("rank-deficient" in note for note in report["notes"])
+    assert len(report["notes"]) == len({*report["notes"]}) == 3  # FID, KID and KMMD of six images
 
 
 def test_an_original_run_of_stylegan_is_sampled_with_the_generators_own_noise(tmp_path):
