@@ -104,7 +104,7 @@ def test_mmd2(compare, device, pytestconfig, place, size, step):
         expected = make(ours, x.double(), y.double())()()
     torch.compiler.reset()
     functions = {"cdist": by_cdist, "norms": by_norms, "torch.compile": torch.compile(by_norms, dynamic=False)}
-    if importlib.util.find_spec("pykeops"):
+    if importlib.util.find_spec("pykeops") and (device == "cuda" or N * N * D < 1e9):  # else a call takes a minute
         functions["KeOps"] = by_keops
     providers = [Provider(OURS, make(ours))] + [Provider(name, make(f)) for name, f in functions.items()]
     if not training:
