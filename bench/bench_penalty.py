@@ -103,12 +103,13 @@ def test_interpolation(compare, device, shape):
 
 
 def plain_layers(layers, x):
-    """A ConvLayer of StyleGAN2 in plain layers of PyTorch."""
+    """A ConvLayer of StyleGAN2 in plain layers of PyTorch, strides where public code has them."""
+    stride = 2 if isinstance(layers[0], Blur) else 1
     for layer in layers:
         if isinstance(layer, Blur):
             x = F.conv2d(x, layer.kernel.expand(x.shape[1], 1, -1, -1), padding=layer.padding, groups=x.shape[1])
         elif isinstance(layer, EqualConv2d):
-            x = F.conv2d(x, layer.weight * layer.scale, stride=layer.stride, padding=layer.padding)
+            x = F.conv2d(x, layer.weight * layer.scale, stride=stride, padding=layer.padding)
         else:
             x = F.leaky_relu(x + layer.bias.view(-1, 1, 1), 0.2) * math.sqrt(2)
     return x
