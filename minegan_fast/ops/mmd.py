@@ -158,7 +158,10 @@ def _sum_and_slope(
     """
     total = torch.zeros((), dtype=torch.float64, device=z.device)
     slope = torch.zeros_like(z) if order else None
-    sizes = _TILE["cuda" if z.is_cuda else "cpu"] if order or not z.is_cuda else (_ALL, _ALL)
+    sizes = _TILE["cuda" if z.is_cuda else "cpu"]
+    if order == 0 and plan.kernel != "laplacian" and backend in (None, "triton"):
+        if z.is_cuda and mmd_tile.lacks("triton", "cuda", z.dtype) is None:
+            sizes = _ALL, _ALL  # in one launch: it holds no tile
     with torch.autocast(z.device.type, enabled=False):
         offsets = _offsets(z, h, plan)
         for r, c, weight, diagonal in tiles(N, len(z), plan.weights, *sizes):

@@ -213,3 +213,14 @@ def test_arrays_that_torch_does_not_take_are_copied():
 def test_what_is_no_array_is_named(x):
     with pytest.raises(TypeError, match=r"x must be a tensor or array of numbers, not (list|str|an array of object)"):
         kmmd(x, X)
+
+
+@pytest.mark.parametrize("subsets", [3, 60], ids=["one_at_a_time", "all_pairs_once"])
+def test_kid_is_torch_fidelitys_for_its_seed(subsets):
+    theirs = pytest.importorskip("torch_fidelity.metric_kid").kid_features_to_metric
+    x, y = features(50, 20).abs(), features(60, 20, seed=1).abs()
+    options = {"kid_subsets": subsets, "kid_subset_size": 15, "rng_seed": 2020, "verbose": False}
+    expected = theirs(x, y, kid_degree=3, kid_gamma=None, kid_coef0=1, **options)
+    mean, std = kid(x, y, subsets, 15, seed=2020)
+    assert mean == pytest.approx(expected["kernel_inception_distance_mean"], rel=1e-10)
+    assert std == pytest.approx(expected["kernel_inception_distance_std"], rel=1e-10)
