@@ -159,9 +159,9 @@ def _sum_and_slope(
     total = torch.zeros((), dtype=torch.float64, device=z.device)
     slope = torch.zeros_like(z) if order else None
     sizes = _TILE["cuda" if z.is_cuda else "cpu"]
-    if order == 0 and plan.kernel != "laplacian" and backend in (None, "triton"):
-        if z.is_cuda and mmd_tile.lacks("triton", "cuda", z.dtype) is None:
-            sizes = _ALL, _ALL  # in one launch: it holds no tile
+    fused = z.is_cuda and backend in (None, "triton") and mmd_tile.lacks("triton", "cuda", z.dtype) is None
+    if fused and order == 0 and plan.kernel != "laplacian":
+        sizes = _ALL, _ALL  # one launch, which holds no tile
     with torch.autocast(z.device.type, enabled=False):
         offsets = _offsets(z, h, plan)
         for r, c, weight, diagonal in tiles(N, len(z), plan.weights, *sizes):
