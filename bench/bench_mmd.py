@@ -7,7 +7,6 @@ torch-fidelity runs, and torchmetrics.
 
 import functools
 import importlib.util
-import statistics
 import time
 import warnings
 
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from clock import Provider, peak_bytes
-from measure import OURS, Case
+from measure import OURS, Case, whole_steps
 from torch import nn
 
 from minegan_fast.metrics import kid
@@ -200,22 +199,6 @@ def test_kid(benchmark, device, recorder, pytestconfig):
     assert abs(found["torchmetrics"][0] - exact[0]) <= 6 * exact[1] / S**0.5  # subsets of its own
     if benchmark.disabled:
         return
-    times = {name: [] for name in calls}
-    for turn in range(3):
-        order = list(calls)[turn:] + list(calls)[:turn]
-        for name in order:
-            if device == "cuda":
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            calls[name]()
-            times[name].append(time.perf_counter() - start)
-    medians = {name: statistics.median(seconds) for name, seconds in times.items()}
-    for name, seconds in times.items():
-        low, median, high = (1e6 * s for s in statistics.quantiles(seconds, n=4, method="inclusive"))
-        row = {"op": "mmd", "pass": f"KID, {S} subsets of {m}", "shape": [N, N, D], "dtype": "float32", "backend": ""}
-        row |= {"provider": name, "median_us": median, "q1_us": low, "q3_us": high, "samples": 3}
-        row["peak_bytes"] = peak_bytes(Provider(name, lambda call=calls[name]: call), device)
-        if name == OURS:
-            row["ratio"] = {other: round(medians[other] / medians[OURS], 3) for other in calls if other != OURS}
-        recorder["rows"].append(row)
+    key = {"op": "mmd", "pass": f"KID, {S} subsets of {m}", "shape": [N, N, D], "dtype": "float32"}
+    recorder["rows"] += whole_steps(key, calls, device)
     benchmark.pedantic(calls[OURS])

@@ -8,13 +8,11 @@ same module under plain autograd.
 
 import functools
 import math
-import statistics
-import time
 
 import pytest
 import torch
-from clock import Provider, peak_bytes
-from measure import OURS, Case, clone_of
+from clock import Provider
+from measure import OURS, Case, clone_of, whole_steps
 from torch import nn
 from torch.nn import functional as F
 
@@ -212,26 +210,6 @@ def test_step(benchmark, device, recorder, pytestconfig, step):
                 torch.testing.assert_close(a, b, rtol=0, atol=1e-2 * float(b.abs().max()) + 1e-6, msg=name)
     if benchmark.disabled:
         return
-    peaks = {name: peak_bytes(Provider(name, lambda call=call: call), device) for name, call in calls.items()}
-    times = {name: [] for name in calls}
-    for turn in range(3):
-        order = list(calls)[turn % len(calls) :] + list(calls)[: turn % len(calls)]
-        for name in order:
-            start = time.perf_counter()
-            calls[name]()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            times[name].append(time.perf_counter() - start)
-    medians = {name: statistics.median(seconds) for name, seconds in times.items()}
-    for name, seconds in times.items():
-        low, median, high = (1e6 * s for s in statistics.quantiles(seconds, n=4, method="inclusive"))
-        row = {"op": "penalty", "pass": step, "shape": list(images.shape), "dtype": "float32", "provider": name}
-        row |= {"backend": "", "median_us": median, "q1_us": low, "q3_us": high, "samples": 3}
-        row["peak_bytes"] = peaks[name]
-        if name == OURS:
-            others = [other for other in calls if other != OURS]
-            row["ratio"] = {other: round(medians[other] / medians[OURS], 3) for other in others}
-            row["memory_ratio"] = {other: round(peaks[OURS] / peaks[other], 3) for other in others}
-        recorder["rows"].append(row)
-        print(row)
+    key = {"op": "penalty", "pass": step, "shape": list(images.shape), "dtype": "float32"}
+    recorder["rows"] += whole_steps(key, calls, device)
     benchmark.pedantic(calls[OURS], rounds=1)

@@ -7,15 +7,12 @@ Everyone runs on the same weights, latents and noise; the networks differ in the
 import functools
 import importlib
 import math
-import statistics
 import sys
-import time
 
 import pytest
 import torch
 from bench_modulated_conv2d import filter_of, plain, public
-from clock import Provider, peak_bytes
-from measure import OURS
+from measure import OURS, whole_steps
 from torch.nn import functional as F
 
 from minegan_fast.models import StyleGAN2Generator
@@ -126,25 +123,7 @@ def test_generator(benchmark, device, recorder, pytestconfig, formulations, step
         torch.testing.assert_close(call()[0], expected, rtol=1e-3 if dtype == "float32" else 0.1, atol=1e-3, msg=name)
     if benchmark.disabled:
         return
-    peaks = {name: peak_bytes(Provider(name, lambda call=call: call), device) for name, call in calls.items()}
-    times = {name: [] for name in calls}
-    for turn in range(3):
-        order = list(calls)[turn % len(calls) :] + list(calls)[: turn % len(calls)]
-        for name in order:
-            start = time.perf_counter()
-            calls[name]()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            times[name].append(time.perf_counter() - start)
-    medians = {name: statistics.median(seconds) for name, seconds in times.items()}
     shape = [batch, 3, G.resolution, G.resolution]
-    for name, seconds in times.items():
-        low, median, high = (1e6 * s for s in statistics.quantiles(seconds, n=4, method="inclusive"))
-        row = {"op": "stylegan2", "pass": step, "shape": shape, "dtype": dtype, "provider": name, "backend": ""}
-        row |= {"median_us": median, "q1_us": low, "q3_us": high, "samples": 3, "peak_bytes": peaks[name]}
-        if name == OURS:
-            others = [other for other in calls if other != OURS]
-            row["ratio"] = {other: round(medians[other] / medians[OURS], 3) for other in others}
-            row["memory_ratio"] = {other: round(peaks[OURS] / peaks[other], 3) for other in others}
-        recorder["rows"].append(row)
+    key = {"op": "stylegan2", "pass": step, "shape": shape, "dtype": dtype}
+    recorder["rows"] += whole_steps(key, calls, device)
     benchmark.pedantic(calls[OURS])

@@ -6,6 +6,7 @@ is not timed. `clock` says how, `machine` where.
 
 import math
 import statistics
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -106,6 +107,32 @@ def run_case(case: Case, providers: list[Provider], device: str, ceilings: dict,
         if row["provider"] == OURS:
             row["ratio"] = {r["provider"]: round(r["median_us"] / row["median_us"], 3) for r in competitors}
     return rows + [case.key | {"provider": name, "backend": "", "note": note} for name, note in notes.items()]
+
+
+def whole_steps(key: dict, calls: dict[str, Call], device: str, turns: int = 3) -> list[dict]:
+    """A row for each of the calls, ours among them, which take seconds: timed in turn, warm, the caller having checked
+    and run them. `key` is what they are about."""
+    peaks = {name: peak_bytes(Provider(name, lambda call=call: call), device) for name, call in calls.items()}
+    times = {name: [] for name in calls}
+    for turn in range(turns):
+        first = turn % len(calls)
+        for name in [*calls][first:] + [*calls][:first]:
+            start = time.perf_counter()
+            calls[name]()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            times[name].append(time.perf_counter() - start)
+    rows = []
+    for name, seconds in times.items():
+        low, median, high = (1e6 * s for s in statistics.quantiles(seconds, n=4, method="inclusive"))
+        row = key | {"provider": name, "backend": "", "median_us": median, "q1_us": low, "q3_us": high}
+        rows.append(row | {"samples": turns, "peak_bytes": peaks[name]})
+    ours = next(row for row in rows if row["provider"] == OURS)
+    others = [row for row in rows if row is not ours]
+    ours["ratio"] = {row["provider"]: round(row["median_us"] / ours["median_us"], 3) for row in others}
+    counted = [row for row in others if row["peak_bytes"]]  # what is not torch's is not seen
+    ours["memory_ratio"] = {row["provider"]: round(ours["peak_bytes"] / row["peak_bytes"], 3) for row in counted}
+    return rows
 
 
 def check(case: Case, providers: list[Provider]) -> tuple[dict[str, float], dict[str, str]]:
