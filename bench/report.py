@@ -26,9 +26,10 @@ PASSES = ("inference", "forward", "backward", "double backward")
 LEGEND = """\
 Median time of one call (quartiles), our backends first; behind a competitor's time, that time over the one of our
 first column. All of a line were measured in turn, in one process, after a check against float64. `forward` is that of
-training, which keeps what the backward needs; `of copy` is the least traffic over the time, in percent of the copy
-bandwidth measured in the same run; `clone` is `torch.clone` of as many bytes; `plain` is a layer in plain PyTorch,
-`public` as the public projects write it, with weights of every sample's own and grouped convolutions.
+training, which keeps what the backward needs; `of the ceiling` is the least traffic over the time, in percent of the
+copy bandwidth measured in the same run, or, where that is more, the arithmetic in percent of the rate of its matrix
+products; `clone` is `torch.clone` of as many bytes; `plain` is a layer in plain PyTorch, `public` as the public
+projects write it, with weights of every sample's own and grouped convolutions.
 """
 
 
@@ -129,7 +130,7 @@ def table(run: dict, rows: list[dict]) -> str:
         "type",
         *(name or "automatic" for name in backends),
         *(["in a CUDA graph"] if graphs else []),
-        "of copy",
+        "of the ceiling",
         *competitors,
     ]
     rival = next((name for name in ("eager", "public") if name in competitors), "eager")
@@ -143,8 +144,7 @@ def table(run: dict, rows: list[dict]) -> str:
         line = [first["pass"], "×".join(map(str, first["shape"])), first["dtype"]]
         line += [spread(row) if row else "–" for row in ours]
         line += [duration(best["graph_us"]) if best.get("graph_us") else "–"] if graphs else []
-        percent = best.get("percent_of_copy", "–")  # of whole networks no least traffic is told
-        line.append("in cache" if percent is None else percent if percent == "–" else f"{percent:.0f} %")
+        line.append(of_ceiling(best, ceilings))
         for name in competitors:
             row = by.get((name, ""))
             note = row["note"] if row and "note" in row else "not measured"
@@ -154,6 +154,17 @@ def table(run: dict, rows: list[dict]) -> str:
         line.append(f"{size(best['peak_bytes'])} / {size(other['peak_bytes']) if other else '–'}")
         lines.append(line)
     return facts + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def of_ceiling(row: dict, ceilings: dict) -> str:
+    """The share of the copy bandwidth, or that of the rate of matrix products, whichever is more."""
+    copies = row.get("percent_of_copy", 0)  # None: from the cache
+    kind = {"float32": "fp32", "bfloat16": "bf16"}.get(row["dtype"])
+    rate = ceilings.get(f"matmul_{kind}_tflop_s")
+    products = 100 * row["tflop_s"] / rate if rate and row.get("tflop_s") else 0
+    if products > (copies or 0):
+        return f"{products:.0f} % of products"
+    return "in cache" if copies is None else f"{copies:.0f} % of copy" if copies else "–"
 
 
 def case_order(row: dict) -> tuple:

@@ -58,8 +58,8 @@ def test_the_table(root):
     assert report.main([], root) == 0
     text = (root / "bench/TABLES.md").read_text()
     head, line = [line for line in text.splitlines() if line.startswith("|")][::2]
-    assert head.split(" | ")[3:9] == ["cuda", "triton", "in a CUDA graph", "of copy", "eager", "torch.compile"]
-    cells = ["forward", "4×8", "float32", "20 µs (19 µs–21 µs)", "30 µs (29 µs–31 µs)", "12 µs", "92 %"]
+    assert head.split(" | ")[3:9] == ["cuda", "triton", "in a CUDA graph", "of the ceiling", "eager", "torch.compile"]
+    cells = ["forward", "4×8", "float32", "20 µs (19 µs–21 µs)", "30 µs (29 µs–31 µs)", "12 µs", "92 % of copy"]
     cells += ["1.23 ms (6.00×)", "cannot", "27 µs (1.35×)", "2 MB / 2 MB"]
     assert line == f"| {' | '.join(cells)} |"
     assert "**`twice`, A GPU** (torch 2.11, triton 3.6, commit abc, today, threads: 2" in text
@@ -68,6 +68,16 @@ def test_the_table(root):
     assert text.endswith(f"{END}\nafter\n")
     readme = (root / "README.md").read_text()
     assert readme.endswith(f"{DEMO[0]}\nNo demo recorded yet.\n{DEMO[1]}\nend\n")
+
+
+def test_the_ceiling_is_the_one_that_is_nearer():
+    ceilings = {"matmul_fp32_tflop_s": 2.0}
+    assert report.of_ceiling(row("minegan_fast", "", 1.0, tflop_s=1.9), ceilings) == "95 % of products"
+    assert report.of_ceiling(row("minegan_fast", "", 1.0, tflop_s=1.0), ceilings) == "92 % of copy"
+    assert report.of_ceiling(row("minegan_fast", "", 1.0, tflop_s=1.0), {}) == "92 % of copy"
+    assert report.of_ceiling(row("minegan_fast", "", 1.0, percent_of_copy=None), ceilings) == "in cache"
+    steps = {name: value for name, value in row("minegan_fast", "", 1.0).items() if name != "percent_of_copy"}
+    assert report.of_ceiling(steps, ceilings) == "–"
 
 
 def test_check_tells_whether_the_readme_is_current(root, capsys):
