@@ -220,7 +220,7 @@ class _Gradient(Function):
     def forward(ctx, x, y, slope, plan, backend):
         ctx.args = plan, backend
         ctx.save_for_backward(x, y)
-        return slope[: len(x)].to(x.dtype), slope[len(x) :].to(y.dtype)
+        return slope[: len(x)], slope[len(x) :]
 
     @staticmethod
     @once_differentiable
@@ -229,25 +229,19 @@ class _Gradient(Function):
         wanted = tuple(ctx.needs_input_grad[:2])
         z, h = _pooled(x, y, plan.center), _pooled(hx, hy, None)
         _, slope = _sum_and_slope(z, len(x), plan, h, 2, wanted, backend)
-        parts = slope[: len(x)].to(x.dtype), slope[len(x) :].to(y.dtype)
+        parts = slope[: len(x)], slope[len(x) :]
         return *(part if want else None for part, want in zip(parts, wanted, strict=True)), None, None, None
 
 
 def _pooled(x: Tensor, y: Tensor, center: Tensor | None) -> Tensor:
-    """[x; y] - center, float64 for float64 and else float32, contiguous."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    z = torch.empty(len(x) + len(y), x.shape[1], dtype=dtype, device=x.device)
-    for part, source in ((z[: len(x)], x), (z[len(x) :], y)):
-        part.copy_(source)
-        if center is not None:
-            part -= center
-    return z
+    """[x; y] - center, contiguous."""
+    z = torch.cat([x, y])
+    return z if center is None else z.sub_(center)
 
 
 def _center(x: Tensor, y: Tensor) -> Tensor:
-    """The pooled mean, float64 for float64 and else float32."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    return (x.detach().sum(0, dtype=dtype) + y.detach().sum(0, dtype=dtype)) / (len(x) + len(y))
+    """The pooled mean."""
+    return (x.detach().sum(0) + y.detach().sum(0)) / (len(x) + len(y))
 
 
 def _check_bandwidths(bandwidth) -> list[float]:
