@@ -13,9 +13,12 @@ from ..finetune.scores import CRITERIA
 from ..mining.mined import PLACES
 from .augment import parse_policy
 from .losses import LOSSES
+from .methods import KERNEL, METHODS, chosen
 
 CRITIC_TRAINING = ("all", "sparse", "freezed")
 PRECISIONS = ("fp32", "bf16", "fp16")
+SCOPES = ("global", "layer", "normalised")
+PRIORS = ("sphere", "shell", "moments", "none")
 METRICS = ("fid", "kid", "kmmd", "mv", "diversity")
 # May differ when a run is resumed: they do not change what is computed at a step that both runs make.
 FREE_ON_RESUME = ("device", "mining_steps", "finetune_steps", "patience", "keep", "log_every")
@@ -27,28 +30,70 @@ def setting(default: Any, help: str) -> Any:
 
 @dataclass
 class TransferConfig:
-    """Settings of `transfer`. None means: chosen from the other settings, or from the networks."""
+    """Settings of `transfer`. None means: chosen from the other settings (`methods.chosen`), or from the networks."""
 
     source: str | None = None
     images: str | None = None
-    critic: str | None = setting(None, "Checkpoint of the critic; default: the source file's discriminator.")
-    mining_steps: int = setting(1000, "Steps of stage 1: miner and critic train, the generator is frozen.")
-    finetune_steps: int = setting(2000, "Steps of stage 2: the selected neurons of the generator train too.")
-    density: float = setting(0.05, "Fraction of the generator's neurons that train in stage 2.")
-    batch: int = setting(16, "Images a step, of all processes together.")
-    lr: float = setting(2e-3, "Learning rate: the critic's; the miner's is twice, the generator's half of it.")
-    loss: str = setting("nonsaturating", f"Adversarial loss: {', '.join(LOSSES)}.")
+    critic: str | None = setting(
+        None, "Checkpoint of the critic; default: the source file's discriminator. features: heads on --loss-features."
+    )
+    method: str = setting("minegan++", f"What trains: {', '.join(METHODS)}.")
+    mining_steps: int | None = setting(
+        None, "Steps of stage 1: the miner trains, the generator is frozen. Default: 150 under mmd, else 1000."
+    )
+    finetune_steps: int | None = setting(
+        None, "Steps of stage 2: the selected neurons of the generator train too. Default: 300 under mmd, else 2000."
+    )
+    density: float | None = setting(None, "Fraction of the generator's neurons that train in stage 2. Default: 0.05.")
+    batch: int | None = setting(None, "Images a step, of all processes together. Default: 32 under mmd, else 16.")
+    part: int | None = setting(None, "Images that are in memory at once under mmd, whatever the batch; default: all.")
+    lr: float | None = setting(
+        None,
+        "Learning rate: the critic's; the miner's is twice, the generator's half of it. Default: 1e-3 under mmd, "
+        "else 2e-3.",
+    )
+    loss: str | None = setting(
+        None,
+        f"Loss of both stages: {', '.join(LOSSES)} (adversarial), or mmd: the kernel distance of pretrained features, "
+        "without a critic. Default: mmd where there are loss features, else nonsaturating.",
+    )
+    mining_loss: str | None = setting(None, "Loss of stage 1, if not --loss.")
+    finetune_loss: str | None = setting(None, "Loss of stage 2, if not --loss.")
+    loss_features: str | None = setting(
+        None,
+        "What mmd compares: a file of a feature network (TorchScript, Inception's weights), critic (the source's own), "
+        "or digits. Default: the source's critic where its file has one.",
+    )
+    mmd_weight: float = setting(0.0, "Weight of the kernel distance beside an adversarial loss.")
     device: str | None = setting(None, "cpu, cuda, cuda:1, ...; default: a GPU where there is one.")
     seed: int = setting(0, "Seed of everything random.")
-    snapshot_every: int = setting(500, "Steps between snapshots, each with metrics and a sample grid.")
+    snapshot_every: int | None = setting(
+        None, "Steps between snapshots, each with metrics and a sample grid. Default: a sixth of all steps."
+    )
     metrics: tuple[str, ...] = setting(("fid", "kid", "kmmd", "mv"), f"Metrics of a snapshot: {', '.join(METRICS)}.")
-    budget: str = setting("neurons", "What density counts: neurons, parameters.")
-    criterion: str = setting("fisher", "Neurons' score: fisher, gradient, saliency, movement, magnitude, random.")
-    scope: str = setting("global", "One ranking over all layers (global), or the same fraction of every layer (layer).")
-    policy: str = setting("train_top", "train_top: the highest scored train; freeze_top: the lowest scored.")
+    budget: str | None = setting(None, "What density counts: neurons, parameters. Default: neurons.")
+    criterion: str | None = setting(None, f"Neurons' score: {', '.join(CRITERIA)}. Default: fisher.")
+    scope: str | None = setting(
+        None, f"Which neurons compete: {', '.join(SCOPES)}. Default: global, one ranking over all layers."
+    )
+    policy: str | None = setting(
+        None, "train_top: the highest scored train; freeze_top: the lowest scored. Default: train_top."
+    )
     score_samples: int = setting(64, "Generated images that score the neurons.")
-    train_critic: str = setting("all", "What of the critic trains: all, sparse (as the generator), freezed (FreezeD).")
+    reselect_every: int = setting(0, "Score and select anew after so many steps of stage 2; 0: never.")
+    train_miner: bool | None = setting(None, "Whether there is a miner. Default: as the method has it.")
+    prior: str | None = setting(
+        None, f"What keeps the mined latents in their prior: {', '.join(PRIORS)}. Default: by the generator's family."
+    )
+    prior_weight: float = setting(1.0, "Weight of the prior's penalty, where it has one.")
+    train_critic: str | None = setting(
+        None, "What of the critic trains: all, sparse (as the generator), freezed (FreezeD). Default: all."
+    )
     freeze_blocks: int = setting(3, "Blocks nearest to the image that FreezeD freezes.")
+    critic_warmup: int | None = setting(
+        None, "Steps that the critic trains alone before it may move the miner. Default: 0, of a new critic 200."
+    )
+    ewc_weight: float = setting(50.0, "Weight of EWC's penalty, of method ewc.")
     mine: str = setting("z", "Where the miner acts: z, or w (behind the mapping network of StyleGAN and StyleGAN2).")
     mine_constant: bool = setting(False, "Mine the learned constant of StyleGAN and StyleGAN2 too.")
     mined_class: int | str | None = setting(
@@ -59,15 +104,20 @@ class TransferConfig:
     miner_lr: float | None = setting(None, "Learning rate of the miner.")
     generator_lr: float | None = setting(None, "Learning rate of the generator's neurons.")
     critic_lr: float | None = setting(None, "Learning rate of the critic.")
-    beta1: float = setting(0.0, "Adam's first moment decay.")
+    beta1: float | None = setting(None, "Adam's first moment decay. Default: 0.9 under mmd, else 0.")
     beta2: float = setting(0.99, "Adam's second moment decay.")
     r1_gamma: float = setting(1.0, "Weight of R1, halved in the loss; 0 turns it off.")
     r1_every: int = setting(16, "Lazy R1: every so many steps, weighted accordingly.")
-    path_length_weight: float | None = setting(None, "Weight of path length in stage 2; default 2 for StyleGAN2.")
+    path_length_weight: float | None = setting(
+        None, "Weight of path length in stage 2; default: 2 for StyleGAN2 under an adversarial loss, else 0."
+    )
     path_length_every: int = setting(4, "Lazy path length: every so many steps, weighted accordingly.")
     gradient_penalty_weight: float | None = setting(None, "Weight of WGAN-GP; default 10 for wgan, else 0.")
     augment: str = setting("color,translation,cutout", "DiffAugment: color, translation, cutout, flip; empty: none.")
-    ema_decay: float = setting(0.998, "Decay of the averages of miner and selected neurons.")
+    flips: bool = setting(True, "Whether mirror images of the target count as target under mmd.")
+    ema_decay: float | None = setting(
+        None, "Decay of the averages of miner and selected neurons. Default: 0.98 under mmd, else 0.998."
+    )
     precision: str = setting("fp32", "fp32, bf16 or fp16 (autocast; penalties stay in fp32).")
     held_out: float | str = setting(
         0.1, "Fraction of the images set aside, where that makes 5 or more, or a folder of other images."
@@ -85,31 +135,58 @@ class TransferConfig:
         for field in dataclasses.fields(self):
             _check_type(field.name, getattr(self, field.name), field.type)
         self.metrics = tuple(self.metrics)
-        if self.gradient_penalty_weight is None:
-            self.gradient_penalty_weight = 10.0 if self.loss == "wgan" else 0.0
         if self.mined_class is not None:
             self.mined_class = str(self.mined_class)
+        _one_of("method", self.method, METHODS)
+        self.loss = self.loss or (KERNEL if self.loss_features else "nonsaturating")
+        self.mining_loss, self.finetune_loss = self.mining_loss or self.loss, self.finetune_loss or self.loss
+        for name, value in chosen(self.method, self.mining_loss, self.finetune_loss).items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        if self.gradient_penalty_weight is None:
+            self.gradient_penalty_weight = 10.0 if "wgan" in self.losses else 0.0
         self.miner_lr = 2 * self.lr if self.miner_lr is None else self.miner_lr
         self.generator_lr = self.lr / 2 if self.generator_lr is None else self.generator_lr
         self.critic_lr = self.lr if self.critic_lr is None else self.critic_lr
+        if self.snapshot_every is None:
+            self.snapshot_every = max(1, self.total_steps // 6)
         self._check()
 
     @property
     def total_steps(self) -> int:
         return self.mining_steps + self.finetune_steps
 
+    @property
+    def losses(self) -> set[str]:
+        """Of the stages that take steps."""
+        stages = ((self.mining_loss, self.mining_steps), (self.finetune_loss, self.finetune_steps))
+        return {loss for loss, steps in stages if steps}
+
+    @property
+    def adversarial(self) -> bool:
+        """Whether there is a critic that trains."""
+        return bool(self.losses - {KERNEL})
+
+    @property
+    def kernel(self) -> bool:
+        """Whether there are features that train."""
+        return KERNEL in self.losses or self.mmd_weight > 0
+
     def _check(self) -> None:
         for name, low in (
             ("mining_steps", 0), ("finetune_steps", 0), ("batch", 1), ("snapshot_every", 1), ("score_samples", 1),
             ("miner_depth", 1), ("r1_every", 1), ("path_length_every", 1), ("eval_samples", 2), ("patience", 0),
-            ("keep", 1), ("grid", 1), ("log_every", 1), ("freeze_blocks", 1),
+            ("keep", 1), ("grid", 1), ("log_every", 1), ("freeze_blocks", 1), ("reselect_every", 0),
         ):  # fmt: skip
             value = getattr(self, name)
             if not isinstance(value, int) or value < low:
                 raise ValueError(f"{name} must be a whole number >= {low}, got {value!r}")
         for name in ("lr", "miner_lr", "generator_lr", "critic_lr"):
             _positive(name, getattr(self, name))
-        for name in ("r1_gamma", "gradient_penalty_weight"):
+        for name, low in (("part", 1), ("critic_warmup", 0)):
+            if (value := getattr(self, name)) is not None and value < low:
+                raise ValueError(f"{name} must be a whole number >= {low}, got {value!r}")
+        for name in ("r1_gamma", "gradient_penalty_weight", "mmd_weight", "prior_weight", "ewc_weight"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise ValueError(f"{name} must be a number >= 0, got {getattr(self, name)!r}")
         if self.total_steps == 0:
@@ -123,18 +200,33 @@ class TransferConfig:
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay!r}")
         for name, known in (
-            ("loss", LOSSES), ("train_critic", CRITIC_TRAINING), ("precision", PRECISIONS), ("criterion", CRITERIA),
-            ("budget", ("neurons", "parameters")), ("scope", ("global", "layer")),
-            ("policy", ("train_top", "freeze_top")), ("mine", PLACES),
+            ("loss", (*LOSSES, KERNEL)), ("mining_loss", (*LOSSES, KERNEL)), ("finetune_loss", (*LOSSES, KERNEL)),
+            ("train_critic", CRITIC_TRAINING), ("precision", PRECISIONS), ("criterion", CRITERIA), ("scope", SCOPES),
+            ("budget", ("neurons", "parameters")), ("policy", ("train_top", "freeze_top")), ("mine", PLACES),
+            ("prior", (None, *PRIORS)),
         ):  # fmt: skip
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+            _one_of(name, getattr(self, name), known)
+        self._check_critic()
         for metric in self.metrics:
             if metric not in METRICS:
                 raise ValueError(f"metrics are {', '.join(METRICS)}, got {metric!r}")
         if isinstance(self.held_out, float) and not 0 <= self.held_out < 1:
             raise ValueError(f"held_out is a fraction in [0, 1) or a folder, got {self.held_out!r}")
         parse_policy(self.augment)
+
+    def _check_critic(self) -> None:
+        """What needs a critic, and has none under mmd."""
+        if self.adversarial:
+            return
+        if self.train_critic != "all":
+            raise ValueError(
+                f"train_critic is {self.train_critic} ({self.method}), but the loss is mmd, which has no critic: leave "
+                f"it out, or take an adversarial loss ({', '.join(LOSSES)})"
+            )
+        if self.mmd_weight:
+            raise ValueError("mmd_weight is for a kernel distance beside an adversarial loss; the loss is mmd alone")
+        if self.batch < 2:
+            raise ValueError("batch is 1, but an unbiased kernel distance needs 2 generated images at least")
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -183,6 +275,11 @@ def _check_type(name: str, value: Any, annotation: Any) -> None:
     if not fits:
         names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "null"}
         raise ValueError(f"{name} must be {' or '.join(names[kind] for kind in kinds)}, got {value!r}")
+
+
+def _one_of(name: str, value: Any, known) -> None:
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, filter(None, known)))}, got {value!r}")
 
 
 def _positive(name: str, value: float) -> None:
