@@ -5,6 +5,7 @@ from ._row_table import RowTensor
 from .bias_act import bias_act
 from .minibatch_stddev import minibatch_stddev
 from .mmd import mmd2
+from .mmd_groups import MmdTarget, mmd_groups
 from .modulated_conv2d import modulated_conv2d
 from .noise_bias_act import noise_bias_act
 from .penalty import (
@@ -27,6 +28,7 @@ __all__ = [
     "BackendUnavailable",
     "Hyperparameters",
     "LazyPenalty",
+    "MmdTarget",
     "RowTensor",
     "RowUpdate",
     "backend_report",
@@ -39,6 +41,7 @@ __all__ = [
     "lazy_adam",
     "minibatch_stddev",
     "mmd2",
+    "mmd_groups",
     "modulated_conv2d",
     "noise_bias_act",
     "path_length_penalty",

@@ -149,7 +149,7 @@ def tiles(N: int, n: int, weights: Sequence[float], rows: int, columns: int) -> 
                 yield slice(i, j), slice(k, min(k + columns, n)), across, False
 
 
-def _sum_and_slope(
+def sum_and_slope(
     z: Tensor, N: int, plan: Plan, h: Tensor | None, order: int, wanted: tuple[bool, bool], backend: str | None
 ) -> tuple[Tensor, Tensor | None]:
     """The sum of w f over all pairs (0-d, float64) and for order 1 its gradient by z, for order 2 that along h.
@@ -204,7 +204,7 @@ class _Mmd(Function):
         ctx.args = plan, backend
         wanted = tuple(ctx.needs_input_grad[:2])
         z = _pooled(x, y, plan.center)
-        total, ctx.slope = _sum_and_slope(z, len(x), plan, None, int(any(wanted)), wanted, backend)
+        total, ctx.slope = sum_and_slope(z, len(x), plan, None, int(any(wanted)), wanted, backend)
         ctx.save_for_backward(x, y)
         return total
 
@@ -228,7 +228,7 @@ class _Gradient(Function):
         (x, y), (plan, backend) = ctx.saved_tensors, ctx.args
         wanted = tuple(ctx.needs_input_grad[:2])
         z, h = _pooled(x, y, plan.center), _pooled(hx, hy, None)
-        _, slope = _sum_and_slope(z, len(x), plan, h, 2, wanted, backend)
+        _, slope = sum_and_slope(z, len(x), plan, h, 2, wanted, backend)
         parts = slope[: len(x)], slope[len(x) :]
         return *(part if want else None for part, want in zip(parts, wanted, strict=True)), None, None, None
 
@@ -244,9 +244,9 @@ def _center(x: Tensor, y: Tensor) -> Tensor:
     return (x.detach().sum(0) + y.detach().sum(0)) / (len(x) + len(y))
 
 
-def _check_bandwidths(bandwidth) -> list[float]:
+def check_bandwidths(bandwidth, name: str = "bandwidth") -> list[float]:
     if isinstance(bandwidth, Tensor) and bandwidth.requires_grad:
-        raise ValueError("bandwidth gets no gradient: give bandwidth.detach()")
+        raise ValueError(f"{name} gets no gradient: give bandwidth.detach()")
     values = bandwidth.tolist() if hasattr(bandwidth, "tolist") else bandwidth
     values = [] if isinstance(values, str) else values
     try:
@@ -255,7 +255,7 @@ def _check_bandwidths(bandwidth) -> list[float]:
         values = []
     if not values or not all(s > 0 and 0 < s * s < math.inf for s in values):
         raise ValueError(
-            f"bandwidth must be a finite number > 0, its square too, or a non-empty sequence of such, got {bandwidth!r}"
+            f"{name} must be a finite number > 0, its square too, or a non-empty sequence of such, got {bandwidth!r}"
         )
     return values
 
@@ -343,7 +343,7 @@ def mmd2(
         if bandwidth is None:
             bandwidths = [median_distance(torch.cat([x.detach(), y.detach()]), 1.0 if kernel == "laplacian" else 2.0)]
         else:
-            bandwidths = _check_bandwidths(bandwidth)
+            bandwidths = check_bandwidths(bandwidth)
     # Here and not inside, so that gradients meet the loss scale, and each other, before they are rounded.
     wide = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
     x, y = x.to(wide), y.to(wide)
@@ -357,12 +357,12 @@ def mmd2(
     return value
 
 
-def check_value(value: Tensor, x: Tensor, y: Tensor) -> None:
+def check_value(value: Tensor, x: Tensor, y: Tensor, whose: str = "") -> None:
     """Raise where a distance of finite samples is none."""
     if not value.isfinite().all():
         low, high = torch.stack([*x.detach().aminmax(), *y.detach().aminmax()]).aminmax()
         raise ValueError(
-            f"the kernel of features from {low:.4g} to {high:.4g} leaves the range of {x.dtype}: scale them"
+            f"the kernel of features{whose} from {low:.4g} to {high:.4g} leaves the range of {x.dtype}: scale them"
         )
 
 

@@ -1,0 +1,252 @@
+"""Maximum mean discrepancy of several groups of features at once, between samples that move and targets that do not.
+
+Of every group g, with x [N, D_g], y [M, D_g] and the mean k of the gaussian kernels of its bandwidths,
+
+    mmd2_g = mean k(x_i, x_j) + mean k(y_i, y_j) - 2 mean k(x_i, y_j)
+
+as in mmd.py, which says what the biased and the unbiased means are. The mean of k(y_i, y_j), the target's centre and
+its squared norms are computed once. All samples are centred at the target's mean: distances do not see a common shift,
+rounding does.
+
+With f(t) = sum of exp(c t) over K bandwidths, c = -1 / (2 sigma^2), and t = |a - b|^2, what remains for a step is
+
+    S  = sum over i != j of w f(t(x_i, x_j)) + sum over i, j of v f(t(x_i, y_j)),
+    w  = 1 / (K N (N - 1)), biased 1 / (K N^2),    v = -2 / (K N M)
+    A  = 4 w f'(t(x_i, x_j)), 0 where i = j,       B = 2 v f'(t(x_i, y_j))
+    gradient of x_i = (sum of A_i + sum of B_i) x_i - sum over j of A_ij x_j - sum over j of B_ij y_j
+
+and its derivative along a cotangent is that of mmd.py.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from ._features import check_features, check_finite
+from ._op import Op, forced_backend
+from .mmd import Plan, check_bandwidths, check_value, sum_and_slope
+from .mmd import squarings as squarings_of
+
+__all__ = ["MmdTarget", "mmd_groups"]
+
+
+@Op
+def mmd_groups_sums(
+    x: Tensor,
+    y: Tensor,
+    norms: Tensor,
+    numbers: Tensor,
+    squarings: Sequence[int],
+    sizes: Sequence[int],
+    counts: Sequence[int],
+    unbiased: bool,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor]:
+    """S of every group ([G], float64), and its gradient [N, D]: finite but of no meaning where a group's is not wanted,
+    empty where none is.
+
+    x [N, D] and y [M, D] hold the groups side by side, of `sizes` columns each, norms [G, M] the squared norms of y's
+    rows. numbers are the c of all groups, float64, widest bandwidth first, `counts` of them a group; squarings says how
+    each follows from the one before it.
+    """
+    N, M = len(x), len(y)
+    sums, slope = [], torch.zeros_like(x) if any(wanted) else x.new_empty(0, 0)
+    for g, (a, b, c) in enumerate(zip(x.split(sizes, 1), y.split(sizes, 1), numbers.split(counts), strict=True)):
+        a = a.double()
+        z = torch.cat([a, b.double()])
+        t = torch.addmm(z.square().sum(1), a, z.T, alpha=-2) + a.square().sum(1, keepdim=True)
+        within, across = _weights(N, M, counts[g], unbiased)
+        w = torch.cat([torch.full_like(z[:N, 0], within), torch.full_like(z[N:, 0], across)])
+        terms = [torch.exp(e * t) for e in c.unbind()]
+        sums.append((w * sum(terms)).fill_diagonal_(0).sum())
+        if wanted[g]:
+            A = sum(e * term for e, term in zip(c.unbind(), terms, strict=True)) * w * 2
+            A[:, :N] *= 2
+            A.fill_diagonal_(0)
+            slope[:, sum(sizes[:g]) : sum(sizes[: g + 1])] = A.sum(1, keepdim=True) * a - A @ z
+    return torch.stack(sums), slope
+
+
+def _weights(N: int, M: int, K: int, unbiased: bool) -> tuple[float, float]:
+    """w and v."""
+    return 1 / (K * N * ((N - 1) if unbiased else N)), -2 / (K * N * M)
+
+
+class _Distances(Function):
+    """The gradient is made with the value, most of which it shares."""
+
+    @staticmethod
+    def forward(ctx, x, target, wanted, backend):
+        ctx.args = target, wanted, backend
+        with torch.autocast(x.device.type, enabled=False):
+            sums, ctx.slope = mmd_groups_sums(
+                x, target.y, target.norms, target.numbers, target.squarings, target.sizes, target.counts,
+                target.unbiased, wanted, backend=backend,
+            )  # fmt: skip
+        ctx.save_for_backward(x)
+        constant = target.own if target.unbiased else target.own + 1 / len(x)  # pairs of a sample and itself
+        return (sums + constant).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, g):
+        slope = _Gradient.apply(*ctx.saved_tensors, ctx.slope, *ctx.args)
+        return slope * g.index_select(0, ctx.args[0].group_of), None, None, None
+
+
+class _Gradient(Function):
+    @staticmethod
+    def forward(ctx, x, slope, target, wanted, backend):
+        ctx.args = target, wanted, backend
+        ctx.save_for_backward(x)
+        return slope.view_as(slope)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, h):
+        (x,), (target, wanted, backend) = ctx.saved_tensors, ctx.args
+        N, M = len(x), target.count
+        parts = [t.split(target.sizes, 1) for t in (x, target.y, h)]
+        second = torch.zeros_like(x)
+        for g, out in enumerate(second.split(target.sizes, 1)):
+            if wanted[g]:
+                x_g, y_g, h_g = (part[g] for part in parts)
+                plan = target.plan(g, N)
+                z, along = torch.cat([x_g, y_g]), torch.cat([h_g, h_g.new_zeros(M, h_g.shape[1])])
+                out.copy_(sum_and_slope(z, N, plan, along, 2, (True, False), backend)[1][:N])
+        return second, None, None, None, None
+
+
+class MmdTarget:
+    """The fixed samples that `mmd_groups` compares with, and what of their distances does not change.
+
+    groups: one [M, D_g] floating-point tensor a group of features, all of the same samples, on one device; half
+        precision is converted to float32, and the widest dtype holds for all.
+    bandwidths: sigma > 0 in the units of the group, or several whose kernels are averaged, for every group; one number
+        alone holds for all of them.
+    unbiased: leave the pairs of a sample and itself out, of x too (needs 2 samples each).
+
+    Attributes: sizes (the D_g), count (M), device, dtype, unbiased.
+
+    Raises TypeError for what is not floating point; ValueError, with the group, for shapes, devices and bandwidths that
+    do not fit, NaN or inf, and fewer than 2 samples for the unbiased distance.
+    """
+
+    def __init__(self, groups: Sequence[Tensor], bandwidths, unbiased: bool = True):
+        groups = _check_groups(groups, "groups")
+        if isinstance(bandwidths, (int, float)):
+            bandwidths = [bandwidths] * len(groups)
+        if not isinstance(bandwidths, Iterable) or isinstance(bandwidths, str):
+            raise TypeError(
+                f"bandwidths must be a number or one bandwidth, or several, for every group, not {bandwidths!r}"
+            )
+        bandwidths = list(bandwidths)
+        if len(bandwidths) != len(groups):
+            raise ValueError(f"there are {len(groups)} groups and bandwidths for {len(bandwidths)}: give one for each")
+        self.sizes, self.count, self.device = [y.shape[1] for y in groups], len(groups[0]), groups[0].device
+        if unbiased and self.count < 2:
+            raise ValueError("the unbiased distance needs at least 2 target samples, got 1: unbiased=False takes 1")
+        for g, y in enumerate(groups):
+            check_finite(y, f"group {g} of groups")
+        values = []
+        for g, given in enumerate(bandwidths):
+            # Widest first: where the next is a power of two narrower, a native kernel squares instead of taking exp.
+            sigmas = sorted(check_bandwidths(given, f"bandwidth of group {g}"), reverse=True)
+            values.append([-0.5 / s**2 for s in sigmas])
+        self.unbiased, self.counts = bool(unbiased), [len(c) for c in values]
+        self.squarings = [n for c in values for n in squarings_of(c)]
+        wide = torch.float32
+        for y in groups:
+            wide = torch.promote_types(wide, y.dtype)
+        y = torch.cat([y.detach().to(wide) for y in groups], 1)
+        self.dtype, self.center = wide, y.mean(0, dtype=torch.float64).to(wide)
+        self.y = y.sub_(self.center)
+        self.numbers = torch.tensor([c for group in values for c in group], dtype=torch.float64, device=self.device)
+        parts = self.y.split(self.sizes, 1)
+        self.norms = torch.stack([torch.linalg.vecdot(y, y) for y in parts])
+        places = torch.arange(len(groups), device=self.device)
+        self.group_of = places.repeat_interleave(torch.tensor(self.sizes, device=self.device))
+        within = [
+            sum_and_slope(y.double(), self.count, self.plan(g, self.count), None, 0, (False, False), None)[0]
+            for g, y in enumerate(parts)
+        ]
+        self.own = torch.stack(within) + (0 if unbiased else 1 / self.count)
+
+    def plan(self, g: int, N: int) -> Plan:
+        """Of group g, for N samples that are compared with the target, or with themselves for the target's own."""
+        first = sum(self.counts[:g])
+        own = slice(first, first + self.counts[g])
+        within, across = _weights(N, self.count, self.counts[g], self.unbiased)
+        center = self.center.split(self.sizes)[g]
+        return Plan("gaussian", self.numbers[own], self.squarings[own], (2 * within, 0.0, across), center, "tf32x3")
+
+    def __repr__(self) -> str:
+        kind = "unbiased" if self.unbiased else "biased"
+        return f"MmdTarget({self.count} samples, groups of {self.sizes}, {kind}, {self.dtype}, {self.device})"
+
+
+def _check_groups(groups: Sequence[Tensor], name: str) -> list[Tensor]:
+    """A list of [samples, D_g] tensors of one number of samples and one device."""
+    if isinstance(groups, Tensor):
+        raise TypeError(f"{name} must be a sequence of one tensor [samples, dimensions] a group, not a tensor")
+    groups = list(groups)
+    if not groups:
+        raise ValueError(f"{name} is empty: give one tensor [samples, dimensions] a group")
+    for g, x in enumerate(groups):
+        check_features(x, f"group {g} of {name}")
+        if len(x) != len(groups[0]):
+            raise ValueError(
+                f"all groups of {name} are of the same samples: group 0 has {len(groups[0])}, group {g} {len(x)}"
+            )
+        if x.device != groups[0].device:
+            raise ValueError(f"group {g} of {name} is on {x.device}, group 0 on {groups[0].device}: move them together")
+    return groups
+
+
+def mmd_groups(xs: Sequence[Tensor], target: MmdTarget, validate: bool = True) -> Tensor:
+    """The squared maximum mean discrepancy of every group of features, [G], from those of the target.
+
+    xs: one [N, D_g] floating-point tensor a group, on the target's device; N may differ from call to call. Half
+        precision is converted, float32 is to a target in float64.
+    validate: look for NaN and inf, in xs and in the distances, for which a GPU has to be waited for; False in a loop
+        that must not wait. Compiled code does not look.
+
+    Each entry is `mmd2(x_g, y_g, bandwidth=b_g, unbiased=...)` in the target's dtype, float32 or float64. Pairs of
+    float32 are computed in it and summed in float64: |error| <= 1e-8 + 1e-3 |value|. Differentiable twice in xs; a
+    group that needs no gradient costs none, and without any the call is the cheaper. The N (N + M) pairs of every group
+    are held during the call, nothing of their number afterwards.
+
+    Raises TypeError for a target or features that are none, and for float64 where the target is float32; ValueError,
+    with the group, for numbers of groups, samples and dimensions or devices that do not fit, 1 sample where the
+    distance is unbiased, NaN or inf, with the row, and values that overflow.
+    """
+    if not isinstance(target, MmdTarget):
+        raise TypeError(f"target must be an MmdTarget, not {type(target).__name__}")
+    xs = _check_groups(xs, "xs")
+    if len(xs) != len(target.sizes):
+        raise ValueError(f"the target has {len(target.sizes)} groups of features, xs has {len(xs)}")
+    if xs[0].device != target.device:
+        raise ValueError(f"xs must be on the target's device, {target.device}, got {xs[0].device}")
+    for g, (x, size) in enumerate(zip(xs, target.sizes, strict=True)):
+        if x.shape[1] != size:
+            raise ValueError(f"group {g} of xs has {x.shape[1]} dimensions, the target's {size}")
+        if x.dtype == torch.float64 != target.dtype:
+            raise TypeError(f"group {g} of xs is float64, the target float32: convert one of them")
+    if target.unbiased and len(xs[0]) < 2:
+        raise ValueError(
+            "the unbiased distance needs at least 2 samples, got a batch of 1: "
+            "use a larger batch, or a target with unbiased=False"
+        )
+    wanted = [torch.is_grad_enabled() and x.requires_grad for x in xs]
+    x = torch.cat([x if x.dtype == target.dtype else x.to(target.dtype) for x in xs], 1).sub_(target.center)
+    look = validate and not torch.compiler.is_compiling()
+    if look and not x.detach().sum(dtype=torch.float64).isfinite():
+        for g, group in enumerate(xs):
+            check_finite(group, f"group {g} of xs")
+    distances = _Distances.apply(x, target, wanted, forced_backend())
+    if look and not distances.detach().sum().isfinite():
+        for g, (distance, own) in enumerate(zip(distances, target.y.split(target.sizes, 1), strict=True)):
+            check_value(distance, x.split(target.sizes, 1)[g], own, f" of group {g}")
+    return distances
