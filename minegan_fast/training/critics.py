@@ -1,17 +1,30 @@
 """The critic of a run: a new one where the source has none, and what of it stays frozen."""
 
-from torch import nn
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..models import BigGANDiscriminator, PGANDiscriminator, StyleGAN2Discriminator, StyleGANDiscriminator
 from ..models.biggan_layers import GENERATOR_WIDTHS
+from ..ops import r1_penalty
 from .randomness import seeded
 
 CRITICS = {"pgan": PGANDiscriminator, "stylegan": StyleGANDiscriminator, "stylegan2": StyleGAN2Discriminator}
 SHARED = ("resolution", "channel_base", "channel_max", "image_channels", "channels", "fused_from")
+# Of a critic for a generator of no known family: the widths to choose from (32768 is StyleGAN2's own), and the fewest
+# channels at the resolution of the images.
+CHANNEL_BASES, LEAST_WIDTH = [2**k for k in range(6, 16)], 8
 
 
 def new_critic(generator: nn.Module, seed: int) -> nn.Module:
-    """An untrained critic of the generator's family and sizes. ValueError: a generator of no known family."""
+    """An untrained critic of the generator's family and sizes.
+
+    A generator of no known family, with `resolution` and perhaps `image_channels` (else 3), gets a StyleGAN2
+    discriminator with about as many parameters as it has itself; where the resolution is no power of two from 8 up,
+    images are enlarged to the next one first.
+    """
     family, config = getattr(generator, "family", None), getattr(generator, "config", {})
     with seeded(seed, "critic"):
         if family in CRITICS:
@@ -26,7 +39,37 @@ def new_critic(generator: nn.Module, seed: int) -> nn.Module:
                 attention=config["attention"],
                 image_channels=generator.image_channels,
             )
-    raise ValueError(f"no critic came with the source {type(generator).__name__}: give one with critic=")
+        return _critic_of_no_family(generator)
+
+
+def _critic_of_no_family(generator: nn.Module) -> nn.Module:
+    resolution, channels = generator.resolution, getattr(generator, "image_channels", 3)
+    wanted = sum(p.numel() for p in generator.parameters())
+    size = max(8, 1 << (resolution - 1).bit_length())
+    bases = [base for base in CHANNEL_BASES if base >= LEAST_WIDTH * size] or CHANNEL_BASES[-1:]
+
+    def distance(base: int) -> float:
+        with torch.device("meta"):
+            critic = StyleGAN2Discriminator(size, channel_base=base, image_channels=channels)
+        return abs(math.log(sum(p.numel() for p in critic.parameters()) / max(1, wanted)))
+
+    critic = StyleGAN2Discriminator(size, channel_base=min(bases, key=distance), image_channels=channels)
+    return critic if size == resolution else EnlargingCritic(critic, resolution)
+
+
+class EnlargingCritic(nn.Module):
+    """A critic behind a bilinear enlargement: images [B, C, resolution, resolution] -> logits [B]."""
+
+    def __init__(self, critic: nn.Module, resolution: int):
+        super().__init__()
+        self.critic, self.resolution, self.image_channels = critic, resolution, critic.image_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = self.critic.resolution
+        return self.critic(F.interpolate(x, (size, size), mode="bilinear"))
+
+    def image_side_blocks(self) -> list[nn.Module]:
+        return [*self.critic.convs]
 
 
 def check_fit(generator: nn.Module, critic: nn.Module) -> None:
@@ -38,6 +81,42 @@ def check_fit(generator: nn.Module, critic: nn.Module) -> None:
                 f"generator and critic do not fit: {name} is {made} and {judged}; the critic {type(critic).__name__} "
                 f"judges images {what.format(judged)}, {type(generator).__name__} makes them {what.format(made)}"
             )
+
+
+def begin_training(critic: nn.Module) -> None:
+    """Train mode, and gradients for `trainable_parameters`. ValueError: the critic has no parameters."""
+    parameters = trainable_parameters(critic)
+    if not parameters:
+        raise ValueError(f"the critic {type(critic).__name__} has no parameters to train: give another with critic=")
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    train_mode(critic)
+
+
+def train_mode(critic: nn.Module) -> None:
+    """`critic.train()`, but modules whose parameters are all frozen go to eval mode: their batch statistics, dropout
+    and power iterations are part of what is frozen."""
+    critic.train()
+    for module in critic.modules():
+        parameters = [*module.parameters()]
+        if parameters and not any(p.requires_grad for p in parameters):
+            module.eval()
+
+
+def trainable_parameters(critic: nn.Module) -> list[nn.Parameter]:
+    """Those that did not come frozen (requires_grad=False).
+
+    Of a critic of which every parameter is frozen, as a script leaves it that only judged with it, all.
+    """
+    parameters = [*critic.parameters()]
+    return [p for p in parameters if p.requires_grad] or parameters
+
+
+def critic_r1(critic: nn.Module, real: Tensor) -> Tensor:
+    """R1 of real images [B, C, R, R], a scalar without weight: on the pixels (`ops.r1_penalty`), or as the critic's own
+    method `r1_penalty(real)` has it."""
+    own = getattr(critic, "r1_penalty", None)
+    return r1_penalty(critic, real) if own is None else own(real)
 
 
 def freeze_lower_blocks(critic: nn.Module, count: int) -> None:
@@ -55,3 +134,5 @@ def freeze_lower_blocks(critic: nn.Module, count: int) -> None:
         raise ValueError(f"freeze_blocks is {count}, but {type(critic).__name__} has {len(blocks)} blocks")
     for block in blocks[:count]:
         block.requires_grad_(False)
+    if not any(p.requires_grad for p in critic.parameters()):
+        raise ValueError(f"freeze_blocks is {count}, which leaves nothing of {type(critic).__name__} to train")

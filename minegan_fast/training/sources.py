@@ -19,18 +19,24 @@ LEAST_HELD_OUT = 5
 
 @dataclass
 class Networks:
-    """A generator and the critic that judges it; `pretrained` says whether the critic came with the source."""
+    """A generator and the critic that judges it, None where none is needed.
+
+    pretrained: whether the critic came with the source or was given. notes: what a user should know of the choice.
+    """
 
     generator: nn.Module
-    critic: nn.Module
+    critic: nn.Module | None
     pretrained: bool
+    notes: tuple[str, ...] = ()
 
 
-def open_networks(source, critic, config: TransferConfig) -> Networks:
-    """Networks from paths or modules; modules are copied, the caller's stay as they are.
+def open_networks(source, critic, config: TransferConfig, needed: bool = True) -> Networks:
+    """Networks in eval mode from paths or modules; modules are copied, the caller's stay as they are.
 
-    A path without a discriminator gets a new critic of the generator's sizes. ValueError: several sources, networks
-    whose images differ.
+    critic: None takes the discriminator in the source's file; where there is none, or none that can be used, a new one
+        of the generator's sizes. needed: False reads and builds no critic at all, whatever `critic` is.
+
+    ValueError: several sources, images of channels that are not adapted, networks whose images differ, NaN in weights.
     """
     if isinstance(source, (list, tuple)):
         if len(source) != 1:
@@ -40,20 +46,52 @@ def open_networks(source, critic, config: TransferConfig) -> Networks:
     for name in ("latent_dim", "resolution"):
         if not isinstance(getattr(generator, name, None), int):
             raise ValueError(f"the source {type(generator).__name__} has no {name}: set it as an integer attribute")
-    pretrained = True
-    if isinstance(critic, nn.Module):
-        critic = copy.deepcopy(critic)
-    elif critic is not None:
-        critic = load_discriminator(critic)
-    elif not isinstance(source, nn.Module) and has_discriminator(source):
-        critic = load_discriminator(source)
-    else:
-        critic, pretrained = new_critic(generator, config.seed), False
-    check_fit(generator, critic)
+    if (channels := image_channels(generator)) not in (1, 3):
+        raise ValueError(
+            f"the source makes images of {channels} channels, of which no picture can be written: adapted are those "
+            "of 1 (grey) and 3 (RGB); cut the others off behind the generator"
+        )
     _check_finite("source", generator)
-    _check_finite("critic", critic)
     # A module may come in train mode: what is measured before the training must not move its statistics.
-    return Networks(generator.eval(), critic.eval(), pretrained)
+    generator.eval()
+    if not needed:
+        return Networks(generator, None, pretrained=False)
+    if critic is None:
+        critic, note = source_critic(source, generator)
+        if critic is None:
+            return Networks(generator, new_critic(generator, config.seed).eval(), pretrained=False, notes=(note,))
+    else:
+        critic = open_critic(critic, generator)
+    return Networks(generator, critic.eval(), pretrained=True)
+
+
+def open_critic(critic, generator: nn.Module) -> nn.Module:
+    """A copy of the module, or what is in the file. ValueError: it judges other images than the generator makes."""
+    critic = copy.deepcopy(critic) if isinstance(critic, nn.Module) else load_discriminator(critic)
+    _check_critic(generator, critic)
+    return critic
+
+
+def source_critic(source, generator: nn.Module) -> tuple[nn.Module | None, str]:
+    """(discriminator in the source's file, ""), or (None, why there is none that could judge the generator's images).
+
+    source: a path, or a module, which has none.
+    """
+    if isinstance(source, nn.Module):
+        return None, "the source is a module, without a discriminator"
+    try:
+        if not has_discriminator(source):
+            return None, "the source has no discriminator of a layout known here"
+        critic = load_discriminator(source)
+        _check_critic(generator, critic)
+    except ValueError as error:
+        return None, f"the source's discriminator cannot be used: {error}"
+    return critic, ""
+
+
+def _check_critic(generator: nn.Module, critic: nn.Module) -> None:
+    check_fit(generator, critic)
+    _check_finite("critic", critic)
 
 
 def _check_finite(what: str, network: nn.Module) -> None:

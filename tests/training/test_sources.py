@@ -1,0 +1,129 @@
+"""Which networks a run gets from what the user names, and what is said of the choice."""
+
+import copy
+import re
+
+import pytest
+import torch
+from tiny_conditional import Conditional, Critic
+from torch import nn
+
+import minegan_fast as mf
+from minegan_fast.models import StyleGAN2Discriminator, StyleGAN2Generator
+from minegan_fast.training import sources
+from minegan_fast.training.config import TransferConfig
+from minegan_fast.training.sources import open_networks, source_critic
+
+SIZES = {"channel_base": 64, "channel_max": 8, "image_channels": 1}
+
+
+def generator(**settings):
+    return StyleGAN2Generator(8, 6, mapping_layers=2, **{**SIZES, **settings})
+
+
+def test_the_sources_own_critic_is_taken(tmp_path):
+    critic = StyleGAN2Discriminator(8, **SIZES)
+    mf.save_model(tmp_path / "both.safetensors", generator(), critic)
+    networks = open_networks(tmp_path / "both.safetensors", None, TransferConfig())
+    assert all(torch.equal(*pair) for pair in zip(networks.critic.parameters(), critic.parameters(), strict=True))
+    assert (networks.pretrained, networks.notes) == (True, ())
+    assert not networks.critic.training
+
+
+def test_a_given_module_is_copied_with_what_is_frozen_in_it():
+    critic = Critic()
+    critic[0].requires_grad_(False)
+    networks = open_networks(Conditional(), critic, TransferConfig())
+    assert networks.critic is not critic
+    assert [p.requires_grad for p in networks.critic.parameters()] == [p.requires_grad for p in critic.parameters()]
+    assert critic.training
+    assert not networks.critic.training
+
+
+@pytest.mark.parametrize("given", [None, "missing.pt", "module"])
+def test_no_critic_is_read_or_built_where_none_is_needed(tmp_path, monkeypatch, given):
+    mf.save_model(tmp_path / "both.safetensors", generator(), StyleGAN2Discriminator(8, **SIZES))
+    for name in ("load_discriminator", "has_discriminator", "new_critic"):
+        monkeypatch.setattr(sources, name, lambda *_: pytest.fail("a critic was looked for"))
+    critic = Critic() if given == "module" else given
+    networks = open_networks(tmp_path / "both.safetensors", critic, TransferConfig(), needed=False)
+    assert (networks.critic, networks.pretrained, networks.notes) == (None, False, ())
+    assert not networks.generator.training
+
+
+def test_a_module_of_no_family_gets_a_new_critic():
+    class Plain(nn.Module):
+        latent_dim, resolution = 4, 12
+
+    networks = open_networks(Plain(), None, TransferConfig(seed=3))
+    assert (networks.critic.resolution, networks.critic.image_channels) == (12, 3)
+    assert networks.pretrained is False
+    assert networks.notes == ("the source is a module, without a discriminator",)
+
+
+def unreadable(tmp_path):
+    """NVIDIA's names for the critic's tensors, without what makes it a residual one."""
+    shapes = {"b8.fromrgb.weight": (16, 3, 1, 1), "b8.conv0.weight": (16, 16, 3, 3), "b4.fc.weight": (16, 256)}
+    critic = {name: torch.randn(shape) for name, shape in shapes.items()}
+    return {"g_ema": generator().state_dict(), "D": critic}, "looks like a stylegan2 discriminator"
+
+
+def of_no_layout(tmp_path):
+    return {
+        "g_ema": generator().state_dict(),
+        "D": {"main.0.weight": torch.randn(4, 1, 4, 4)},
+    }, "of a layout known here"
+
+
+def of_another_size(tmp_path):
+    critic = StyleGAN2Discriminator(16, **SIZES).state_dict()
+    return {"g_ema": generator().state_dict(), "d": critic}, "generator and critic do not fit: resolution is 8 and 16"
+
+
+def with_nan(tmp_path):
+    critic = StyleGAN2Discriminator(8, **SIZES).state_dict()
+    critic["final_linear.1.bias"].fill_(float("nan"))
+    return {"g_ema": generator().state_dict(), "d": critic}, r"hold NaN or inf, in final_linear\.1\.bias"
+
+
+@pytest.mark.parametrize("make", [unreadable, of_no_layout, of_another_size, with_nan])
+def test_a_file_whose_critic_cannot_be_used_gets_a_new_one_and_a_note(tmp_path, make):
+    content, reason = make(tmp_path)
+    torch.save(content, tmp_path / "source.pt")
+    networks = open_networks(tmp_path / "source.pt", None, TransferConfig())
+    assert networks.pretrained is False
+    assert isinstance(networks.critic, StyleGAN2Discriminator)
+    assert networks.critic.resolution == 8
+    (note,) = networks.notes
+    assert re.search(reason, note)
+    assert "\n" not in note
+    critic, again = source_critic(tmp_path / "source.pt", networks.generator)
+    assert (critic, again) == (None, note)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [(unreadable, "looks like"), (of_another_size, "do not fit"), (with_nan, "the critic's weights hold NaN")],
+)
+def test_a_critic_that_was_asked_for_is_an_error_where_it_cannot_be_used(tmp_path, make, message):
+    torch.save(make(tmp_path)[0], tmp_path / "critic.pt")
+    with pytest.raises(ValueError, match=message):
+        open_networks(generator(), tmp_path / "critic.pt", TransferConfig())
+
+
+@pytest.mark.parametrize("channels", [2, 4])
+def test_images_that_no_picture_holds_are_refused_before_anything_is_computed(tmp_path, channels):
+    source = generator(image_channels=channels)
+    images = torch.randint(0, 256, (8, channels, 8, 8), dtype=torch.uint8)
+    with pytest.raises(ValueError, match=f"the source makes images of {channels} channels.*1 .grey. and 3 .RGB."):
+        mf.transfer(source, images, tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_callers_generator_keeps_its_mode():
+    source = generator().train()
+    before = copy.deepcopy(source.state_dict())
+    networks = open_networks(source, None, TransferConfig())
+    assert source.training
+    assert networks.generator is not source
+    assert all(torch.equal(before[k], v) for k, v in networks.generator.state_dict().items())
