@@ -110,14 +110,14 @@ def _transfer(
         if not merged.get(name):
             raise ValueError(f"{name} is missing: minegan-fast transfer SOURCE IMAGES --out RUN, or --config FILE")
     if dry_run:
-        _print_estimate(TransferConfig(**merged))
+        _print_estimate(recipe.configure(**merged))
         return
     quiet = quiet or _rank() > 0
     if quiet:
         logging.getLogger("minegan_fast").setLevel(logging.ERROR)
     result = recipe.transfer(**merged, out=out, resume=resume, progress=not quiet)
     if not quiet:
-        table = Table(title=f"step {result.step}, in {result.folder / 'best'}")
+        table = Table(title=f"step {result.step}, in {result.folder / 'best'}, on {result.judge} features")
         for name in result.metrics:
             table.add_column(name)
         table.add_row(*(f"{value:.4g}" for value in result.metrics.values()))
@@ -176,8 +176,7 @@ def _register_transfer() -> None:
     for field in dataclasses.fields(TransferConfig):
         if "help" not in field.metadata:
             continue
-        plain = {int: int, float: float, bool: bool}.get(field.type, int if field.type == (int | None) else str)
-        plain = float if field.type == (float | None) else plain
+        plain = next((kind for kind in (bool, int, float) if field.type in (kind, kind | None)), str)
         default = ",".join(field.default) if isinstance(field.default, tuple) else field.default
         shown = "" if default is None else f" Default: {default}."
         option = typer.Option(None, help=field.metadata["help"] + shown, show_default=False)

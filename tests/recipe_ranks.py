@@ -49,20 +49,20 @@ def one_step_of_each_stage(tiny, settings, processes=None):
     networks = own or (copy.deepcopy(tiny["generator"]), copy.deepcopy(tiny["discriminator"]))
     trainer = Trainer(config, *networks, images, "cpu", processes)
     found = {"seen": []}
-    hook = trainer.critic.register_forward_pre_hook(lambda _, inputs: found["seen"].append(inputs[0].detach().clone()))
+    hook = trainer.adversary.critic.register_forward_pre_hook(lambda _, inputs: found["seen"].append(inputs[0].detach().clone()))
     found["losses"] = trainer.step(0)
     hook.remove()
-    found["gradients"] = [p.grad.clone() for p in (*trainer.critic.parameters(), *trainer.mined.mining_parameters())]
+    found["gradients"] = [p.grad.clone() for p in (*trainer.adversary.critic.parameters(), *trainer.mined.mining_parameters())]
     trainer.begin_finetuning()
     trainer.select()
-    optimizers = [o for o in (trainer.finetuner, trainer.critic_optimizer) if isinstance(o, mf.SparseFinetuner)]
+    optimizers = [o for o in (trainer.finetuner, trainer.adversary.optimizer) if isinstance(o, mf.SparseFinetuner)]
     found["selected"] = [{n: r.tolist() for n, r in o.selection.rows.items()} for o in optimizers]
     found["sent"] = []
     with pytest.MonkeyPatch.context() as patch:
         reduce = dist.all_reduce
         patch.setattr(dist, "all_reduce", lambda t, **k: (found["sent"].append(t.numel()), reduce(t, **k)))
         trainer.step(4)
-    critic = [p for group in trainer.critic_optimizer.param_groups for p in group["params"]]
+    critic = [p for group in trainer.adversary.optimizer.param_groups for p in group["params"]]
     rows = trainer.finetuner.parameters()
     found["trained"] = [sum(p.numel() for p in ps) for ps in (critic, [*trainer.mined.mining_parameters(), *rows])]
     found["rows"] = [p.grad.clone() for p in trainer.finetuner.parameters()]

@@ -9,11 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..ops import r1_penalty
 from .config import TransferConfig
+from .critics import critic_r1
+from .kernel_loss import KernelLoss
 from .losses import generator_loss
+from .machine import DTYPES
 from .places import new_mined
-from .trainer import DTYPES, Trainer
+from .trainer import Trainer
 
 # Gradients of activations, workspaces and the allocator's rounding come on top of what is saved for backward.
 HEADROOM = 2.0
@@ -26,15 +28,17 @@ class DoesNotFit(RuntimeError):  # noqa: N818
 @dataclass
 class Estimate:
     """Bytes of one process: `networks` (weights, gradients, moments, averages), `per_sample` of its part of a batch,
-    `available` on the device; and how many `processes` share a batch."""
+    `available` on the device; how many `processes` share a batch, and how many images of it (`part`) are in memory at
+    once."""
 
     networks: int
     per_sample: int
     available: int
     processes: int = 1
+    part: int | None = None
 
     def needed(self, batch: int) -> int:
-        return self.networks + -(-batch // self.processes) * self.per_sample
+        return self.networks + -(-min(batch, self.part or batch) // self.processes) * self.per_sample
 
     def largest_batch(self) -> int:
         return self.processes * max(0, (self.available - self.networks) // max(1, self.per_sample))
@@ -50,37 +54,54 @@ class Estimate:
         )
 
 
-def estimate_memory(config: TransferConfig, generator: nn.Module, critic: nn.Module, processes: int = 1) -> Estimate:
-    """Counts what steps at batch 1 and 2 save for their backward, and what networks and optimizers will hold.
+def estimate_memory(
+    config: TransferConfig,
+    generator: nn.Module,
+    critic: nn.Module | None,
+    kernel: KernelLoss | None,
+    processes: int = 1,
+) -> Estimate:
+    """Counts what steps at batch 2 and 3 save for their backward, and what networks and optimizers will hold.
 
     The networks are on the device of the run already: what they occupy is not counted again.
     """
-    sizes = [sum(p.numel() * p.element_size() for p in net.parameters()) for net in (generator, critic)]
+    networks = (generator, *([] if critic is None else [critic]))
+    sizes = [sum(p.numel() * p.element_size() for p in net.parameters()) for net in networks]
     # Generator: the dense gradient before the selection, a copy for evaluation, then density x (values, gradient, two
     # moments, average). Critic: gradient and two moments.
-    networks = int(sizes[0] * (2 + 5 * config.density) + sizes[1] * 3)
-    one, two = (_saved_bytes(config, generator, critic, batch) for batch in (1, 2))
-    per_sample = max(1, two - one)
-    fixed = max(0, one - per_sample)
+    held = int(sizes[0] * (2 + 5 * config.density) + sum(sizes[1:]) * 3)
+    two, three = (_saved_bytes(config, generator, critic, kernel, batch) for batch in (2, 3))
+    per_sample = max(1, three - two)
+    fixed = max(0, two - 2 * per_sample)
     device = next(generator.parameters()).device
     available = available_memory(device)
     if device.type == "cpu":  # torchrun says how many processes share this machine
         available //= int(os.environ.get("LOCAL_WORLD_SIZE", processes)) if processes > 1 else 1
-    return Estimate(networks + fixed, int(HEADROOM * per_sample), available, processes)
+    return Estimate(held + fixed, int(HEADROOM * per_sample), available, processes, config.part)
 
 
-def _saved_bytes(config: TransferConfig, generator: nn.Module, critic: nn.Module, batch: int) -> int:
-    """The larger of what the generator's step and the critic's step with R1 save for backward."""
+def _saved_bytes(
+    config: TransferConfig, generator: nn.Module, critic: nn.Module | None, kernel: KernelLoss | None, batch: int
+) -> int:
+    """The largest of what a step of the generator under each loss, and the critic's with R1, save for backward."""
     device = next(generator.parameters()).device
     dtype = DTYPES[config.precision]
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         mined = new_mined(config, generator).to(device)
-        with _counting() as generator_step, torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            fake = mined(torch.randn(batch, mined.input_dim, device=device))
-            generator_loss(config.loss, critic(fake))
-        with _counting() as critic_step:
-            r1_penalty(critic, fake.detach().float())
-    return max(generator_step.total, critic_step.total)
+        steps = []
+        if critic is not None:
+            with _counting() as step, torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                fake = mined(torch.randn(batch, mined.input_dim, device=device))
+                generator_loss("nonsaturating", critic(fake))
+            steps.append(step.total)
+            with _counting() as step:
+                critic_r1(critic, fake.detach().float())
+            steps.append(step.total)
+        if kernel is not None:
+            with _counting() as step, torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                kernel(mined(torch.randn(batch, mined.input_dim, device=device)).float())
+            steps.append(step.total)
+    return max(steps)
 
 
 class _Count:
@@ -123,6 +144,7 @@ def available_memory(device: torch.device) -> int:
 def estimate_seconds(trainer: Trainer, steps: int = 3) -> tuple[float, float]:
     """Measured seconds of a mining step and of a finetuning step. Trains `trainer`: give one that is thrown away."""
     config = trainer.config
+    trainer.alone = range(0)
 
     def timed(first: int) -> float:
         trainer.step(first)

@@ -79,6 +79,23 @@ def choose_features(choice, critic: nn.Module | None, reference: Tensor, device)
     return Features(choice, type(choice).__name__)
 
 
+def judge_name(features: Features, choice, loss_choice, critic_trained: bool) -> str:
+    """The features' name, which says so where the network that judges also trained the run.
+
+    choice, loss_choice: what `features` and `loss_features` were (a module, an extractor, a path or a name; None: the
+    source's critic, of the loss also where there is no such loss). critic_trained: the run's critic began as the
+    source's.
+    """
+
+    def network(thing):
+        return thing.module if isinstance(thing, m.FeatureExtractor) else thing
+
+    judge = choice if choice is not None else features.name
+    trained = network(judge) is network(loss_choice) or (isinstance(judge, str) and judge == loss_choice)
+    trained |= critic_trained and features.name == "critic"
+    return f"{features.name} (which trained it)" if trained else features.name
+
+
 @torch.no_grad()
 def generate(sampler, count: int, seed: int, batch: int = 64) -> Tensor:
     """`count` images of `sampler.sample`, float [count, C, R, R] on the CPU; the same for the same seed and batch."""

@@ -7,17 +7,22 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
+from ..metrics import diversity
 from ..mining import Mined, Miner, load_mined, save_miner
 from .evaluation import generate, measure
 from .events import EventWriter
 from .folder import RunFolder, read_generator, write_generator
 from .plots import loss_curves, save_grid
 from .progress import Progress
-from .randomness import derived_seed
+from .randomness import derived_seed, seeded
 
-VERSION = 2  # of the snapshots
+VERSION = 3  # of the snapshots
+COLLAPSED = 1 / 3  # of the real images' diversity
+LATENTS = 1024  # that are measured
+ASTRAY = 0.1  # how far the mean of |z|²/d may be from 1
 
 
 class TrainingDiverged(RuntimeError):  # noqa: N818
@@ -29,8 +34,8 @@ class TransferResult:
     """What a run gives back.
 
     mined: generator and miners, averaged weights of the best snapshot by held-out KID, or of the last where nothing is
-    held out. step: the step they are of. history: rows of history.jsonl. metrics: those of that step. folder: where all
-    of it is.
+    held out. step: the step they are of. history: rows of history.jsonl. metrics: those of that step, on the features
+    that `judge` names; it says so where they trained the run too. folder: where all of it is.
     """
 
     mined: Mined
@@ -38,6 +43,7 @@ class TransferResult:
     history: list[dict]
     metrics: dict[str, float]
     folder: Path
+    judge: str = ""
 
     @property
     def generator(self) -> nn.Module:
@@ -91,12 +97,8 @@ class Execution:
                 self.progress.stage("mining", config.mining_steps, first=0)
                 self._steps(config.mining_steps)
             if config.finetune_steps and self.trainer.finetuner is None:
-                self.progress.log("scoring the neurons on the target")
                 self.trainer.begin_finetuning()
-                self.trainer.select()
-                selection = self.trainer.finetuner.selection
-                self.processes.from_first(lambda: selection.save(self.folder.selection))
-                self.progress.log(self._selected())
+                self._select()
             self.progress.stage("finetuning", config.finetune_steps, first=config.mining_steps)
             self._steps(config.total_steps)
             if self.trainer.finetuner:
@@ -104,9 +106,19 @@ class Execution:
                     self.trainer.finetuner.verify()
         return self._result()
 
+    def _select(self) -> None:
+        self.progress.log("scoring the neurons on the target")
+        self.trainer.select()
+        selection = self.trainer.finetuner.selection
+        self.processes.from_first(lambda: selection.save(self.folder.selection))
+        self.progress.log(self._selected())
+
     def _steps(self, until: int) -> None:
         config, started = self.config, time.monotonic()
         while self.step < until and not self._exhausted():
+            done = self.step - config.mining_steps
+            if config.reselect_every and done > 0 and done % config.reselect_every == 0:
+                self._select()
             values = self.trainer.step(self.step)
             self.step += 1
             self.progress.update(self.step, values)
@@ -148,7 +160,7 @@ class Execution:
         if self.processes.first:
             self.log.write(json.dumps(row) + "\n")
             self.log.flush()
-            self.events.scalars(self.step, {k: v for k, v in values.items() if k != "seconds"})
+            self.events.scalars(self.step, {k: v for k, v in values.items() if k not in ("seconds", "judge")})
 
     def _snapshot(self) -> None:
         self.best_kid, self.best_step, self.waited = self.processes.from_first(self._write_snapshot)
@@ -159,9 +171,10 @@ class Execution:
         config, folder, sampler = self.config, self.folder, self.trainer.result()
         fake = generate(sampler, config.eval_samples, config.seed)
         names = dict.fromkeys((*config.metrics, "kid"))
-        values = measure(self.prepared.features(fake), self.real, names)
-        self._record(values)
-        self.progress.update(self.step, values)
+        features = self.prepared.features(fake)
+        values = measure(features, self.real, names) | self._health(sampler, features)
+        self._record(values | {"judge": self.prepared.judge})
+        self.progress.update(self.step, self._shown(values))
 
         grid = generate(sampler, config.grid, derived_seed(config.seed, "grid"))
         save_grid(folder.samples / f"{self.step:06d}.png", grid)
@@ -181,6 +194,36 @@ class Execution:
             folder.copy_last(folder.best)
         folder.save_snapshot(self.step, self._state(), config.keep)
         return self.best_kid, self.best_step, self.waited
+
+    def _health(self, sampler: Mined, features: Tensor) -> dict[str, float]:
+        """How diverse the images are, in units of the real ones, and how far the mined latents are from their prior;
+        what is out of bounds is logged."""
+        values = {"spread": diversity(features) / max(diversity(self.real), 1e-12)}
+        if values["spread"] < COLLAPSED:
+            self.progress.log(
+                f"step {self.step}: the images are {values['spread']:.0%} as diverse as the real ones: they collapse; "
+                "a larger batch, fewer steps, a smaller lr or the loss mmd keep them apart"
+            )
+        with seeded(self.config.seed, "latents"):
+            u = torch.randn(LATENTS, sampler.input_dim).to(self.prepared.device)
+        with torch.no_grad():
+            found = sampler.statistics(sampler.latents(u))
+        prior = found.pop("dimension_prior")
+        values |= {f"latent_{name}": value for name, value in found.items()}
+        values["latent_dimensions"] = values.pop("latent_dimension") / prior
+        if abs(found["norm"] - 1) > ASTRAY or values["latent_dimensions"] < COLLAPSED:
+            self.progress.log(
+                f"step {self.step}: the mined latents leave the prior: |z|²/d is {found['norm']:.2f} (the prior's: 1), "
+                f"the effective dimension {values['latent_dimensions']:.0%} of the prior's; images may be none that "
+                "the source knows. Another prior (--prior), a smaller miner_lr or fewer steps help"
+            )
+        return values
+
+    def _shown(self, values: dict[str, float]) -> dict[str, float]:
+        """What the progress line has of a snapshot; a number that the training network judged is marked."""
+        mark = "*" if self.prepared.judge != self.prepared.features.name else ""
+        shown = {name + mark: values[name] for name in dict.fromkeys((*self.config.metrics, "kid", "spread"))}
+        return shown | {"|z|²/d": values["latent_norm"]}
 
     def _state(self) -> dict:
         return {
@@ -215,6 +258,6 @@ class Execution:
             )
         generator = read_generator(self.folder.best / "generator.safetensors", self.prepared.generator)
         rows = [row for row in self.history if row["step"] == self.best_step and "kid" in row]
-        metrics = {k: v for k, v in rows[-1].items() if k not in ("step", "stage")}
+        metrics = {k: v for k, v in rows[-1].items() if k not in ("step", "stage", "judge")}
         mined = load_mined(self.folder.best / "miner.safetensors", generator).to(self.prepared.device)
-        return TransferResult(mined, self.best_step, self.history, metrics, self.folder.path)
+        return TransferResult(mined, self.best_step, self.history, metrics, self.folder.path, self.prepared.judge)

@@ -18,7 +18,13 @@ generator too. They differ in whether there is a miner, and in what of the gener
 
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
+from .randomness import seeded
+
 KERNEL = "mmd"
+CALIBRATION = 8  # batches that give new batch norms their statistics
 
 # By the loss of the stage that a setting belongs to. Learning rates that these give are in `TransferConfig`.
 _ADVERSARIAL = {"miner_steps": 1000, "steps": 2000, "batch": 16, "lr": 2e-3, "beta1": 0.0, "ema_decay": 0.998}
@@ -53,3 +59,49 @@ def chosen(method: str, mining_loss: str, finetune_loss: str) -> dict[str, Any]:
     steps = {"mining_steps": mining["miner_steps"], "finetune_steps": finetuning["steps"]}
     shared = {name: finetuning[name] for name in ("batch", "lr", "beta1", "ema_decay")}
     return {**_COMMON, **shared, **steps, **METHODS[method]}
+
+
+@torch.no_grad()
+def fresh_weights(generator: nn.Module, seed: int) -> None:
+    """Gives every weight the value that its class begins with: what method "scratch" starts from.
+
+    Batch norms get the statistics that the new network has, since the recipe runs them in eval mode.
+    ValueError: a generator of no known family with parameters of a module that has no `reset_parameters()`.
+    """
+    with seeded(seed, "scratch"):
+        if hasattr(generator, "family") and hasattr(generator, "config"):
+            fresh = type(generator)(**generator.config)
+            generator.load_state_dict(fresh.state_dict())
+        else:
+            _reset(generator)
+        norms = [m for m in generator.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        momenta = [norm.momentum for norm in norms]
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.train()
+            norm.momentum = None  # the mean over all batches
+        for _ in range(CALIBRATION if norms else 0):
+            own_samples(generator, 32)
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.eval()
+            norm.momentum = momentum
+
+
+def _reset(generator: nn.Module) -> None:
+    for name, module in generator.named_modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+        elif any(True for _ in module.parameters(recurse=False)):
+            raise ValueError(
+                f"method scratch needs new weights, but {name or 'the generator'} ({type(module).__name__}) has no "
+                "reset_parameters(): give it one, or take another method"
+            )
+
+
+def own_samples(generator: nn.Module, count: int) -> Tensor:
+    """Images [count, C, R, R] of latents (and labels) of the generator's own prior."""
+    device = next(generator.parameters()).device
+    z = torch.randn(count, generator.latent_dim, device=device)
+    if classes := getattr(generator, "num_classes", 0):
+        return generator(z, torch.randint(classes, (count,), device=device))
+    return generator(z)

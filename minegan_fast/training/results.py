@@ -9,7 +9,7 @@ from ..finetune.delta import is_delta
 from ..mining import Mined, load_mined
 from ..models import has_discriminator, load_discriminator, load_generator
 from .config import TransferConfig, load_config
-from .evaluation import MEASURES, choose_features, generate, measure
+from .evaluation import MEASURES, choose_features, generate, judge_name, measure
 from .folder import RESULTS, RunFolder
 from .images import load_images
 from .places import new_mined
@@ -64,22 +64,28 @@ def evaluate_result(path, which, device, source, miner, images, samples: int, fe
     sampler = open_result(path, which, device, source, miner)
     generator = sampler.generator
     real = load_images(images, generator.resolution, image_channels(generator)).images
-    critic = None
+    critic = config = None
     if RunFolder(path).config.is_file():
         config = TransferConfig(**load_config(path))
         features, source = features or config.features, config.source
-        if config.critic:
+        if config.critic and config.critic != "features":
             critic = load_discriminator(config.critic)
     if critic is None and source and features in (None, "critic") and has_discriminator(source):
         critic = load_discriminator(source)
     extractor = choose_features(features, critic, real, next(generator.parameters()).device)
     fake = generate(sampler, samples, seed)
     notes: list[str] = []
+    judge = extractor.name
+    if config is not None:
+        loss_choice = (config.loss_features or "critic") if config.kernel else None
+        judge = judge_name(extractor, features, loss_choice, config.adversarial)
+        if judge != extractor.name:
+            notes.append("the network that judges trained the run too, so its numbers flatter: judge with another")
     return {
         "metrics": measure(extractor(fake), extractor(real), MEASURES, notes),
         "generated": len(fake),
         "real": len(real),
-        "features": extractor.name,
+        "features": judge,
         "seed": seed,
         "notes": notes,
     }

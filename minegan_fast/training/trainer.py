@@ -1,78 +1,94 @@
 """The networks and optimizers of a run, and what one step does with them.
 
-Stage 1 trains the miners and the critic while the generator is frozen. Stage 2 selects the generator's neurons on the
-target and trains them too (MineGAN++: Wang et al. 2021, arXiv 2104.13742). The generator is in eval mode in both:
-batch statistics of a few images are noisy ones, and a delta holds no buffers.
+Stage 1 trains the miners while the generator is frozen. Stage 2 selects the generator's neurons on the target and
+trains them too (MineGAN++: Wang et al. 2021, arXiv 2104.13742). The loss of either is that of a critic, which then
+trains beside them, or the kernel distance of pretrained features, which needs none. The generator is in eval mode in
+both stages: batch statistics of a few images are noisy ones, and a delta holds no buffers.
 """
 
 import copy
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from ..finetune import SparseFinetuner
-from ..finetune.distributed import gradients
 from ..mining import Mined
-from ..ops import gradient_penalty, path_length_penalty, r1_penalty
-from .augment import diff_augment
+from ..ops import path_length_penalty
+from .adversary import WARM_UP, Adversary
 from .config import TransferConfig
-from .critics import freeze_lower_blocks
-from .images import to_float
-from .losses import critic_loss, generator_loss
+from .elastic import ElasticWeights
+from .kernel_loss import KernelLoss, gathering
+from .machine import Machine
+from .methods import KERNEL
 from .places import new_mined
 from .processes import Processes
-from .randomness import DataOrder, seed_all
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from .randomness import seed_all
+from .relevance import score
 
 
 class Trainer:
-    """One run's state: `mined` (generator and miners), `critic`, their averages and optimizers.
+    """One run's state: `mined` (generator and miners), their averages and optimizers, and what gives the losses.
 
-    images: uint8 [N, C, R, R] on the CPU. Every step's randomness follows from (config.seed, step). On several
-    processes each takes its part of every batch, and after every step all have the same weights and state.
+    images: uint8 [N, C, R, R] on the CPU. critic: for adversarial losses; new_critic: it knows nothing yet. kernel: for
+    the kernel distance. Every step's randomness follows from (config.seed, step). On several processes each takes its
+    part of every batch, and after every step all have the same weights and state.
     """
 
     def __init__(
         self,
         config: TransferConfig,
         generator: nn.Module,
-        critic: nn.Module,
+        critic: nn.Module | None,
         images: Tensor,
         device,
         processes: Processes | None = None,
+        kernel: KernelLoss | None = None,
+        new_critic: bool = False,
     ):
         self.config, self.device, self.processes = config, torch.device(device), processes or Processes()
-        self.images, self.order = images, DataOrder(len(images), config.batch, config.seed)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
+        self.machine = Machine(config, self.device, self.processes, self.scaler)
         self.generator = generator.to(self.device).eval().requires_grad_(False)
-        self.critic = critic.to(self.device).train().requires_grad_(True)
         self.mined = new_mined(config, self.generator).to(self.device)
-        self.processes.equalise([t for net in (self.mined, self.critic) for t in (*net.parameters(), *net.buffers())])
+        self.kernel = kernel
+        self.adversary = Adversary(self.machine, critic, images) if config.adversarial else None
+        networks = [self.mined] + ([self.adversary.critic] if self.adversary else [])
+        self.processes.equalise([t for net in networks for t in (*net.parameters(), *net.buffers())])
         self.average = self.mined.before(self.generator)
         for parameter in self.average.mining_parameters():
             parameter.requires_grad_(False)
         self.finetuner: SparseFinetuner | None = None
+        self.elastic: ElasticWeights | None = None
 
-        if config.train_critic == "freezed":
-            freeze_lower_blocks(self.critic, config.freeze_blocks)
         self.betas = (config.beta1, config.beta2)
-        trained = [p for p in self.critic.parameters() if p.requires_grad]
-        self.critic_optimizer = torch.optim.Adam(trained, config.critic_lr, betas=self.betas, fused=True)
-        self.miner_optimizer = torch.optim.Adam(
-            self.mined.mining_parameters(), config.miner_lr, betas=self.betas, fused=True
-        )
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
+        self.miner_optimizer = None
+        if config.train_miner:
+            self.miner_optimizer = torch.optim.Adam(
+                self.mined.mining_parameters(), config.miner_lr, betas=self.betas, fused=True
+            )
+        else:
+            self.mined.miner.requires_grad_(False)
+        self.prior_weight = config.prior_weight if self.mined.prior in ("shell", "moments") else 0.0
+        warm_up = config.critic_warmup if config.critic_warmup is not None else WARM_UP if new_critic else 0
+        first = 0 if config.mining_steps and config.mining_loss != KERNEL else config.mining_steps
+        self.alone = range(first, first + warm_up)  # the steps in which the critic trains alone
         self.path_length_weight = path_length_weight(config, generator)
         self.path_length_mean = torch.zeros((), device=self.device)
         self.finite = torch.ones((), dtype=torch.bool, device=self.device)
 
+    @property
+    def loss_name(self) -> str:
+        return self.config.finetune_loss if self.finetuner else self.config.mining_loss
+
     def step(self, number: int) -> dict[str, Tensor]:
         """Trains critic, miners and, after `select`, the selected neurons once; returns the losses of the batch."""
         seed_all(self.config.seed, "step", number)
-        values = {"loss_D": self._train_critic(number), "loss_G": self._train_generator(number)}
+        values, adversarial = {}, self.loss_name != KERNEL
+        if adversarial:
+            values["loss_D"] = self.adversary.step(number, self.loss_name, self.mined)
+        if not (adversarial and number in self.alone):
+            values |= self._train_generator(number)
         self.scaler.update()
         decay = min(self.config.ema_decay, (number + 1) / (number + 10))
         with torch.no_grad():
@@ -83,38 +99,49 @@ class Trainer:
             self.finite &= torch.isfinite(value)
         return values
 
-    def _train_critic(self, number: int) -> Tensor:
+    def _train_generator(self, number: int) -> dict[str, Tensor]:
         config = self.config
-        with self.processes.part(config.batch) as count:
-            real = to_float(self.images[self.processes.own(self.order[number])]).to(self.device)
-            with torch.no_grad(), self._autocast():
-                fake = self.mined(self._latents(count)).float()
-            real, fake = (diff_augment(x, config.augment) for x in (real, fake))
-            with self._autocast():
-                loss = critic_loss(config.loss, self.critic(real), self.critic(fake))
-            total = loss
-            if config.r1_gamma and number % config.r1_every == 0:
-                total = total + config.r1_gamma / 2 * config.r1_every * r1_penalty(self.critic, real)
-            if config.gradient_penalty_weight:
-                total = total + config.gradient_penalty_weight * gradient_penalty(self.critic, real, fake)
-        self.critic_optimizer.zero_grad()
-        self.scaler.scale(total).backward()
-        return self._update(loss.detach(), self.critic_optimizer)
-
-    def _train_generator(self, number: int) -> Tensor:
-        config = self.config
-        optimizers = [self.miner_optimizer] + ([self.finetuner] if self.finetuner else [])
+        optimizers = [o for o in (self.miner_optimizer, self.finetuner) if o is not None]
         trained = [p for o in optimizers for group in o.param_groups for p in group["params"]]
         for optimizer in optimizers:
             optimizer.zero_grad()
-        with self.processes.part(config.batch) as count, self._autocast():
-            fake = self.mined(self._latents(count))
-            loss = generator_loss(config.loss, self.critic(diff_augment(fake, config.augment)))
-        # `inputs` leaves the critic's weight gradients out.
-        self.scaler.scale(loss).backward(inputs=trained)
+        with self.processes.part(config.batch) as count:
+            u = self.machine.latents(self.mined, count)
+            loss = self._kernel_step(u) if self.loss_name == KERNEL else self._adversarial_step(u, trained)
+            if self.miner_optimizer and self.prior_weight:
+                # Beside the generator's, another pass of the miner costs nothing.
+                penalty = self.mined.penalty(self.mined.latents(u))
+                self.scaler.scale(self.prior_weight * penalty).backward()
         if self.finetuner and self.path_length_weight and number % config.path_length_every == 0:
             self._regularise_path_length(trained)
-        return self._update(loss.detach(), *optimizers)
+        if self.elastic:
+            self.elastic.add_gradients(config.ewc_weight * self.scaler.get_scale())
+        return {"loss_G": self.machine.update(loss, *optimizers)}
+
+    def _adversarial_step(self, u: Tensor, trained: list[nn.Parameter]) -> Tensor:
+        with self.machine.autocast():
+            fake = self.mined(u)
+            loss = self.adversary.loss(self.loss_name, fake)
+        # `inputs` leaves the critic's weight gradients out.
+        weight = self.config.mmd_weight
+        self.scaler.scale(loss).backward(inputs=trained, retain_graph=weight > 0)
+        if weight:
+            self._kernel_backward(lambda *_: fake.float(), len(u), None, weight)
+        return loss.detach()
+
+    def _kernel_step(self, u: Tensor) -> Tensor:
+        def make(first: int, last: int) -> Tensor:
+            with self.machine.autocast():
+                return self.mined(u[first:last]).float()
+
+        return self._kernel_backward(
+            make, len(u), self.config.part and -(-self.config.part // self.processes.size), 1.0
+        )
+
+    def _kernel_backward(self, make, count: int, part: int | None, weight: float) -> Tensor:
+        """Of several processes each has a part of the samples, and the distance is of all of them."""
+        gather = gathering(self.processes, self.config.batch)
+        return self.kernel.backward(make, count, part, weight * self.scaler.get_scale(), gather, self.processes.size)
 
     def _regularise_path_length(self, trained: list[nn.Parameter]) -> None:
         """Adds to the gradients. The length that a process compares with is the running mean moved, by a hundredth, by
@@ -123,23 +150,12 @@ class Trainer:
         with self.processes.part(batch) as count:
             share = count * self.processes.size / batch  # 1 where all have as many samples
             if count:
-                images, latents = self.mined(self._latents(count), return_latents=True)
+                images, latents = self.mined(self.machine.latents(self.mined, count), return_latents=True)
                 penalty, mean, _ = path_length_penalty(images, latents, mean)
                 weight = self.path_length_weight * self.config.path_length_every * share
                 self.scaler.scale(weight * penalty).backward(inputs=trained)
         self.path_length_mean = mean * share
         self.processes.average([self.path_length_mean])
-
-    def _update(self, loss: Tensor, *optimizers: torch.optim.Optimizer) -> Tensor:
-        """Steps by the gradients of the whole batch, of whose loss this returns the mean. One message carries all: the
-        dense parameters' gradients, the selected rows of the others, and the loss."""
-        if self.processes.size > 1:
-            loss = loss.clone()
-            groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-            self.processes.average([*gradients(groups), loss])
-        for optimizer in optimizers:
-            self.scaler.step(optimizer)
-        return loss
 
     def begin_finetuning(self) -> None:
         """Gives the generator its optimizer (and the critic a sparse one, if asked for); nothing is selected yet."""
@@ -148,63 +164,24 @@ class Trainer:
             "betas": self.betas, "density": config.density, "budget": config.budget, "criterion": config.criterion,
             "scope": config.scope, "policy": config.policy, "seed": config.seed,
         }  # fmt: skip
-        self.generator.requires_grad_(True)
+        for parameter in self.generator.parameters():
+            parameter.requires_grad_(config.method != "scale_shift" or parameter.ndim <= 1)
         if self.mined.constant is not None:  # the generator's own is not read: no neuron of it is to be selected
             self.generator.learned_constant.requires_grad_(False)
         self.finetuner = SparseFinetuner(self.generator, config.generator_lr, ema_decay=config.ema_decay, **common)
         if config.train_critic == "sparse":
-            self.critic_optimizer = SparseFinetuner(self.critic, config.critic_lr, **common)
+            self.adversary.begin_sparse(**common)
 
     def select(self) -> None:
         """Scores the neurons by the finetuning loss on the target and selects them, after `begin_finetuning`."""
-        self._score(self.finetuner, self.critic, self._generator_evidence)
+        score(self, self.finetuner)
         self.finetuner.select()
-        if isinstance(self.critic_optimizer, SparseFinetuner):
-            self._score(self.critic_optimizer, self.generator, self._critic_evidence)
-            self.critic_optimizer.select()
-
-    def _score(self, optimizer: SparseFinetuner, other: nn.Module, evidence) -> None:
-        config = self.config
-        if config.criterion in ("magnitude", "random"):
-            return
-        # The Fisher information is the mean of per-sample squares: one sample a backward.
-        batch = 1 if config.criterion == "fisher" else config.batch
-        still = [*other.parameters(), *self.mined.mining_parameters()]
-        flags = [p.requires_grad for p in still]
-        for parameter in still:
-            parameter.requires_grad_(False)
-        self.critic.eval()  # on several processes its buffers would see other samples
-        processes, hooks = self.processes, []
-        with optimizer.scoring(samples=1 if batch == 1 else None):
-            if config.criterion == "movement" and processes.size > 1:  # its dense steps are steps of the whole batch
-                hooks = [m.parameter.register_hook(self._mean) for layer in optimizer.layers for m in layer.members]
-            for k in range(-(-config.score_samples // batch)):
-                seed_all(config.seed, "score", k)
-                samples = torch.arange(k * batch, (k + 1) * batch)
-                if batch % processes.size == 0:
-                    with processes.part(batch):
-                        evidence(processes.own(samples)).backward()
-                elif k % processes.size == processes.rank:
-                    evidence(samples).backward()
-        for hook in hooks:
-            hook.remove()
-        self.critic.train()
-        for parameter, flag in zip(still, flags, strict=True):
-            parameter.requires_grad_(flag)
-
-    def _mean(self, grad: Tensor) -> Tensor:
-        grad = grad.clone()
-        self.processes.average([grad])
-        return grad
-
-    def _generator_evidence(self, samples: Tensor) -> Tensor:
-        fake = self.mined(self._latents(len(samples)))
-        return generator_loss(self.config.loss, self.critic(diff_augment(fake, self.config.augment)))
-
-    def _critic_evidence(self, samples: Tensor) -> Tensor:
-        real = to_float(self.images[samples % len(self.images)]).to(self.device)
-        pair = (diff_augment(x, self.config.augment) for x in (real, self.mined(self._latents(len(samples)))))
-        return critic_loss(self.config.loss, *(self.critic(x) for x in pair))
+        if self.adversary and isinstance(self.adversary.optimizer, SparseFinetuner):
+            score(self, self.adversary.optimizer)
+            self.adversary.optimizer.select()
+        if self.config.method == "ewc":
+            self.elastic = ElasticWeights(self.finetuner)
+            self.elastic.measure(self)
 
     def result(self) -> Mined:
         """A copy that samples as the run's result does: averaged miners before the generator with averaged neurons."""
@@ -212,14 +189,17 @@ class Trainer:
         return self.average.before(generator).eval().requires_grad_(False)
 
     def state_dict(self) -> dict:
+        def of(part):
+            return None if part is None else part.state_dict()
+
         return {
             "generator": self.generator.state_dict(),
-            "critic": self.critic.state_dict(),
             "mined": self.mined.mining_state(),
             "average": self.average.mining_state(),
-            "miner_optimizer": self.miner_optimizer.state_dict(),
-            "critic_optimizer": self.critic_optimizer.state_dict(),
-            "finetuner": self.finetuner.state_dict() if self.finetuner else None,
+            "miner_optimizer": of(self.miner_optimizer),
+            "adversary": of(self.adversary),
+            "finetuner": of(self.finetuner),
+            "elastic": of(self.elastic),
             "scaler": self.scaler.state_dict(),
             "path_length_mean": self.path_length_mean,
         }
@@ -229,28 +209,22 @@ class Trainer:
         if state["finetuner"] is not None:
             self.begin_finetuning()
             self.finetuner.load_state_dict(state["finetuner"])
-        self.critic_optimizer.load_state_dict(state["critic_optimizer"])
-        self.miner_optimizer.load_state_dict(state["miner_optimizer"])
-        for name in ("generator", "critic"):
-            getattr(self, name).load_state_dict(state[name])
+        for part in (self.adversary, self.miner_optimizer):
+            if part is not None:
+                part.load_state_dict(state["adversary" if part is self.adversary else "miner_optimizer"])
+        self.generator.load_state_dict(state["generator"])
         for name in ("mined", "average"):
             getattr(self, name).load_mining_state(state[name])
+        if state["elastic"] is not None:
+            self.elastic = ElasticWeights(self.finetuner)
+            self.elastic.load_state_dict(state["elastic"])
         self.scaler.load_state_dict(state["scaler"])
         self.path_length_mean = state["path_length_mean"].to(self.device)
 
-    def _latents(self, batch: int) -> Tensor:
-        return torch.randn(batch, self.mined.input_dim, device=self.device)
-
-    @contextmanager
-    def _autocast(self) -> Iterator[None]:
-        dtype = DTYPES[self.config.precision]
-        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
-            yield
-
 
 def path_length_weight(config: TransferConfig, generator: nn.Module) -> float:
-    """The configured weight, or by default 2 for generators that return their latents and 0 for others, among them
-    StyleGAN, which was trained without."""
+    """The configured weight, or by default 2 under an adversarial loss for generators that return their latents and 0
+    for others, among them StyleGAN, which was trained without."""
     able = "return_latents" in inspect.signature(generator.forward).parameters
     if config.path_length_weight and not able:
         raise ValueError(
@@ -259,4 +233,5 @@ def path_length_weight(config: TransferConfig, generator: nn.Module) -> float:
         )
     if config.path_length_weight is not None:
         return config.path_length_weight
-    return 2.0 if able and getattr(generator, "family", None) != "stylegan" else 0.0
+    regular = able and getattr(generator, "family", None) != "stylegan"
+    return 2.0 if regular and config.finetune_loss != KERNEL else 0.0

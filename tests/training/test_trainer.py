@@ -31,27 +31,27 @@ def test_gradients_do_not_accumulate_over_steps(tiny):
 def test_generator_step_leaves_the_critics_gradients_alone(tiny):
     trainer = make(tiny)
     trainer._train_generator(0)
-    assert all(p.grad is None for p in trainer.critic.parameters())
+    assert all(p.grad is None for p in trainer.adversary.critic.parameters())
 
 
 def test_mining_trains_miner_and_critic_only(tiny):
     trainer = make(tiny)
     before = copy.deepcopy(trainer.generator.state_dict())
-    critic = copy.deepcopy(trainer.critic.state_dict())
+    critic = copy.deepcopy(trainer.adversary.critic.state_dict())
     trainer.step(0)
     assert all(torch.equal(before[k], v) for k, v in trainer.generator.state_dict().items())
-    assert any(not torch.equal(critic[k], v) for k, v in trainer.critic.state_dict().items())
+    assert any(not torch.equal(critic[k], v) for k, v in trainer.adversary.critic.state_dict().items())
 
 
 @pytest.mark.parametrize("mode", ["all", "freezed", "sparse"])
 def test_what_of_the_critic_trains(tiny, mode):
     trainer = make(tiny, train_critic=mode, freeze_blocks=1, density=0.2)
-    start = copy.deepcopy(trainer.critic.state_dict())
+    start = copy.deepcopy(trainer.adversary.critic.state_dict())
     trainer.begin_finetuning()
     trainer.select()
     for number in range(3):
         trainer.step(number)
-    moved = {k for k, v in trainer.critic.state_dict().items() if not torch.equal(start[k], v)}
+    moved = {k for k, v in trainer.adversary.critic.state_dict().items() if not torch.equal(start[k], v)}
     first = {k for k in start if k.startswith("convs.0.")}
     if mode == "freezed":
         assert moved
@@ -59,11 +59,11 @@ def test_what_of_the_critic_trains(tiny, mode):
     elif mode == "all":
         assert moved & first
     else:
-        trainer.critic_optimizer.verify()
+        trainer.adversary.optimizer.verify()
         assert moved
-        rows = trainer.critic_optimizer.selection.rows
+        rows = trainer.adversary.optimizer.selection.rows
         weight = next(name for name in rows if name in moved)
-        changed = (start[weight] != trainer.critic.state_dict()[weight]).flatten(1).any(1).nonzero().flatten()
+        changed = (start[weight] != trainer.adversary.critic.state_dict()[weight]).flatten(1).any(1).nonzero().flatten()
         assert set(changed.tolist()) <= set(rows[weight].tolist())
 
 
@@ -84,7 +84,7 @@ def test_r1_is_lazy_and_weighted(tiny):
         for number in (0, 1):
             trainer = make(tiny, r1_gamma=gamma, lr=1e-30)
             trainer.step(number)
-            gradients[gamma, number] = torch.cat([p.grad.flatten() for p in trainer.critic.parameters()])
+            gradients[gamma, number] = torch.cat([p.grad.flatten() for p in trainer.adversary.critic.parameters()])
     assert torch.equal(gradients[0.0, 1], gradients[3.0, 1])
     assert not torch.allclose(gradients[0.0, 0], gradients[3.0, 0])
 
@@ -121,7 +121,7 @@ def test_state_goes_on_exactly(tiny):
 def test_nan_is_noticed(tiny):
     trainer = make(tiny)
     with torch.no_grad():
-        next(trainer.critic.parameters()).fill_(float("nan"))
+        next(trainer.adversary.critic.parameters()).fill_(float("nan"))
     trainer.step(0)
     assert not trainer.finite
 

@@ -1,0 +1,74 @@
+"""The critic of a run: how it trains, and the loss that it gives to generator and miner."""
+
+import torch
+from torch import Tensor, nn
+
+from ..finetune import SparseFinetuner
+from ..mining import Mined
+from ..ops import gradient_penalty
+from .augment import diff_augment
+from .critics import begin_training, critic_r1, freeze_lower_blocks
+from .images import to_float
+from .losses import critic_loss, generator_loss
+from .machine import Machine
+from .randomness import DataOrder
+
+WARM_UP = 200  # steps of a new critic before it may move the miner: measured, see docs/quality.md
+
+
+class Adversary:
+    """A critic that trains against what `mined` makes. What of it came frozen stays so.
+
+    images: uint8 [N, C, R, R] on the CPU.
+    """
+
+    def __init__(self, machine: Machine, critic: nn.Module, images: Tensor):
+        self.machine, self.config, self.images = machine, machine.config, images
+        self.order = DataOrder(len(images), self.config.batch, self.config.seed)
+        self.critic = critic.to(machine.device)
+        begin_training(self.critic)
+        if self.config.train_critic == "freezed":
+            freeze_lower_blocks(self.critic, self.config.freeze_blocks)
+        trained = [p for p in self.critic.parameters() if p.requires_grad]
+        betas = (self.config.beta1, self.config.beta2)
+        self.optimizer = torch.optim.Adam(trained, self.config.critic_lr, betas=betas, fused=True)
+
+    def step(self, number: int, loss_name: str, mined: Mined) -> Tensor:
+        """Trains the critic on batch `number`; returns its loss without penalties."""
+        config, machine = self.config, self.machine
+        with machine.processes.part(config.batch) as count:
+            real = to_float(self.images[machine.processes.own(self.order[number])]).to(machine.device)
+            with torch.no_grad(), machine.autocast():
+                fake = mined(machine.latents(mined, count)).float()
+            real, fake = (diff_augment(x, config.augment) for x in (real, fake))
+            with machine.autocast():
+                loss = critic_loss(loss_name, self.critic(real), self.critic(fake))
+            total = loss
+            if config.r1_gamma and number % config.r1_every == 0:
+                total = total + config.r1_gamma / 2 * config.r1_every * critic_r1(self.critic, real)
+            if config.gradient_penalty_weight:
+                total = total + config.gradient_penalty_weight * gradient_penalty(self.critic, real, fake)
+        self.optimizer.zero_grad()
+        machine.scaler.scale(total).backward()
+        return machine.update(loss.detach(), self.optimizer)
+
+    def loss(self, loss_name: str, fake: Tensor) -> Tensor:
+        """What generator and miner minimise."""
+        return generator_loss(loss_name, self.critic(diff_augment(fake, self.config.augment)))
+
+    def begin_sparse(self, **settings) -> None:
+        """The critic's neurons get an optimizer of their own; nothing is selected yet."""
+        self.optimizer = SparseFinetuner(self.critic, self.config.critic_lr, **settings)
+
+    def evidence(self, loss_name: str, samples: Tensor, mined: Mined) -> Tensor:
+        """The critic's loss on real samples of these numbers and as many generated ones."""
+        real = to_float(self.images[samples % len(self.images)]).to(self.machine.device)
+        fake = mined(self.machine.latents(mined, len(samples)))
+        return critic_loss(loss_name, *(self.critic(diff_augment(x, self.config.augment)) for x in (real, fake)))
+
+    def state_dict(self) -> dict:
+        return {"critic": self.critic.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.critic.load_state_dict(state["critic"])

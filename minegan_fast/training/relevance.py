@@ -1,0 +1,77 @@
+"""How a run scores neurons: by the loss that will finetune them, on latents that the miners give.
+
+Fisher information, agreement and contrast are of single samples. A critic's loss couples the samples of a batch (by its
+minibatch statistics, and batch norm), so it sees one at a time. The kernel distance has no value for one sample, but
+its gradient is a sum over the samples of a batch, of which each is that sample's own.
+"""
+
+import torch
+from torch import Tensor
+
+from ..finetune import SparseFinetuner
+from ..finetune.scores import WITHOUT_EVIDENCE
+from .critics import train_mode
+from .methods import KERNEL, own_samples
+from .randomness import seed_all
+
+OF_SAMPLES = ("fisher", "agreement", "contrast")
+
+
+def score(trainer, optimizer: SparseFinetuner) -> None:
+    """Gives `optimizer`, of the trainer's generator or of its critic, the evidence that its criterion asks for.
+
+    "contrast" compares with what the source makes of its own prior, without the miners.
+    """
+    config, adversary = trainer.config, trainer.adversary
+    if config.criterion in WITHOUT_EVIDENCE:
+        return
+    still = list(trainer.mined.mining_parameters())
+    networks = [trainer.generator] + ([adversary.critic] if adversary else [])
+    still += [p for network in networks if network is not optimizer.model for p in network.parameters()]
+    flags = [p.requires_grad for p in still]
+    for parameter in still:
+        parameter.requires_grad_(False)
+    if adversary:
+        adversary.critic.eval()  # on several processes its buffers would see other samples
+    _collect(trainer, optimizer, "target")
+    if config.criterion == "contrast":
+        _collect(trainer, optimizer, "source")
+    if adversary:
+        train_mode(adversary.critic)
+    for parameter, flag in zip(still, flags, strict=True):
+        parameter.requires_grad_(flag)
+
+
+def _collect(trainer, optimizer: SparseFinetuner, of: str) -> None:
+    config, processes, hooks = trainer.config, trainer.processes, []
+    kernel = trainer.loss_name == KERNEL
+    batch = 1 if config.criterion in OF_SAMPLES and not kernel else config.batch
+    with optimizer.scoring("sum" if kernel else "mean", samples=1 if batch == 1 else None, of=of):
+        if config.criterion == "movement" and processes.size > 1 and not kernel:
+            # its dense steps are steps of the whole batch
+            hooks = [m.parameter.register_hook(trainer.mean) for layer in optimizer.layers for m in layer.members]
+        for k in range(-(-config.score_samples // batch)):
+            seed_all(config.seed, "score", of, k)
+            samples = torch.arange(k * batch, (k + 1) * batch)
+            if kernel:  # the distance is of a whole batch: every process scores all of them
+                _evidence(trainer, optimizer, samples, of).backward()
+            elif batch % processes.size == 0:
+                with processes.part(batch):
+                    _evidence(trainer, optimizer, processes.own(samples), of).backward()
+            elif k % processes.size == processes.rank:
+                _evidence(trainer, optimizer, samples, of).backward()
+    for hook in hooks:
+        hook.remove()
+
+
+def _evidence(trainer, optimizer: SparseFinetuner, samples: Tensor, of: str) -> Tensor:
+    if optimizer.model is not trainer.generator:
+        return trainer.adversary.evidence(trainer.loss_name, samples, trainer.mined)
+    fake = own_samples(trainer.generator, len(samples)) if of == "source" else _mined(trainer, len(samples))
+    if trainer.loss_name == KERNEL:
+        return trainer.kernel(fake)
+    return trainer.adversary.loss(trainer.loss_name, fake)
+
+
+def _mined(trainer, count: int) -> Tensor:
+    return trainer.mined(trainer.machine.latents(trainer.mined, count))

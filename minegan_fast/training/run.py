@@ -1,0 +1,172 @@
+"""What a run works with, from what the user named: networks, images, losses, features."""
+
+import copy
+import errno
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .config import TransferConfig, load_config
+from .estimate import DoesNotFit, estimate_memory
+from .evaluation import choose_features, judge_name
+from .execution import Execution, TransferResult
+from .feature_critic import FeatureCritic
+from .folder import RunFolder
+from .images import to_float
+from .kernel_loss import KernelLoss
+from .loss_features import LossFeatures
+from .methods import fresh_weights
+from .processes import Processes, local_index
+from .randomness import seeded
+from .sources import choose_device, image_channels, open_critic, open_images, open_networks, source_critic
+from .trainer import Trainer
+
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NAMED_LOSS_FEATURES = ("critic", "digits")
+
+
+def seeded_apart(device: torch.device):
+    """The caller's random state comes back afterwards."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
+
+
+class Run:
+    """Networks, images and features of one configuration, checked; `execute` runs it."""
+
+    def __init__(self, config: TransferConfig, source, images, critic, features, loss_features, processes: Processes):
+        self.config, self.processes = config, processes
+        if config.batch % processes.size:
+            raise ValueError(
+                f"batch {config.batch} cannot be divided among {processes.size} processes: take a multiple of "
+                f"{processes.size}, or another number of processes"
+            )
+        self.device = choose_device(config.device, local_index() if processes.size > 1 else None)
+        by_features = isinstance(critic, str) and critic == "features"
+        critic = None if by_features else critic
+        networks = open_networks(source, critic, config, needed=config.adversarial and not by_features)
+        self.generator = networks.generator.to(self.device)
+        if config.method == "scratch":
+            fresh_weights(self.generator, config.seed)
+        self.critic, self.new_critic = networks.critic, not networks.pretrained
+        pretrained = self.critic if networks.pretrained else None
+        if self.critic is None and (features in (None, "critic") or (config.kernel and loss_features == "critic")):
+            # It trains nothing then, but knows images.
+            pretrained = open_critic(critic, self.generator) if critic else source_critic(source, self.generator)[0]
+        if pretrained is not None:
+            pretrained = copy.deepcopy(pretrained).eval().requires_grad_(False).to(self.device)
+        self.target, self.held_out = open_images(images, self.generator, config)
+        self.reference = self.target.images if self.held_out is None else self.held_out
+        self.features = choose_features(features, pretrained, self.reference, self.device)
+        self.loss_features = self.kernel = None
+        if config.kernel or by_features:
+            self.loss_features = self._choose_loss_features(loss_features, pretrained)
+        if config.kernel:
+            self.kernel = KernelLoss(self.loss_features, self.target.images, flips=config.flips)
+        if by_features and config.adversarial:
+            with seeded(config.seed, "critic"):
+                shape = self.generator.resolution, image_channels(self.generator)
+                self.critic = FeatureCritic(self.loss_features.maps, *shape).to(self.device)
+        loss_choice = (loss_features or "critic") if config.kernel or by_features else None
+        own_critic = config.adversarial and not self.new_critic
+        self.judge = judge_name(self.features, features, loss_choice, own_critic)
+        self.notes = list(self._notes(networks.notes))
+        self.estimate = estimate_memory(config, self.generator, self.critic, self.kernel, processes.size)
+
+    def _choose_loss_features(self, choice, critic: nn.Module | None) -> LossFeatures:
+        if isinstance(choice, LossFeatures):
+            return choice
+        probe = to_float(self.target.images[:2]).to(self.device)
+        if choice is None and critic is not None:
+            choice = "critic"
+        if choice is None or (choice == "critic" and critic is None):
+            raise ValueError(
+                "the loss needs pretrained features, and the source has no critic of its own to take them from: give "
+                "loss_features (--loss-features), a network or a file that FeatureExtractor reads, or take an "
+                "adversarial loss (--loss nonsaturating)"
+            )
+        if choice == "critic":
+            return LossFeatures(critic, name="critic", probe=probe)
+        if choice == "digits":
+            from ..data import classifier
+
+            return LossFeatures(classifier().to(self.device), name="digits", probe=probe)
+        return LossFeatures(choice, device=self.device, probe=probe)
+
+    def _notes(self, notes: tuple[str, ...]):
+        config, processes = self.config, self.processes
+        held_out = "none held out: the last snapshot is taken"
+        if self.held_out is not None:
+            held_out = f"{len(self.held_out)} held out"
+        yield f"{len(self.target)} images to train on, {held_out}; metrics on {self.judge} features"
+        if self.kernel is not None:
+            names = ", ".join(self.loss_features.names)
+            yield f"kernel distance of {self.loss_features.name} features, at {names}"
+        yield from notes
+        if self.critic is not None and self.new_critic:
+            yield (
+                "a new critic is trained, which takes more steps and, of few images, often fails: the kernel distance "
+                "of pretrained features needs none (--loss-features)"
+            )
+        if processes.size > 1:
+            yield f"{processes.size} processes, {config.batch // processes.size} images of a step each"
+
+    def identity(self) -> dict:
+        """What all processes must agree on."""
+        return self.config.to_dict() | {"device": None, "images": self.target.fingerprint()}
+
+    def trainer(self) -> Trainer:
+        return Trainer(
+            self.config, *copy.deepcopy((self.generator, self.critic)), self.target.images, self.device, self.processes,
+            self.kernel, self.new_critic,
+        )  # fmt: skip
+
+    def execute(self, out: Path, resume: bool, progress: bool) -> TransferResult:
+        folder = RunFolder(out)
+        with self.processes.together():
+            self._check_folder(folder, resume)
+            self.estimate.check(self.config.batch)
+        with ExitStack() as claim:
+            self.processes.from_first(lambda: self._claim(folder, resume, claim))
+            return self._execute(folder, resume, progress)
+
+    def _execute(self, folder: RunFolder, resume: bool, progress: bool) -> TransferResult:
+        try:
+            with seeded_apart(self.device):
+                return Execution(self, folder, resume, progress).run()
+        except OSError as error:
+            if error.errno not in FULL_DISK:
+                raise
+            raise RuntimeError(
+                f"the disk is full or its quota is used up: cannot write below {str(folder.path)!r}; {folder.kept()}. "
+                "Free some space and go on with --resume"
+            ) from None
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                raise
+            smaller = min(self.config.batch // 2, self.estimate.largest_batch())
+            smaller -= smaller % self.processes.size
+            advice = f"batch {smaller} should fit" if smaller else "even batch 1 may not fit on this device"
+            raise DoesNotFit(f"out of memory at batch {self.config.batch}: {advice}; {folder.kept()}") from None
+
+    def _claim(self, folder: RunFolder, resume: bool, claim: ExitStack) -> None:
+        folder.create()
+        claim.enter_context(folder.locked())
+        self._check_folder(folder, resume)  # another process may have written a run since
+        folder.clean()
+        self.config.save(folder.config)
+
+    def _check_folder(self, folder: RunFolder, resume: bool) -> None:
+        if not folder.config.is_file() or not folder.holds_run():
+            return
+        if not resume:
+            raise ValueError(
+                f"{str(folder.path)!r} already holds a run: go on with it (--resume), or choose another folder (--out)"
+            )
+        changed = TransferConfig(**load_config(folder.config)).differences(self.config)
+        if changed:
+            raise ValueError(
+                f"the run in {str(folder.path)!r} has other settings ({'; '.join(changed)}); "
+                "leave those options out, or choose another folder (--out)"
+            )

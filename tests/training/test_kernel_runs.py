@@ -1,0 +1,203 @@
+"""Whole runs under the kernel distance: no critic, the same guarantees."""
+
+import copy
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import minegan_fast as mf
+from minegan_fast.models import load_discriminator, save_model
+from minegan_fast.training import TransferConfig, dry_run
+from minegan_fast.training.folder import RunFolder
+from minegan_fast.training.recipe import configure
+from minegan_fast.training.results import evaluate_result
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*were enlarged")
+
+
+class Features(nn.Module):
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng([]):
+            torch.manual_seed(0)
+            self.stem = nn.Sequential(nn.Conv2d(1, 6, 3, stride=2, padding=1), nn.Tanh())
+            self.body = nn.Sequential(nn.Conv2d(6, 8, 3, stride=2, padding=1), nn.Tanh())
+
+    def forward(self, x):
+        return self.body(self.stem(x)).mean((2, 3))
+
+
+@pytest.fixture
+def kernel_run(run_settings):
+    return {**run_settings, "critic": None, "loss_features": Features(), "features": "pixels"}
+
+
+def files(path):
+    return {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*.safetensors")}
+
+
+def test_no_critic_is_built_kept_or_saved(kernel_run, monkeypatch):
+    from minegan_fast.training import sources
+
+    for name in ("new_critic", "load_discriminator"):
+        monkeypatch.setattr(sources, name, lambda *_: pytest.fail("a critic was made"))
+    result = mf.transfer(**kernel_run)
+    assert {row["stage"] for row in result.history} == {"source", "mining", "finetuning"}
+    assert all("loss_D" not in row for row in result.history)
+    state = torch.load(RunFolder(kernel_run["out"]).newest(), weights_only=True)["trainer"]
+    assert state["adversary"] is None
+    assert result.mined.prior == "sphere"
+    rows = [row for row in result.history if "kid" in row]
+    assert all(abs(row["latent_norm"] - 1) < 1e-3 for row in rows)
+    assert all(row["judge"] == "pixels" for row in rows)
+
+
+def test_the_loss_falls(kernel_run):
+    history = mf.transfer(**{**kernel_run, "mining_steps": 60, "finetune_steps": 60, "density": 0.5}).history
+    losses = [row["loss_G"] for row in history if "loss_G" in row]
+    assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
+
+
+@pytest.mark.parametrize("settings", [
+    {"mining_loss": "mmd", "finetune_loss": "hinge"}, {"mining_loss": "nonsaturating", "finetune_loss": "mmd"},
+    {"loss": "nonsaturating", "mmd_weight": 0.5}, {"precision": "bf16"}, {"precision": "fp16"}, {"part": 3},
+    {"criterion": "agreement", "scope": "normalised"}, {"criterion": "contrast"}, {"criterion": "movement"},
+    {"reselect_every": 2}, {"critic": "features", "loss": "hinge"}, {"prior": "moments"}, {"mine": "w"},
+], ids=lambda s: "-".join(map(str, s.values())))  # fmt: skip
+def test_every_variant_runs(kernel_run, settings):
+    result = mf.transfer(**{**kernel_run, "snapshot_every": 8, "density": 0.3, **settings})
+    losses = [row["loss_G"] for row in result.history if "loss_G" in row]
+    assert losses
+    assert all(loss == loss for loss in losses)
+    assert result.history[-1]["step"] == 8
+
+
+def test_a_batch_in_parts_is_the_whole_batch(kernel_run):
+    runs = []
+    for part in (None, 3):
+        out = kernel_run["out"].with_name(f"part-{part}")
+        runs.append(mf.transfer(**{**kernel_run, "part": part, "out": out, "batch": 8, "mining_steps": 3}))
+    whole, parts = ([row["loss_G"] for row in run.history if "loss_G" in row] for run in runs)
+    assert whole == pytest.approx(parts, rel=1e-3)
+
+
+def test_a_run_that_was_cut_off_ends_as_if_not(kernel_run, monkeypatch):
+    whole = mf.transfer(**kernel_run)
+    out = kernel_run["out"].with_name("cut")
+    from minegan_fast.training.trainer import Trainer
+
+    step = Trainer.step
+
+    def failing(self, number):
+        if number == 6:
+            raise KeyboardInterrupt
+        return step(self, number)
+
+    monkeypatch.setattr(Trainer, "step", failing)
+    with pytest.raises(KeyboardInterrupt):
+        mf.transfer(**{**kernel_run, "out": out})
+    monkeypatch.setattr(Trainer, "step", step)
+    mf.transfer(**{**kernel_run, "out": out, "resume": True})
+    assert files(out) == files(whole.folder)
+
+
+def test_a_source_with_a_critic_is_adapted_by_its_features(run_settings, tiny, tmp_path):
+    both = tmp_path / "both.safetensors"
+    save_model(both, tiny["generator"], tiny["discriminator"])
+    settings = {k: v for k, v in run_settings.items() if k not in ("critic", "out", "progress")}
+    config = configure(**{**settings, "source": str(both)})
+    assert (config.loss, config.loss_features) == ("mmd", "critic")
+    assert configure(**settings).loss == "nonsaturating", "the file holds no critic"
+    assert configure(**{**settings, "source": str(both), "loss": "hinge"}).loss_features is None
+    result = mf.transfer(**{**run_settings, "source": str(both), "critic": None})
+    assert result.judge == "critic (which trained it)"
+    report = evaluate_result(result.folder, "last", None, None, None, tiny["images"], 16, None, 0)
+    assert report["features"] == "critic (which trained it)"
+    assert any("flatter" in note for note in report["notes"])
+    assert evaluate_result(result.folder, "last", None, None, None, tiny["images"], 16, "pixels", 0)["features"] == "pixels"
+
+
+def test_the_judge_is_told_from_the_network_that_trained(kernel_run):
+    network = kernel_run["loss_features"]
+    short = {"mining_steps": 1, "finetune_steps": 0}
+    judges = []
+    for k, judge in enumerate((network, mf.metrics.FeatureExtractor(network), copy.deepcopy(network))):
+        out = kernel_run["out"].with_name(str(k))
+        judges.append(mf.transfer(**{**kernel_run, **short, "features": judge, "out": out}).judge)
+    assert [judge.endswith("(which trained it)") for judge in judges] == [True, True, False]
+
+
+def test_frozen_parameters_of_a_critic_stay_frozen(run_settings, tiny):
+    critic = copy.deepcopy(tiny["discriminator"])
+    critic.convs[0].requires_grad_(False)
+    mf.transfer(**{**run_settings, "critic": critic})
+    state = torch.load(RunFolder(run_settings["out"]).newest(), weights_only=True)["trainer"]["adversary"]["critic"]
+    own = critic.state_dict()
+    frozen = {name for name in own if name.startswith("convs.0.")}
+    assert all(torch.equal(own[name], state[name]) for name in frozen)
+    assert any(not torch.equal(own[name], state[name]) for name in own.keys() - frozen)
+
+
+def test_collapse_and_leaving_the_prior_are_said(kernel_run, capsys):
+    class Dead(nn.Module):
+        latent_dim, resolution, image_channels = 8, 8, 1
+
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(8, 64)
+            nn.init.normal_(self.layer.weight, std=1e-3)
+
+        def forward(self, z):
+            return self.layer(z).tanh().view(-1, 1, 8, 8)
+
+    mf.transfer(**{**kernel_run, "source": Dead(), "prior": "none", "miner_lr": 0.3, "progress": True, "mine": "z"})
+    said = capsys.readouterr().err
+    assert "they collapse" in said
+    assert "leave the prior" in said
+
+
+def test_the_estimate_knows_the_kernel(run_settings, tiny, tmp_path):
+    both = tmp_path / "both.safetensors"
+    save_model(both, tiny["generator"], tiny["discriminator"])
+    settings = {k: v for k, v in run_settings.items() if k not in ("critic", "out", "progress")}
+    memory, mining, finetuning = dry_run(configure(**{**settings, "source": str(both), "batch": 64, "part": 8}))
+    assert min(mining, finetuning) > 0
+    whole = dry_run(configure(**{**settings, "source": str(both), "batch": 64}))[0]
+    assert memory.needed(64) < 0.5 * whole.needed(64)
+
+
+class Detached(Features):
+    def forward(self, x):
+        return super().forward(x).detach()
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"loss_features": None, "loss": "mmd"}, "needs pretrained features"),
+    ({"loss_features": "critic"}, "needs pretrained features"),
+    ({"loss_features": "nowhere.pt"}, "nowhere.pt"),
+    ({"batch": 1}, "2 generated images"),
+    ({"train_critic": "sparse"}, "no critic"),
+    ({"images": torch.zeros(8, 1, 8, 8)}, "equal"),
+    ({"images": torch.rand(1, 1, 8, 8)}, "at least 2"),
+], ids=lambda v: None if isinstance(v, str) else next(iter(v)))  # fmt: skip
+def test_bad_input_is_named_and_leaves_nothing(kernel_run, settings, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
+        mf.transfer(**{**kernel_run, **settings})
+    assert "\n" not in str(caught.value)
+    assert not kernel_run["out"].exists()
+
+
+def test_settings_survive_their_file(kernel_run):
+    mf.transfer(**kernel_run)
+    written = json.loads((kernel_run["out"] / "config.json").read_text())
+    assert written["loss"] == "mmd"
+    assert TransferConfig(**written).to_dict() == written | {"metrics": tuple(written["metrics"])}
+
+
+def test_a_critic_of_the_file_that_only_judges_is_not_trained(run_settings, tiny):
+    settings = {**run_settings, "loss_features": Features(), "mining_steps": 1, "finetune_steps": 1}
+    result = mf.transfer(**settings)
+    assert result.judge == "critic"
+    load_discriminator(tiny["critic"])
