@@ -190,8 +190,7 @@ class FeatureExtractor:
         """
         images = as_tensor(images, "images")
         self._check(images)
-        tensors = chain(self.module.parameters(), self.module.buffers())
-        anchor = next((t for t in tensors if t.is_floating_point()), images.new_empty(0, dtype=torch.float32))
+        anchor = self.anchor(images)
         # A frozen TorchScript module has no flag.
         modes = [(module, getattr(module, "training", False)) for module in self.module.modules()]
         self.module.eval()
@@ -226,23 +225,35 @@ class FeatureExtractor:
         if low >= 0:
             warnings.warn("no pixel is below 0: images in [0, 1]? expected [-1, 1], convert by 2 * x - 1", stacklevel=3)
 
-    def _batch(self, x: Tensor, anchor: Tensor) -> Tensor:
-        N = len(x)
-        uint8 = x.dtype == torch.uint8
-        x = x.to(anchor.device, torch.float64 if anchor.dtype == torch.float64 else torch.float32)
-        if uint8:
-            x = x / 127.5 - 1
-        else:
+    def prepare(self, x: Tensor, as_saved: bool = True) -> Tensor:
+        """Images [B, C, H, W], floating point in [-1, 1] -> what the network takes: range, size, channels and dtype.
+
+        as_saved: clamped and, where `quantize` says so, rounded, as an image file would hold them. False: neither, nor
+        what else has no gradient; "uint8" then is [0, 255] unrounded.
+        """
+        dtype = self.anchor(x).dtype
+        if as_saved:
             x = x.clamp(-1, 1)
             if self.quantize:
                 x = ((x + 1) * 127.5).round() / 127.5 - 1
         if self.channels is not None:
             x = x.expand(-1, self.channels, -1, -1)
         if self.size is not None and x.shape[2:] != torch.Size(self.size):
-            # Bicubic overshoots.
-            x = F.interpolate(x, self.size, mode=self.interpolation, antialias=self.antialias).clamp(-1, 1)
-        x = _NORMALIZE[self.normalize](x)
-        x = x if self.normalize == "uint8" else x.to(anchor.dtype)
+            x = F.interpolate(x, self.size, mode=self.interpolation, antialias=self.antialias)
+            x = x.clamp(-1, 1) if as_saved else x  # bicubic overshoots
+        x = _NORMALIZE["[0,255]" if self.normalize == "uint8" and not as_saved else self.normalize](x)
+        return x if x.dtype == torch.uint8 else x.to(dtype)
+
+    def anchor(self, images: Tensor) -> Tensor:
+        """A tensor of the network's dtype on its device: its first of floating point, else float32 where images are."""
+        tensors = chain(self.module.parameters(), self.module.buffers())
+        return next((t for t in tensors if t.is_floating_point()), images.new_empty(0, dtype=torch.float32))
+
+    def _batch(self, x: Tensor, anchor: Tensor) -> Tensor:
+        N = len(x)
+        uint8 = x.dtype == torch.uint8
+        x = x.to(anchor.device, torch.float64 if anchor.dtype == torch.float64 else torch.float32)
+        x = self.prepare(x / 127.5 - 1 if uint8 else x)
         features = self.module(x, return_features=True) if self.variant == "nvidia" else self.module(x)
         if isinstance(features, (tuple, list)) and features:
             features = features[0]

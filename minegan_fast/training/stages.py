@@ -166,7 +166,7 @@ def _recorded(network: nn.Module, x: Tensor) -> _Call:
 
     try:
         for path, module in network.named_modules():
-            if module is not network:
+            if module is not network and not isinstance(module, torch.jit.ScriptModule):  # which take none
                 handles += [module.register_forward_pre_hook(before(path)), module.register_forward_hook(after)]
         root.output = _features(network(x))
     finally:

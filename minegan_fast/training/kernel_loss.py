@@ -1,0 +1,200 @@
+"""The kernel distance between features of generated images and of the target, as the loss of a generator.
+
+    loss = sum over the groups g of mmd2(f_g(generated), f_g(target))
+
+without a critic (Gretton et al. 2012, "A Kernel Two-Sample Test"; generators trained by it: Li et al. 2015, "Generative
+Moment Matching Networks"; with features of a pretrained network: dos Santos et al. 2019, arXiv 1904.02762). A group is
+a stage of the network; its gaussian kernels have the median distance within the target, times `scales`, as bandwidths.
+
+A batch that is too large for the memory is made in parts (gradient caching: Gao et al. 2021, arXiv 2101.06983): the
+distance needs the features of all samples, but its gradient by them is all that a part needs to go on alone.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from ..ops._features import median_distance
+from ..ops.mmd_groups import MmdTarget, mmd_groups
+from .augment import diff_augment, parse_policy
+from .images import to_float
+from .loss_features import LossFeatures
+from .processes import Processes
+from .randomness import seeded
+
+# Features of this process's samples -> those of all processes, and where its own are among them.
+Gather = Callable[[list[Tensor]], tuple[list[Tensor], slice]]
+
+
+class KernelLoss:
+    """generated images [B, C, R, R] in [-1, 1] -> their kernel distance to the target, 0-d.
+
+    features: fitted here to the target.
+    images: the target, uint8 [N >= 2, C, R, R].
+    flips: each image stands in the target as its mirror image too.
+    views, augment: so many random views by `diff_augment` of each of these, with the policy `augment`, stand beside
+        it. Generated images are then augmented with probability views / (views + 1): like is compared with like.
+    scales: of the bandwidths, in median distances.
+    unbiased: the estimator without the pairs of a sample and itself, which needs 2 generated images: images that come
+        close to each other cost, whatever the batch.
+    seed: of the target's views.
+
+    Attributes: names (of the groups), bandwidths, target (the features of all of it, held on the network's device).
+
+    Raises ValueError for fewer than 2 images, images of which half have the same features, and what LossFeatures.fit
+    refuses.
+    """
+
+    def __init__(
+        self,
+        features: LossFeatures,
+        images: Tensor,
+        flips: bool = True,
+        views: int = 0,
+        augment: str = "",
+        scales: Sequence[float] = (0.35, 0.7, 1.4),
+        unbiased: bool = True,
+        batch: int = 64,
+        seed: int = 0,
+    ):
+        if images.dim() != 4 or images.dtype != torch.uint8:
+            raise ValueError(f"target images must be uint8 [N, C, R, R], got {images.dtype} {list(images.shape)}")
+        if len(images) < 2:
+            raise ValueError(f"a kernel distance needs at least 2 target images, got {len(images)}")
+        if (views > 0) != bool(parse_policy(augment)) or views < 0:
+            raise ValueError(f"views and augment go together, got views={views} and augment={augment!r}")
+        if not scales or min(scales) <= 0 or batch < 1:
+            raise ValueError(f"scales must be > 0 and batch at least 1, got {tuple(scales)} and {batch}")
+        if bool((images == images[:1]).all()):
+            raise ValueError(f"all {len(images)} target images are equal: give different images")
+        self.features, self.names, self.augment, self.unbiased = features, features.names, augment, unbiased
+        self._augmented = views / (views + 1)
+        with seeded(seed, "views of the target"):
+            groups = features.fit(_views(images, flips, views, augment, batch))
+        self.bandwidths = []
+        for name, group in zip(self.names, groups, strict=True):
+            remedy = f"in the features {name!r} of {features.name}: give images that differ, or other taps="
+            median = median_distance(group, remedy=remedy)
+            self.bandwidths.append([scale * median for scale in scales])
+        self.target = MmdTarget(groups, self.bandwidths, unbiased=unbiased)
+        self._repeats = False
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return self.distances(images).sum()
+
+    def distances(self, images: Tensor) -> Tensor:
+        """mmd2 of every group, [G], differentiable in the images."""
+        return self._distances(self._features(images))
+
+    def backward(
+        self,
+        make: Callable[[int, int], Tensor],
+        count: int,
+        part: int | None = None,
+        scale: "float | Tensor" = 1.0,
+        gather: Gather | None = None,
+        processes: int = 1,
+    ) -> Tensor:
+        """The loss of `count` samples, detached; its gradient, times `scale`, is added to all that `make` depends on.
+
+        make: (first, last) -> images [last - first, C, R, R] of the samples first to last - 1, with their graph. Of
+            more than one part each is made twice, first without a graph; the random state of the CPU and of the
+            features' device is put back for the second time. Samples may not depend on each other (batch norm in train
+            mode), and nothing that a forward changes may change the next (spectral norm in train mode).
+        part: samples at once; None: all.
+        gather, processes: of several processes, each with `count` samples of its own: see `gathering`. The loss is that
+            of all samples, and the mean over the processes of the gradients is its gradient.
+
+        The gradient is that of all samples at once, to rounding. ValueError: fewer than 2 samples where the distance is
+        unbiased; `make` gave other images the second time.
+        """
+        if part is not None and part < 1:
+            raise ValueError(f"part must be at least 1 sample, or None for all, got {part}")
+        parts = [(i, min(i + (part or count), count)) for i in range(0, count, part or count)]
+        states = []
+        if len(parts) == 1:
+            own = self._features(make(*parts[0]))
+        else:
+            with torch.no_grad():
+                made = []
+                for first, last in parts:
+                    states.append(self._random_state())
+                    made.append(self._features(make(first, last)))
+            own = [torch.cat(group) for group in zip(*made, strict=True)]
+        everyone, rows = gather([group.detach() for group in own]) if gather else (own, slice(0, count))
+        leaves = [group.detach().requires_grad_() for group in everyone]
+        with torch.enable_grad():
+            loss = self._distances(leaves).sum()
+            slopes = torch.autograd.grad(loss, leaves)
+        slopes = [slope[rows] * (scale * processes) for slope in slopes]
+        if len(parts) == 1:
+            torch.autograd.backward(own, slopes)
+            return loss.detach()
+        for (first, last), state in zip(parts, states, strict=True):
+            self._restore(state)
+            again = self._features(make(first, last))
+            if not self._repeats:
+                self._check_repeats(again, [group[first:last] for group in own])
+            torch.autograd.backward(again, [slope[first:last] for slope in slopes])
+        self._repeats = True
+        return loss.detach()
+
+    def _features(self, images: Tensor) -> list[Tensor]:
+        if self._augmented:
+            chosen = torch.rand(len(images), device=images.device) < self._augmented
+            images = torch.where(chosen[:, None, None, None], diff_augment(images, self.augment), images)
+        return self.features(images)
+
+    def _distances(self, groups: list[Tensor]) -> Tensor:
+        if self.unbiased and len(groups[0]) < 2:
+            raise ValueError("the unbiased kernel distance needs a batch of at least 2: set batch=2 or more")
+        return mmd_groups(groups, self.target, validate=False)  # the features have been checked
+
+    def _random_state(self) -> tuple[Tensor, Tensor | None]:
+        device = self.features.device
+        return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    def _restore(self, state: tuple[Tensor, Tensor | None]) -> None:
+        torch.set_rng_state(state[0])
+        if state[1] is not None:
+            torch.cuda.set_rng_state(state[1], self.features.device)
+
+    def _check_repeats(self, again: list[Tensor], before: list[Tensor]) -> None:
+        for a, b in zip(again, before, strict=True):
+            if (a.detach() - b).norm() > 1e-2 * b.norm():
+                raise ValueError(
+                    "the second time other images were made for the same samples: a batch in parts needs a generator "
+                    "in eval mode, and latents that are drawn once"
+                )
+
+
+def gathering(processes: Processes, batch: int) -> Gather | None:
+    """For `KernelLoss.backward`: the features of all processes' parts of a batch, those of process 0 first; None where
+    this process is alone."""
+    if processes.size == 1:
+        return None
+    counts = [len(range(rank, batch, processes.size)) for rank in range(processes.size)]
+    first = sum(counts[: processes.rank])
+    rows = slice(first, first + counts[processes.rank])
+
+    def gather(groups: list[Tensor]) -> tuple[list[Tensor], slice]:
+        own = torch.cat(groups, 1)
+        padded = own.new_zeros(max(counts), own.shape[1])
+        padded[: len(own)] = own
+        everyone = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(everyone, padded)
+        whole = torch.cat([samples[:count] for samples, count in zip(everyone, counts, strict=True)])
+        return list(whole.split([group.shape[1] for group in groups], 1)), rows
+
+    return gather
+
+
+def _views(images: Tensor, flips: bool, views: int, augment: str, batch: int) -> Iterator[Tensor]:
+    """Tensors of at most `batch` images: all of them, their mirror images, and the views of each."""
+    for version in [images, images.flip(3)] if flips else [images]:
+        for part in version.split(batch):
+            yield part
+            for _ in range(views):
+                yield diff_augment(to_float(part), augment)

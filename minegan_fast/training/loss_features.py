@@ -1,0 +1,263 @@
+"""Features of a frozen pretrained network, differentiable in the images: what a loss measures distances in.
+
+Of each stage of the network (`stages.py`) with maps f [B, C, h, w] one group of features, made of parts:
+
+    mean over the pixels           [B, C]
+    sqrt(variance over them + e)   [B, C]
+    averages of p x p fields       [B, C p^2] / p, so that each part weighs the same
+
+Each part is divided by its RMS over the target images, which makes groups of different layers and networks comparable.
+Vectors [B, D] are one part. Means and deviations of several layers as features that a generator is to match: dos Santos
+et al. 2019, "Learning Implicit Generative Models by Matching Perceptual Features" (arXiv 1904.02762).
+"""
+
+import copy
+import os
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..metrics import FeatureExtractor
+from .folding import fold_batch_norms
+from .images import to_float
+from .stages import Stages, evaluating
+
+_EPSILON = 1e-8  # of a variance: the root has no gradient at 0
+_CONSTANT = 1e-5  # of unit RMS
+
+
+class LossFeatures:
+    """images [B, C, R, R], floating point in [-1, 1] -> one group of features [B, D_g] a stage.
+
+    Images are neither clamped nor rounded, and grey ones become three channels where the network takes three. `fit`
+    comes first: it measures the scales.
+
+    network: a module, a file that `metrics.FeatureExtractor` reads, or a FeatureExtractor, whose conversion of images
+        is used, without its rounding. It is copied; the copy stays in eval mode, without gradients for its parameters.
+    probe: images [at least 1, C, R, R] as the generator makes them, [-1, 1] or uint8, by which the stages are found.
+    taps, count: which stages, as `Stages` takes them.
+    resolution, normalize: as FeatureExtractor takes them, for a module or a file.
+    device: where the copy computes; None: where the module is, a file's network on the CPU.
+    pool: the fields a side of which averages are taken; 1 stands for the means, and p has a place where a map is at
+        least 2p pixels wide.
+    bf16: run the network in bfloat16, by autocast. False: in its own dtype, whatever is around the call.
+    batch: images at once in `fit`.
+
+    Attributes: name (of the network), names (of the stages), sizes (the D_g), scales (of the parts of each stage).
+
+    Raises ValueError, in one line, for images that the network does not take, features of an image that depend on the
+    other images of its batch, as in train mode, NaN, and a network that is not differentiable.
+    """
+
+    def __init__(
+        self,
+        network: "nn.Module | str | os.PathLike | FeatureExtractor",
+        probe: Tensor,
+        taps: Sequence[str] | None = None,
+        resolution: int | None = None,
+        normalize: str | None = None,
+        device=None,
+        name: str | None = None,
+        count: int = 4,
+        pool: Sequence[int] = (1, 2),
+        bf16: bool = False,
+        batch: int = 64,
+    ):
+        if not pool or min(pool) < 1 or batch < 1:
+            raise ValueError(f"pool holds sizes of at least 1, and batch is at least 1, got {pool!r} and {batch}")
+        self.pool, self.bf16, self.batch = sorted(set(pool)), bf16, batch
+        self._extractor = _own(network, resolution, normalize, device)
+        module = self._extractor.module
+        self.name = name or (os.fspath(network) if isinstance(network, (str, os.PathLike)) else type(module).__name__)
+        self._shape, self._format, self.scales = tuple(probe.shape[1:]), torch.preserve_format, None
+        self._extractor._check(probe)
+        images = _floats(probe[:1]).to(self.device)
+        self._fit_channels(images)
+        self._stages = Stages(self._network(module), self._prepared(images), taps, count)
+        self._speed_up(images)
+        self.names = self._stages.names
+        self.sizes = [sum(part.shape[1] for part in parts) for parts in self._check_gradient(images)]
+
+    @property
+    def device(self) -> torch.device:
+        return self._extractor.anchor(torch.empty(0)).device
+
+    def maps(self, images: Tensor) -> list[Tensor]:
+        """The stages' maps [B, C, h, w] or vectors [B, D] themselves, differentiable in the images."""
+        if images.dim() != 4 or tuple(images.shape[1:]) != self._shape or not images.is_floating_point():
+            raise ValueError(
+                f"expected floating point images [B, {', '.join(map(str, self._shape))}], as the target's are, got "
+                f"{images.dtype} {list(images.shape)}"
+            )
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            return self._stages(self._prepared(images))
+
+    def fit(self, images: Tensor | Iterable[Tensor]) -> list[Tensor]:
+        """Groups [M, D_g] of the target images [M, C, R, R] (or of several tensors of them, which follow each other);
+        their parts have unit RMS from now on.
+
+        Images are uint8 or floating point in [-1, 1], on any device. Raises ValueError for images of another shape or
+        range, for NaN, with the stage, and for a stage whose features are 0 or the same for all images.
+        """
+        stages = [[] for _ in self.names]
+        with torch.no_grad():
+            for tensor in [images] if isinstance(images, Tensor) else images:
+                for part in tensor.split(self.batch):
+                    self._extractor._check(part)
+                    for stage, parts in zip(stages, self._parts(_floats(part).to(self.device)), strict=True):
+                        stage.append(parts)
+            stages = [[torch.cat(batches) for batches in zip(*stage, strict=True)] for stage in stages]
+            self.scales = [[float(part.double().square().mean().sqrt()) for part in parts] for parts in stages]
+            for name, scales in zip(self.names, self.scales, strict=True):
+                if not all(scales):
+                    raise ValueError(f"the features {name!r} of {self.name} are 0 for all target images: choose taps=")
+            groups = self._joined(stages)
+        for name, group in zip(self.names, groups, strict=True):
+            if len(group) > 1 and (group - group[0]).abs().max() <= _CONSTANT:
+                raise ValueError(
+                    f"the features {name!r} of {self.name} are the same for all {len(group)} target images: give "
+                    f"different images, or other taps="
+                )
+        return groups
+
+    def __call__(self, images: Tensor) -> list[Tensor]:
+        """Groups [B, D_g], float32 (float64 of a float64 network). ValueError for NaN or inf, with the stage."""
+        if self.scales is None:
+            raise ValueError("the scales of these features are not known yet: call fit(target images) first")
+        return self._joined(self._parts(images))
+
+    def _prepared(self, images: Tensor) -> Tensor:
+        """What the network takes, on its device."""
+        anchor = self._extractor.anchor(images)
+        images = images.to(anchor.device, torch.float64 if anchor.dtype == torch.float64 else torch.float32)
+        images = self._extractor.prepare(images, as_saved=False)
+        return images if self._format == torch.preserve_format else images.contiguous(memory_format=self._format)
+
+    def _network(self, module: nn.Module) -> nn.Module:
+        return _Asked(module) if self._extractor.variant == "nvidia" else module
+
+    def _parts(self, images: Tensor) -> list[list[Tensor]]:
+        maps = [m if m.dtype == torch.float64 else m.float() for m in self.maps(images)]
+        with torch.autocast(self.device.type, enabled=False):
+            stages = [self._parts_of(m) for m in maps]
+        sums = torch.stack([sum(part.detach().sum() for part in parts) for parts in stages])
+        if not sums.isfinite().all():  # one transfer
+            bad = self.names[int((~sums.isfinite()).nonzero()[0])]
+            what = "the images hold NaN or inf" if not images.isfinite().all() else "the images do not"
+            raise ValueError(f"the features {bad!r} of {self.name} hold NaN or inf ({what})")
+        return stages
+
+    def _parts_of(self, m: Tensor) -> list[Tensor]:
+        if m.dim() == 2:
+            return [m]
+        size = min(m.shape[2:])
+        variance, mean = torch.var_mean(m, (2, 3), correction=0)
+        parts = [mean] if 1 in self.pool or size == 1 else []
+        if m.shape[2:].numel() > 1:
+            parts.append((variance + _EPSILON).sqrt())
+        return parts + [F.adaptive_avg_pool2d(m, p).flatten(1) for p in self.pool if 1 < p <= size / 2]
+
+    def _joined(self, stages: list[list[Tensor]]) -> list[Tensor]:
+        """Parts of unit RMS side by side; one of p x p fields has p^2 features a channel and is divided by p."""
+        groups = []
+        for parts, scales in zip(stages, self.scales, strict=True):
+            weights = [(parts[0].shape[1] / part.shape[1]) ** 0.5 / s for part, s in zip(parts, scales, strict=True)]
+            groups.append(torch.cat([part * w for part, w in zip(parts, weights, strict=True)], 1))
+        return groups
+
+    def _fit_channels(self, image: Tensor) -> None:
+        """Grey images are repeated where the network takes no other."""
+        extractor, module = self._extractor, self._network(self._extractor.module)
+        for channels in [extractor.channels] + [3] * (extractor.channels is None and image.shape[1] == 1):
+            extractor.channels = channels
+            try:
+                with torch.no_grad(), evaluating(module):
+                    module(self._prepared(image))
+                return
+            except Exception as error:
+                first, cause = str(error).strip().splitlines() or [type(error).__name__], error
+        message = next((line for line in first if "Error" in line), first[0])
+        raise ValueError(
+            f"{self.name} does not take images {list(image.shape[1:])}, resized to {extractor.size or 'no other size'} "
+            f"({message.strip()}): give resolution=, or a network for these images"
+        ) from cause
+
+    def _speed_up(self, image: Tensor) -> None:
+        """Batch norms become part of the convolutions before them, and a CPU takes channels last: a factor of two.
+
+        Where either changes the features, as where a network reads its batch norms by itself, all stays as it was.
+        """
+        plain, x = self._stages.network, torch.cat([image, -image.flip(3)])
+        if isinstance(self._extractor.module, torch.jit.ScriptModule):
+            return
+        with torch.no_grad():
+            before = self.maps(x)
+            fast = fold_batch_norms(plain, self._prepared(x)) or copy.deepcopy(plain)
+            if self.device.type == "cpu":
+                fast.to(memory_format=torch.channels_last)
+                self._format = torch.channels_last
+            self._stages.network = fast
+            try:
+                # Rounding alone, also in half precision; what went wrong is off by its own size.
+                same = all((a - b).norm() <= 1e-2 * b.norm() for a, b in zip(self.maps(x), before, strict=True))
+            except Exception:
+                same = False
+        if same:
+            self._extractor.module = fast
+        else:
+            self._stages.network, self._format = plain, torch.preserve_format
+
+    def _check_gradient(self, images: Tensor) -> list[list[Tensor]]:
+        images = images.clone().requires_grad_()
+        with torch.enable_grad():
+            stages = self._parts(images)
+        for name, parts in zip(self.names, stages, strict=True):
+            slopes = None
+            if all(part.requires_grad for part in parts):
+                (slopes,) = torch.autograd.grad(sum(part.sum() for part in parts), images, retain_graph=True)
+            if slopes is None or not slopes.any():
+                raise ValueError(
+                    f"{self.name} is not differentiable: its features {name!r} pass no gradient to the images; a loss "
+                    f"needs a network that neither rounds nor detaches them"
+                )
+        return stages
+
+
+def _floats(images: Tensor) -> Tensor:
+    return to_float(images) if images.dtype == torch.uint8 else images
+
+
+class _Asked(nn.Module):
+    """A TorchScript network of StyleGAN2-ADA's metrics, asked for features."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.module(x, return_features=True)
+
+
+def _own(network, resolution, normalize, device) -> FeatureExtractor:
+    """An extractor whose network is nobody else's."""
+    if isinstance(network, FeatureExtractor):
+        if resolution is not None or normalize is not None:
+            raise ValueError("a FeatureExtractor has its own resolution and normalize: set them there")
+        extractor = copy.copy(network)
+    elif isinstance(network, nn.Module):
+        extractor = FeatureExtractor(network, resolution=resolution, normalize=normalize)
+    else:
+        extractor = FeatureExtractor(network, resolution=resolution, normalize=normalize, device=device)
+    try:
+        with torch.no_grad():  # a script's tensors would be results of the others
+            module = copy.deepcopy(extractor.module)
+    except RuntimeError as error:
+        raise ValueError(f"{type(network).__name__} cannot be copied ({error}): give a copy of its own") from None
+    for parameter in module.parameters():  # a script has no requires_grad_()
+        parameter.requires_grad_(False)
+    extractor.module = module.eval()
+    if device is not None:
+        module.to(device)
+    return extractor
