@@ -3,5 +3,18 @@
 from .checkpoint import load_mined, load_miner, save_miner
 from .mined import Mined
 from .miner import Miner
+from .prior import PRIORS, default_prior, latent_statistics, own_latents, prior_penalty, project
 
-__all__ = ["Mined", "Miner", "load_mined", "load_miner", "save_miner"]
+__all__ = [
+    "PRIORS",
+    "Mined",
+    "Miner",
+    "default_prior",
+    "latent_statistics",
+    "load_mined",
+    "load_miner",
+    "own_latents",
+    "prior_penalty",
+    "project",
+    "save_miner",
+]

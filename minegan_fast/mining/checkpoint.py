@@ -10,18 +10,19 @@ from .._reading import Contents, read
 from .mined import Mined
 from .miner import Miner
 from .originals import find_original
+from .prior import check_prior
 
 FORMAT = "minegan_fast.miner"
 
 
 def save_miner(path: str | Path, miner: Miner | Mined) -> None:
     """Writes a miner as safetensors, with its constructor's arguments in the metadata; of a `Mined` all but the
-    generator: miner, class miner, learned constant, and where they act."""
+    generator: miner, class miner, learned constant, where they act and the prior."""
     mined = miner if isinstance(miner, Mined) else None
     miner = mined.miner if mined else miner
     tensors, metadata = miner.state_dict(), {"format": FORMAT, "config": json.dumps(miner.config)}
     if mined:
-        metadata["place"] = mined.place
+        metadata |= {"place": mined.place, "prior": mined.prior}
         if mined.class_miner is not None:
             metadata["class_config"] = json.dumps(mined.class_miner.config)
             tensors |= {f"class_miner.{name}": tensor for name, tensor in mined.class_miner.state_dict().items()}
@@ -38,15 +39,15 @@ def load_miner(path: str | Path) -> Miner:
 
 def load_mined(path: str | Path, generator: nn.Module) -> Mined:
     """`generator` behind all that the file of miners holds, in eval mode; see `originals` for what the original code's
-    files hold. ValueError: as `load_miner`, or the miners do not fit the generator."""
-    miner, class_miner, place, constant = _load(path)
+    files hold. A file without a prior has none. ValueError: as `load_miner`, or the miners do not fit the generator."""
+    parts = _load(path)
     try:
-        return Mined(generator, miner, class_miner, place, constant).eval()
+        return Mined(generator, *parts).eval()
     except ValueError as error:
         raise ValueError(f"the miner in {path} does not fit the generator: {error}") from None
 
 
-def _load(path: str | Path) -> tuple[Miner, Miner | None, str, Tensor | None]:
+def _load(path: str | Path) -> tuple[Miner, Miner | None, str, Tensor | None, str]:
     if not Path(path).exists():
         raise FileNotFoundError(f"no miner at {path}; a run keeps its own as last/miner.safetensors")
     contents = read(path)
@@ -61,10 +62,10 @@ def _load(path: str | Path) -> tuple[Miner, Miner | None, str, Tensor | None]:
     if found is None:
         raise ValueError(f"{path} holds no miner; a run keeps its own as last/miner.safetensors")
     miner, class_miner, constant = found
-    return miner, class_miner, "z", constant
+    return miner, class_miner, "z", constant, "none"
 
 
-def _own(contents: Contents) -> tuple[Miner, Miner | None, str, Tensor | None]:
+def _own(contents: Contents) -> tuple[Miner, Miner | None, str, Tensor | None, str]:
     try:
         tensors, metadata = dict(contents.data), contents.metadata
         constant = tensors.pop("constant", None)
@@ -75,7 +76,9 @@ def _own(contents: Contents) -> tuple[Miner, Miner | None, str, Tensor | None]:
             class_miner = Miner(**json.loads(metadata["class_config"]))
             class_miner.load_state_dict({name.partition(".")[2]: tensor for name, tensor in of_class.items()})
             class_miner.eval()
-        return miner.eval(), class_miner, metadata.get("place", "z"), constant
+        place, prior = metadata.get("place", "z"), metadata.get("prior", "none")
+        check_prior(prior, place)
+        return miner.eval(), class_miner, place, constant, prior
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{contents.path}: the miner in it is damaged ({reason}); write it again") from None

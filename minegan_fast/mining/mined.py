@@ -6,6 +6,8 @@ import itertools
 import torch
 from torch import Tensor, nn
 
+from .prior import Whitening, check_prior, latent_statistics, prior_penalty, project
+
 PLACES = ("z", "w")
 
 
@@ -25,6 +27,9 @@ class Mined(nn.Module):
         class_miner: u -> class embedding, for conditional generators: the class is mined in embedding space.
         place: "z" | "w". "w" needs a generator with `mapping(z) -> w` and the keyword `latents`.
         constant: [1, C, 4, 4], copied: takes the place of the generator's learned constant, and trains.
+        prior: "sphere" | "shell" | "moments" | "none": how the mined z or w stays near what the generator was trained
+            on, see `prior`. The sphere is a part of the network, z only; the penalties are for whoever trains.
+        reference: where the generator's own w lie (`prior.own_latents`); the penalties of w need it.
 
     Keywords of the call go to the generator.
     """
@@ -36,13 +41,17 @@ class Mined(nn.Module):
         class_miner: nn.Module | None = None,
         place: str = "z",
         constant: Tensor | None = None,
+        prior: str = "none",
+        reference: Whitening | None = None,
     ):
         super().__init__()
         self.generator, self.miner, self.class_miner, self.place = generator, miner, class_miner, place
+        self.prior, self.reference = prior, reference
         self.constant = None
         name = type(generator).__name__
         if place not in PLACES:
             raise ValueError(f"place must be one of {', '.join(PLACES)}, got {place!r}")
+        check_prior(prior, place)
         if place == "w" and not hasattr(generator, "mapping"):
             raise ValueError(f"{name} has no mapping network, so w cannot be mined in it: take z")
         if class_miner is not None and getattr(generator, "num_classes", None) == 0:
@@ -74,17 +83,40 @@ class Mined(nn.Module):
         return dim
 
     def forward(self, u: Tensor, **keywords) -> Tensor:
+        return self.images(self.latents(u), u, **keywords)
+
+    def latents(self, u: Tensor) -> Tensor:
+        """What the generator gets for u: z [B, latent_dim] after the projection, or w [B, style_dim]; no class."""
+        if self.place == "w":
+            return self.miner(self.generator.mapping(u))
+        return project(self.miner(u), self.prior)
+
+    def images(self, latents: Tensor, u: Tensor, **keywords) -> Tensor:
+        """The images of `latents(u)`; u gives the class embedding."""
         if self.constant is not None:
             keywords = {"constant": self.constant, **keywords}
         if self.place == "w":
-            return self.generator(self.miner(self.generator.mapping(u)), latents=True, **keywords)
-        if self.class_miner is None:
-            return self.generator(self.miner(u), **keywords)
-        return self.generator(self.miner(u), self.class_miner(u), **keywords)
+            return self.generator(latents, latents=True, **keywords)
+        return self.generator(latents, *([] if self.class_miner is None else [self.class_miner(u)]), **keywords)
+
+    def penalty(self, latents: Tensor) -> Tensor:
+        """`prior_penalty` of a batch of `latents(u)`."""
+        self._check_reference()
+        return prior_penalty(latents, self.prior, self.reference)
+
+    def statistics(self, latents: Tensor) -> dict[str, float]:
+        """`latent_statistics` of a batch of `latents(u)`."""
+        self._check_reference()
+        return latent_statistics(latents, self.reference)
+
+    def _check_reference(self) -> None:
+        if self.place == "w" and self.reference is None:
+            raise ValueError("w is compared with the mapping's own: give reference=own_latents(generator, 'w')")
 
     def before(self, generator: nn.Module) -> "Mined":
         """Copies of these miners, before another generator."""
-        return Mined(generator, *copy.deepcopy((self.miner, self.class_miner)), self.place, self.constant)
+        miners = copy.deepcopy((self.miner, self.class_miner))
+        return Mined(generator, *miners, self.place, self.constant, self.prior, self.reference)
 
     def mining_parameters(self) -> list[nn.Parameter]:
         """What mining trains: the parameters of the miners, and the constant."""

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from ..mining import Mined, Miner
 from ..mining.mined import learned_constant
+from ..mining.prior import default_prior, own_latents
 from .config import TransferConfig
 from .randomness import seeded
 
@@ -12,9 +13,10 @@ from .randomness import seeded
 def new_mined(config: TransferConfig, generator: nn.Module) -> Mined:
     """The generator behind new miners.
 
-    The miner of z or w starts as the identity, a mined constant as the generator's own. The class miner starts as an
-    affine map of u whose values have the mean and the covariance of the source's class embeddings, or of those of the
-    labels that `mined_class` names: a single one is the embedding of that class, whatever u is. Of the source's own
+    The miner of z or w starts as the identity (with the prior sphere: as u's direction), a mined constant as the
+    generator's own. What w is compared with is the mapping's distribution now, before it trains. The class miner starts
+    as an affine map of u whose values have the mean and the covariance of the source's class embeddings, or of those of
+    the labels that `mined_class` names: a single one is the embedding of that class, whatever u is. Of the source's own
     distribution that leaves out that classes are points, and independent of z.
 
     ValueError: the source has nothing to mine there, `mined_class` names what is no label of it.
@@ -33,7 +35,8 @@ def new_mined(config: TransferConfig, generator: nn.Module) -> Mined:
             class_miner = Miner(generator.latent_dim, **shape, output_dim=start.shape[1], affine=True)
             class_miner.match(start)
     constant = learned_constant(generator) if config.mine_constant else None
-    return Mined(generator, miner, class_miner, config.mine, constant)
+    prior = getattr(config, "prior", None) or default_prior(generator, config.mine)
+    return Mined(generator, miner, class_miner, config.mine, constant, prior, own_latents(generator, config.mine))
 
 
 def _embeddings(generator: nn.Module) -> Tensor:

@@ -5,6 +5,7 @@ import torch
 from tiny_conditional import Conditional, Critic
 
 import minegan_fast as mf
+from minegan_fast.mining.prior import own_latents, project
 from minegan_fast.models import BigGANDeepGenerator, BigGANGenerator, PGANGenerator, StyleGAN2Generator
 from minegan_fast.training.config import TransferConfig
 from minegan_fast.training.critics import check_fit, new_critic
@@ -19,7 +20,8 @@ def stylegan2():
 def test_before_the_first_step_the_images_are_the_sources(settings):
     generator, u = stylegan2(), torch.randn(3, 6)
     mined = new_mined(TransferConfig(**settings), generator)
-    assert torch.equal(mined(u, noise="none"), generator(u, noise="none"))
+    # the mapping network normalises z itself; that it gets z on the sphere may change the last bit
+    torch.testing.assert_close(mined(u, noise="none"), generator(u, noise="none"))
     assert (mined.constant is not None) == settings.get("mine_constant", False)
 
 
@@ -38,7 +40,7 @@ def test_the_class_miner_starts_at_the_distribution_of_the_classes():
 def test_a_named_class_is_where_its_miner_starts():
     generator, u = Conditional().eval(), torch.randn(4, 6)
     mined = new_mined(TransferConfig(mined_class=2), generator)
-    assert torch.equal(mined(u), generator(u, torch.full((4,), 2)))
+    assert torch.equal(mined(u), generator(project(u, "sphere"), torch.full((4,), 2)))
     two = new_mined(TransferConfig(mined_class="0,3"), generator).class_miner
     a, b = generator.class_embeddings()[[0, 3]]
     y = two(u)
@@ -60,7 +62,8 @@ def test_every_conditional_family_can_start_at_a_class(make):
     mined = new_mined(TransferConfig(mined_class=1), generator)
     u = torch.randn(2, generator.latent_dim)
     # sums over a one-hot row and over an embedding's row may round differently
-    torch.testing.assert_close(mined(u), generator(u, torch.tensor([1, 1])), rtol=1e-5, atol=1e-5)
+    expected = generator(project(u, "sphere"), torch.tensor([1, 1]))
+    torch.testing.assert_close(mined(u), expected, rtol=1e-5, atol=1e-5)
     assert generator.class_embeddings().shape == (3, generator.class_dim)
 
 
@@ -69,10 +72,36 @@ def test_the_miner_of_z_does_not_depend_on_what_else_is_mined():
     assert all(torch.equal(a, b) for a, b in zip(one.miner.parameters(), other.miner.parameters(), strict=True))
 
 
+def test_the_prior_is_the_familys_or_the_settings():
+    for generator in (stylegan2(), Conditional()):
+        assert new_mined(TransferConfig(), generator).prior == "sphere"
+    config = TransferConfig(mine="w")
+    mined = new_mined(config, stylegan2())
+    assert mined.prior == "none"
+    config.prior = "moments"
+    assert new_mined(config, stylegan2()).prior == "moments"
+    config.prior = "sphere"
+    with pytest.raises(ValueError, match="the prior sphere is for z"):
+        new_mined(config, stylegan2())
+
+
+def test_w_is_compared_with_the_mapping_before_it_trains():
+    generator = stylegan2()
+    expected = own_latents(generator, "w")
+    mined = new_mined(TransferConfig(mine="w"), generator)
+    with torch.no_grad():
+        for parameter in generator.parameters():
+            parameter += 1
+    for a, b in zip(mined.reference[:3], expected[:3], strict=True):
+        assert torch.equal(a, b)
+    assert new_mined(TransferConfig(), generator).reference is None
+
+
 def test_new_networks_leave_the_callers_random_state_alone():
     generator, conditional = stylegan2(), Conditional()
     before = torch.get_rng_state()
     new_mined(TransferConfig(), generator)
+    new_mined(TransferConfig(mine="w"), generator)
     new_mined(TransferConfig(), conditional)
     new_critic(generator, seed=0)
     assert torch.equal(torch.get_rng_state(), before)
