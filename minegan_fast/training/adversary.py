@@ -13,7 +13,8 @@ from .losses import critic_loss, generator_loss
 from .machine import Machine
 from .randomness import DataOrder
 
-WARM_UP = 200  # steps of a new critic before it may move the miner: measured, see docs/quality.md
+# Steps of a new critic before it may move the miner, but no more than a quarter of its stage.
+WARM_UP = 200
 
 
 class Adversary:

@@ -91,7 +91,7 @@ class TransferConfig:
     )
     freeze_blocks: int = setting(3, "Blocks nearest to the image that FreezeD freezes.")
     critic_warmup: int | None = setting(
-        None, "Steps that the critic trains alone before it may move the miner. Default: 0, of a new critic 200."
+        None, "Steps that the critic trains alone before it may move the miner. Default: 0; of a new one 200, or a quarter."
     )
     ewc_weight: float = setting(50.0, "Weight of EWC's penalty, of method ewc.")
     mine: str = setting("z", "Where the miner acts: z, or w (behind the mapping network of StyleGAN and StyleGAN2).")

@@ -70,8 +70,10 @@ class Trainer:
         else:
             self.mined.miner.requires_grad_(False)
         self.prior_weight = config.prior_weight if self.mined.prior in ("shell", "moments") else 0.0
-        warm_up = config.critic_warmup if config.critic_warmup is not None else WARM_UP if new_critic else 0
-        first = 0 if config.mining_steps and config.mining_loss != KERNEL else config.mining_steps
+        mines = config.mining_steps and config.mining_loss != KERNEL
+        first, steps = (0, config.mining_steps) if mines else (config.mining_steps, config.finetune_steps)
+        warm_up = min(WARM_UP, steps // 4) if new_critic else 0
+        warm_up = warm_up if config.critic_warmup is None else config.critic_warmup
         self.alone = range(first, first + warm_up)  # the steps in which the critic trains alone
         self.path_length_weight = path_length_weight(config, generator)
         self.path_length_mean = torch.zeros((), device=self.device)
@@ -115,7 +117,7 @@ class Trainer:
         if self.finetuner and self.path_length_weight and number % config.path_length_every == 0:
             self._regularise_path_length(trained)
         if self.elastic:
-            self.elastic.add_gradients(config.ewc_weight * self.scaler.get_scale())
+            self.elastic.add_gradients(config.ewc_weight * float(self._scale))
         return {"loss_G": self.machine.update(loss, *optimizers)}
 
     def _adversarial_step(self, u: Tensor, trained: list[nn.Parameter]) -> Tensor:
@@ -141,7 +143,12 @@ class Trainer:
     def _kernel_backward(self, make, count: int, part: int | None, weight: float) -> Tensor:
         """Of several processes each has a part of the samples, and the distance is of all of them."""
         gather = gathering(self.processes, self.config.batch)
-        return self.kernel.backward(make, count, part, weight * self.scaler.get_scale(), gather, self.processes.size)
+        return self.kernel.backward(make, count, part, weight * self._scale, gather, self.processes.size)
+
+    @property
+    def _scale(self) -> Tensor:
+        """What fp16 scales losses by."""
+        return self.scaler.scale(torch.ones((), device=self.device))
 
     def _regularise_path_length(self, trained: list[nn.Parameter]) -> None:
         """Adds to the gradients. The length that a process compares with is the running mean moved, by a hundredth, by

@@ -179,8 +179,8 @@ class Detached(Features):
     ({"loss_features": "nowhere.pt"}, "nowhere.pt"),
     ({"batch": 1}, "2 generated images"),
     ({"train_critic": "sparse"}, "no critic"),
-    ({"images": torch.zeros(8, 1, 8, 8)}, "equal"),
-    ({"images": torch.rand(1, 1, 8, 8)}, "at least 2"),
+    ({"images": -torch.ones(8, 1, 8, 8)}, "equal"),
+    ({"images": torch.rand(1, 1, 8, 8) - 0.5}, "at least 2"),
 ], ids=lambda v: None if isinstance(v, str) else next(iter(v)))  # fmt: skip
 def test_bad_input_is_named_and_leaves_nothing(kernel_run, settings, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
