@@ -14,10 +14,10 @@ from . import delta, distributed, ema, report, state
 from .holding import Held, check_parameters
 from .leaves import Linked
 from .link import Ledger
-from .neurons import filter_layers, find_layers
+from .neurons import filter_layers, find_layers, split_affine
 from .scores import CRITERIA, WITHOUT_EVIDENCE, BufferCopy, Evidence, check_dense
 from .scoring import collect
-from .selection import Selection, rank, selection_by_hand
+from .selection import SCOPES, Selection, rank, selection_by_hand
 
 
 class SparseFinetuner(torch.optim.Optimizer):
@@ -39,8 +39,11 @@ class SparseFinetuner(torch.optim.Optimizer):
         model: any nn.Module; a wrapper of DataParallel, DDP or torch.compile is looked through.
         lr, betas, eps, weight_decay, momentum: of the optimizer; "adam" | "adamw" | "sgd", equal to torch.optim's.
         density: fraction that trains, 0 < density <= 1, of the neurons or the parameters as `budget` says.
-        criterion: "fisher" | "gradient" | "saliency" | "movement" | "magnitude" | "random"; equations in scores.py.
-        scope: "global": one ranking over all layers | "layer": the same fraction of every layer.
+        criterion: "fisher" | "gradient" | "saliency" | "movement" | "agreement" | "contrast" | "magnitude" | "random";
+            equations in scores.py. "contrast" also needs `with ft.scoring(of="source")`, in drop-in use before the
+            first step.
+        scope: "global": one ranking over all layers | "layer": the same fraction of every layer | "normalised": one
+            ranking of the scores in units of their layer's mean.
         policy: "train_top" | "freeze_top": the lowest-scored fraction trains.
         include, exclude: fnmatch patterns on names of modules; one that matches a module holds for what is inside.
         score_steps: steps that score in drop-in use; a step without any gradient does not count.
@@ -48,6 +51,9 @@ class SparseFinetuner(torch.optim.Optimizer):
         seed: of criterion "random".
         process_group: where given, `step()` averages the gradients over it, which a model under DDP does not need;
             `select()` always agrees over it, or over the default group where torch.distributed is initialised.
+        affine: whether the parameters that are one number per neuron (biases, gains and shifts of norms, strengths of
+            noise) train in all neurons; the selection and density then are about the rest, the rows of weights, and
+            `select({})` trains the affine ones alone.
 
     ValueError/TypeError where an argument is out of range or no neuron is left to train.
     """
@@ -75,12 +81,13 @@ class SparseFinetuner(torch.optim.Optimizer):
         ema_decay: float | None = None,
         seed: int = 0,
         process_group=None,
+        affine: bool = False,
     ):
         for name, value, allowed in (
             ("optimizer", optimizer, OPTIMIZERS),
             ("budget", budget, ("neurons", "parameters")),
             ("criterion", criterion, CRITERIA),
-            ("scope", scope, ("global", "layer")),
+            ("scope", scope, SCOPES),
             ("policy", policy, ("train_top", "freeze_top")),
         ):
             if value not in allowed:
@@ -106,6 +113,10 @@ class SparseFinetuner(torch.optim.Optimizer):
         ):
             if not fits:
                 raise ValueError(f"{name} must be {what}, got {value!r}")
+        if criterion == "agreement" and score_steps < 2:
+            raise ValueError("criterion 'agreement' compares gradients: score_steps must be at least 2, got 1")
+        if not isinstance(affine, bool):
+            raise TypeError(f"affine must be True or False, got {affine!r}")
         if not isinstance(model, nn.Module):
             raise TypeError(
                 f"model must be an nn.Module, got {type(model).__name__}; pass the model, not its parameters"
@@ -113,6 +124,8 @@ class SparseFinetuner(torch.optim.Optimizer):
         self.model = distributed.unwrap(model)
         check_parameters(self.model)
         self.layers = filter_layers(find_layers(self.model), include, exclude)
+        if affine:
+            self.layers = split_affine(self.layers)
         self.held = Held(self.model, self.layers)
         self.optimizer, self.density, self.budget, self.scope, self.policy = optimizer, density, budget, scope, policy
         self.score_steps, self.ema_decay, self.process_group = score_steps, ema_decay, process_group
@@ -137,26 +150,28 @@ class SparseFinetuner(torch.optim.Optimizer):
         return self.held.selection
 
     @contextmanager
-    def scoring(self, reduction: str = "mean", samples: int | None = None):
+    def scoring(self, reduction: str = "mean", samples: int | None = None, of: str = "target"):
         """Every backward() inside is evidence; no weight moves and no gradient stays.
 
-        For "fisher" the pieces of evidence are samples: a backward() of a batch's loss counts as one of each sample's
-        own, without a loop over them. Where a parameter meets the samples in a linear layer, an embedding of one label
-        a sample, a convolution, a bias, an affine, or a normalisation's affine this is exact, also if it is scaled,
-        normalised or shared before, and as far as the samples do not act on each other (batch norm in training mode,
-        minibatch statistics). Anywhere else (an embedding of sequences, attention's and recurrent layers' own
-        functions, a gradient of a gradient), and where axis 0 of the layer's input is not the batch, the square of the
-        summed gradient stands for the sum of the squares, which is its mean where the samples' gradients are
-        independent around zero; a UserWarning names these parameters.
+        For "fisher", "agreement" and "contrast" the pieces of evidence are samples: a backward() of a batch's loss
+        counts as one of each sample's own, without a loop over them. Where a parameter meets the samples in a linear
+        layer, an embedding of one label a sample, a convolution, a bias, an affine, or a normalisation's affine this is
+        exact, also if it is scaled, normalised or shared before, and as far as the samples do not act on each other
+        (batch norm in training mode, minibatch statistics). Anywhere else (an embedding of sequences, attention's and
+        recurrent layers' own functions, a gradient of a gradient), and where axis 0 of the layer's input is not the
+        batch, the square of the summed gradient stands for the sum of the squares, which is its mean where the samples'
+        gradients are independent around zero; a UserWarning names these parameters.
 
         The other criteria take the gradient that a backward() brings as one piece. For "movement" each is one dense
         step, and leaving the block gives parameters and buffers their old bits back. Evidence of several blocks adds up
         until a selection uses it.
 
         Args:
-            reduction: what the loss does with the samples' losses: "mean" | "sum". Only "fisher" has to know.
+            reduction: what the loss does with the samples' losses: "mean" | "sum". Only these three have to know.
             samples: how many are in each loss; None: as many as axis 0 of the layers' inputs has entries. 1 takes the
                 gradient of each backward() as one piece, whatever the batch.
+            of: whose samples they are: "target" | "source", which "contrast" alone compares; in any order. A selection
+                uses up both.
         """
         self._check_usable("scoring()")
         if self._scoring:
@@ -165,12 +180,20 @@ class SparseFinetuner(torch.optim.Optimizer):
             raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
         if samples is not None and not (isinstance(samples, int) and samples >= 1):
             raise ValueError(f"samples must be an integer of at least 1, or None, got {samples!r}")
+        if of not in ("target", "source"):
+            raise ValueError(f"of must be 'target' or 'source', got {of!r}")
+        if of == "source" and self.evidence.source is None:
+            raise ValueError(
+                f"only criterion 'contrast' looks at the source's samples, this one is {self.criterion!r}; build the "
+                "optimizer with criterion='contrast', or leave this block out"
+            )
         if self.evidence_used:
             self.evidence.clear()
             self.evidence_used = False
+        self._finish_movement()
         self._scoring = True
         try:
-            with collect(self, reduction, samples):
+            with collect(self, self.evidence if of == "target" else self.evidence.source, reduction, samples):
                 yield self
         finally:
             self._scoring = False

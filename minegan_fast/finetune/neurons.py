@@ -34,6 +34,7 @@ class Layer:
     name: str
     members: list[Member]
     conflict: str = ""  # why it cannot train by neurons
+    always: bool = False  # all of its neurons train, whatever their scores
 
     @property
     def neurons(self) -> int:
@@ -210,3 +211,14 @@ def filter_layers(layers: list[Layer], include, exclude) -> list[Layer]:
         if layer.conflict:
             raise ValueError(layer.conflict)
     return kept
+
+
+def split_affine(layers: list[Layer]) -> list[Layer]:
+    """The layers with the parameters that are one number per neuron in layers of their own, which always train."""
+    result = []
+    for layer in layers:
+        for always in (False, True):
+            members = [m for m in layer.members if (m.parameter.numel() == layer.neurons) is always]
+            if members:
+                result.append(Layer(members[0].name, members, always=always))
+    return result

@@ -222,10 +222,11 @@ def samples_of(uses: list[Use]) -> int:
 
 
 def square_sums(evidence, member, uses: list[Use], batch: int, factor: float):
-    """Adds Σ_b |Σ_uses share_b|² of a member to the evidence, some samples at a time."""
-    root = member.parameter
-    if len(uses) == 1 and uses[0].squares is not None and member.axis == 0 and uses[0].value.shape == root.shape:
-        evidence.add_squares(member, uses[0].squares() * factor**2)
+    """Adds Σ_b |Σ_uses share_b|² of a member to the evidence, and Σ_b Σ_uses share_b where it wants that too; some
+    samples at a time."""
+    root, squares = member.parameter, None if evidence.summed else uses[0].squares
+    if len(uses) == 1 and squares is not None and member.axis == 0 and uses[0].value.shape == root.shape:
+        evidence.add_squares(member, squares() * factor**2)
         return
     step = max(1, CHUNK_BYTES // (4 * root.numel()))
     for begin in range(0, batch, step):

@@ -1,4 +1,4 @@
-"""How a weight is followed from its parameter to where it meets the samples, while "fisher" is scored by batches.
+"""How a weight is followed from its parameter to where it meets the samples, while batches are scored by sample.
 
 During `with ft.scoring():` the candidates are `Sampled` parameters, and what is computed from them alone is `Derived`.
 Where one of either meets other data in a linear layer, a convolution, a sum or product broadcast over the samples, a

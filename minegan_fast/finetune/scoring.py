@@ -11,14 +11,15 @@ from . import distributed
 from .leaves import Linked
 from .per_sample import Use, samples_of, square_sums
 from .sampled import Sampled, Trail
-from .scores import BufferCopy, check_dense
+from .scores import BY_SAMPLE, BufferCopy, Evidence, check_dense
 
 PENDING_BYTES = 32 << 20  # of gradients that wait to be reduced together
 
 
 @contextmanager
-def collect(ft, reduction: str, samples: int | None):
+def collect(ft, evidence: Evidence, reduction: str, samples: int | None):
     """Makes every candidate parameter dense and trainable for the block, and takes each gradient when it is complete.
+    What they show goes to `evidence`.
 
     Afterwards the selection, requires_grad, gradients and, for "movement", parameters and buffers are as before.
     """
@@ -35,14 +36,14 @@ def collect(ft, reduction: str, samples: int | None):
     buffers = None
     if ft.criterion == "movement":
         buffers = BufferCopy(ft.model)
-        ft.evidence.begin_movement()
-    passes = Passes(ft, members, reduction, samples)
+        evidence.begin_movement()
+    passes = Passes(ft, evidence, members, reduction, samples)
     handles = []
     for p in members:
         p.requires_grad_(True)
         p.grad = None
         handles.append(p.register_post_accumulate_grad_hook(passes.take))
-    kinds = passes.follow() if ft.criterion == "fisher" and samples != 1 else {}
+    kinds = passes.follow() if ft.criterion in BY_SAMPLE and samples != 1 else {}
     try:
         yield
     finally:
@@ -53,7 +54,7 @@ def collect(ft, reduction: str, samples: int | None):
         for handle in handles:
             handle.remove()
         if buffers is not None:
-            ft.evidence.end_movement()
+            evidence.end_movement()
             buffers.restore(ft.model)
         for p, flag in flags.items():
             p.requires_grad_(flag)
@@ -81,8 +82,9 @@ class Passes:
     whose shares of the samples have arrived}, expected: how many will.
     """
 
-    def __init__(self, ft, members, reduction, samples):
-        self.ft, self.members, self.reduction, self.samples = ft, members, reduction, samples
+    def __init__(self, ft, evidence, members, reduction, samples):
+        self.ft, self.evidence, self.members = ft, evidence, members
+        self.reduction, self.samples = reduction, samples
         self.task, self.closed, self.pending, self.bytes, self.state = None, False, [], 0, {}
         self.uses: weakref.WeakSet = weakref.WeakSet()
         self.sinks: dict[nn.Parameter, object] = {}
@@ -125,12 +127,12 @@ class Passes:
             return
         self._forget()
         self.task, self.pending, self.bytes = task, [], 0
-        self.before = dict(self.ft.evidence.totals)
+        self.before = self.evidence.snapshot()
         # weights may move only when the whole pass is done: the layers still to come read them
         torch.autograd.Variable._execution_engine.queue_callback(self._finish)
         nodes = [node for node in self.uses if torch._C._will_engine_execute_node(node)]
         found = [use for node in nodes for use in node.found]
-        if self.ft.criterion == "fisher":
+        if self.ft.criterion in BY_SAMPLE:
             told = self.samples or samples_of(found)
             self.unknown, self.batch = told == 0, max(told, 1)
             self.factor = self.batch if self.reduction == "mean" else 1.0
@@ -155,7 +157,7 @@ class Passes:
         for root in use.roots:
             if len(self.waiting[root]) == self.expected[root]:
                 uses = self.waiting.pop(root)
-                square_sums(self.ft.evidence, self.members[root], uses, self.batch, self.factor)
+                square_sums(self.evidence, self.members[root], uses, self.batch, self.factor)
                 for done in uses:
                     if self.waiting.keys().isdisjoint(done.roots):
                         done.release()
@@ -179,7 +181,7 @@ class Passes:
             self._flush()
 
     def _flush(self):
-        self.ft.evidence.add(self.pending, self.factor)
+        self.evidence.add(self.pending, self.factor)
         self.pending, self.bytes = [], 0
 
     def _finish(self):
@@ -190,13 +192,13 @@ class Passes:
                 member.parameter.grad = None
         else:
             self._flush()
-        self.ft.evidence.count += self.batch
+        self.evidence.count += self.batch
         self.ft.evidence.by_batch |= self.by_batch
-        self.task, self.pending = None, []
+        self.task, self.pending, self.before = None, [], None
         self._forget()
 
     def close(self):
         """Takes back what a pass that failed has added."""
         self.closed = True
         if self.task is not None:
-            self.ft.evidence.totals = self.before
+            self.evidence.restore(self.before)

@@ -12,6 +12,7 @@ def describe(ft) -> dict:
     return {
         "selection": selection and {"rows": dict(selection.rows), "sizes": dict(selection.sizes)},
         "optimizer": ft.optimizer,
+        "affine": any(layer.always for layer in ft.layers),
         "evidence": ft.evidence.state_dict(),
         "evidence_used": ft.evidence_used,
         "buffers": dict(ft.buffers.copies) if ft.buffers and selection is None else None,
@@ -27,6 +28,9 @@ def check(ft, state_dict: dict) -> Selection | None:
     if not isinstance(state_dict, dict) or "neurons" not in state_dict:
         raise ValueError("this state dict is not a SparseFinetuner's; load it into the optimizer that it came from")
     neurons = state_dict["neurons"]
+    affine, own = neurons.get("affine", False), any(layer.always for layer in ft.layers)
+    if affine != own:
+        raise ValueError(f"the state dict is of affine={affine}, this optimizer has {own}; build it with the same one")
     saved = neurons["selection"]
     if saved is not None:
         saved = Selection(saved["rows"], {name: tuple(size) for name, size in saved["sizes"].items()}, ft.budget)

@@ -1,4 +1,4 @@
-"""Fisher by its definition, and what a scoring() block gives and warns of."""
+"""Fisher and agreement by their definition, and what a scoring() block gives and warns of."""
 
 import copy
 import warnings
@@ -13,9 +13,9 @@ def loss_of(net, x, reduction="mean"):
     return losses.mean() if reduction == "mean" else losses.sum()
 
 
-def scored(net, batches, loss=loss_of, **options):
+def scored(net, batches, loss=loss_of, criterion="fisher", **options):
     """Scores and the names in the warning."""
-    ft = SparseFinetuner(net)
+    ft = SparseFinetuner(net, criterion=criterion)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         with ft.scoring(**options):
@@ -28,11 +28,13 @@ def scored(net, batches, loss=loss_of, **options):
     return ft.scores(), named
 
 
-def one_by_one(net, batches, loss=loss_of):
-    """By the definition, with plain autograd: the mean over samples of the squared gradient, summed over neurons."""
+def one_by_one(net, batches, loss=loss_of, criterion="fisher"):
+    """By the definition, with plain autograd: the mean over samples of the squared gradient, summed over neurons; for
+    "agreement" the squared mean gradient over that."""
     net = copy.deepcopy(net)
     ft = SparseFinetuner(net)
-    totals = {layer.name: torch.zeros(layer.neurons, dtype=torch.float64) for layer in ft.layers}
+    fisher = {layer.name: torch.zeros(layer.neurons, dtype=torch.float64) for layer in ft.layers}
+    means = {m.name: 0 for layer in ft.layers for m in layer.members}
     samples = [x for batch in batches for x in batch.split(1)]
     for x in samples:
         net.zero_grad()
@@ -42,8 +44,12 @@ def one_by_one(net, batches, loss=loss_of):
                 if m.parameter.grad is not None:
                     g = m.parameter.grad.double()
                     g = g.movedim(m.axis, 0).flatten(1) if g.dim() > 1 else g.reshape(-1, 1)
-                    totals[layer.name] += g.square().sum(1) / len(samples)
-    return {name: total.float() for name, total in totals.items()}
+                    fisher[layer.name] += g.square().sum(1) / len(samples)
+                    means[m.name] = means[m.name] + g / len(samples)
+    if criterion == "fisher":
+        return {name: total.float() for name, total in fisher.items()}
+    norms = {x.name: sum(means[m.name].square().sum(1) for m in x.members) for x in ft.layers}
+    return {name: (norm / fisher[name]).nan_to_num().float() for name, norm in norms.items()}
 
 
 def assert_equal(scores, expected, rtol=2e-6, but=()):

@@ -138,6 +138,17 @@ def without_ddp():
     ft.verify()
 
 
+def by_sample(criterion: str, part):
+    """Evidence of samples that are unevenly divided: one rank's alone would not do for "agreement"."""
+    net = build("mlp")
+    ft = SparseFinetuner(net, criterion=criterion, **ARGUMENTS)
+    for of in ("source", "target") if criterion == "contrast" else ("target",):
+        with ft.scoring(of=of):
+            net(part(data(4, seed=len(of)))).square().mean().backward()
+    ft.select()
+    return net.state_dict(), ft.selection.rows, ft.scores()
+
+
 def selections_by_hand():
     ft = SparseFinetuner(build("mlp"))
     with pytest.raises(RuntimeError, match="different selections"):
@@ -156,6 +167,7 @@ def main(rank: int, folder: str):
         "after": ddp_after_the_selection(folder),
         "begun by one": begun_by_one(folder),
         "accumulation": accumulation(),
+        **{name: by_sample(name, lambda x: x[:3] if rank == 0 else x[3:]) for name in ("agreement", "contrast")},
     }
     without_ddp()
     selections_by_hand()

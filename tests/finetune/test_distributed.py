@@ -60,6 +60,15 @@ def test_two_processes_equal_one(folder, name):
     assert_same_weights(state, net.state_dict())
 
 
+@pytest.mark.parametrize("criterion", ["agreement", "contrast"])
+def test_evidence_of_two_processes_is_that_of_one(folder, criterion):
+    _, rows, scores = torch.load(folder / "results.pt", weights_only=True)[criterion]
+    _, expected_rows, expected = ranks.by_sample(criterion, lambda x: x)
+    assert {n: r.tolist() for n, r in rows.items()} == {n: r.tolist() for n, r in expected_rows.items()}
+    for layer, score in expected.items():
+        torch.testing.assert_close(scores[layer], score, rtol=1e-6, atol=0)
+
+
 def test_one_process_goes_on_where_two_stopped(folder):
     state, optimizer = torch.load(folder / "two.pt", weights_only=True)
     net = build("mlp")

@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from sample_networks import assert_same, build, data
+from test_scores import see_the_source
 from torch import nn
 
 from minegan_fast.finetune import SparseFinetuner
@@ -49,6 +50,7 @@ def test_a_run_resumes_to_the_bit(criterion, optimizer):
 
     torch.manual_seed(0)
     whole = make()
+    see_the_source(whole[2], [data(seed=20)])
     states = []
     for i in range(9):
         states.append(

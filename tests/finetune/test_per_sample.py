@@ -1,4 +1,4 @@
-"""Fisher of a batch equals that of its samples one by one where their uses are followed, and it is said where not."""
+"""Fisher and agreement of a batch equal those of its samples one by one where their uses are followed."""
 
 import pytest
 import torch
@@ -110,10 +110,20 @@ def test_a_batch_is_its_samples(name, reduction):
     assert_equal(scores, one_by_one(make(name), batches))
 
 
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_samples_of_a_batch_agree_as_they_do_alone(name):
+    batches = [data(4), data(3, seed=2)]
+    scores, named = scored(make(name), batches, criterion="agreement")
+    assert named == set()
+    assert_equal(scores, one_by_one(make(name), batches, criterion="agreement"))
+
+
+@pytest.mark.parametrize("criterion", ["fisher", "agreement"])
 @pytest.mark.parametrize("name", ["conv2d", "twice", "weight norm", "linear on sequences"])
-def test_some_samples_at_a_time(name, monkeypatch):
+def test_some_samples_at_a_time(name, criterion, monkeypatch):
     monkeypatch.setattr(per_sample, "CHUNK_BYTES", 1)
-    assert_equal(scored(make(name), [data(5)])[0], one_by_one(make(name), [data(5)]))
+    scores, _ = scored(make(name), [data(5)], criterion=criterion)
+    assert_equal(scores, one_by_one(make(name), [data(5)], criterion=criterion))
 
 
 def generator():

@@ -7,7 +7,7 @@ import torch
 from sample_networks import NETWORKS, assert_same, build, data
 
 from minegan_fast.finetune import SparseFinetuner
-from minegan_fast.finetune.scores import CRITERIA
+from minegan_fast.finetune.scores import BY_SAMPLE, CRITERIA
 
 
 def per_neuron(ft, tensors):
@@ -32,8 +32,23 @@ def gradients(net, pieces):
     return result
 
 
-def expected(criterion, ft, net, pieces, lr=1e-2):
+def see_the_source(ft, batches):
+    """The source's evidence, which "contrast" alone takes, one piece a batch."""
+    if ft.criterion == "contrast":
+        with ft.scoring(of="source", samples=1):
+            for x in batches:
+                ft.model(x).square().mean().backward()
+
+
+def expected(criterion, ft, net, pieces, lr=1e-2, source=()):
     w = {n: p.detach() for n, p in net.named_parameters()}
+    if criterion == "contrast":
+        target, own = (expected("fisher", ft, net, some) for some in (pieces, source))
+        overall = torch.cat(list(own.values())).mean()  # stands in where the source's samples do not reach a layer
+        return {n: f / (own[n] + 0.01 * (own[n].mean() if own[n].any() else overall)) for n, f in target.items()}
+    if criterion == "agreement":
+        mean, fisher = (expected(c, ft, net, pieces) for c in ("gradient", "fisher"))
+        return {n: (m.square() / fisher[n]).nan_to_num() for n, m in mean.items()}
     g = gradients(net, pieces)
     mean = {n: sum(piece[n] for piece in g) / len(g) for n in w}
     if criterion == "fisher":
@@ -61,10 +76,12 @@ def test_scoring_block(name, criterion):
     net = build(name).eval()
     pieces = list(data(4).split(1))
     ft = SparseFinetuner(net, lr=1e-2, criterion=criterion)
+    source = list(data(3, seed=7).split(1))
+    see_the_source(ft, source)
     with ft.scoring(samples=1 if name == "constant" else None):  # it has no layer whose input tells their number
         for x in pieces:
             net(x).square().mean().backward()
-    scores, want = ft.scores(), expected(criterion, ft, net, pieces)
+    scores, want = ft.scores(), expected(criterion, ft, net, pieces, source=source)
     assert scores.keys() == want.keys() == {layer.name for layer in ft.layers}
     for layer, score in scores.items():
         assert (score.dtype, score.device.type) == (torch.float32, "cpu")
@@ -77,10 +94,12 @@ def test_drop_in_steps_score_alike(criterion):
     net, twin = build("convolutions"), build("convolutions")
     pieces = list(data(4).split(2))
     by_hand = SparseFinetuner(twin, lr=1e-2, criterion=criterion, density=0.3, seed=5)
+    see_the_source(by_hand, [data(3, seed=7)])
     with by_hand.scoring(samples=1):
         for x in pieces:
             twin(x).square().mean().backward()
     ft = SparseFinetuner(net, lr=1e-2, criterion=criterion, density=0.3, seed=5, score_steps=2)
+    see_the_source(ft, [data(3, seed=7)])
     for i, x in enumerate(pieces):
         assert ft.selection is None
         ft.zero_grad()
@@ -125,7 +144,7 @@ def test_scoring_leaves_nothing_behind(criterion, samples, selected):
     with ft.scoring(samples=samples):
         for seed in (1, 2):
             net(data(seed=seed)).square().mean().backward()
-    assert ft.evidence.count == 3 * (3 if criterion == "fisher" and samples is None else 1)
+    assert ft.evidence.count == 3 * (3 if criterion in BY_SAMPLE and samples is None else 1)
     assert {p: p.requires_grad for p in net.parameters()} == flags
     for p, kept in grads.items():
         assert p.grad is (None if kept is None else kept[0])
@@ -175,6 +194,18 @@ def test_movement_that_is_cut_short_restores_too(end):
         ft.release()
     else:
         ft.select({"1.weight": [0]})
+    assert_same(net, build("mlp"))
+
+
+def test_movement_in_a_block_ends_that_of_the_steps():
+    """What the drop-in steps moved is measured and taken back before the block's own steps."""
+    net = build("mlp")
+    ft = SparseFinetuner(net, lr=0.1, criterion="movement", score_steps=9)
+    net(data()).square().mean().backward()
+    ft.step()
+    with ft.scoring():
+        assert_same(net, build("mlp"))
+        net(data(seed=2)).square().mean().backward()
     assert_same(net, build("mlp"))
 
 

@@ -20,8 +20,8 @@ LAYERS = layers(b=(3, 10), a=(4, 2), c=(1,))
 SCORES = {"a": torch.tensor([5.0, 1, 5, 0]), "b": torch.tensor([5.0, 7, 2]), "c": torch.tensor([3.0])}
 
 
-def ranked(density, budget="neurons", scope="global", policy="train_top"):
-    selection = rank(SCORES, LAYERS, density, budget, scope, policy)
+def ranked(density, budget="neurons", scope="global", policy="train_top", scores=SCORES):
+    selection = rank(scores, LAYERS, density, budget, scope, policy)
     return {n: r.tolist() for n, r in selection.rows.items()}
 
 
@@ -44,6 +44,34 @@ def test_layer_scope_trains_the_same_fraction_of_each():
     assert ranked(0.5, scope="layer") == {"a": [0, 2], "b": [0, 1], "c": [0]}
     assert ranked(0.01, scope="layer", budget="parameters") == {"a": [0], "b": [1], "c": [0]}
     assert ranked(0.34, scope="layer", policy="freeze_top") == {"a": [3], "b": [2], "c": [0]}
+
+
+def test_normalised_scores_are_compared_in_units_of_their_layers_mean():
+    # a 20/11, 4/11, 20/11, 0; b 15/14, 21/14, 6/14; c 1
+    assert ranked(3 / 8, scope="normalised") == {"a": [0, 2], "b": [1]}
+    assert ranked(5 / 8, scope="normalised") == {"a": [0, 2], "b": [0, 1], "c": [0]}
+    for scale in (1e-6, 1e6):
+        scaled = {"a": SCORES["a"] * scale, "b": SCORES["b"], "c": SCORES["c"] / scale}
+        for k in range(1, 9):
+            assert ranked(k / 8, scope="normalised", scores=scaled) == ranked(k / 8, scope="normalised")
+    assert ranked(10 / 39, "parameters", "normalised") == {"a": [0, 2], "b": [1]}
+    assert ranked(2 / 8, scope="normalised", policy="freeze_top") == {"a": [1, 3]}
+    none = SCORES | {"b": torch.zeros(3)}  # no gradient has reached it
+    assert ranked(5 / 8, scope="normalised", scores=none) == {"a": [0, 1, 2, 3], "c": [0]}
+
+
+def test_the_control_has_as_many_neurons_in_every_layer():
+    selection = SparseFinetuner(build("convolutions"), criterion="random", budget="parameters", density=0.4).select()
+    controls = [selection.shuffled(seed) for seed in (0, 0, 1)]
+    for control in controls:
+        assert control.counts() == selection.counts()
+        assert control.density == selection.density
+        assert all(r.tolist() == sorted(set(r.tolist())) for r in control.rows.values())
+        assert SparseFinetuner(build("convolutions")).select(control) == control
+    assert controls[0] == controls[1] != controls[2]
+    assert selection not in controls
+    drawn = torch.cat([Selection({"a": torch.arange(3)}, {"a": (10, 1)}).shuffled(i).rows["a"] for i in range(1000)])
+    assert (drawn.bincount() / 1000 - 0.3).abs().max() < 0.06  # four deviations of a fair draw
 
 
 def test_parameter_budget_is_reached_and_exceeded_by_less_than_a_neuron():
