@@ -15,9 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from .loss_features import LossFeatures
-from .randomness import seeded
-
 WIDTH = 64
 _EPSILON = 1e-6
 
@@ -80,12 +77,6 @@ class FeatureCritic(nn.Module):
         copied = type(self).__new__(type(self))
         copied.__dict__ = copy.deepcopy(self.__dict__, memo)
         return copied
-
-
-def feature_critic(features: LossFeatures, generator: nn.Module, seed: int) -> FeatureCritic:
-    """An untrained critic of the generator's images on the stages of these features."""
-    with seeded(seed, "critic"):
-        return FeatureCritic(features.maps, generator.resolution, getattr(generator, "image_channels", 3))
 
 
 def _head(channels: int, width: int, dropout: float) -> nn.Sequential:
