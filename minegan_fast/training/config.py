@@ -10,15 +10,15 @@ from typing import Any, get_args
 
 from .._files import atomic_path
 from ..finetune.scores import CRITERIA
+from ..finetune.selection import SCOPES
 from ..mining.mined import PLACES
+from ..mining.prior import PRIORS
 from .augment import parse_policy
 from .losses import LOSSES
 from .methods import KERNEL, METHODS, chosen
 
 CRITIC_TRAINING = ("all", "sparse", "freezed")
 PRECISIONS = ("fp32", "bf16", "fp16")
-SCOPES = ("global", "layer", "normalised")
-PRIORS = ("sphere", "shell", "moments", "none")
 METRICS = ("fid", "kid", "kmmd", "mv", "diversity")
 # May differ when a run is resumed: they do not change what is computed at a step that both runs make.
 FREE_ON_RESUME = ("device", "mining_steps", "finetune_steps", "patience", "keep", "log_every")
@@ -74,10 +74,15 @@ class TransferConfig:
     budget: str | None = setting(None, "What density counts: neurons, parameters. Default: neurons.")
     criterion: str | None = setting(None, f"Neurons' score: {', '.join(CRITERIA)}. Default: fisher.")
     scope: str | None = setting(
-        None, f"Which neurons compete: {', '.join(SCOPES)}. Default: global, one ranking over all layers."
+        None,
+        "Which neurons compete: those of all layers (global), of each layer (layer), of all in units of their layer's "
+        "mean score (normalised). Default: global.",
     )
     policy: str | None = setting(
         None, "train_top: the highest scored train; freeze_top: the lowest scored. Default: train_top."
+    )
+    affine: bool | None = setting(
+        None, "Whether gains, shifts and biases of all neurons train, whatever is selected. Default: no."
     )
     score_samples: int = setting(64, "Generated images that score the neurons.")
     reselect_every: int = setting(0, "Score and select anew after so many steps of stage 2; 0: never.")
@@ -91,7 +96,8 @@ class TransferConfig:
     )
     freeze_blocks: int = setting(3, "Blocks nearest to the image that FreezeD freezes.")
     critic_warmup: int | None = setting(
-        None, "Steps that the critic trains alone before it may move the miner. Default: 0; of a new one 200, or a quarter."
+        None,
+        "Steps that the critic trains alone before it may move the miner. Default: 0; of a new one 200, or a quarter.",
     )
     ewc_weight: float = setting(50.0, "Weight of EWC's penalty, of method ewc.")
     mine: str = setting("z", "Where the miner acts: z, or w (behind the mapping network of StyleGAN and StyleGAN2).")
@@ -215,7 +221,12 @@ class TransferConfig:
         parse_policy(self.augment)
 
     def _check_critic(self) -> None:
-        """What needs a critic, and has none under mmd."""
+        """What needs a critic, and has none under mmd; what cannot choose its neurons."""
+        if self.train_critic == "sparse" and self.criterion == "contrast":
+            raise ValueError(
+                "criterion contrast compares with the source's own samples, which say nothing of a critic's neurons: "
+                "take another criterion, or train_critic all"
+            )
         if self.adversarial:
             return
         if self.train_critic != "all":
@@ -225,6 +236,8 @@ class TransferConfig:
             )
         if self.mmd_weight:
             raise ValueError("mmd_weight is for a kernel distance beside an adversarial loss; the loss is mmd alone")
+        if self.criterion in ("agreement",) and self.score_samples < 2:
+            raise ValueError("criterion agreement compares samples: set score_samples to 2 or more")
         if self.batch < 2:
             raise ValueError("batch is 1, but an unbiased kernel distance needs 2 generated images at least")
 

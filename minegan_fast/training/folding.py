@@ -10,7 +10,6 @@ from collections import Counter
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
-from torch.nn.utils.parametrize import is_parametrized
 
 
 def fold_batch_norms(network: nn.Module, x: Tensor) -> nn.Module | None:
@@ -50,7 +49,8 @@ def _pairs(network: nn.Module, x: Tensor) -> list[tuple[nn.Conv2d, str]]:
         return read
 
     for path, module in network.named_modules():
-        if isinstance(module, nn.Conv2d) and not is_parametrized(module) and owners[id(module.weight)] == 1:
+        # A weight that is computed from others, as by weight norm, is nobody's parameter.
+        if isinstance(module, nn.Conv2d) and owners[id(module.weight)] == 1:
             handles.append(module.register_forward_hook(convolved))
         elif isinstance(module, nn.BatchNorm2d) and module.running_mean is not None and not module.training:
             handles.append(module.register_forward_pre_hook(normalised(path)))
@@ -61,5 +61,4 @@ def _pairs(network: nn.Module, x: Tensor) -> list[tuple[nn.Conv2d, str]]:
         for handle in handles:
             handle.remove()
     times = Counter(conv for conv, _ in readers)
-    once = [(c, path) for c, path in readers if calls[c] == times[c] == calls[network.get_submodule(path)] == 1]
-    return [(conv, path) for conv, path in once if not conv._forward_pre_hooks]
+    return [(c, path) for c, path in readers if calls[c] == times[c] == calls[network.get_submodule(path)] == 1]

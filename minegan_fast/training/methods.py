@@ -13,7 +13,8 @@ generator too. They differ in whether there is a miner, and in what of the gener
     mined         nothing: stage 1 alone               MineGAN without finetuning, Wang et al. 2020, arXiv 1912.05270
     minegan       all                                  MineGAN
     minegan++     the neurons that matter for the target                Wang et al. 2021, arXiv 2104.13742
-    random        random neurons, as many parameters: the control of minegan++
+    random        random neurons, as many parameters: a control of minegan++
+    shuffled      random neurons, as many of every layer as minegan++ chooses: its stricter control
 """
 
 from typing import Any
@@ -36,12 +37,13 @@ _DENSE = {"density": 1.0, "budget": "neurons"}
 METHODS: dict[str, dict[str, Any]] = {
     "minegan++": {},
     "random": {"criterion": "random", "budget": "parameters"},
+    "shuffled": {},
     "minegan": _DENSE,
     "mined": {"finetune_steps": 0},
     "transfergan": {**_WITHOUT_MINER, **_DENSE},
     "scratch": {**_WITHOUT_MINER, **_DENSE},
     "freezed": {**_WITHOUT_MINER, **_DENSE, "train_critic": "freezed"},
-    "scale_shift": {**_WITHOUT_MINER, **_DENSE},
+    "scale_shift": {**_WITHOUT_MINER, "affine": True},
     "ewc": {**_WITHOUT_MINER, **_DENSE},
     "freeze_top": {**_WITHOUT_MINER, "policy": "freeze_top", "density": 0.5},
 }
@@ -49,7 +51,7 @@ METHODS: dict[str, dict[str, Any]] = {
 # What no method and no loss has a reason to choose otherwise.
 _COMMON = {
     "train_miner": True, "density": 0.05, "budget": "neurons", "criterion": "fisher", "scope": "global",
-    "policy": "train_top", "train_critic": "all",
+    "policy": "train_top", "affine": False, "train_critic": "all",
 }  # fmt: skip
 
 

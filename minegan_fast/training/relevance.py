@@ -9,18 +9,16 @@ import torch
 from torch import Tensor
 
 from ..finetune import SparseFinetuner
-from ..finetune.scores import WITHOUT_EVIDENCE
+from ..finetune.scores import BY_SAMPLE, WITHOUT_EVIDENCE
 from .critics import train_mode
 from .methods import KERNEL, own_samples
 from .randomness import seed_all
-
-OF_SAMPLES = ("fisher", "agreement", "contrast")
 
 
 def score(trainer, optimizer: SparseFinetuner) -> None:
     """Gives `optimizer`, of the trainer's generator or of its critic, the evidence that its criterion asks for.
 
-    "contrast" compares with what the source makes of its own prior, without the miners.
+    "contrast" compares with the same loss of what the source makes of its own prior, without the miners.
     """
     config, adversary = trainer.config, trainer.adversary
     if config.criterion in WITHOUT_EVIDENCE:
@@ -45,7 +43,7 @@ def score(trainer, optimizer: SparseFinetuner) -> None:
 def _collect(trainer, optimizer: SparseFinetuner, of: str) -> None:
     config, processes, hooks = trainer.config, trainer.processes, []
     kernel = trainer.loss_name == KERNEL
-    batch = 1 if config.criterion in OF_SAMPLES and not kernel else config.batch
+    batch = 1 if config.criterion in BY_SAMPLE and not kernel else config.batch
     with optimizer.scoring("sum" if kernel else "mean", samples=1 if batch == 1 else None, of=of):
         if config.criterion == "movement" and processes.size > 1 and not kernel:
             # its dense steps are steps of the whole batch

@@ -171,18 +171,23 @@ class Trainer:
             "betas": self.betas, "density": config.density, "budget": config.budget, "criterion": config.criterion,
             "scope": config.scope, "policy": config.policy, "seed": config.seed,
         }  # fmt: skip
-        for parameter in self.generator.parameters():
-            parameter.requires_grad_(config.method != "scale_shift" or parameter.ndim <= 1)
+        self.generator.requires_grad_(True)
         if self.mined.constant is not None:  # the generator's own is not read: no neuron of it is to be selected
             self.generator.learned_constant.requires_grad_(False)
-        self.finetuner = SparseFinetuner(self.generator, config.generator_lr, ema_decay=config.ema_decay, **common)
+        own = {"ema_decay": config.ema_decay, "affine": config.affine}
+        self.finetuner = SparseFinetuner(self.generator, config.generator_lr, **common, **own)
         if config.train_critic == "sparse":
             self.adversary.begin_sparse(**common)
 
     def select(self) -> None:
         """Scores the neurons by the finetuning loss on the target and selects them, after `begin_finetuning`."""
-        score(self, self.finetuner)
-        self.finetuner.select()
+        if self.config.method == "scale_shift":
+            self.finetuner.select({})  # beside what trains in every neuron
+        else:
+            score(self, self.finetuner)
+            selection = self.finetuner.select()
+            if self.config.method == "shuffled":
+                self.finetuner.select(selection.shuffled(self.config.seed))
         if self.adversary and isinstance(self.adversary.optimizer, SparseFinetuner):
             score(self, self.adversary.optimizer)
             self.adversary.optimizer.select()

@@ -48,9 +48,15 @@ def test_methods_without_a_miner_leave_it_the_identity(tiny, method):
 
 def test_scale_shift_trains_vectors_alone(tiny):
     trainer, moved = finetuned(tiny, method="scale_shift")
-    shapes = {name: p.ndim for name, p in trainer.generator.named_parameters()}
-    assert moved == {name for name in moved if shapes[name] <= 1}
+    vectors = {name for name, p in trainer.generator.named_parameters() if p.numel() == max(p.shape, default=1)}
     assert moved
+    assert moved <= vectors
+
+
+def test_shuffled_has_as_many_rows_of_every_layer(tiny):
+    plain, other = (finetuned(tiny, method=m, density=0.3)[0].finetuner.selection for m in ("minegan++", "shuffled"))
+    assert {n: len(r) for n, r in plain.rows.items()} == {n: len(r) for n, r in other.rows.items()}
+    assert any(not torch.equal(plain.rows[n], other.rows[n]) for n in plain.rows)
 
 
 def test_freeze_top_trains_what_minegan_plus_plus_would_not(tiny):
