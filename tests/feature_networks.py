@@ -61,3 +61,9 @@ def vgg():
     for i, o in ((3, 8), (8, 12), (12, 16)):
         layers += [nn.Conv2d(i, o, 3), nn.ReLU(), nn.Conv2d(o, o, 3, padding=1), nn.ReLU(inplace=True), nn.MaxPool2d(2)]
     return nn.Sequential(nn.Sequential(*layers), nn.Flatten(), nn.Linear(16 * 9, 10))
+
+
+def hourglass():
+    """Its maps become large again."""
+    down = [nn.Conv2d(i, o, 3, 2, 1) for i, o in ((3, 8), (8, 12), (12, 16))]
+    return nn.Sequential(*down, nn.Upsample(scale_factor=2), nn.Conv2d(16, 12, 3, 1, 1))

@@ -160,6 +160,9 @@ def test_batch_norm_is_folded_where_that_changes_nothing():
     torch.testing.assert_close(tapped.maps(x)[0], network.convs[0](x))
     assert isinstance(tapped._stages.network.norm, nn.BatchNorm2d)
     assert fold_batch_norms(vgg().eval(), images(40)) is None
+    conv, norm = nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3)
+    for twice in ([conv, norm, conv, norm], [conv, norm, conv], [conv, norm, nn.Conv2d(3, 3, 3), norm]):
+        assert fold_batch_norms(nn.Sequential(*twice).eval(), x) is None
     normed = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3))
     assert fold_batch_norms(nn.Sequential(normed, nn.BatchNorm2d(4)).eval(), x) is None
 

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from feature_networks import Shared, Wrapper, gated, images, vgg
+from feature_networks import Shared, Wrapper, gated, hourglass, images, vgg
 from torch import nn
 
 from minegan_fast.metrics.inception import Inception
@@ -13,6 +13,7 @@ NETWORKS = {
     "wrapped": (lambda: Wrapper(Wrapper(gated())), 32, {f"network.network.{i}": v for i, v in
                                                         enumerate(((8, 16), (12, 8), (16, 4)))}),
     "vgg": (vgg, 40, {"0.8": (12, 17), "0.13": (16, 6), "0.14": (16, 3)}),
+    "hourglass": (hourglass, 32, {"0": (8, 16), "1": (12, 8), "2": (16, 4)}),
     "biggan": (
         lambda: BigGANDiscriminator(32, num_classes=2, channels=[8, 12, 12, 16], attention=()),
         32,
