@@ -2,11 +2,11 @@
 
 import json
 import re
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import quality_networks as networks
-from quality_settings import SEEDS, SETTINGS, TUNING, Setting
+from quality_settings import LARGEST, SEEDS, SETTINGS, TUNING, Setting
 
 from minegan_fast import data
 
@@ -14,19 +14,27 @@ RATES = Path(__file__).parent / "results" / "quality-rates.json"
 MINERS = ("mined", "minegan", "minegan++", "random")
 METHODS = ("scratch", "transfergan", *MINERS)
 ADVERSARIAL_ONLY = ("freezed",)
+# 128 pixels and no critic of its own: an adversarial run of the eye GAN costs most and has least time
+ADVERSARIAL = {
+    "faces": (*METHODS, *ADVERSARIAL_ONLY),
+    "digits": (*METHODS, *ADVERSARIAL_ONLY),
+    "eyes": ("transfergan", "minegan", "minegan++", *ADVERSARIAL_ONLY),
+}
+FEW_METHODS = ("transfergan", "minegan", "minegan++", "random")  # of more images than anyone calls few
 FURTHER = ("scale_shift", "ewc", "freeze_top")
 LOSSES = {"kernel": "mmd", "adversarial": "nonsaturating"}
-DENSITIES = (0.02, 0.05, 0.1, 0.3, 0.6)
+DENSITIES = (0.02, 0.1, 0.3, 0.6)
 CRITERIA = ("fisher", "movement", "agreement", "contrast", "magnitude")
 SCOPES = ("global", "normalised", "layer")
 LR_GRID = (5e-4, 1e-3, 2e-3, 4e-3)
-LONGER, EVERY_COUNT, STEPS = 4, 100, 240  # an adversarial run only with so many images; steps of both stages
-SNAPSHOTS, SAMPLES = 4, 300  # besides the source's; images that are judged at each
+LONGER = 4  # times the steps of other runs, to see them overfit
+SNAPSHOTS, SAMPLES = 4, 256  # besides the source's; images that are judged at each
 
 # Seconds of one core for a cell, measured; a plan's first estimate, before cells have been timed.
 SECONDS = {"faces": {"kernel": 60, "adversarial": 80}, "digits": {"kernel": 45, "adversarial": 60},
            "eyes": {"kernel": 80, "adversarial": 100}}  # fmt: skip
 
+STEPS = {"faces": 240, "digits": 200, "eyes": 120}  # multiples of 8: two snapshots' worth of each stage
 # What suits a family whatever the method.
 FAMILIES = {
     "faces": {"batch": 32},
@@ -58,11 +66,12 @@ class Cell:
 
     @property
     def steps(self) -> int:
-        return STEPS * (LONGER if self.variant.startswith("steps=") else 1)
+        """Of both stages."""
+        return STEPS[self.family] * (LONGER if self.variant.startswith("steps=") else 1)
 
     @property
     def seconds(self) -> float:
-        return SECONDS[self.family][self.loss] * self.steps / STEPS
+        return SECONDS[self.family][self.loss] * self.steps / STEPS[self.family]
 
 
 def setting_of(cell: Cell) -> Setting:
@@ -71,25 +80,36 @@ def setting_of(cell: Cell) -> Setting:
 
 def plan() -> list[Cell]:
     """All cells, those first that the others are compared with."""
+    cells = [cell for seed in range(SEEDS) for setting in SETTINGS.values() for cell in compared(setting, seed)]
+    return cells + [cell for seed in range(SEEDS) for cell in varied(seed)]
+
+
+def compared(setting: Setting, seed: int) -> list[Cell]:
+    """Every method under the kernel loss, and with enough images under the adversarial one."""
     cells = []
-    for seed in range(SEEDS):
-        for setting in SETTINGS.values():
-            further = FURTHER if setting.every_method else ()
-            for count in sorted(setting.counts, reverse=True):
-                cells += [Cell(setting.name, count, "kernel", m, seed) for m in (*METHODS, *further)]
-                if count >= EVERY_COUNT:
-                    methods = (*METHODS, *ADVERSARIAL_ONLY, *further)
-                    cells += [Cell(setting.name, count, "adversarial", m, seed) for m in methods]
-    for seed in range(SEEDS):
-        for setting in (s for s in SETTINGS.values() if s.every_method):
-            cell = Cell(setting.name, EVERY_COUNT, "kernel", "minegan++", seed)
-            cells += [replace(cell, variant=f"criterion={name}") for name in CRITERIA]
-            cells += [replace(cell, variant=f"scope={name}") for name in SCOPES]
-            for name in ("minegan++", "random"):
-                cells += [replace(cell, method=name, variant=f"density={density}") for density in DENSITIES]
-        for name in ("transfergan", "minegan", "minegan++"):
-            cells.append(Cell("avataaars", 30, "kernel", name, seed, f"steps={LONGER}x"))
+    further = FURTHER if setting.every_method else ()
+    for count in sorted(setting.counts, reverse=True):
+        methods = METHODS if count <= LARGEST else FEW_METHODS
+        cells += [Cell(setting.name, count, "kernel", m, seed) for m in methods]
+        if count == LARGEST:
+            cells += [Cell(setting.name, count, "kernel", m, seed) for m in further]
+            cells += [
+                Cell(setting.name, count, "adversarial", m, seed) for m in (*ADVERSARIAL[setting.family], *further)
+            ]
     return cells
+
+
+def varied(seed: int) -> list[Cell]:
+    """One setting of `mf.transfer` at a time: which neurons, how many, how long."""
+    cells = []
+    for setting in (s for s in SETTINGS.values() if s.every_method):
+        cell = Cell(setting.name, LARGEST, "kernel", "minegan++", seed)
+        cells += [replace(cell, variant=f"criterion={name}") for name in CRITERIA]
+        cells += [replace(cell, variant=f"scope={name}") for name in SCOPES]
+        for name in ("minegan++", "random"):
+            cells += [replace(cell, method=name, variant=f"density={density}") for density in DENSITIES]
+    methods = ("transfergan", "minegan", "minegan++")
+    return cells + [Cell("avataaars", 30, "kernel", m, seed, f"steps={LONGER}x") for m in methods]
 
 
 def quick(setting: str) -> list[Cell]:
@@ -102,11 +122,10 @@ def tuning() -> list[Cell]:
     cells = []
     for family, setting in TUNING.items():
         further = FURTHER if any(s.every_method and s.family == family for s in SETTINGS.values()) else ()
-        for loss in LOSSES:
-            methods = (*METHODS, *further, *(ADVERSARIAL_ONLY if loss == "adversarial" else ()))
-            # the random neurons take the rate of the chosen ones, whose control they are
-            methods = [m for m in methods if m != "random"]
-            cells += [Cell(setting.name, 100, loss, m, 0, f"lr={lr}") for m in methods for lr in LR_GRID]
+        # random neurons take the rate of the chosen ones, whose control they are
+        ways = [("kernel", m) for m in (*METHODS, *further) if m != "random"]
+        ways += [("adversarial", m) for m in (*ADVERSARIAL[family], *further) if m != "random"]
+        cells += [Cell(setting.name, LARGEST, *way, 0, f"lr={lr}") for way in ways for lr in LR_GRID]
     return cells
 
 
@@ -136,17 +155,12 @@ def settings(cell: Cell, known: dict[str, float]) -> dict:
     if name and name != "steps":
         chosen[name] = float(value) if re.fullmatch(r"[\d.e-]+", value) else value
     if cell.loss == "adversarial":
-        chosen |= {"critic": data.CRITIC if setting_of(cell).critic else None, "critic_warmup": None}
-        if cell.family != "digits":
-            chosen["critic"] = "features"
-        chosen["critic_warmup"] = 0 if setting_of(cell).critic else steps // 8
+        own = setting_of(cell).critic
+        chosen["critic"] = data.CRITIC if own else None if cell.family == "digits" else "features"
+        chosen["critic_warmup"] = 0 if own else steps // 8
     return chosen
 
 
 def loss_features(cell: Cell):
     """Of an adversarial run whose critic has heads on features these are the features."""
     return networks.loss_features(cell.family) if cell.loss == "kernel" or cell.family != "digits" else None
-
-
-def described(cell: Cell) -> dict:
-    return asdict(cell)

@@ -46,7 +46,7 @@ SETTINGS = {
         Setting("avataaars", "faces", "face GAN to avataaars", (10, 30, 100), every_method=True),
         Setting("lorelei", "faces", "face GAN to lorelei"),
         Setting("nines", "digits", "digits 0 to 8 to nines", (10, 30, 100), critic=True, every_method=True),
-        Setting("inverted", "digits", "digits to white paper, without their critic"),
+        Setting("inverted", "digits", "digits to white paper, without their critic", (30, 100, 1000)),
         Setting("hidden", "eyes", "eye GAN to one class that is hidden from it"),
         Setting("hue", "eyes", "eye GAN to its images of other colours"),
     )
@@ -86,7 +86,9 @@ class Places:
 
 def target(setting: Setting, count: int, seed: int, places: Places) -> Target:
     """The same for every method: `count` images, of each seed others (of the shipped nines, other ones of the 100)."""
-    train, validation, test = POOLS[setting.name](seed, places)
+    train, validation, test = POOLS[setting.name](seed, places, count)
+    if count > len(train):
+        raise ValueError(f"{setting.name} has {len(train)} images to train on, not {count}")
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
     return Target(train[order[:count]], validation, test)
 
@@ -98,11 +100,15 @@ def source(family: str):
     return networks.FaceGenerator().eval() if family == "faces" else networks.EyeGenerator().eval()
 
 
-def _cut(images: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of many images: those of a seed to train on, a few more, and the last ones, the same for every seed."""
+def _cut(images: Tensor, seed: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of many images: those of a seed to train on, a few more, and the last ones, the same for every seed. Of more than
+    100 to train on, different seeds share some."""
     need = SEEDS * (LARGEST + VALIDATION) + TEST
     if len(images) < need:
         raise networks.MissingError(f"{need} images are needed, {len(images)} are there")
+    if count > LARGEST:
+        rest = images[:-TEST]
+        return rest[:-VALIDATION], rest[-VALIDATION:], images[-TEST:]
     own = images[(seed % SEEDS) * (LARGEST + VALIDATION) :]
     return own[:LARGEST], own[LARGEST : LARGEST + VALIDATION], images[-TEST:]
 
@@ -112,11 +118,11 @@ def _avatars(style: str):
     def images(folder: Path) -> Tensor:
         return load_images(folder, 64).images
 
-    def pool(seed: int, places: Places) -> tuple[Tensor, Tensor, Tensor]:
+    def pool(seed: int, places: Places, count: int) -> tuple[Tensor, Tensor, Tensor]:
         if places.data is None or not (places.data / style).is_dir():
             where = "no folder was given (--data)" if places.data is None else f"no folder {places.data / style}"
             raise networks.MissingError(f"{where} with PNG files of the style {style}.\n{AVATARS}")
-        return _cut(images(places.data / style), seed)
+        return _cut(images(places.data / style), seed, count)
 
     return pool
 
@@ -143,16 +149,16 @@ def digits(mnist: Path | None) -> tuple[Tensor, Tensor]:
     return both[0][order], both[1][order]
 
 
-def _nines(seed: int, places: Places) -> tuple[Tensor, Tensor, Tensor]:
+def _nines(seed: int, places: Places, count: int) -> tuple[Tensor, Tensor, Tensor]:
     shipped = load_images(data.TARGET, 32, 1).images
     validation = data.nines("validation")[seed * VALIDATION : (seed + 1) * VALIDATION]
     return shipped, validation, data.nines("test")[:TEST]
 
 
 def _of_digits(change):
-    def pool(seed: int, places: Places) -> tuple[Tensor, Tensor, Tensor]:
+    def pool(seed: int, places: Places, count: int) -> tuple[Tensor, Tensor, Tensor]:
         images, labels = digits(places.mnist)
-        return _cut(change(images[labels < 9][:2000]), seed)
+        return _cut(change(images[labels < 9][:2000]), seed, count)
 
     return pool
 
@@ -160,8 +166,8 @@ def _of_digits(change):
 def _of_eyes(labels, change=lambda images: images):
     """Images of the eye GAN itself; labels: seed -> label or None, all of them."""
 
-    def pool(seed: int, places: Places) -> tuple[Tensor, Tensor, Tensor]:
-        return _cut(change(_eyes(labels(seed), places.cache / "eyes")), seed)
+    def pool(seed: int, places: Places, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        return _cut(change(_eyes(labels(seed), places.cache / "eyes")), seed, count)
 
     return pool
 

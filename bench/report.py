@@ -1,5 +1,6 @@
 # ruff: noqa: RUF001
-"""Writes bench/results/*.json into README.md (goals, plots, the demo) and bench/TABLES.md (all), between markers.
+"""Writes bench/results/*.json into README.md (goals, plots, the demo), bench/TABLES.md (all) and docs/quality.md (what
+bench/quality.py found), between markers.
 
 python bench/report.py            run the tests of every op that has rows, then write; withhold an op whose tests fail
 python bench/report.py --check    exit 1 if the documents do not show what the results hold (tests are not run)
@@ -14,11 +15,12 @@ from pathlib import Path
 
 import report_demo
 import report_goals
+import report_quality
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS = "minegan_fast"
 ORDER = ("", "cuda", "triton", "cpp", "reference")  # "": the automatic choice
-SECTIONS = {"README.md": ("goals", "demo"), "bench/TABLES.md": ("bench",)}
+SECTIONS = {"README.md": ("goals", "demo"), "bench/TABLES.md": ("bench",), "docs/quality.md": report_quality.NAMES}
 TESTS = {"step": "tests/finetune/test_masked_dense.py", "stylegan2": "tests/models/test_stylegan2.py"}  # of no op
 PASSES = ("inference", "forward", "backward", "double backward")
 
@@ -46,11 +48,15 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
                     f"{path.name} must hold one {begin} and, after it, one {end}: a table goes between", file=sys.stderr
                 )
                 return 1
-    machines = [json.loads(path.read_text()) for path in sorted((root / "bench" / "results").glob("*.json"))]
+    results = sorted((root / "bench" / "results").glob("*.json"))
+    machines = [json.loads(path.read_text()) for path in results if not path.name.startswith("quality")]
     ops = sorted({row["op"] for machine in machines for row in machine["rows"]})
     red = set() if check else {op for op in ops if not tests_pass(op, root)}
     demo = root / "bench" / "quality" / "demo.json"
+    if not check:
+        report_quality.plot(root)
     contents = {
+        **report_quality.render(root),
         "bench": render(machines, red),
         "goals": report_goals.render(machines, red),
         "demo": report_demo.render(json.loads(demo.read_text()) if demo.exists() else None),

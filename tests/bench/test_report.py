@@ -51,6 +51,9 @@ def root(tmp_path):
     (tmp_path / "tests/ops/test_twice.py").write_text("def test():\n    pass\n")
     (tmp_path / "bench/TABLES.md").write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
     (tmp_path / "README.md").write_text(f"{GOALS[0]}\n{GOALS[1]}\n{DEMO[0]}\n{DEMO[1]}\nend\n")
+    (tmp_path / "docs").mkdir()
+    quality = [line for name in report.report_quality.NAMES for line in report.markers(name)]
+    (tmp_path / "docs/quality.md").write_text("\n".join(quality))
     return tmp_path
 
 
