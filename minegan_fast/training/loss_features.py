@@ -153,7 +153,9 @@ class LossFeatures:
         if m.dim() == 2:
             return [m]
         size = min(m.shape[2:])
-        variance, mean = torch.var_mean(m, (2, 3), correction=0)
+        pixels = m.permute(0, 2, 3, 1).flatten(1, 2)  # torch.var_mean takes 40 times as long on maps of 2 x 2
+        mean = pixels.mean(1)
+        variance = (pixels - mean[:, None]).square().mean(1)
         parts = [mean] if 1 in self.pool or size == 1 else []
         if m.shape[2:].numel() > 1:
             parts.append((variance + _EPSILON).sqrt())
