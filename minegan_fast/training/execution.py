@@ -222,7 +222,8 @@ class Execution:
     def _shown(self, values: dict[str, float]) -> dict[str, float]:
         """What the progress line has of a snapshot; a number that the training network judged is marked."""
         mark = "*" if self.prepared.judge != self.prepared.features.name else ""
-        shown = {name + mark: values[name] for name in dict.fromkeys((*self.config.metrics, "kid", "spread"))}
+        names = dict.fromkeys((*self.config.metrics, "kid", "spread"))
+        shown = {name + mark: values[name] for name in names if name in values}
         return shown | {"|z|²/d": values["latent_norm"]}
 
     def _state(self) -> dict:

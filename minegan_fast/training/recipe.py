@@ -103,11 +103,10 @@ def transfer(
         density=density, batch=batch, lr=lr, loss=loss, device=device, seed=seed, snapshot_every=snapshot_every,
         metrics=metrics, features=features, loss_features=loss_features, **settings,
     )  # fmt: skip
-    given = {
-        "source": source, "images": images, "critic": critic, "features": features, "loss_features": loss_features,
-    }  # fmt: skip
-    # A path or a name as the configuration has it, else the object itself.
-    materials = [thing if (name := getattr(config, key)) is None else name for key, thing in given.items()]
+    # A path or a name as the configuration has it, so that the same network is known for the same; else the object.
+    networks = {"critic": critic, "features": features, "loss_features": loss_features}
+    networks = (thing if (name := getattr(config, key)) is None else name for key, thing in networks.items())
+    materials = (source, images, *networks)
     with _prepared(config, *materials) as run:
         return run.execute(Path(out), resume, progress)
 

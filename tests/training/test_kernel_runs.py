@@ -116,7 +116,10 @@ def test_a_source_with_a_critic_is_adapted_by_its_features(run_settings, tiny, t
     report = evaluate_result(result.folder, "last", None, None, None, tiny["images"], 16, None, 0)
     assert report["features"] == "critic (which trained it)"
     assert any("flatter" in note for note in report["notes"])
-    assert evaluate_result(result.folder, "last", None, None, None, tiny["images"], 16, "pixels", 0)["features"] == "pixels"
+    assert (
+        evaluate_result(result.folder, "last", None, None, None, tiny["images"], 16, "pixels", 0)["features"]
+        == "pixels"
+    )
 
 
 def test_the_judge_is_told_from_the_network_that_trained(kernel_run):

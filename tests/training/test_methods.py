@@ -14,7 +14,9 @@ from minegan_fast.training.trainer import Trainer
 
 
 def make(tiny, **settings):
-    config = TransferConfig(**{"batch": 4, "score_samples": 4, "augment": "", "r1_gamma": 0.0, "freeze_blocks": 1, **settings})
+    config = TransferConfig(
+        **{"batch": 4, "score_samples": 4, "augment": "", "r1_gamma": 0.0, "freeze_blocks": 1, **settings}
+    )
     images = torch.randint(0, 256, (10, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     return Trainer(config, copy.deepcopy(tiny["generator"]), copy.deepcopy(tiny["discriminator"]), images, "cpu")
 

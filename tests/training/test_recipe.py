@@ -119,8 +119,8 @@ def test_any_generator_module(run_settings):
 
     result = mf.transfer(**{**run_settings, "source": Plain(), "critic": Critic(), "density": 0.5})
     assert isinstance(result.generator, Plain)
-    with pytest.raises(ValueError, match="no critic came with the source"):
-        mf.transfer(**{**run_settings, "source": Plain(), "critic": None, "out": run_settings["out"].with_name("b")})
+    fresh = {**run_settings, "source": Plain(), "critic": None, "out": run_settings["out"].with_name("b")}
+    assert isinstance(mf.transfer(**fresh).generator, Plain), "a new critic was to judge it"
     with pytest.raises(ValueError, match="return_latents"):
         mf.transfer(**{**run_settings, "source": Plain(), "critic": Critic(), "path_length_weight": 1.0,
                        "out": run_settings["out"].with_name("c")})  # fmt: skip
@@ -173,7 +173,7 @@ def test_evaluate(run_settings, tiny):
     report = evaluate_result(
         run_settings["out"], "last", None, None, None, tiny["images"], samples=20, features=None, seed=0
     )
-    assert report["features"] == "critic"
+    assert report["features"] == "critic (which trained it)"
     assert (report["generated"], report["real"]) == (20, 24)
     assert set(report["metrics"]) == {"fid", "kid", "kmmd", "mv", "diversity"}
     assert all(value == value for value in report["metrics"].values())
