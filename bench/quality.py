@@ -16,8 +16,10 @@ import multiprocessing
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import quality_networks as networks
@@ -90,16 +92,26 @@ def asked_for(options: argparse.Namespace) -> list[Cell]:
     return planned.quick("avataaars" if options.data else "nines") if options.quick else planned.plan()
 
 
-def run(
-    cells: list[Cell], places: Places, jobs: int, budget: float | None, console: Console, work: Callable = run_cell
-) -> dict[str, str]:
-    """Runs the cells over so many processes; returns the errors of those that failed, by name."""
-    rates, failed, done, started = planned.rates(), {}, [], time.monotonic()
+def processes(jobs: int) -> Executor:
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that start from here
-    context = multiprocessing.get_context("spawn")
+    # what a run warns of, its cell measures
+    return ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), warnings.simplefilter, ("ignore",))
+
+
+def run(
+    cells: list[Cell],
+    places: Places,
+    jobs: int,
+    budget: float | None,
+    console: Console,
+    work: Callable = run_cell,
+    executor: Callable[[int], Executor] = processes,
+) -> dict[str, str]:
+    """Runs the cells, so many at a time; returns the errors of those that failed, by name."""
+    rates, failed, done, started = planned.rates(), {}, [], time.monotonic()
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}")
     waiting, running = list(reversed(cells)), {}
-    with ProcessPoolExecutor(jobs, context) as pool, Progress(*columns, console=console) as progress:
+    with executor(jobs) as pool, Progress(*columns, console=console) as progress:
         task = progress.add_task("cells", total=len(cells), left="")
         try:
             while waiting or running:
@@ -114,6 +126,8 @@ def run(
                     done.append(cell)
                     if error := future.exception():
                         failed[cell.name] = f"{type(error).__name__}: {error}"
+                    if isinstance(error, BrokenProcessPool):  # a process was killed, perhaps for memory
+                        waiting.clear()
                     seconds = time_left(time.monotonic() - started, done, [*waiting, *running.values()])
                     progress.update(task, advance=1, left=f"{said(seconds)} left")
                     console.print(f"{'failed' if error else 'finished'} {cell.name}, {said(seconds)} left")

@@ -5,7 +5,6 @@ import hashlib
 import json
 import tempfile
 import time
-import warnings
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -71,8 +70,6 @@ def judging(family: str, path: Path) -> networks.Recorder:
 
 def run_cell(cell: Cell, places: Places, rates: dict[str, float], **overrides) -> Path:
     """Runs `cell` and writes its file, which exists only when it has come to its end. overrides: of settings."""
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
     judge = judging(cell.family, places.judge)
     images, validation, test = held_out(cell, places, judge)
     judge.seen.clear()

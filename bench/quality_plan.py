@@ -11,8 +11,7 @@ from quality_settings import LARGEST, SEEDS, SETTINGS, TUNING, Setting
 from minegan_fast import data
 
 RATES = Path(__file__).parent / "results" / "quality-rates.json"
-MINERS = ("mined", "minegan", "minegan++", "random")
-METHODS = ("scratch", "transfergan", *MINERS)
+METHODS = ("scratch", "transfergan", "mined", "minegan", "minegan++", "random")
 ADVERSARIAL_ONLY = ("freezed",)
 # 128 pixels and no critic of its own: an adversarial run of the eye GAN costs most and has least time
 ADVERSARIAL = {
@@ -21,7 +20,9 @@ ADVERSARIAL = {
     "eyes": ("transfergan", "minegan", "minegan++", *ADVERSARIAL_ONLY),
 }
 FEW_METHODS = ("transfergan", "minegan", "minegan++", "random")  # of more images than anyone calls few
-FURTHER = ("scale_shift", "ewc", "freeze_top")
+FURTHER = ("shuffled", "scale_shift", "ewc", "freeze_top")
+MINERS = ("mined", "minegan", "minegan++", "random", "shuffled")
+CONTROLS = ("random", "shuffled")  # of minegan++, whose learning rates they take
 LOSSES = {"kernel": "mmd", "adversarial": "nonsaturating"}
 DENSITIES = (0.02, 0.1, 0.3, 0.6)
 CRITERIA = ("fisher", "movement", "agreement", "contrast", "magnitude")
@@ -122,9 +123,8 @@ def tuning() -> list[Cell]:
     cells = []
     for family, setting in TUNING.items():
         further = FURTHER if any(s.every_method and s.family == family for s in SETTINGS.values()) else ()
-        # random neurons take the rate of the chosen ones, whose control they are
-        ways = [("kernel", m) for m in (*METHODS, *further) if m != "random"]
-        ways += [("adversarial", m) for m in (*ADVERSARIAL[family], *further) if m != "random"]
+        ways = [("kernel", m) for m in (*METHODS, *further) if m not in CONTROLS]
+        ways += [("adversarial", m) for m in (*ADVERSARIAL[family], *further) if m not in CONTROLS]
         cells += [Cell(setting.name, LARGEST, *way, 0, f"lr={lr}") for way in ways for lr in LR_GRID]
     return cells
 
@@ -136,7 +136,7 @@ def rates(path: Path = RATES) -> dict[str, float]:
 
 def rate(cell: Cell, known: dict[str, float]) -> float | None:
     """None leaves it to the recipe."""
-    method = "minegan++" if cell.method == "random" else cell.method
+    method = "minegan++" if cell.method in CONTROLS else cell.method
     return known.get(f"{cell.family} {cell.loss} {method}")
 
 
