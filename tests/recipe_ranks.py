@@ -36,6 +36,8 @@ VARIANTS = {
     "magnitude": {"criterion": "magnitude", "batch": 6},  # 3 samples of path length, 2 of them the first process's
 }
 
+KERNEL = {"loss": "mmd", "loss_features": "critic", "features": "pixels", "density": 0.3}
+
 LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
 
 
@@ -49,10 +51,11 @@ def one_step_of_each_stage(tiny, settings, processes=None):
     networks = own or (copy.deepcopy(tiny["generator"]), copy.deepcopy(tiny["discriminator"]))
     trainer = Trainer(config, *networks, images, "cpu", processes)
     found = {"seen": []}
-    hook = trainer.adversary.critic.register_forward_pre_hook(lambda _, inputs: found["seen"].append(inputs[0].detach().clone()))
+    network = trainer.adversary.critic
+    hook = network.register_forward_pre_hook(lambda _, inputs: found["seen"].append(inputs[0].detach().clone()))
     found["losses"] = trainer.step(0)
     hook.remove()
-    found["gradients"] = [p.grad.clone() for p in (*trainer.adversary.critic.parameters(), *trainer.mined.mining_parameters())]
+    found["gradients"] = [p.grad.clone() for p in (*network.parameters(), *trainer.mined.mining_parameters())]
     trainer.begin_finetuning()
     trainer.select()
     optimizers = [o for o in (trainer.finetuner, trainer.adversary.optimizer) if isinstance(o, mf.SparseFinetuner)]
@@ -149,6 +152,7 @@ def main(rank: int, port: int, folder: str, tiny: dict, settings: dict):
     found["two samples"] = one_step_of_each_stage(tiny, {"batch": 2}, Processes(rank, 2))
     torch.save(found, folder / f"steps{rank}.pt")
     mf.transfer(**settings, out=folder / "own group")
+    mf.transfer(**settings | KERNEL, out=folder / "kernel two")
     assert dist.is_initialized(), "a group that the caller made is the caller's"
     dist.destroy_process_group()
 

@@ -41,3 +41,9 @@ class Machine:
         for optimizer in optimizers:
             self.scaler.step(optimizer)
         return loss
+
+    def mean(self, grad: Tensor) -> Tensor:
+        """That of all processes' gradients: a hook."""
+        grad = grad.clone()
+        self.processes.average([grad])
+        return grad

@@ -47,7 +47,9 @@ def _collect(trainer, optimizer: SparseFinetuner, of: str) -> None:
     with optimizer.scoring("sum" if kernel else "mean", samples=1 if batch == 1 else None, of=of):
         if config.criterion == "movement" and processes.size > 1 and not kernel:
             # its dense steps are steps of the whole batch
-            hooks = [m.parameter.register_hook(trainer.mean) for layer in optimizer.layers for m in layer.members]
+            hooks = [
+                m.parameter.register_hook(trainer.machine.mean) for layer in optimizer.layers for m in layer.members
+            ]
         for k in range(-(-config.score_samples // batch)):
             seed_all(config.seed, "score", of, k)
             samples = torch.arange(k * batch, (k + 1) * batch)

@@ -41,6 +41,7 @@ def two(tiny, settings, tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
     mf.transfer(**settings, out=folder / "one")
     mf.transfer(**settings | {"finetune_steps": 3}, out=folder / "one then two")
+    mf.transfer(**settings | recipe_ranks.KERNEL, out=folder / "kernel one")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -73,7 +74,7 @@ def assert_same_run(one: Path, other: Path):
     losses, others = ({row["step"]: row for row in part if "loss_G" in row} for part in rows)
     assert list(losses) == list(others) == list(range(1, 9))
     for step, row in losses.items():
-        for key in ("loss_D", "loss_G"):
+        for key in row.keys() & {"loss_D", "loss_G"}:
             assert row[key] == pytest.approx(others[step][key], rel=1e-5)
 
 
@@ -84,6 +85,10 @@ def test_a_run_on_two_processes_is_that_on_one(two):
         other = results[1][name]
         assert torch.equal(samples, other[0])
         assert (step, history) == other[1:]
+
+
+def test_the_kernel_distance_is_that_of_all_samples(two):
+    assert_same_run(two / "kernel one", two / "kernel two")
 
 
 def test_a_run_goes_on_with_another_number_of_processes(two, settings):
