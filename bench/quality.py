@@ -24,7 +24,7 @@ from pathlib import Path
 
 import quality_networks as networks
 import quality_plan as planned
-from quality_cells import finished, load_cells, prepare, run_cell
+from quality_cells import load_cells, prepare, run_cell
 from quality_merge import merge, merge_rates
 from quality_plan import Cell
 from quality_settings import AVATARS, Places
@@ -42,7 +42,9 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
     if not cells:
         console.print(f"no cell matches {options.only!r}: --list shows their names", style="red")
         return 2
-    todo = [cell for cell in cells if not finished(cell, places).exists()]
+    rates = planned.rates(root / planned.RATES)
+    there = load_cells(cells, places, rates)
+    todo = [cell for cell in cells if cell not in there]
     if options.list:
         for cell in cells:
             console.print(f"{'to run  ' if cell in todo else 'finished'}  {cell.name}")
@@ -59,11 +61,11 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
         except networks.MissingError as error:
             console.print(str(error), style="red")
             return 1
-        failed = run(todo, places, options.jobs, options.budget, console)
+        failed = run(todo, places, rates, options.jobs, options.budget, console)
     if options.command == "tune":
-        merge_rates(load_cells(cells, places), root)
+        merge_rates(load_cells(cells, places, rates), root)
     else:
-        merge(load_cells(planned.plan(), places), places, root)
+        merge(load_cells(planned.plan(), places, rates), places, root)
     for name, error in failed.items():
         console.print(f"{name}: {error}", style="red")
     return int(bool(failed))
@@ -101,6 +103,7 @@ def processes(jobs: int) -> Executor:
 def run(
     cells: list[Cell],
     places: Places,
+    rates: dict[str, float],
     jobs: int,
     budget: float | None,
     console: Console,
@@ -108,7 +111,7 @@ def run(
     executor: Callable[[int], Executor] = processes,
 ) -> dict[str, str]:
     """Runs the cells, so many at a time; returns the errors of those that failed, by name."""
-    rates, failed, done, started = planned.rates(), {}, [], time.monotonic()
+    failed, done, started = {}, [], time.monotonic()
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}")
     waiting, running = list(reversed(cells)), {}
     with executor(jobs) as pool, Progress(*columns, console=console) as progress:

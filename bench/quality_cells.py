@@ -83,14 +83,14 @@ def run_cell(cell: Cell, places: Places, rates: dict[str, float], **overrides) -
         try:
             result = mf.transfer(
                 source(cell.family), **materials, **settings, held_out=0.0, metrics=(), keep=1, grid=SHOWN,
-                eval_samples=planned.SAMPLES, progress=False, device="cpu",
+                eval_samples=planned.SAMPLES[cell.family], progress=False, device="cpu",
             )  # fmt: skip
         except TrainingDiverged as error:
             diverged = str(error).partition(";")[0]
         history = [json.loads(line) for line in (Path(folder) / "run" / "history.jsonl").read_text().splitlines()]
-    curve = measured(judge.seen, history, validation, test)
+    curve = measured(judge.seen, history, planned.SAMPLES[cell.family], validation, test)
     record = {
-        "cell": asdict(cell), "settings": {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()},
+        "cell": asdict(cell), **conditions(cell, places, rates),
         "curve": curve, "diverged": diverged, "seconds": round(time.process_time() - started, 1),
         "wall": round(time.monotonic() - wall, 1), "torch": torch.__version__,
     }  # fmt: skip
@@ -104,16 +104,16 @@ def run_cell(cell: Cell, places: Places, rates: dict[str, float], **overrides) -
     return finished(cell, places)
 
 
-def measured(seen: list[Tensor], history: list[dict], validation: Tensor, test: Tensor) -> list[dict]:
+def measured(seen: list[Tensor], history: list[dict], samples: int, validation: Tensor, test: Tensor) -> list[dict]:
     """A row for every snapshot: its step and stage, `measure`, and whatever numbers the run itself noted at that step.
 
     seen: what the judge said of the training images and then of the generated ones of every snapshot, in this order.
     """
     snapshots = [row for row in history if "kid" in row]
     train, fakes = seen[0], seen[1:]
-    if len(fakes) != len(snapshots) or any(len(fake) != planned.SAMPLES for fake in fakes):
+    if len(fakes) != len(snapshots) or any(len(fake) != samples for fake in fakes):
         raise RuntimeError(
-            f"the judge saw sets of {[len(fake) for fake in fakes]} images, not {len(snapshots)} of {planned.SAMPLES}"
+            f"the judge saw sets of {[len(fake) for fake in fakes]} images, not {len(snapshots)} of {samples}"
         )
     curve = []
     for snapshot, fake in zip(snapshots, fakes, strict=True):
@@ -135,10 +135,22 @@ def rounded(value, digits: int = 4):
     return [rounded(v, digits) for v in value] if isinstance(value, (list, tuple)) else value
 
 
-def load_cells(cells: list[Cell], places: Places) -> dict[Cell, dict]:
-    """Of those that are finished, what their files hold."""
+def conditions(cell: Cell, places: Places, rates: dict[str, float]) -> dict:
+    """Under which a cell's numbers hold, as its file keeps them: a file under others is not this cell's."""
+    settings = planned.settings(cell, rates).items()
+    return {
+        "settings": {name: value.name if isinstance(value, Path) else value for name, value in settings},
+        "judge": places.judge.stem if cell.family == "digits" else "efficientnet_lite2",
+        "samples": planned.SAMPLES[cell.family],
+    }
+
+
+def load_cells(cells: list[Cell], places: Places, rates: dict[str, float]) -> dict[Cell, dict]:
+    """Of those that are finished under these conditions, what their files hold."""
     found = {}
     for cell in cells:
         with contextlib.suppress(FileNotFoundError):
-            found[cell] = json.loads(finished(cell, places).read_text())
+            record = json.loads(finished(cell, places).read_text())
+            if conditions(cell, places, rates).items() <= record.items():
+                found[cell] = record
     return found

@@ -25,7 +25,7 @@ def merge(found: dict[Cell, dict], places: Places, root: Path) -> None:
     """Writes the cells, one a line, and a picture of each setting of which there are cells to show."""
     facts = {
         "processor": machine.device_name("cpu"), "torch": torch.__version__, "commit": machine.commit(),
-        "samples": planned.SAMPLES, "rates": planned.rates(root / "bench" / "results" / planned.RATES.name),
+        "rates": planned.rates(root / planned.RATES),
     }  # fmt: skip
     lines = [json.dumps(found[cell]) for cell in sorted(found, key=lambda cell: cell.name)]
     path = root / RESULTS
@@ -45,7 +45,7 @@ def merge_rates(found: dict[Cell, dict], root: Path) -> None:
         key = f"{cell.family} {cell.loss} {cell.method}"
         kid = float("inf") if record["diverged"] else record["curve"][-1]["kid"]
         best[key] = min(best.get(key, (float("inf"), 0.0)), (kid, float(cell.variant.removeprefix("lr="))))
-    path = root / "bench" / "results" / planned.RATES.name
+    path = root / planned.RATES
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps({key: lr for key, (_, lr) in sorted(best.items())}, indent=2) + "\n")

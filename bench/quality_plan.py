@@ -10,7 +10,7 @@ from quality_settings import LARGEST, SEEDS, SETTINGS, TUNING, Setting
 
 from minegan_fast import data
 
-RATES = Path(__file__).parent / "results" / "quality-rates.json"
+RATES = Path("bench") / "results" / "quality-rates.json"  # from the root
 METHODS = ("scratch", "transfergan", "mined", "minegan", "minegan++", "random")
 ADVERSARIAL_ONLY = ("freezed",)
 # 128 pixels and no critic of its own: an adversarial run of the eye GAN costs most and has least time
@@ -24,18 +24,21 @@ FURTHER = ("shuffled", "scale_shift", "ewc", "freeze_top")
 MINERS = ("mined", "minegan", "minegan++", "random", "shuffled")
 CONTROLS = ("random", "shuffled")  # of minegan++, whose learning rates they take
 LOSSES = {"kernel": "mmd", "adversarial": "nonsaturating"}
-DENSITIES = (0.02, 0.1, 0.3, 0.6)
-CRITERIA = ("fisher", "movement", "agreement", "contrast", "magnitude")
+DENSITIES = (0.02, 0.2, 0.6)
+CRITERIA = ("fisher", "movement", "agreement", "contrast")
 SCOPES = ("global", "normalised", "layer")
-LR_GRID = (5e-4, 1e-3, 2e-3, 4e-3)
-LONGER = 4  # times the steps of other runs, to see them overfit
-SNAPSHOTS, SAMPLES = 4, 256  # besides the source's; images that are judged at each
-
-# Seconds of one core for a cell, measured; a plan's first estimate, before cells have been timed.
-SECONDS = {"faces": {"kernel": 60, "adversarial": 80}, "digits": {"kernel": 45, "adversarial": 60},
-           "eyes": {"kernel": 80, "adversarial": 100}}  # fmt: skip
-
-STEPS = {"faces": 240, "digits": 200, "eyes": 120}  # multiples of 8: two snapshots' worth of each stage
+# By family: learning rates to choose from (StyleGAN2's equalised weights take larger steps), steps of both stages in
+# multiples of 4, images that are judged at each snapshot, and seconds that a cell takes of one core, for `--list`.
+LR_GRID = {
+    "faces": (5e-4, 1e-3, 2e-3, 4e-3), "digits": (1e-3, 2e-3, 4e-3, 8e-3), "eyes": (5e-4, 1e-3, 2e-3, 4e-3),
+}  # fmt: skip
+STEPS = {"faces": 200, "digits": 200, "eyes": 48}
+SAMPLES = {"faces": 256, "digits": 256, "eyes": 128}
+SECONDS = {
+    "faces": {"kernel": 50, "adversarial": 65}, "digits": {"kernel": 28, "adversarial": 45},
+    "eyes": {"kernel": 60, "adversarial": 75},
+}  # fmt: skip
+SNAPSHOTS, LONGER = 4, 3  # snapshots besides the source's; times the steps of other runs, to see them overfit
 # What suits a family whatever the method.
 FAMILIES = {
     "faces": {"batch": 32},
@@ -125,11 +128,11 @@ def tuning() -> list[Cell]:
         further = FURTHER if any(s.every_method and s.family == family for s in SETTINGS.values()) else ()
         ways = [("kernel", m) for m in (*METHODS, *further) if m not in CONTROLS]
         ways += [("adversarial", m) for m in (*ADVERSARIAL[family], *further) if m not in CONTROLS]
-        cells += [Cell(setting.name, LARGEST, *way, 0, f"lr={lr}") for way in ways for lr in LR_GRID]
+        cells += [Cell(setting.name, LARGEST, *way, 0, f"lr={lr}") for way in ways for lr in LR_GRID[family]]
     return cells
 
 
-def rates(path: Path = RATES) -> dict[str, float]:
+def rates(path: Path) -> dict[str, float]:
     """The learning rate of "family loss method"; nothing before any has been tuned."""
     return json.loads(path.read_text()) if path.exists() else {}
 

@@ -39,7 +39,7 @@ def facts(results: Results) -> str:
     diverged = sum(bool(record["diverged"]) for record in results.records)
     return (
         f"{len(results.records)} runs, {hours:.1f} hours of one core; {known['processor']}, torch {known['torch']}, "
-        f"commit {known['commit']}; {known['samples']} generated images at each snapshot; {diverged} runs diverged and "
+        f"commit {known['commit']}; {diverged} runs diverged and "
         "are left out of the means.\n"
     )
 

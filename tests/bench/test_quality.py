@@ -77,8 +77,8 @@ def test_rates_are_those_of_family_loss_and_method():
 def test_a_variant_is_one_setting():
     cell = planned.Cell("nines", 100, "kernel", "minegan++", 0, "criterion=movement")
     assert planned.settings(cell, {})["criterion"] == "movement"
-    long = planned.Cell("nines", 100, "kernel", "minegan++", 0, "steps=4x")
-    assert planned.settings(long, {})["finetune_steps"] == 4 * planned.settings(DIGITS, {})["finetune_steps"]
+    long = planned.Cell("nines", 100, "kernel", "minegan++", 0, f"steps={planned.LONGER}x")
+    assert planned.settings(long, {})["finetune_steps"] == planned.LONGER * planned.settings(DIGITS, {})["finetune_steps"]
 
 
 def test_a_run_goes_on_where_it_stopped(places, console):
@@ -95,10 +95,10 @@ def test_a_run_goes_on_where_it_stopped(places, console):
     def left():
         return [cell for cell in plan if not cells.finished(cell, places).exists()]
 
-    failed = quality.run(left(), places, 2, None, console, work, ThreadPoolExecutor)
+    failed = quality.run(left(), places, {}, 2, None, console, work, ThreadPoolExecutor)
     assert failed == {"nines-100-kernel-mined-0": "ValueError: broken"}
     assert [cell.method for cell in left()] == ["mined"]
-    assert quality.run(left(), places, 2, None, console, work, ThreadPoolExecutor) == {}
+    assert quality.run(left(), places, {}, 2, None, console, work, ThreadPoolExecutor) == {}
     assert Counter(ran) == Counter({cell: 1 + (cell.method == "mined") for cell in plan})
 
 
@@ -106,7 +106,7 @@ def test_a_budget_starts_nothing_more(places, console):
     def work(cell, places, rates):
         raise AssertionError
 
-    assert quality.run(planned.quick("nines"), places, 2, -1.0, console, work, ThreadPoolExecutor) == {}
+    assert quality.run(planned.quick("nines"), places, {}, 2, -1.0, console, work, ThreadPoolExecutor) == {}
 
 
 def test_time_left_follows_what_was_measured():
@@ -150,12 +150,12 @@ def test_targets_share_nothing_and_differ_by_seed(places):
 def test_a_whole_cell(monkeypatch, places):
     """On the shipped digits and their classifier, with a judge that has hardly learnt."""
     monkeypatch.setattr(networks, "JUDGE_STEPS", 2)
-    monkeypatch.setattr(planned, "SAMPLES", 16)
+    monkeypatch.setitem(planned.SAMPLES, "digits", 16)
     monkeypatch.setitem(planned.STEPS, "digits", 8)
     cells.judging.cache_clear()
     images = torch.randint(0, 256, (64, 1, 32, 32), dtype=torch.uint8)
     networks.digit_judge(places.judge, images, torch.arange(64) % 10)
-    path = cells.run_cell(DIGITS, places, {}, batch=4, score_samples=2)
+    path = cells.run_cell(DIGITS, places, {}, score_samples=2)
     record = json.loads(path.read_text())
     assert [row["step"] for row in record["curve"]] == [0, 2, 4, 6, 8]
     assert [row["stage"] for row in record["curve"]] == ["source", "mining", *["finetuning"] * 3]
@@ -164,13 +164,21 @@ def test_a_whole_cell(monkeypatch, places):
     for row in record["curve"]:
         assert row["kid_low"] < row["kid"] < row["kid_high"]
         assert 0 <= row["precision"] <= 1
-    assert cells.load_cells([DIGITS], places)[DIGITS] == record
+    assert cells.load_cells([DIGITS], places, {})[DIGITS] == record
     assert cells.picture(DIGITS, places).exists()
 
 
-def test_a_judge_that_saw_other_sets_is_not_believed(monkeypatch):
-    monkeypatch.setattr(planned, "SAMPLES", 4)
+def test_a_cell_under_other_conditions_is_not_finished(places):
+    kept = cells.conditions(DIGITS, places, {}) | {"curve": []}
+    cells.finished(DIGITS, places).write_text(json.dumps(kept))
+    assert cells.load_cells([DIGITS], places, {}) == {DIGITS: kept}
+    assert cells.load_cells([DIGITS], places, {"digits kernel minegan++": 3e-3}) == {}
+    mnist = quality_settings.Places(places.cache, mnist=places.cache)
+    assert cells.load_cells([DIGITS], mnist, {}) == {}
+
+
+def test_a_judge_that_saw_other_sets_is_not_believed():
     sets = [torch.randn(n, 3) for n in (10, 4, 4)]
     history = [{"step": 0, "stage": "source", "kid": 1.0}]
     with pytest.raises(RuntimeError, match="the judge saw"):
-        cells.measured(sets, history, sets[0], sets[0])
+        cells.measured(sets, history, 4, sets[0], sets[0])

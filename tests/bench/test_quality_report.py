@@ -78,7 +78,7 @@ def test_a_diverged_run_is_left_out_and_counted(records):
     assert "; 1 runs diverged" in report_quality.facts(results)
 
 
-FACTS = {"processor": "a processor", "torch": "2.13", "commit": "abc", "samples": 256, "rates": {}}
+FACTS = {"processor": "a processor", "torch": "2.13", "commit": "abc", "rates": {}}
 
 
 def test_the_tables(records):
