@@ -116,6 +116,14 @@ def _kid(machine, rival):
     return [machine.ratio(r, rival, "median_us") for r in machine.ours("mmd") if r["pass"].startswith("KID")]
 
 
+def _groups(machine, rival, least=32, most=256):
+    """Of batches of that many, with the gradient: the rival's time over ours, or ours over the products'."""
+    for row in machine.ours("mmd_groups"):
+        if row["pass"] == TRAINING and least <= row["shape"][0] <= most:
+            ratio = machine.ratio(row, rival, "median_us")
+            yield 1 / ratio if rival == "products" else ratio
+
+
 def _penalties(machine, name):
     """The rows of the passes that begin so; of kernels those that come from memory."""
     rows = [row for row in machine.ours("penalty") if row["pass"].startswith(name)]
@@ -214,6 +222,14 @@ GOALS = [
         "memory of `mmd2` and its gradient, 2 × 20,000 samples, D = 512",
         lambda m: [r["peak_bytes"] / 1e6 for r in m.ours("mmd") if r["pass"].startswith("memory")],
         500, 500, True, " MB",
+    ),
+    Goal(
+        "`mmd_groups` with its gradient, batches of 32 to 256, over its products alone",
+        lambda m: _groups(m, "products"), 1.3, None, most=True,
+    ),
+    Goal(
+        "the same of a batch of 32, against `mmd2` group by group",
+        lambda m: _groups(m, "mmd2 in a loop", most=32), 3, 3,
     ),
     Goal("KID of 100 subsets of 1,000, against NumPy", lambda m: _kid(m, "NumPy"), 3, None),
     Goal("the same against torchmetrics", lambda m: _kid(m, "torchmetrics"), 3, 10),

@@ -22,11 +22,13 @@ from measure import PASSES, make_pass, relative_error
 
 from minegan_fast.ops import (
     Hyperparameters,
+    MmdTarget,
     RowTensor,
     RowUpdate,
     bias_act,
     minibatch_stddev,
     mmd2,
+    mmd_groups,
     row_gradient,
     row_score,
     upfirdn2d,
@@ -256,6 +258,31 @@ def check_mmd(device: str) -> Iterator[Check]:
         yield f"{kernel} {[N, M, D]} order {order}", torch.bfloat16, *calls  # sums of cancelling terms: 3 digits
 
 
+def check_mmd_groups(device: str) -> Iterator[Check]:
+    """Groups that no block divides or starts aligned, batches of all tile sizes, points that coincide."""
+    for (N, M, sizes), unbiased in itertools.product(
+        [(2, 1, [1]), (33, 20, [4, 36, 8]), (70, 130, [33, 5, 64])], (True, False)
+    ):
+        if unbiased and M < 2:
+            continue
+        xs, ys = ([torch.randn(n, D) for D in sizes] for n in (N, M))
+        xs[0][:1] = ys[0][:1]
+
+        def make(place, kind, xs=xs, ys=ys, unbiased=unbiased):
+            leaves = [x.to(place, kind).requires_grad_() for x in xs]
+            bandwidths = [[s * y.shape[1] ** 0.5 for s in (1, 2, 3.3)] for y in ys]
+            target = MmdTarget([y.to(place, kind) for y in ys], bandwidths, unbiased)
+
+            def call():
+                values = mmd_groups(leaves, target, validate=False)
+                return values, *torch.autograd.grad(values.sum(), leaves)
+
+            return call
+
+        calls = [functools.partial(make, *where) for where in ((device, torch.float32), ("cpu", torch.float64))]
+        yield f"{[N, M, sizes]} {'unbiased' if unbiased else 'biased'}", torch.bfloat16, *calls  # as of mmd
+
+
 def check_manhattan(device: str) -> Iterator[Check]:
     """Sizes that no block divides, A transposed."""
     for r, c, D in [(1, 1, 1), (70, 33, 65), (64, 130, 64)]:
@@ -305,6 +332,7 @@ OPS: dict[str, Callable[[str], Iterator[Check]]] = {
     "minibatch_stddev": check_minibatch_stddev,
     "manhattan": check_manhattan,
     "mmd": check_mmd,
+    "mmd_groups": check_mmd_groups,
     "penalty": check_penalty,
 }
 

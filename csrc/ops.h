@@ -203,13 +203,33 @@ struct MmdTile {
   const double* numbers;
   float *t, *s;
   double* totals;
-  int64_t rows, columns, D;
+  int64_t rows, columns, D, stride;  // of p, q, hp and hq D elements a row, rows `stride` apart
   const int64_t* squarings;
   int64_t count;  // of them, one for each c
   double weight;
   bool diagonal;
 };
 void mmd_tile_cpu(const MmdTile&, int kernel, int order, int threads);
+
+// ---- mmd_groups ----
+// A group of features: x [N, D] and y [M, D], norms [M] = |y|², xx [N, N] = <x, x> and xy [N, M] = <x, y>, in place.
+struct MmdGroup {
+  const float *x, *y, *norms;
+  float *xx, *xy;
+  const double* numbers;
+  const int64_t* squarings;
+  int64_t count;  // of both
+  int64_t D;
+};
+
+// With f(t) = sum of exp(c t) over the group's numbers, t = |x_i - x_j|² or |x_i - y_j|², w = within / count and
+// v = across / count:
+//   sums[group] = sum over i, j != i of w f + sum over i, j of v f, NaN where x is not finite
+//   gradient    xx[i, j] = -4 w f',  xy[i, j] = -2 v f',  xx[i, i] = minus the sum of all others of both rows,
+// so that xx x + xy y is the gradient of the group's sum by x. Rows of x and of y are `stride` apart.
+void mmd_groups_cpu(const MmdGroup* groups, int64_t count, int64_t N, int64_t M, int64_t stride, double within,
+                    double across, bool gradient, double* sums, int threads);
+
 // ---- penalty ----
 // `count` samples of `length` elements that lie densely, in any order, `stride` apart in g and `out_stride` in dg.
 struct Samples {

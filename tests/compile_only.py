@@ -272,6 +272,31 @@ def mmd_kernels():
                 )  # fmt: skip
 
 
+def mmd_groups_kernels():
+    from minegan_fast.kernels.mmd_groups import blocks
+
+    tables = {"starts_ptr": "i32", "firsts_ptr": "i32", "numbers_ptr": "fp64"}
+    for N, aligned in ((32, True), (32, False), (256, True)):
+        pairs, slopes = blocks(N)
+        options = [{name: tile.pop(name) for name in ("num_warps", "num_stages")} for tile in (pairs, slopes)]
+        common = {"wide": False, "tensor_cores": True}
+        sizes = {"N": N + 1, "M": 201, "stride": 1697}
+        label = f"batch of {N}{', aligned' * aligned}"
+        for gradient in (True, False):
+            pointers = dict.fromkeys(("x_ptr", "y_ptr") + ("A_ptr",) * gradient, "fp32") | tables
+            constants = pairs | {"UNBIASED": True, "GRADIENT": gradient, "ALIGNED": aligned}
+            constants |= {} if gradient else {"A_ptr": None}
+            yield Kernel(
+                "mmd_groups", "pairs_kernel", label + ", gradient" * gradient, pointers | {"totals_ptr": "fp64"},
+                sizes, constants=constants, options=options[0], **common,
+            )  # fmt: skip
+        pointers = dict.fromkeys(("x_ptr", "y_ptr", "A_ptr", "out_ptr"), "fp32") | {"starts_ptr": "i32"}
+        constants = slopes | {"ALIGNED": aligned}
+        yield Kernel(
+            "mmd_groups", "slopes_kernel", label, pointers, sizes, constants=constants, options=options[1], **common
+        )  # fmt: skip
+
+
 def manhattan_kernels():
     from minegan_fast.kernels.manhattan import _OPTIONS, _SIGNS, _TILE
 
@@ -332,6 +357,7 @@ TRITON = {
     "minibatch_stddev": minibatch_stddev_kernels,
     "manhattan": manhattan_kernels,
     "mmd": mmd_kernels,
+    "mmd_groups": mmd_groups_kernels,
     "penalty": penalty_kernels,
 }
 
@@ -347,6 +373,7 @@ CUDA = {
     "minibatch_stddev": None,
     "manhattan": None,
     "mmd": None,
+    "mmd_groups": None,
     "penalty": None,
 }
 

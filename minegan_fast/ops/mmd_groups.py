@@ -18,7 +18,9 @@ With f(t) = sum of exp(c t) over K bandwidths, c = -1 / (2 sigma^2), and t = |a 
 and its derivative along a cotangent is that of mmd.py.
 """
 
+import math
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -45,8 +47,8 @@ def mmd_groups_sums(
     unbiased: bool,
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
-    """S of every group ([G], float64), and its gradient [N, D]: finite but of no meaning where a group's is not wanted,
-    empty where none is.
+    """S of every group ([G], float64), NaN where its x is not finite, and its gradient [N, D]: finite but of no meaning
+    for a group of which it is not wanted, empty where it is of none.
 
     x [N, D] and y [M, D] hold the groups side by side, of `sizes` columns each, norms [G, M] the squared norms of y's
     rows. numbers are the c of all groups, float64, widest bandwidth first, `counts` of them a group; squarings says how
@@ -61,7 +63,7 @@ def mmd_groups_sums(
         within, across = _weights(N, M, counts[g], unbiased)
         w = torch.cat([torch.full_like(z[:N, 0], within), torch.full_like(z[N:, 0], across)])
         terms = [torch.exp(e * t) for e in c.unbind()]
-        sums.append((w * sum(terms)).fill_diagonal_(0).sum())
+        sums.append((w * sum(terms)).fill_diagonal_(0).sum() + 0 * a.sum())
         if wanted[g]:
             A = sum(e * term for e, term in zip(c.unbind(), terms, strict=True)) * w * 2
             A[:, :N] *= 2
@@ -79,44 +81,47 @@ class _Distances(Function):
     """The gradient is made with the value, most of which it shares."""
 
     @staticmethod
-    def forward(ctx, x, target, wanted, backend):
+    def forward(ctx, target, wanted, backend, *xs):
         ctx.args = target, wanted, backend
-        with torch.autocast(x.device.type, enabled=False):
+        x = torch.cat(xs, 1).sub_(target.center)
+        lowered = torch.is_autocast_enabled(x.device.type)
+        with torch.autocast(x.device.type, enabled=False) if lowered else nullcontext():
             sums, ctx.slope = mmd_groups_sums(
                 x, target.y, target.norms, target.numbers, target.squarings, target.sizes, target.counts,
                 target.unbiased, wanted, backend=backend,
             )  # fmt: skip
-        ctx.save_for_backward(x)
+        ctx.save_for_backward(*xs)
         constant = target.own if target.unbiased else target.own + 1 / len(x)  # pairs of a sample and itself
         return (sums + constant).to(x.dtype)
 
     @staticmethod
     def backward(ctx, g):
-        slope = _Gradient.apply(*ctx.saved_tensors, ctx.slope, *ctx.args)
-        return slope * g.index_select(0, ctx.args[0].group_of), None, None, None
+        (target, wanted, _), slope = ctx.args, ctx.slope
+        if torch.is_grad_enabled():
+            slope = _Gradient.apply(slope, *ctx.args, *ctx.saved_tensors)
+        parts = zip(slope.split(target.sizes, 1), g.unbind(), wanted, strict=True)
+        return None, None, None, *(part * weight if want else None for part, weight, want in parts)
 
 
 class _Gradient(Function):
     @staticmethod
-    def forward(ctx, x, slope, target, wanted, backend):
+    def forward(ctx, slope, target, wanted, backend, *xs):
         ctx.args = target, wanted, backend
-        ctx.save_for_backward(x)
+        ctx.save_for_backward(*xs)
         return slope.view_as(slope)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, h):
-        (x,), (target, wanted, backend) = ctx.saved_tensors, ctx.args
-        N, M = len(x), target.count
-        parts = [t.split(target.sizes, 1) for t in (x, target.y, h)]
-        second = torch.zeros_like(x)
-        for g, out in enumerate(second.split(target.sizes, 1)):
+        target, wanted, backend = ctx.args
+        centers, ys, along = (t.split(target.sizes, -1) for t in (target.center, target.y, h))
+        second = [None] * len(wanted)
+        for g, x in enumerate(ctx.saved_tensors):
             if wanted[g]:
-                x_g, y_g, h_g = (part[g] for part in parts)
-                plan = target.plan(g, N)
-                z, along = torch.cat([x_g, y_g]), torch.cat([h_g, h_g.new_zeros(M, h_g.shape[1])])
-                out.copy_(sum_and_slope(z, N, plan, along, 2, (True, False), backend)[1][:N])
-        return second, None, None, None, None
+                z, hz = torch.cat([x - centers[g], ys[g]]), torch.cat([along[g], torch.zeros_like(ys[g])])
+                plan = target.plan(g, len(x))
+                second[g] = sum_and_slope(z, len(x), plan, hz, 2, (True, False), backend)[1][: len(x)]
+        return None, None, None, None, *second
 
 
 class MmdTarget:
@@ -166,10 +171,8 @@ class MmdTarget:
         self.numbers = torch.tensor([c for group in values for c in group], dtype=torch.float64, device=self.device)
         parts = self.y.split(self.sizes, 1)
         self.norms = torch.stack([torch.linalg.vecdot(y, y) for y in parts])
-        places = torch.arange(len(groups), device=self.device)
-        self.group_of = places.repeat_interleave(torch.tensor(self.sizes, device=self.device))
         within = [
-            sum_and_slope(y.double(), self.count, self.plan(g, self.count), None, 0, (False, False), None)[0]
+            sum_and_slope(y.double(), self.count, self.plan(g, self.count), None, 0, (False, False), "reference")[0]
             for g, y in enumerate(parts)
         ]
         self.own = torch.stack(within) + (0 if unbiased else 1 / self.count)
@@ -240,13 +243,39 @@ def mmd_groups(xs: Sequence[Tensor], target: MmdTarget, validate: bool = True) -
             "use a larger batch, or a target with unbiased=False"
         )
     wanted = [torch.is_grad_enabled() and x.requires_grad for x in xs]
-    x = torch.cat([x if x.dtype == target.dtype else x.to(target.dtype) for x in xs], 1).sub_(target.center)
-    look = validate and not torch.compiler.is_compiling()
-    if look and not x.detach().sum(dtype=torch.float64).isfinite():
-        for g, group in enumerate(xs):
-            check_finite(group, f"group {g} of xs")
-    distances = _Distances.apply(x, target, wanted, forced_backend())
-    if look and not distances.detach().sum().isfinite():
-        for g, (distance, own) in enumerate(zip(distances, target.y.split(target.sizes, 1), strict=True)):
-            check_value(distance, x.split(target.sizes, 1)[g], own, f" of group {g}")
+    xs = [x if x.dtype == target.dtype else x.to(target.dtype) for x in xs]
+    distances = _Distances.apply(target, wanted, forced_backend(), *xs)
+    if validate and not torch.compiler.is_compiling() and not math.isfinite(distances.detach().sum().item()):
+        for g, (x, y) in enumerate(zip(xs, target.y.split(target.sizes, 1), strict=True)):
+            check_finite(x, f"group {g} of xs")
+            check_value(distances[g], x, y, f" of group {g}")
     return distances
+
+
+# Launchers.
+
+
+@mmd_groups_sums.register("cpp", dtypes=(torch.float32,))
+def _(native, x, y, norms, numbers, squarings, sizes, counts, unbiased, wanted):
+    N, M, gradient = len(x), len(y), any(wanted)
+    parts = [*zip(x.split(sizes, 1), y.split(sizes, 1), strict=True)]
+    products = [(a @ a.T, a @ b.T) for a, b in parts]
+    sums = torch.empty(len(sizes), dtype=torch.float64)
+    native.mmd_groups_cpu(
+        [t.data_ptr() for t in (x, y, norms, numbers, sums)], [(xx.data_ptr(), xy.data_ptr()) for xx, xy in products],
+        squarings, sizes, counts, (N, M), *_weights(N, M, 1, unbiased), gradient, torch.get_num_threads(),
+    )  # fmt: skip
+    if not gradient:
+        return sums, x.new_empty(0, 0)
+    slope = torch.empty_like(x) if all(wanted) else torch.zeros_like(x)
+    for (a, b), (xx, xy), out, want in zip(parts, products, slope.split(sizes, 1), wanted, strict=True):
+        if want:
+            torch.mm(xx, a, out=out)
+            out.addmm_(xy, b)
+    return sums, slope
+
+
+@mmd_groups_sums.register("triton", dtypes=(torch.float32,))
+def _(kernels, x, y, norms, numbers, squarings, sizes, counts, unbiased, wanted):
+    totals, slope = kernels.mmd_groups(x, y, numbers, sizes, counts, unbiased, any(wanted))
+    return totals.sum(1), slope
