@@ -10,7 +10,6 @@ from .._reading import Contents, read
 from .mined import Mined
 from .miner import Miner
 from .originals import find_original
-from .prior import check_prior
 
 FORMAT = "minegan_fast.miner"
 
@@ -76,9 +75,7 @@ def _own(contents: Contents) -> tuple[Miner, Miner | None, str, Tensor | None, s
             class_miner = Miner(**json.loads(metadata["class_config"]))
             class_miner.load_state_dict({name.partition(".")[2]: tensor for name, tensor in of_class.items()})
             class_miner.eval()
-        place, prior = metadata.get("place", "z"), metadata.get("prior", "none")
-        check_prior(prior, place)
-        return miner.eval(), class_miner, place, constant, prior
+        return miner.eval(), class_miner, metadata.get("place", "z"), constant, metadata.get("prior", "none")
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{contents.path}: the miner in it is damaged ({reason}); write it again") from None

@@ -6,7 +6,7 @@ import itertools
 import torch
 from torch import Tensor, nn
 
-from .prior import Whitening, check_prior, latent_statistics, prior_penalty, project
+from .prior import WEIGHTS, Whitening, check_prior, latent_statistics, prior_penalty, project
 
 PLACES = ("z", "w")
 
@@ -28,8 +28,8 @@ class Mined(nn.Module):
         place: "z" | "w". "w" needs a generator with `mapping(z) -> w` and the keyword `latents`.
         constant: [1, C, 4, 4], copied: takes the place of the generator's learned constant, and trains.
         prior: "sphere" | "shell" | "moments" | "none": how the mined z or w stays near what the generator was trained
-            on, see `prior`. The sphere is a part of the network, z only; the penalties are for whoever trains.
-        reference: where the generator's own w lie (`prior.own_latents`); the penalties of w need it.
+            on, see `prior`. The sphere is a part of the network, z only; the penalty is for whoever trains.
+        reference: where the generator's own w lie (`prior.own_latents`); its penalty and statistics need it.
 
     Keywords of the call go to the generator.
     """
@@ -100,18 +100,17 @@ class Mined(nn.Module):
         return self.generator(latents, *([] if self.class_miner is None else [self.class_miner(u)]), **keywords)
 
     def penalty(self, latents: Tensor) -> Tensor:
-        """`prior_penalty` of a batch of `latents(u)`."""
-        self._check_reference()
-        return prior_penalty(latents, self.prior, self.reference)
+        """`prior_penalty` of a batch of `latents(u)`, times the prior's weight in `prior.WEIGHTS`."""
+        return WEIGHTS[self.prior] * prior_penalty(latents, self.prior, self._own())
 
     def statistics(self, latents: Tensor) -> dict[str, float]:
         """`latent_statistics` of a batch of `latents(u)`."""
-        self._check_reference()
-        return latent_statistics(latents, self.reference)
+        return latent_statistics(latents, self._own())
 
-    def _check_reference(self) -> None:
+    def _own(self) -> Whitening | None:
         if self.place == "w" and self.reference is None:
             raise ValueError("w is compared with the mapping's own: give reference=own_latents(generator, 'w')")
+        return self.reference
 
     def before(self, generator: nn.Module) -> "Mined":
         """Copies of these miners, before another generator."""

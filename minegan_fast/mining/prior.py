@@ -3,9 +3,9 @@
 A generator knows z ~ N(0, I), d numbers each, whose length is nearly the same: |z|²/d = 1 ± √(2/d). A miner that leaves
 it finds images that the generator never made. Four ways, for z [n, d]:
 
-    sphere    z <- z √d / |z|, a part of the network                                no length but √d is possible
-    shell     P = mean_i (|z_i|²/d - 1)²                                            a penalty, 2/d for N(0, I)
-    moments   P = (|μ|² + |S - V|²) / d, μ = E z, S = E z zᵀ, V that of the prior    a penalty, 0 for N(0, I): V = I
+    moments   P = (|μ|² + |S - V|²) / d, μ = E z, S = E z zᵀ, V that of the prior: I    a penalty, 0 for N(0, I)
+    shell     P = mean_i (|z_i|²/d - 1)²                                               a penalty, 2/d for N(0, I)
+    sphere    z <- z √d / |z|, a part of the network, and P of moments
     none
 
 Of `moments` the batch gives an unbiased estimate, whatever its size n >= 2, since each square becomes a product of two
@@ -14,7 +14,9 @@ different samples:
     |μ|² ≈ mean_{i≠j} z_i·z_j        |S - V|² ≈ mean_{i≠j} (z_i·z_j)² - 2 mean_i z_iᵀ V z_i + tr V²
 
 It may thus be negative. It is the unbiased MMD² to the prior under the kernel x·y + (x·y)², with the prior's
-expectations in closed form. On the sphere its second part is d / (effective dimension of S) - 1: a cost of collapse.
+expectations in closed form. The sphere alone bounds the length of z, not how much of it all z have in common: a miner
+may put every z a dozen deviations along one direction. S sees that, and on the sphere |S - I|²/d = tr S²/d - 1 is
+d / (effective dimension) - 1, without centring: a cost of collapse.
 
 The same for w, whose distribution the mapping network makes: w is whitened first (`Whitening`).
 """
@@ -25,6 +27,8 @@ import torch
 from torch import Tensor, nn
 
 PRIORS = ("sphere", "shell", "moments", "none")
+# Of the penalty, beside a loss whose size is about 1. As measured: enough for a third of the prior's dimensions.
+WEIGHTS = {"sphere": 0.03, "shell": 1.0, "moments": 0.03, "none": 0.0}
 
 
 class Whitening(NamedTuple):
@@ -98,20 +102,21 @@ def project(z: Tensor, prior: str) -> Tensor:
 
 
 def prior_penalty(z: Tensor, prior: str, reference: Whitening | None = None) -> Tensor:
-    """The penalty P above of a batch z [n, d], a scalar in float32 or z's wider dtype; 0 for sphere and none.
+    """The penalty P above of a batch z [n, d], a scalar in float32 or z's wider dtype; 0 for the prior none.
 
-    reference: of the generator's own w, where z is w. ValueError: moments of fewer than 2 samples, an unknown prior.
+    reference: of the generator's own w, where z is w. ValueError: sphere or moments of fewer than 2 samples, a prior
+    that is unknown.
     """
     check_prior(prior, "z" if reference is None else "w")
     z = z.to(torch.promote_types(z.dtype, torch.float32))
-    if prior in ("sphere", "none"):
+    if prior == "none":
         return z.new_zeros(())
     z = z if reference is None else reference(z)
     n, d = z.shape
     if prior == "shell":
         return (z.square().mean(1) - 1).square().mean()
     if n < 2:
-        raise ValueError("the prior moments compares samples of a batch with each other: take a batch of 2 or more")
+        raise ValueError(f"the prior {prior} compares samples of a batch with each other: take a batch of 2 or more")
     v = torch.ones_like(z[0]) if reference is None else reference.variances.to(z)
     products = z @ z.T
     products = products - torch.diag(products.diagonal())

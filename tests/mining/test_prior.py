@@ -10,6 +10,7 @@ from torch import nn
 from minegan_fast.mining import Mined, Miner, load_mined, save_miner
 from minegan_fast.mining.prior import (
     PRIORS,
+    WEIGHTS,
     default_prior,
     effective_dimension,
     latent_statistics,
@@ -75,8 +76,8 @@ def test_shell():
     expected = sum((sum(float(x) ** 2 for x in row) / 4 - 1) ** 2 for row in z) / 5
     assert float(prior_penalty(z, "shell")) == pytest.approx(expected)
     assert float(prior_penalty(project(z, "sphere"), "shell")) < 1e-12
-    for prior in ("sphere", "none"):
-        assert prior_penalty(z, prior) == 0
+    assert prior_penalty(z, "none") == 0
+    assert prior_penalty(z, "sphere") == prior_penalty(z, "moments")
 
 
 def moments(mean, second, prior):
@@ -91,6 +92,13 @@ def test_moments_are_unbiased_at_every_batch_size(n):
     exact = moments(points.mean(0), points.T @ points / 3, torch.eye(4).double())
     estimates = [prior_penalty(points[list(chosen)], "moments") for chosen in itertools.product(range(3), repeat=n)]
     torch.testing.assert_close(float(torch.stack(estimates).mean()), exact)
+
+
+def test_on_the_sphere_the_moments_are_the_cost_of_collapse():
+    z = project(draws(4000, 10) * torch.tensor([3, 2] + 8 * [1]).double() + 0.5, "sphere")
+    second = z.T @ z / 4000
+    expected = z.mean(0).square().sum() / 10 + 10 * second.square().sum() / second.trace() ** 2 - 1
+    assert float(prior_penalty(z, "sphere")) == pytest.approx(float(expected), abs=0.01)
 
 
 def test_moments_see_a_shift_a_scale_and_a_collapse():
@@ -234,9 +242,9 @@ def test_mined_w_has_a_penalty_and_statistics_by_its_reference():
     w = mined.latents(u)
     assert torch.equal(w, mined.miner(generator.mapping(u)))
     assert torch.equal(mined.images(w, u, noise="none"), mined(u, noise="none"))
-    assert torch.equal(mined.penalty(w), prior_penalty(w, "moments", own))
+    assert torch.equal(mined.penalty(w), WEIGHTS["moments"] * prior_penalty(w, "moments", own))
     assert mined.statistics(w) == latent_statistics(w, own)
-    bare = Mined(generator, Miner(7), place="w")
+    bare = Mined(generator, Miner(7), place="w", prior="moments")
     for method in (bare.penalty, bare.statistics):
         with pytest.raises(ValueError, match="give reference=own_latents"):
             method(w)
@@ -268,7 +276,7 @@ def test_a_file_without_a_prior_has_none_and_a_wrong_one_is_named(tmp_path):
     save_file(tensors, path, {k: v for k, v in metadata.items() if k != "prior"})
     assert load_mined(path, Sum()).prior == "none"
     save_file(tensors, path, metadata | {"prior": "cube"})
-    with pytest.raises(ValueError, match="prior must be one of sphere, shell, moments, none, got 'cube'"):
+    with pytest.raises(ValueError, match=r"does not fit the generator: prior must be one of .*, got 'cube'"):
         load_mined(path, Sum())
 
 
