@@ -14,7 +14,7 @@ from .machine import Machine
 from .randomness import DataOrder
 
 # Steps of a new critic before it may move the miner, but no more than a quarter of its stage.
-WARM_UP = 200
+WARM_UP = 50
 
 
 class Adversary:

@@ -8,6 +8,8 @@ its order; each may carry a strength s after a colon, in (0, 1]:
     translation:s    shift by whole pixels, up to s of each side, zeros move in; default s = 1/8
     cutout:s         a rectangle of s of each side is zeroed, its centre anywhere in the image; default s = 1/2
     flip:s           mirrored left to right with probability s; default s = 1/2
+    jitter:s         zoom by 1 + s·U(-1, 1), shift by s·U(-1, 1) of each side, between pixels, the border repeated;
+                     default s = 1/20
 """
 
 from functools import lru_cache
@@ -108,6 +110,19 @@ def _flip(x: Tensor, random: Tensor, strength: float) -> Tensor:
     return torch.where(random[0][:, None, None, None] < strength, x.flip(3), x)
 
 
+def _jitter(x: Tensor, random: Tensor, strength: float) -> Tensor:
+    """Zoom and shift are separable: rows and columns are resampled linearly, each by a matrix of the sample's own."""
+    zoom, *shifts = strength * (2 * random - 1)
+    for shift in shifts:
+        size = x.shape[2]
+        middle = (size - 1) / 2
+        place = torch.arange(size, device=x.device) - middle
+        place = (place * (1 + zoom)[:, None] + shift[:, None] * size + middle).clamp(0, size - 1)
+        weights = (1 - (torch.arange(size, device=x.device) - place[:, :, None]).abs()).clamp(min=0)
+        x = (weights.to(x.dtype)[:, None] @ x).transpose(2, 3)
+    return x
+
+
 def _outer(rows: Tensor, columns: Tensor) -> Tensor:
     """[B, H] and [B, W] -> mask [B, 1, H, W]."""
     return rows[:, None, :, None] & columns[:, None, None, :]
@@ -119,4 +134,5 @@ _WORDS = {
     "translation": (_translation, 2, 0.125),
     "cutout": (_cutout, 2, 0.5),
     "flip": (_flip, 1, 0.5),
+    "jitter": (_jitter, 3, 0.05),
 }

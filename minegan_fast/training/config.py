@@ -39,7 +39,7 @@ class TransferConfig:
     )
     method: str = setting("minegan++", f"What trains: {', '.join(METHODS)}.")
     mining_steps: int | None = setting(
-        None, "Steps of stage 1: the miner trains, the generator is frozen. Default: 150 under mmd, else 1000."
+        None, "Steps of stage 1: the miner trains, the generator is frozen. Default: 60 under mmd, else 1000."
     )
     finetune_steps: int | None = setting(
         None, "Steps of stage 2: the selected neurons of the generator train too. Default: 300 under mmd, else 2000."
@@ -90,7 +90,9 @@ class TransferConfig:
     prior: str | None = setting(
         None, f"What keeps the mined latents in their prior: {', '.join(PRIORS)}. Default: by the generator's family."
     )
-    prior_weight: float = setting(1.0, "Weight of the prior's penalty, where it has one.")
+    prior_weight: float | None = setting(
+        None, "Weight of the prior's penalty, on the sphere that of the moments. Default: 0.03 under mmd, else 0.1."
+    )
     train_critic: str | None = setting(
         None, "What of the critic trains: all, sparse (as the generator), freezed (FreezeD). Default: all."
     )
@@ -119,10 +121,17 @@ class TransferConfig:
     )
     path_length_every: int = setting(4, "Lazy path length: every so many steps, weighted accordingly.")
     gradient_penalty_weight: float | None = setting(None, "Weight of WGAN-GP; default 10 for wgan, else 0.")
-    augment: str = setting("color,translation,cutout", "DiffAugment: color, translation, cutout, flip; empty: none.")
+    augment: str = setting(
+        "color,translation,cutout",
+        "DiffAugment of what a critic sees: color, translation, cutout, flip, jitter; empty: none.",
+    )
+    views: int = setting(
+        2, "Random views of each target image beside it under mmd, of as many generated ones; 0: none."
+    )
+    view_augment: str = setting("jitter", "How views differ under mmd: words as of --augment.")
     flips: bool = setting(True, "Whether mirror images of the target count as target under mmd.")
     ema_decay: float | None = setting(
-        None, "Decay of the averages of miner and selected neurons. Default: 0.98 under mmd, else 0.998."
+        None, "Decay of the averages of miner and selected neurons. Default: 0.99 under mmd, else 0.998."
     )
     precision: str = setting("fp32", "fp32, bf16 or fp16 (autocast; penalties stay in fp32).")
     held_out: float | str = setting(
@@ -182,7 +191,7 @@ class TransferConfig:
         for name, low in (
             ("mining_steps", 0), ("finetune_steps", 0), ("batch", 1), ("snapshot_every", 1), ("score_samples", 1),
             ("miner_depth", 1), ("r1_every", 1), ("path_length_every", 1), ("eval_samples", 2), ("patience", 0),
-            ("keep", 1), ("grid", 1), ("log_every", 1), ("freeze_blocks", 1), ("reselect_every", 0),
+            ("keep", 1), ("grid", 1), ("log_every", 1), ("freeze_blocks", 1), ("reselect_every", 0), ("views", 0),
         ):  # fmt: skip
             value = getattr(self, name)
             if not isinstance(value, int) or value < low:
@@ -218,7 +227,8 @@ class TransferConfig:
                 raise ValueError(f"metrics are {', '.join(METRICS)}, got {metric!r}")
         if isinstance(self.held_out, float) and not 0 <= self.held_out < 1:
             raise ValueError(f"held_out is a fraction in [0, 1) or a folder, got {self.held_out!r}")
-        parse_policy(self.augment)
+        for policy in (self.augment, self.view_augment):
+            parse_policy(policy)
 
     def _check_critic(self) -> None:
         """What needs a critic, and has none under mmd; what cannot choose its neurons."""

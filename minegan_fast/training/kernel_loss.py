@@ -54,7 +54,7 @@ class KernelLoss:
         flips: bool = True,
         views: int = 0,
         augment: str = "",
-        scales: Sequence[float] = (0.35, 0.7, 1.4),
+        scales: Sequence[float] = (0.25, 0.5, 1.0),
         unbiased: bool = True,
         batch: int = 64,
         seed: int = 0,

@@ -1,17 +1,20 @@
 """Features of a frozen pretrained network, differentiable in the images: what a loss measures distances in.
 
-Of each stage of the network (`stages.py`) with maps f [B, C, h, w] one group of features, made of parts:
+Of each stage of the network (`stages.py`) with maps f [B, C, h, w] two groups of features, of two parts each:
 
-    mean over the pixels           [B, C]
-    sqrt(variance over them + e)   [B, C]
-    averages of p x p fields       [B, C p^2] / p, so that each part weighs the same
+    what      mean over the pixels                  [B, C]        sqrt(variance over them + e)     [B, C]
+    where     means of p x p fields of the map      [B, C p^2]    and the deviations within them   [B, C p^2]
+
+and of the images themselves their means of p x p fields, which see what a network does not look at: a pattern of single
+pixels that its first layer's stride jumps over, or colours.
 
 Each part is divided by its RMS over the target images, which makes groups of different layers and networks comparable.
-Vectors [B, D] are one part. Means and deviations of several layers as features that a generator is to match: dos Santos
-et al. 2019, "Learning Implicit Generative Models by Matching Perceptual Features" (arXiv 1904.02762).
+Vectors [B, D] are a group of one part. Means and deviations of several layers as features that a generator is to match:
+dos Santos et al. 2019, "Learning Implicit Generative Models by Matching Perceptual Features" (arXiv 1904.02762).
 """
 
 import copy
+import itertools
 import os
 from collections.abc import Iterable, Sequence
 
@@ -26,10 +29,12 @@ from .stages import Stages, evaluating
 
 _EPSILON = 1e-8  # of a variance: the root has no gradient at 0
 _CONSTANT = 1e-5  # of unit RMS
+_LEAST = 1e-4  # of a map's variance: below it that of a field is rounding
+_SMALL = 96  # pixels: networks halve smaller images too early, see docs/quality.md
 
 
 class LossFeatures:
-    """images [B, C, R, R], floating point in [-1, 1] -> one group of features [B, D_g] a stage.
+    """images [B, C, R, R], floating point in [-1, 1] -> groups of features [B, D_g].
 
     Images are neither clamped nor rounded, and grey ones become three channels where the network takes three. `fit`
     comes first: it measures the scales.
@@ -38,14 +43,16 @@ class LossFeatures:
         is used, without its rounding. It is copied; the copy stays in eval mode, without gradients for its parameters.
     probe: images [at least 1, C, R, R] as the generator makes them, [-1, 1] or uint8, by which the stages are found.
     taps, count: which stages, as `Stages` takes them.
-    resolution, normalize: as FeatureExtractor takes them, for a module or a file.
+    resolution, normalize: as FeatureExtractor takes them, for a module or a file. None enlarges smaller images to 96
+        pixels, unless the network says by an attribute `resolution` what it takes, or does not take those.
     device: where the copy computes; None: where the module is, a file's network on the CPU.
-    pool: the fields a side of which averages are taken; 1 stands for the means, and p has a place where a map is at
-        least 2p pixels wide.
+    fields: p of the second group, less on small maps: at most two thirds of a map's width, and none below 2; 1: no such
+        group. pixels: the p of the images' groups.
     bf16: run the network in bfloat16, by autocast. False: in its own dtype, whatever is around the call.
     batch: images at once in `fit`.
 
-    Attributes: name (of the network), names (of the stages), sizes (the D_g), scales (of the parts of each stage).
+    Attributes: name (of the network), taps (the stages), names (of the groups), sizes (the D_g), scales (of the parts
+    of each group).
 
     Raises ValueError, in one line, for images that the network does not take, features of an image that depend on the
     other images of its batch, as in train mode, NaN, and a network that is not differentiable.
@@ -60,24 +67,27 @@ class LossFeatures:
         normalize: str | None = None,
         device=None,
         name: str | None = None,
-        count: int = 4,
-        pool: Sequence[int] = (1, 2),
+        count: int = 5,
+        fields: int = 4,
+        pixels: Sequence[int] = (8, 32),
         bf16: bool = False,
         batch: int = 64,
     ):
-        if not pool or min(pool) < 1 or batch < 1:
-            raise ValueError(f"pool holds sizes of at least 1, and batch is at least 1, got {pool!r} and {batch}")
-        self.pool, self.bf16, self.batch = sorted(set(pool)), bf16, batch
+        if fields < 1 or min(pixels, default=1) < 1 or batch < 1:
+            raise ValueError(f"fields, pixels and batch must be at least 1, got {fields}, {pixels!r} and {batch}")
+        self.fields, self.bf16, self.batch = fields, bf16, batch
+        self.pixels = [p for p in pixels if p <= min(probe.shape[2:])]
         self._extractor = _own(network, resolution, normalize, device)
         module = self._extractor.module
         self.name = name or (os.fspath(network) if isinstance(network, (str, os.PathLike)) else type(module).__name__)
         self._shape, self._format, self.scales = tuple(probe.shape[1:]), torch.preserve_format, None
         self._extractor._check(probe)
         images = _floats(probe[:1]).to(self.device)
-        self._fit_channels(images)
+        self._fit_images(images, resolution is None and not isinstance(network, FeatureExtractor))
         self._stages = Stages(self._network(module), self._prepared(images), taps, count)
         self._speed_up(images)
-        self.names = self._stages.names
+        self.taps = self._stages.names
+        self.names = list(self._parts(images))
         self.sizes = [sum(part.shape[1] for part in parts) for parts in self._check_gradient(images)]
 
     @property
@@ -101,19 +111,19 @@ class LossFeatures:
         Images are uint8 or floating point in [-1, 1], on any device. Raises ValueError for images of another shape or
         range, for NaN, with the stage, and for a stage whose features are 0 or the same for all images.
         """
-        stages = [[] for _ in self.names]
+        found = {name: [] for name in self.names}
         with torch.no_grad():
             for tensor in [images] if isinstance(images, Tensor) else images:
                 for part in tensor.split(self.batch):
                     self._extractor._check(part)
-                    for stage, parts in zip(stages, self._parts(_floats(part).to(self.device)), strict=True):
-                        stage.append(parts)
-            stages = [[torch.cat(batches) for batches in zip(*stage, strict=True)] for stage in stages]
-            self.scales = [[float(part.double().square().mean().sqrt()) for part in parts] for parts in stages]
+                    for name, parts in self._parts(_floats(part).to(self.device)).items():
+                        found[name].append(parts)
+            whole = [[torch.cat(batches) for batches in zip(*group, strict=True)] for group in found.values()]
+            self.scales = [[float(part.double().square().mean().sqrt()) for part in parts] for parts in whole]
             for name, scales in zip(self.names, self.scales, strict=True):
                 if not all(scales):
                     raise ValueError(f"the features {name!r} of {self.name} are 0 for all target images: choose taps=")
-            groups = self._joined(stages)
+            groups = self._joined(whole)
         for name, group in zip(self.names, groups, strict=True):
             if len(group) > 1 and (group - group[0]).abs().max() <= _CONSTANT:
                 raise ValueError(
@@ -126,7 +136,7 @@ class LossFeatures:
         """Groups [B, D_g], float32 (float64 of a float64 network). ValueError for NaN or inf, with the stage."""
         if self.scales is None:
             raise ValueError("the scales of these features are not known yet: call fit(target images) first")
-        return self._joined(self._parts(images))
+        return self._joined(self._parts(images).values())
 
     def _prepared(self, images: Tensor) -> Tensor:
         """What the network takes, on its device."""
@@ -138,42 +148,55 @@ class LossFeatures:
     def _network(self, module: nn.Module) -> nn.Module:
         return _Asked(module) if self._extractor.variant == "nvidia" else module
 
-    def _parts(self, images: Tensor) -> list[list[Tensor]]:
+    def _parts(self, images: Tensor) -> dict[str, list[Tensor]]:
+        """The parts of each group, before they are scaled."""
         maps = [m if m.dtype == torch.float64 else m.float() for m in self.maps(images)]
+        groups: dict[str, list[Tensor]] = {}
         with torch.autocast(self.device.type, enabled=False):
-            stages = [self._parts_of(m) for m in maps]
-        sums = torch.stack([sum(part.detach().sum() for part in parts) for parts in stages])
+            for p in self.pixels:
+                groups[f"pixels {p}x{p}"] = [F.adaptive_avg_pool2d(images.to(maps[0]), p).flatten(1)]
+            for name, m in zip(self.taps, maps, strict=True):
+                groups |= self._parts_of(name, m)
+        sums = torch.stack([sum(part.detach().sum() for part in parts) for parts in groups.values()])
         if not sums.isfinite().all():  # one transfer
-            bad = self.names[int((~sums.isfinite()).nonzero()[0])]
+            bad = list(groups)[int((~sums.isfinite()).nonzero()[0])]
             what = "the images hold NaN or inf" if not images.isfinite().all() else "the images do not"
             raise ValueError(f"the features {bad!r} of {self.name} hold NaN or inf ({what})")
-        return stages
+        return groups
 
-    def _parts_of(self, m: Tensor) -> list[Tensor]:
+    def _parts_of(self, name: str, m: Tensor) -> dict[str, list[Tensor]]:
         if m.dim() == 2:
-            return [m]
+            return {name: [m]}
         size = min(m.shape[2:])
         pixels = m.permute(0, 2, 3, 1).flatten(1, 2)  # torch.var_mean takes 40 times as long on maps of 2 x 2
         mean = pixels.mean(1)
+        groups = {name: [mean]}
+        if m.shape[2:].numel() == 1:
+            return groups
         variance = (pixels - mean[:, None]).square().mean(1)
-        parts = [mean] if 1 in self.pool or size == 1 else []
-        if m.shape[2:].numel() > 1:
-            parts.append((variance + _EPSILON).sqrt())
-        return parts + [F.adaptive_avg_pool2d(m, p).flatten(1) for p in self.pool if 1 < p <= size / 2]
-
-    def _joined(self, stages: list[list[Tensor]]) -> list[Tensor]:
-        """Parts of unit RMS side by side; one of p x p fields has p^2 features a channel and is divided by p."""
-        groups = []
-        for parts, scales in zip(stages, self.scales, strict=True):
-            weights = [(parts[0].shape[1] / part.shape[1]) ** 0.5 / s for part, s in zip(parts, scales, strict=True)]
-            groups.append(torch.cat([part * w for part, w in zip(parts, weights, strict=True)], 1))
+        groups[name].append((variance + _EPSILON).sqrt())
+        p = min(self.fields, 2 * size // 3)
+        if p > 1:
+            centre, least = (t.detach()[:, :, None, None] for t in (mean, _LEAST * variance))
+            means, squares = (F.adaptive_avg_pool2d(x, p) for x in (m, (m - centre).square()))
+            variances = torch.maximum(squares - (means - centre).square(), least)  # of rounding the root is steep
+            groups[f"{name} {p}x{p}"] = [means.flatten(1), (variances + _EPSILON).sqrt().flatten(1)]
         return groups
 
-    def _fit_channels(self, image: Tensor) -> None:
-        """Grey images are repeated where the network takes no other."""
+    def _joined(self, groups: Iterable[list[Tensor]]) -> list[Tensor]:
+        """Parts of unit RMS side by side."""
+        pairs = zip(groups, self.scales, strict=True)
+        return [torch.cat([part / s for part, s in zip(parts, scales, strict=True)], 1) for parts, scales in pairs]
+
+    def _fit_images(self, image: Tensor, any_size: bool) -> None:
+        """Grey images are repeated where the network takes no other, small ones enlarged where it takes that."""
         extractor, module = self._extractor, self._network(self._extractor.module)
-        for channels in [extractor.channels] + [3] * (extractor.channels is None and image.shape[1] == 1):
-            extractor.channels = channels
+        channels = [extractor.channels] + [3] * (extractor.channels is None and image.shape[1] == 1)
+        sizes = [extractor.size]
+        any_size &= extractor.size is None and extractor.variant is None and not hasattr(module, "resolution")
+        if any_size and min(image.shape[2:]) < _SMALL:
+            sizes.insert(0, (_SMALL, _SMALL))
+        for extractor.size, extractor.channels in itertools.product(sizes, channels):
             try:
                 with torch.no_grad(), evaluating(module):
                     module(self._prepared(image))
@@ -215,7 +238,7 @@ class LossFeatures:
         images = images.clone().requires_grad_()
         with torch.enable_grad():
             stages = self._parts(images)
-        for name, parts in zip(self.names, stages, strict=True):
+        for name, parts in stages.items():
             slopes = None
             if all(part.requires_grad for part in parts):
                 (slopes,) = torch.autograd.grad(sum(part.sum() for part in parts), images, retain_graph=True)
@@ -224,7 +247,7 @@ class LossFeatures:
                     f"{self.name} is not differentiable: its features {name!r} pass no gradient to the images; a loss "
                     f"needs a network that neither rounds nor detaches them"
                 )
-        return stages
+        return list(stages.values())
 
 
 def _floats(images: Tensor) -> Tensor:

@@ -28,8 +28,24 @@ KERNEL = "mmd"
 CALIBRATION = 8  # batches that give new batch norms their statistics
 
 # By the loss of the stage that a setting belongs to. Learning rates that these give are in `TransferConfig`.
-_ADVERSARIAL = {"miner_steps": 1000, "steps": 2000, "batch": 16, "lr": 2e-3, "beta1": 0.0, "ema_decay": 0.998}
-_KERNEL = {"miner_steps": 150, "steps": 300, "batch": 32, "lr": 1e-3, "beta1": 0.9, "ema_decay": 0.98}
+_ADVERSARIAL = {
+    "miner_steps": 1000,
+    "steps": 2000,
+    "batch": 16,
+    "lr": 2e-3,
+    "beta1": 0.0,
+    "ema_decay": 0.998,
+    "prior_weight": 0.1,
+}
+_KERNEL = {
+    "miner_steps": 60,
+    "steps": 300,
+    "batch": 32,
+    "lr": 1e-3,
+    "beta1": 0.9,
+    "ema_decay": 0.99,
+    "prior_weight": 0.03,
+}
 
 _WITHOUT_MINER = {"train_miner": False, "mining_steps": 0}
 _DENSE = {"density": 1.0, "budget": "neurons"}
@@ -59,7 +75,7 @@ def chosen(method: str, mining_loss: str, finetune_loss: str) -> dict[str, Any]:
     """The value of every setting that a user left open."""
     mining, finetuning = (_KERNEL if loss == KERNEL else _ADVERSARIAL for loss in (mining_loss, finetune_loss))
     steps = {"mining_steps": mining["miner_steps"], "finetune_steps": finetuning["steps"]}
-    shared = {name: finetuning[name] for name in ("batch", "lr", "beta1", "ema_decay")}
+    shared = {name: finetuning[name] for name in ("batch", "lr", "beta1", "ema_decay", "prior_weight")}
     return {**_COMMON, **shared, **steps, **METHODS[method]}
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from ..models import has_discriminator
+from ..models import has_discriminator, load_generator
 from .config import TransferConfig
 from .estimate import Estimate, estimate_seconds
 from .evaluation import NAMED
@@ -14,6 +14,7 @@ from .execution import TransferResult
 from .methods import KERNEL
 from .processes import join
 from .run import NAMED_LOSS_FEATURES, Run, seeded_apart
+from .sources import source_critic
 
 
 def transfer(
@@ -158,9 +159,12 @@ def _name(thing) -> str | None:
 
 
 def _has_critic(source) -> bool:
+    """Whether the source's file holds a critic that can judge its generator's images."""
     if isinstance(source, (list, tuple)) and len(source) == 1:
         source = source[0]
-    return isinstance(source, (str, Path)) and Path(source).exists() and has_discriminator(source)
+    if not isinstance(source, (str, Path)) or not Path(source).exists() or not has_discriminator(source):
+        return False
+    return source_critic(source, load_generator(source))[0] is not None
 
 
 def _is_number(value) -> bool:

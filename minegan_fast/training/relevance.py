@@ -34,10 +34,10 @@ def score(trainer, optimizer: SparseFinetuner) -> None:
     _collect(trainer, optimizer, "target")
     if config.criterion == "contrast":
         _collect(trainer, optimizer, "source")
-    if adversary:
-        train_mode(adversary.critic)
     for parameter, flag in zip(still, flags, strict=True):
         parameter.requires_grad_(flag)
+    if adversary:
+        train_mode(adversary.critic)  # which asks what is frozen
 
 
 def _collect(trainer, optimizer: SparseFinetuner, of: str) -> None:

@@ -63,7 +63,10 @@ class Run:
         if config.kernel or by_features:
             self.loss_features = self._choose_loss_features(loss_features, pretrained)
         if config.kernel:
-            self.kernel = KernelLoss(self.loss_features, self.target.images, flips=config.flips)
+            views = (
+                {"views": config.views, "augment": config.view_augment} if config.views and config.view_augment else {}
+            )
+            self.kernel = KernelLoss(self.loss_features, self.target.images, config.flips, **views, seed=config.seed)
         if by_features and config.adversarial:
             with seeded(config.seed, "critic"):
                 shape = self.generator.resolution, image_channels(self.generator)
@@ -101,7 +104,7 @@ class Run:
             held_out = f"{len(self.held_out)} held out"
         yield f"{len(self.target)} images to train on, {held_out}; metrics on {self.judge} features"
         if self.kernel is not None:
-            names = ", ".join(self.loss_features.names)
+            names = ", ".join(self.loss_features.taps)
             yield f"kernel distance of {self.loss_features.name} features, at {names}"
         yield from notes
         if self.critic is not None and self.new_critic:

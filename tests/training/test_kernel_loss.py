@@ -109,7 +109,7 @@ def test_two_processes_have_the_gradient_of_all_samples():
 
         def gather(groups, rows=rows):
             for group, f in zip(groups, features, strict=True):
-                torch.testing.assert_close(group, f[rows], rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(group, f[rows], rtol=1e-3, atol=1e-4)
             return features, rows
 
         value = kernel.backward(lambda a, b, own=own: G(own[a:b]), len(own), 2, gather=gather, processes=2)
@@ -169,7 +169,7 @@ def test_wrong_targets_are_named():
         loss(target=TARGET[:1].expand(3, -1, -1, -1))
     half = torch.cat([TARGET[:1].expand(8, -1, -1, -1), TARGET[:1].flip(2)])
     with pytest.raises(
-        ValueError, match="half of the pairs of samples coincide; in the features 'relu' of Shared: give"
+        ValueError, match="half of the pairs of samples coincide; in the features 'pixels 8x8' of Shared: give"
     ):
         loss(target=half, flips=False)
     with pytest.raises(ValueError, match=r"target images must be uint8 \[N, C, R, R\], got torch.float32"):
@@ -195,5 +195,5 @@ def test_wrong_batches_are_named():
     given = iter(range(10))
     with pytest.raises(ValueError, match="the second time other images were made for the same samples"):
         kernel.backward(lambda a, b: G(z[a:b] + next(given)), 4, 2)
-    with pytest.raises(ValueError, match=r"features 'relu' of Shared hold NaN or inf \(the images hold NaN"):
+    with pytest.raises(ValueError, match=r"features 'pixels 8x8' of Shared hold NaN or inf \(the images hold NaN"):
         kernel(images() * float("nan"))
