@@ -66,7 +66,7 @@ def test_kids_are_in_the_sources_and_seeds_are_paired(records):
 
 
 def test_scratch_is_measured_by_the_source_too(records):
-    results = Results([*records, record("scratch", 0, 3.0)])
+    results = Results([record("scratch", 0, 3.0), *records])
     results.by_key["nines", 100, "kernel", "scratch", "", 0]["curve"][0]["kid"] = 50.0
     assert results.final(PLACE, ("kernel", "scratch")) == {0: 1.5}
 
