@@ -132,8 +132,9 @@ def run(
                     if isinstance(error, BrokenProcessPool):  # a process was killed, perhaps for memory
                         waiting.clear()
                     seconds = time_left(time.monotonic() - started, done, [*waiting, *running.values()])
-                    progress.update(task, advance=1, left=f"{said(seconds)} left")
-                    console.print(f"{'failed' if error else 'finished'} {cell.name}, {said(seconds)} left")
+                    left = f"{said(seconds)} left" if seconds else "all done"
+                    progress.update(task, advance=1, left=left)
+                    console.print(f"{'failed' if error else 'finished'} {cell.name}, {left}")
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
