@@ -239,21 +239,23 @@ PYBIND11_MODULE(_C, m) {
       no_gil);
   m.def(
       "mmd_groups_cpu",
-      [](const std::array<Address, 5>& a, const std::vector<std::array<Address, 2>>& products,
-         const std::vector<int64_t>& squarings, const std::vector<int64_t>& sizes, const std::vector<int64_t>& counts,
-         std::array<int64_t, 2> rows, double within, double across, bool gradient, int threads) {
+      [](const std::array<Address, 7>& a, const std::vector<int64_t>& squarings, const std::vector<int64_t>& sizes,
+         const std::vector<int64_t>& counts, std::array<int64_t, 2> rows, double within, double across, bool gradient,
+         int threads) {
+        const auto [N, M] = rows;
         const float *x = (const float*)at(a[0]), *y = (const float*)at(a[1]), *norms = (const float*)at(a[2]);
         const auto* numbers = (const double*)at(a[3]);
+        float *xx = (float*)at(a[4]), *xy = (float*)at(a[5]);
         std::vector<minegan::MmdGroup> groups;
         int64_t column = 0, first = 0;
-        for (size_t g = 0; g < sizes.size(); ++g) {
-          groups.push_back({x + column, y + column, norms + g * rows[1], (float*)at(products[g][0]),
-                            (float*)at(products[g][1]), numbers + first, &squarings[first], counts[g], sizes[g]});
+        for (int64_t g = 0; g < int64_t(sizes.size()); ++g) {
+          groups.push_back({x + column, y + column, norms + g * M, xx + g * N * N, xy + g * N * M, numbers + first,
+                            &squarings[first], counts[g], sizes[g]});
           column += sizes[g];
           first += counts[g];
         }
-        minegan::mmd_groups_cpu(groups.data(), int64_t(groups.size()), rows[0], rows[1], column, within, across,
-                                gradient, (double*)at(a[4]), threads);
+        minegan::mmd_groups_cpu(groups.data(), int64_t(groups.size()), N, M, column, within, across, gradient,
+                                (double*)at(a[6]), threads);
       },
       no_gil);
 

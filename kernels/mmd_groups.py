@@ -39,6 +39,7 @@ def pairs_kernel(
     numbers_ptr,
     totals_ptr,
     A_ptr,
+    B_ptr,
     N,
     M,
     stride,
@@ -49,7 +50,7 @@ def pairs_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """A program takes BM rows of x in a group, and BN columns, of x or of y. A [groups, N, N + M] holds both.
+    """A program takes BM rows of x in a group, and BN columns, of x or of y. The diagonals of A are left at 0.
 
     Squared distances far below the squares are made anew from differences: products leave too few digits of them.
     """
@@ -63,7 +64,7 @@ def pairs_kernel(
     else:
         q_ptr = y_ptr + start
     p_ptr = x_ptr + start
-    columns, offset = tl.where(own, N, M), tl.where(own, 0, N)
+    columns = tl.where(own, N, M)
     j = (tl.program_id(0) - tl.where(own, 0, tiles)) * BN + tl.arange(0, BN)
 
     t = tl.zeros((BM, BN), tl.float32)
@@ -79,7 +80,7 @@ def pairs_kernel(
     limit = tl.sum(pp, 1)[:, None] + tl.sum(qq, 1)[None, :]
     t = limit - 2 * t
     inside = (i < N)[:, None] & (j < columns)[None, :]
-    counts = inside & ((i[:, None] != j[None, :]) | (offset > 0))
+    counts = inside & ((i[:, None] != j[None, :]) | (tl.program_id(0) >= tiles))
     if tl.max((counts & (t < _CLOSE * limit)).to(tl.int32)) > 0:
         rows_at, columns_at = i.to(tl.int64)[:, None] * stride, j.to(tl.int64)[None, :] * stride
         t = tl.zeros((BM, BN), tl.float32)
@@ -98,34 +99,53 @@ def pairs_kernel(
         f1 += c * e
     n = N.to(tl.float64)
     within = n * (n - 1) if UNBIASED else n * n
-    weight = tl.where(offset > 0, -2.0, 1.0) / (tl.where(offset > 0, n * M, within) * (last - first))
+    weight = tl.where(own, 1.0, -2.0) / (tl.where(own, within, n * M) * (last - first))
     total = tl.sum(tl.sum(tl.where(counts, f, 0 * limit), 1).to(tl.float64)) * weight  # NaN where x is not finite
     program = (g * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
     tl.store(totals_ptr + program, total)
     if GRADIENT:
-        at = (g.to(tl.int64) * N + i)[:, None] * (N + M) + offset + j[None, :]
-        slope = (weight * tl.where(offset > 0, 2, 4)).to(tl.float32)
-        tl.store(A_ptr + at, tl.where(counts, slope * f1, 0.0), inside)
+        if own:
+            out_ptr = A_ptr
+        else:
+            out_ptr = B_ptr
+        at = (g.to(tl.int64) * N + i)[:, None] * columns + j[None, :]
+        slope = (weight * tl.where(own, -4, -2)).to(tl.float32)
+        tl.store(out_ptr + at, tl.where(counts, slope * f1, 0.0), inside)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def diagonal_kernel(A_ptr, B_ptr, N, M, BLOCK: tl.constexpr):
+    """A program takes a row of a group's A and B, whose elements and the diagonal's then add up to 0."""
+    row = tl.program_id(0).to(tl.int64)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, N, BLOCK):
+        j = first + tl.arange(0, BLOCK)
+        total += tl.load(A_ptr + row * N + j, j < N, other=0.0)
+    for first in range(0, M, BLOCK):
+        j = first + tl.arange(0, BLOCK)
+        total += tl.load(B_ptr + row * M + j, j < M, other=0.0)
+    tl.store(A_ptr + row * N + row % N, -tl.sum(total))
 
 
 @triton.jit
-def _add_products(acc, total, A_ptr, z_ptr, i, d, N, count, row, stride, D, ALIGNED: tl.constexpr, BK: tl.constexpr):
-    """acc + A z and total + the sums of A's rows; A_ptr and z_ptr are at the first column and row of their part."""
+def _add_product(acc, A_ptr, z_ptr, i, d, N, count, stride, D, ALIGNED: tl.constexpr, BK: tl.constexpr):
+    """acc + A z, for A [N, count]."""
     for first in range(0, count, BK):
         j = first + tl.arange(0, BK)
-        A = _tile(A_ptr, i, j, row, i < N, j < count, False)
+        A = _tile(A_ptr, i, j, count, i < N, j < count, False)
         z = _tile(z_ptr, j, d, stride, j < count, d < D, ALIGNED)
         acc = tl.dot(A, z, acc, input_precision="tf32x3")
-        total += tl.sum(A, 1)
-    return acc, total
+    return acc
 
 
 @triton.jit(do_not_specialize=_SIZES)
 def slopes_kernel(
     x_ptr,
     y_ptr,
-    starts_ptr,
     A_ptr,
+    B_ptr,
+    g_ptr,
+    starts_ptr,
     out_ptr,
     N,
     M,
@@ -135,27 +155,25 @@ def slopes_kernel(
     BD: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """A program takes BM rows and BD columns of a group's gradient."""
+    """A program takes BM rows and BD columns of a group."""
     g = tl.program_id(2)
     start, D = _group(starts_ptr, g, ALIGNED)
     if tl.program_id(0) * BD >= D:
         return
     i = tl.program_id(1) * BM + tl.arange(0, BM)
     d = tl.program_id(0) * BD + tl.arange(0, BD)
-    A_ptr += g.to(tl.int64) * N * (N + M)
+    first = g.to(tl.int64) * N
     acc = tl.zeros((BM, BD), tl.float32)
-    total = tl.zeros((BM,), tl.float32)
-    acc, total = _add_products(acc, total, A_ptr, x_ptr + start, i, d, N, N, N + M, stride, D, ALIGNED, BK)
-    acc, total = _add_products(acc, total, A_ptr + N, y_ptr + start, i, d, N, M, N + M, stride, D, ALIGNED, BK)
-    x = _tile(x_ptr + start, i, d, stride, i < N, d < D, ALIGNED)
+    acc = _add_product(acc, A_ptr + first * N, x_ptr + start, i, d, N, N, stride, D, ALIGNED, BK)
+    acc = _add_product(acc, B_ptr + first * M, y_ptr + start, i, d, N, M, stride, D, ALIGNED, BK)
     at = i.to(tl.int64)[:, None] * stride + start + d[None, :]
-    tl.store(out_ptr + at, total[:, None] * x - acc, (i < N)[:, None] & (d < D)[None, :])
+    tl.store(out_ptr + at, tl.load(g_ptr + g) * acc, (i < N)[:, None] & (d < D)[None, :])
 
 
 def blocks(N: int) -> tuple[dict[str, int], dict[str, int]]:
     """Of both kernels: small tiles where a batch is small, so that there are programs enough."""
     side, warps = (32, 4) if N <= 32 else (64, 8)
-    pairs = {"BM": side, "BN": side, "BK": 32, "num_warps": warps, "num_stages": 3}
+    pairs = {"BM": side, "BN": side, "BK": 1024 // side, "num_warps": warps, "num_stages": 2}
     return pairs, {"BM": side, "BD": 64, "BK": 16, "num_warps": 8, "num_stages": 2}
 
 
@@ -166,22 +184,35 @@ def _tables(sizes: tuple[int, ...], counts: tuple[int, ...], device: torch.devic
     return tuple(torch.tensor(end, dtype=torch.int32, device=device) for end in ends)
 
 
-def mmd_groups(x, y, numbers, sizes, counts, unbiased: bool, gradient: bool):
-    """(float64 [G, ...] whose sums are the groups', the gradient or an empty tensor)."""
+def pairs(x, y, numbers, sizes, counts, unbiased: bool, gradient: bool):
+    """(float64 [G, ...] whose sums are the groups', A, B)."""
     (N, stride), M, G = x.shape, len(y), len(sizes)
     starts, firsts = _tables(tuple(sizes), tuple(counts), x.device)
-    pairs, slopes = blocks(N)
-    aligned = all(size % 4 == 0 for size in sizes)
-    rows, columns = triton.cdiv(N, pairs["BM"]), triton.cdiv(N, pairs["BN"]) + triton.cdiv(M, pairs["BN"])
+    tile, _ = blocks(N)
+    rows, columns = triton.cdiv(N, tile["BM"]), triton.cdiv(N, tile["BN"]) + triton.cdiv(M, tile["BN"])
     totals = torch.empty(G, rows * columns, dtype=torch.float64, device=x.device)
-    A = x.new_empty(G, N, N + M) if gradient else None
-    slope = torch.empty_like(x) if gradient else x.new_empty(0, 0)
+    A, B = (x.new_empty(G, N, n) if gradient else x.new_empty(0, 0, 0) for n in (N, M))
     with torch.cuda.device_of(x):
         pairs_kernel[(columns, rows, G)](
-            x, y, starts, firsts, numbers, totals, A, N, M, stride, UNBIASED=unbiased, GRADIENT=gradient,
-            ALIGNED=aligned, **pairs,
+            x, y, starts, firsts, numbers, totals, A, B, N, M, stride, UNBIASED=unbiased, GRADIENT=gradient,
+            ALIGNED=_aligned(sizes), **tile,
         )  # fmt: skip
         if gradient:
-            grid = triton.cdiv(max(sizes), slopes["BD"]), rows, G
-            slopes_kernel[grid](x, y, starts, A, slope, N, M, stride, ALIGNED=aligned, **slopes)
-    return totals, slope
+            diagonal_kernel[(G * N,)](A, B, N, M, BLOCK=256)
+    return totals, A, B
+
+
+def slopes(x, y, A, B, g, sizes):
+    (N, stride), M, G = x.shape, len(y), len(sizes)
+    starts, _ = _tables(tuple(sizes), (), x.device)
+    _, tile = blocks(N)
+    out = torch.empty_like(x)
+    grid = triton.cdiv(max(sizes), tile["BD"]), triton.cdiv(N, tile["BM"]), G
+    with torch.cuda.device_of(x):
+        slopes_kernel[grid](x, y, A, B, g, starts, out, N, M, stride, ALIGNED=_aligned(sizes), **tile)
+    return out
+
+
+def _aligned(sizes) -> bool:
+    """Whether every group begins and ends at 16 bytes."""
+    return all(size % 4 == 0 for size in sizes)

@@ -275,7 +275,8 @@ def mmd_kernels():
 def mmd_groups_kernels():
     from minegan_fast.kernels.mmd_groups import blocks
 
-    tables = {"starts_ptr": "i32", "firsts_ptr": "i32", "numbers_ptr": "fp64"}
+    inputs = dict.fromkeys(("x_ptr", "y_ptr", "A_ptr", "B_ptr"), "fp32")
+    tables = {"starts_ptr": "i32", "firsts_ptr": "i32", "numbers_ptr": "fp64", "totals_ptr": "fp64"}
     for N, aligned in ((32, True), (32, False), (256, True)):
         pairs, slopes = blocks(N)
         options = [{name: tile.pop(name) for name in ("num_warps", "num_stages")} for tile in (pairs, slopes)]
@@ -283,18 +284,19 @@ def mmd_groups_kernels():
         sizes = {"N": N + 1, "M": 201, "stride": 1697}
         label = f"batch of {N}{', aligned' * aligned}"
         for gradient in (True, False):
-            pointers = dict.fromkeys(("x_ptr", "y_ptr") + ("A_ptr",) * gradient, "fp32") | tables
             constants = pairs | {"UNBIASED": True, "GRADIENT": gradient, "ALIGNED": aligned}
-            constants |= {} if gradient else {"A_ptr": None}
             yield Kernel(
-                "mmd_groups", "pairs_kernel", label + ", gradient" * gradient, pointers | {"totals_ptr": "fp64"},
-                sizes, constants=constants, options=options[0], **common,
+                "mmd_groups", "pairs_kernel", label + ", gradient" * gradient, inputs | tables, sizes,
+                constants=constants, options=options[0], **common,
             )  # fmt: skip
-        pointers = dict.fromkeys(("x_ptr", "y_ptr", "A_ptr", "out_ptr"), "fp32") | {"starts_ptr": "i32"}
-        constants = slopes | {"ALIGNED": aligned}
         yield Kernel(
-            "mmd_groups", "slopes_kernel", label, pointers, sizes, constants=constants, options=options[1], **common
+            "mmd_groups", "slopes_kernel", label, inputs | {"g_ptr": "fp32", "starts_ptr": "i32", "out_ptr": "fp32"},
+            sizes, constants=slopes | {"ALIGNED": aligned}, options=options[1], **common,
         )  # fmt: skip
+    pointers = {name: inputs[name] for name in ("A_ptr", "B_ptr")}
+    yield Kernel(
+        "mmd_groups", "diagonal_kernel", "", pointers, {"N": 33, "M": 201}, constants={"BLOCK": 256}, wide=False
+    )
 
 
 def manhattan_kernels():

@@ -10,10 +10,10 @@ rounding does.
 
 With f(t) = sum of exp(c t) over K bandwidths, c = -1 / (2 sigma^2), and t = |a - b|^2, what remains for a step is
 
-    S  = sum over i != j of w f(t(x_i, x_j)) + sum over i, j of v f(t(x_i, y_j)),
-    w  = 1 / (K N (N - 1)), biased 1 / (K N^2),    v = -2 / (K N M)
-    A  = 4 w f'(t(x_i, x_j)), 0 where i = j,       B = 2 v f'(t(x_i, y_j))
-    gradient of x_i = (sum of A_i + sum of B_i) x_i - sum over j of A_ij x_j - sum over j of B_ij y_j
+    S        = sum over i != j of w f(t(x_i, x_j)) + sum over i, j of v f(t(x_i, y_j)),
+               w = 1 / (K N (N - 1)), biased 1 / (K N^2),    v = -2 / (K N M)
+    A_ij     = -4 w f'(t(x_i, x_j)),    B_ij = -2 v f'(t(x_i, y_j)),    A_ii = minus the sum of all others of row i
+    gradient = A x + B y
 
 and its derivative along a cotangent is that of mmd.py.
 """
@@ -36,7 +36,7 @@ __all__ = ["MmdTarget", "mmd_groups"]
 
 
 @Op
-def mmd_groups_sums(
+def mmd_groups_pairs(
     x: Tensor,
     y: Tensor,
     norms: Tensor,
@@ -45,17 +45,18 @@ def mmd_groups_sums(
     sizes: Sequence[int],
     counts: Sequence[int],
     unbiased: bool,
-    wanted: Sequence[bool],
-) -> tuple[Tensor, Tensor]:
-    """S of every group ([G], float64), NaN where its x is not finite, and its gradient [N, D]: finite but of no meaning
-    for a group of which it is not wanted, empty where it is of none.
+    gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """S of every group ([G], float64), NaN where its x is not finite; and A [G, N, N] and B [G, N, M], which are empty
+    without `gradient`.
 
     x [N, D] and y [M, D] hold the groups side by side, of `sizes` columns each, norms [G, M] the squared norms of y's
     rows. numbers are the c of all groups, float64, widest bandwidth first, `counts` of them a group; squarings says how
     each follows from the one before it.
     """
-    N, M = len(x), len(y)
-    sums, slope = [], torch.zeros_like(x) if any(wanted) else x.new_empty(0, 0)
+    (N, _), M, G = x.shape, len(y), len(sizes)
+    sums = []
+    A, B = (x.new_empty(G, N, n) if gradient else x.new_empty(0, 0, 0) for n in (N, M))
     for g, (a, b, c) in enumerate(zip(x.split(sizes, 1), y.split(sizes, 1), numbers.split(counts), strict=True)):
         a = a.double()
         z = torch.cat([a, b.double()])
@@ -64,12 +65,21 @@ def mmd_groups_sums(
         w = torch.cat([torch.full_like(z[:N, 0], within), torch.full_like(z[N:, 0], across)])
         terms = [torch.exp(e * t) for e in c.unbind()]
         sums.append((w * sum(terms)).fill_diagonal_(0).sum() + 0 * a.sum())
-        if wanted[g]:
-            A = sum(e * term for e, term in zip(c.unbind(), terms, strict=True)) * w * 2
-            A[:, :N] *= 2
-            A.fill_diagonal_(0)
-            slope[:, sum(sizes[:g]) : sum(sizes[: g + 1])] = A.sum(1, keepdim=True) * a - A @ z
-    return torch.stack(sums), slope
+        if gradient:
+            slopes = sum(e * term for e, term in zip(c.unbind(), terms, strict=True)) * w * -2
+            slopes[:, :N] *= 2
+            slopes.fill_diagonal_(0)
+            A[g], B[g] = slopes[:, :N] - slopes.sum(1).diag(), slopes[:, N:]
+    return torch.stack(sums), A, B
+
+
+@Op
+def mmd_groups_slopes(
+    x: Tensor, y: Tensor, A: Tensor, B: Tensor, g: Tensor, sizes: Sequence[int], wanted: Sequence[bool]
+) -> Tensor:
+    """g (A x + B y) of every group, side by side as x is; finite but of no meaning for groups that are not wanted."""
+    groups = zip(x.split(sizes, 1), y.split(sizes, 1), A.double(), B.double(), g.unbind(), strict=True)
+    return torch.cat([w * (C @ a.double() + D @ b.double()) for a, b, C, D, w in groups], 1).to(x.dtype)
 
 
 def _weights(N: int, M: int, K: int, unbiased: bool) -> tuple[float, float]:
@@ -77,38 +87,50 @@ def _weights(N: int, M: int, K: int, unbiased: bool) -> tuple[float, float]:
     return 1 / (K * N * ((N - 1) if unbiased else N)), -2 / (K * N * M)
 
 
+def _without_autocast(device: torch.device):
+    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
+
+
 class _Distances(Function):
-    """The gradient is made with the value, most of which it shares."""
+    """What the gradient shares with the value, the weights of the pairs, is made with it."""
 
     @staticmethod
     def forward(ctx, target, wanted, backend, *xs):
         ctx.args = target, wanted, backend
         x = torch.cat(xs, 1).sub_(target.center)
-        lowered = torch.is_autocast_enabled(x.device.type)
-        with torch.autocast(x.device.type, enabled=False) if lowered else nullcontext():
-            sums, ctx.slope = mmd_groups_sums(
+        with _without_autocast(x.device):
+            sums, A, B = mmd_groups_pairs(
                 x, target.y, target.norms, target.numbers, target.squarings, target.sizes, target.counts,
-                target.unbiased, wanted, backend=backend,
+                target.unbiased, any(wanted), backend=backend,
             )  # fmt: skip
-        ctx.save_for_backward(*xs)
+        ctx.save_for_backward(x, A, B, *xs)
         constant = target.own if target.unbiased else target.own + 1 / len(x)  # pairs of a sample and itself
         return (sums + constant).to(x.dtype)
 
     @staticmethod
     def backward(ctx, g):
-        (target, wanted, _), slope = ctx.args, ctx.slope
+        target, wanted, backend = ctx.args
+        x, A, B, *xs = ctx.saved_tensors
         if torch.is_grad_enabled():
-            slope = _Gradient.apply(slope, *ctx.args, *ctx.saved_tensors)
-        parts = zip(slope.split(target.sizes, 1), g.unbind(), wanted, strict=True)
-        return None, None, None, *(part * weight if want else None for part, weight, want in parts)
+            slopes = _Gradient.apply(target, wanted, backend, x, A, B, *xs).split(target.sizes, 1)
+            slopes = [slope * weight for slope, weight in zip(slopes, g.unbind(), strict=True)]
+        else:
+            with _without_autocast(x.device):
+                slopes = mmd_groups_slopes(x, target.y, A, B, g, target.sizes, wanted, backend=backend)
+            slopes = slopes.split(target.sizes, 1)
+        return None, None, None, *(slope if want else None for slope, want in zip(slopes, wanted, strict=True))
 
 
 class _Gradient(Function):
+    """The gradients of all distances, side by side."""
+
     @staticmethod
-    def forward(ctx, slope, target, wanted, backend, *xs):
+    def forward(ctx, target, wanted, backend, x, A, B, *xs):
         ctx.args = target, wanted, backend
         ctx.save_for_backward(*xs)
-        return slope.view_as(slope)
+        ones = torch.ones_like(x[0, :1]).expand(len(xs))
+        with _without_autocast(x.device):
+            return mmd_groups_slopes(x, target.y, A, B, ones, target.sizes, wanted, backend=backend)
 
     @staticmethod
     @once_differentiable
@@ -121,7 +143,7 @@ class _Gradient(Function):
                 z, hz = torch.cat([x - centers[g], ys[g]]), torch.cat([along[g], torch.zeros_like(ys[g])])
                 plan = target.plan(g, len(x))
                 second[g] = sum_and_slope(z, len(x), plan, hz, 2, (True, False), backend)[1][: len(x)]
-        return None, None, None, None, *second
+        return *[None] * 6, *second
 
 
 class MmdTarget:
@@ -255,27 +277,36 @@ def mmd_groups(xs: Sequence[Tensor], target: MmdTarget, validate: bool = True) -
 # Launchers.
 
 
-@mmd_groups_sums.register("cpp", dtypes=(torch.float32,))
-def _(native, x, y, norms, numbers, squarings, sizes, counts, unbiased, wanted):
-    N, M, gradient = len(x), len(y), any(wanted)
-    parts = [*zip(x.split(sizes, 1), y.split(sizes, 1), strict=True)]
-    products = [(a @ a.T, a @ b.T) for a, b in parts]
-    sums = torch.empty(len(sizes), dtype=torch.float64)
-    native.mmd_groups_cpu(
-        [t.data_ptr() for t in (x, y, norms, numbers, sums)], [(xx.data_ptr(), xy.data_ptr()) for xx, xy in products],
-        squarings, sizes, counts, (N, M), *_weights(N, M, 1, unbiased), gradient, torch.get_num_threads(),
-    )  # fmt: skip
-    if not gradient:
-        return sums, x.new_empty(0, 0)
-    slope = torch.empty_like(x) if all(wanted) else torch.zeros_like(x)
-    for (a, b), (xx, xy), out, want in zip(parts, products, slope.split(sizes, 1), wanted, strict=True):
+@mmd_groups_pairs.register("cpp", dtypes=(torch.float32,))
+def _(native, x, y, norms, numbers, squarings, sizes, counts, unbiased, gradient):
+    N, M, G = len(x), len(y), len(sizes)
+    A, B, sums = x.new_empty(G, N, N), x.new_empty(G, N, M), torch.empty(G, dtype=torch.float64)
+    for a, b, within, across in zip(x.split(sizes, 1), y.split(sizes, 1), A.unbind(), B.unbind(), strict=True):
+        torch.mm(a, a.T, out=within)
+        torch.mm(a, b.T, out=across)
+    addresses = [t.data_ptr() for t in (x, y, norms, numbers, A, B, sums)]
+    options = *_weights(N, M, 1, unbiased), gradient, torch.get_num_threads()
+    native.mmd_groups_cpu(addresses, squarings, sizes, counts, (N, M), *options)
+    return (sums, A, B) if gradient else (sums, x.new_empty(0, 0, 0), x.new_empty(0, 0, 0))
+
+
+@mmd_groups_slopes.register("cpp", dtypes=(torch.float32,))
+def _(native, x, y, A, B, g, sizes, wanted):
+    out = torch.empty_like(x) if all(wanted) else torch.zeros_like(x)
+    parts = (*(t.split(sizes, 1) for t in (x, y, out)), A.unbind(), B.unbind(), g.tolist(), wanted)
+    for a, b, slope, within, across, weight, want in zip(*parts, strict=True):
         if want:
-            torch.mm(xx, a, out=out)
-            out.addmm_(xy, b)
-    return sums, slope
+            torch.addmm(slope, within, a, beta=0, alpha=weight, out=slope)
+            slope.addmm_(across, b, alpha=weight)
+    return out
 
 
-@mmd_groups_sums.register("triton", dtypes=(torch.float32,))
-def _(kernels, x, y, norms, numbers, squarings, sizes, counts, unbiased, wanted):
-    totals, slope = kernels.mmd_groups(x, y, numbers, sizes, counts, unbiased, any(wanted))
-    return totals.sum(1), slope
+@mmd_groups_pairs.register("triton", dtypes=(torch.float32,))
+def _(kernels, x, y, norms, numbers, squarings, sizes, counts, unbiased, gradient):
+    totals, A, B = kernels.pairs(x, y, numbers, sizes, counts, unbiased, gradient)
+    return totals.sum(1), A, B
+
+
+@mmd_groups_slopes.register("triton", dtypes=(torch.float32,))
+def _(kernels, x, y, A, B, g, sizes, wanted):
+    return kernels.slopes(x, y, A, B, g.contiguous(), sizes)
