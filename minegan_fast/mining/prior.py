@@ -75,12 +75,12 @@ def own_latents(generator: nn.Module, place: str = "z", samples: int = 4096) -> 
 
 
 def default_prior(generator: nn.Module, place: str = "z") -> str:
-    """The prior of a generator's family, as measured: the sphere for z, nothing for w.
+    """The prior of a generator's family, as measured: the sphere for z, moments for w.
 
     StyleGAN, StyleGAN2 and Progressive GAN normalise z themselves (PixelNorm), so that the sphere changes no image of
     theirs; it keeps the numbers that are reported, and the miner's weights, at the scale that the generator sees.
     """
-    return "sphere" if place == "z" else "none"
+    return "sphere" if place == "z" else "moments"
 
 
 def check_prior(prior: str, place: str = "z") -> None:
@@ -104,19 +104,19 @@ def project(z: Tensor, prior: str) -> Tensor:
 def prior_penalty(z: Tensor, prior: str, reference: Whitening | None = None) -> Tensor:
     """The penalty P above of a batch z [n, d], a scalar in float32 or z's wider dtype; 0 for the prior none.
 
-    reference: of the generator's own w, where z is w. ValueError: sphere or moments of fewer than 2 samples, a prior
-    that is unknown.
+    A single sample on the sphere has no penalty, as its batch says nothing about a distribution.
+    reference: of the generator's own w, where z is w. ValueError: moments of fewer than 2 samples, an unknown prior.
     """
     check_prior(prior, "z" if reference is None else "w")
     z = z.to(torch.promote_types(z.dtype, torch.float32))
-    if prior == "none":
-        return z.new_zeros(())
+    if prior == "none" or (prior == "sphere" and len(z) < 2):
+        return 0 * z.sum()  # with a graph: a trainer calls backward
     z = z if reference is None else reference(z)
     n, d = z.shape
     if prior == "shell":
         return (z.square().mean(1) - 1).square().mean()
     if n < 2:
-        raise ValueError(f"the prior {prior} compares samples of a batch with each other: take a batch of 2 or more")
+        raise ValueError("the prior moments compares samples of a batch with each other: take a batch of 2 or more")
     v = torch.ones_like(z[0]) if reference is None else reference.variances.to(z)
     products = z @ z.T
     products = products - torch.diag(products.diagonal())

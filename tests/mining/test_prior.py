@@ -78,6 +78,9 @@ def test_shell():
     assert float(prior_penalty(project(z, "sphere"), "shell")) < 1e-12
     assert prior_penalty(z, "none") == 0
     assert prior_penalty(z, "sphere") == prior_penalty(z, "moments")
+    one = draws(1, 4).requires_grad_()
+    prior_penalty(one, "sphere").backward()
+    assert not one.grad.any(), "one sample says nothing about a distribution, and is no error in a step of batch 1"
 
 
 def moments(mean, second, prior):

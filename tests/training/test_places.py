@@ -76,10 +76,9 @@ def test_the_prior_is_the_familys_or_the_settings():
     for generator in (stylegan2(), Conditional()):
         assert new_mined(TransferConfig(), generator).prior == "sphere"
     config = TransferConfig(mine="w")
-    mined = new_mined(config, stylegan2())
-    assert mined.prior == "none"
-    config.prior = "moments"
     assert new_mined(config, stylegan2()).prior == "moments"
+    config.prior = "none"
+    assert new_mined(config, stylegan2()).prior == "none"
     config.prior = "sphere"
     with pytest.raises(ValueError, match="the prior sphere is for z"):
         new_mined(config, stylegan2())
