@@ -125,10 +125,10 @@ class TransferConfig:
         "color,translation,cutout",
         "DiffAugment of what a critic sees: color, translation, cutout, flip, jitter; empty: none.",
     )
-    views: int = setting(
-        2, "Random views of each target image beside it under mmd, of as many generated ones; 0: none."
+    view_augment: str = setting(
+        "jitter", "Random changes of generated and target images before mmd compares them: words as of --augment."
     )
-    view_augment: str = setting("jitter", "How views differ under mmd: words as of --augment.")
+    views: int = setting(3, "Versions of each target image under mmd, of other random changes each.")
     flips: bool = setting(True, "Whether mirror images of the target count as target under mmd.")
     ema_decay: float | None = setting(
         None, "Decay of the averages of miner and selected neurons. Default: 0.99 under mmd, else 0.998."
@@ -191,7 +191,7 @@ class TransferConfig:
         for name, low in (
             ("mining_steps", 0), ("finetune_steps", 0), ("batch", 1), ("snapshot_every", 1), ("score_samples", 1),
             ("miner_depth", 1), ("r1_every", 1), ("path_length_every", 1), ("eval_samples", 2), ("patience", 0),
-            ("keep", 1), ("grid", 1), ("log_every", 1), ("freeze_blocks", 1), ("reselect_every", 0), ("views", 0),
+            ("keep", 1), ("grid", 1), ("log_every", 1), ("freeze_blocks", 1), ("reselect_every", 0), ("views", 1),
         ):  # fmt: skip
             value = getattr(self, name)
             if not isinstance(value, int) or value < low:

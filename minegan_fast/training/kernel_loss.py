@@ -34,8 +34,9 @@ class KernelLoss:
     features: fitted here to the target.
     images: the target, uint8 [N >= 2, C, R, R].
     flips: each image stands in the target as its mirror image too.
-    views, augment: so many random views by `diff_augment` of each of these, with the policy `augment`, stand beside
-        it. Generated images are then augmented with probability views / (views + 1): like is compared with like.
+    augment: all images, generated and of the target, are changed at random by `diff_augment` with this policy, after
+        they were brought to the network's size: like is compared with like.
+    views: of each target image (and mirror image) so many such changed versions are the target.
     scales: of the bandwidths, in median distances.
     unbiased: the estimator without the pairs of a sample and itself, which needs 2 generated images: images that come
         close to each other cost, whatever the batch.
@@ -52,7 +53,7 @@ class KernelLoss:
         features: LossFeatures,
         images: Tensor,
         flips: bool = True,
-        views: int = 0,
+        views: int = 1,
         augment: str = "",
         scales: Sequence[float] = (0.25, 0.5, 1.0),
         unbiased: bool = True,
@@ -63,16 +64,15 @@ class KernelLoss:
             raise ValueError(f"target images must be uint8 [N, C, R, R], got {images.dtype} {list(images.shape)}")
         if len(images) < 2:
             raise ValueError(f"a kernel distance needs at least 2 target images, got {len(images)}")
-        if (views > 0) != bool(parse_policy(augment)) or views < 0:
-            raise ValueError(f"views and augment go together, got views={views} and augment={augment!r}")
+        if views < 1 or (views > 1 and not parse_policy(augment)):
+            raise ValueError(f"views is at least 1, and more need augment, got views={views} and augment={augment!r}")
         if not scales or min(scales) <= 0 or batch < 1:
             raise ValueError(f"scales must be > 0 and batch at least 1, got {tuple(scales)} and {batch}")
         if bool((images == images[:1]).all()):
             raise ValueError(f"all {len(images)} target images are equal: give different images")
         self.features, self.names, self.augment, self.unbiased = features, features.names, augment, unbiased
-        self._augmented = views / (views + 1)
         with seeded(seed, "views of the target"):
-            groups = features.fit(_views(images, flips, views, augment, batch))
+            groups = features.fit(self._views(images, flips, views, batch))
         self.bandwidths = []
         for name, group in zip(self.names, groups, strict=True):
             remedy = f"in the features {name!r} of {features.name}: give images that differ, or other taps="
@@ -142,10 +142,17 @@ class KernelLoss:
         return loss.detach()
 
     def _features(self, images: Tensor) -> list[Tensor]:
-        if self._augmented:
-            chosen = torch.rand(len(images), device=images.device) < self._augmented
-            images = torch.where(chosen[:, None, None, None], diff_augment(images, self.augment), images)
-        return self.features(images)
+        return self.features(self._augmented(images))
+
+    def _augmented(self, images: Tensor) -> Tensor:
+        return diff_augment(self.features.resized(images), self.augment) if self.augment else images
+
+    def _views(self, images: Tensor, flips: bool, views: int, batch: int) -> Iterator[Tensor]:
+        """Tensors of at most `batch` images: all of them, and their mirror images, as often as there are views."""
+        for version in [images, images.flip(3)] if flips else [images]:
+            for part in version.split(batch):
+                for _ in range(views):
+                    yield self._augmented(to_float(part)) if self.augment else part
 
     def _distances(self, groups: list[Tensor]) -> Tensor:
         if self.unbiased and len(groups[0]) < 2:
@@ -189,12 +196,3 @@ def gathering(processes: Processes, batch: int) -> Gather | None:
         return list(whole.split([group.shape[1] for group in groups], 1)), rows
 
     return gather
-
-
-def _views(images: Tensor, flips: bool, views: int, augment: str, batch: int) -> Iterator[Tensor]:
-    """Tensors of at most `batch` images: all of them, their mirror images, and the views of each."""
-    for version in [images, images.flip(3)] if flips else [images]:
-        for part in version.split(batch):
-            yield part
-            for _ in range(views):
-                yield diff_augment(to_float(part), augment)

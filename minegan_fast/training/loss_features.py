@@ -96,13 +96,26 @@ class LossFeatures:
 
     def maps(self, images: Tensor) -> list[Tensor]:
         """The stages' maps [B, C, h, w] or vectors [B, D] themselves, differentiable in the images."""
-        if images.dim() != 4 or tuple(images.shape[1:]) != self._shape or not images.is_floating_point():
+        sizes = (self._shape[1:], self._extractor.size)
+        if (
+            images.dim() != 4
+            or images.shape[1] != self._shape[0]
+            or tuple(images.shape[2:]) not in sizes
+            or not images.is_floating_point()
+        ):
             raise ValueError(
                 f"expected floating point images [B, {', '.join(map(str, self._shape))}], as the target's are, got "
                 f"{images.dtype} {list(images.shape)}"
             )
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             return self._stages(self._prepared(images))
+
+    def resized(self, images: Tensor) -> Tensor:
+        """The images [B, C, R, R] at the size that the network takes, where that is known; still in [-1, 1]."""
+        extractor = self._extractor
+        if extractor.size is None or images.shape[2:] == torch.Size(extractor.size):
+            return images
+        return F.interpolate(images, extractor.size, mode=extractor.interpolation, antialias=extractor.antialias)
 
     def fit(self, images: Tensor | Iterable[Tensor]) -> list[Tensor]:
         """Groups [M, D_g] of the target images [M, C, R, R] (or of several tensors of them, which follow each other);

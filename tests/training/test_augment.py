@@ -3,7 +3,7 @@ import torch
 
 from minegan_fast.training.augment import diff_augment, parse_policy
 
-WORDS = ("color", "translation", "cutout", "flip")
+WORDS = ("color", "translation", "cutout", "flip", "jitter")
 
 
 def seeded(seed=0):
