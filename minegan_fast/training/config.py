@@ -42,15 +42,15 @@ class TransferConfig:
         None, "Steps of stage 1: the miner trains, the generator is frozen. Default: 60 under mmd, else 1000."
     )
     finetune_steps: int | None = setting(
-        None, "Steps of stage 2: the selected neurons of the generator train too. Default: 300 under mmd, else 2000."
+        None, "Steps of stage 2: the selected neurons of the generator train too. Default: 240 under mmd, else 2000."
     )
-    density: float | None = setting(None, "Fraction of the generator's neurons that train in stage 2. Default: 0.05.")
+    density: float | None = setting(None, "Fraction of the generator that trains in stage 2. Default: 0.1.")
     batch: int | None = setting(None, "Images a step, of all processes together. Default: 32 under mmd, else 16.")
     part: int | None = setting(None, "Images that are in memory at once under mmd, whatever the batch; default: all.")
     lr: float | None = setting(
         None,
-        "Learning rate: the critic's; the miner's is twice, the generator's half of it. Default: 1e-3 under mmd, "
-        "else 2e-3.",
+        "Learning rate: the critic's; the generator's is half of it, the miner's twice, under mmd the same. "
+        "Default: 2e-3.",
     )
     loss: str | None = setting(
         None,
@@ -71,7 +71,7 @@ class TransferConfig:
         None, "Steps between snapshots, each with metrics and a sample grid. Default: a sixth of all steps."
     )
     metrics: tuple[str, ...] = setting(("fid", "kid", "kmmd", "mv"), f"Metrics of a snapshot: {', '.join(METRICS)}.")
-    budget: str | None = setting(None, "What density counts: neurons, parameters. Default: neurons.")
+    budget: str | None = setting(None, "What density counts: neurons, parameters. Default: parameters.")
     criterion: str | None = setting(None, f"Neurons' score: {', '.join(CRITERIA)}. Default: fisher.")
     scope: str | None = setting(
         None,
@@ -131,7 +131,7 @@ class TransferConfig:
     views: int = setting(3, "Versions of each target image under mmd, of other random changes each.")
     flips: bool = setting(True, "Whether mirror images of the target count as target under mmd.")
     ema_decay: float | None = setting(
-        None, "Decay of the averages of miner and selected neurons. Default: 0.99 under mmd, else 0.998."
+        None, "Decay of the averages of miner and selected neurons. Default: 0.98 under mmd, else 0.998."
     )
     precision: str = setting("fp32", "fp32, bf16 or fp16 (autocast; penalties stay in fp32).")
     held_out: float | str = setting(
@@ -160,7 +160,8 @@ class TransferConfig:
                 setattr(self, name, value)
         if self.gradient_penalty_weight is None:
             self.gradient_penalty_weight = 10.0 if "wgan" in self.losses else 0.0
-        self.miner_lr = 2 * self.lr if self.miner_lr is None else self.miner_lr
+        if self.miner_lr is None:
+            self.miner_lr = self.lr if self.mining_loss == KERNEL else 2 * self.lr
         self.generator_lr = self.lr / 2 if self.generator_lr is None else self.generator_lr
         self.critic_lr = self.lr if self.critic_lr is None else self.critic_lr
         if self.snapshot_every is None:

@@ -29,30 +29,18 @@ CALIBRATION = 8  # batches that give new batch norms their statistics
 
 # By the loss of the stage that a setting belongs to. Learning rates that these give are in `TransferConfig`.
 _ADVERSARIAL = {
-    "miner_steps": 1000,
-    "steps": 2000,
-    "batch": 16,
-    "lr": 2e-3,
-    "beta1": 0.0,
-    "ema_decay": 0.998,
-    "prior_weight": 0.1,
-}
+    "miner_steps": 1000, "steps": 2000, "batch": 16, "lr": 2e-3, "beta1": 0.0, "ema_decay": 0.998, "prior_weight": 0.1,
+}  # fmt: skip
 _KERNEL = {
-    "miner_steps": 60,
-    "steps": 300,
-    "batch": 32,
-    "lr": 1e-3,
-    "beta1": 0.9,
-    "ema_decay": 0.99,
-    "prior_weight": 0.03,
-}
+    "miner_steps": 60, "steps": 240, "batch": 32, "lr": 2e-3, "beta1": 0.9, "ema_decay": 0.98, "prior_weight": 0.03,
+}  # fmt: skip
 
 _WITHOUT_MINER = {"train_miner": False, "mining_steps": 0}
-_DENSE = {"density": 1.0, "budget": "neurons"}
+_DENSE = {"density": 1.0}
 
 METHODS: dict[str, dict[str, Any]] = {
     "minegan++": {},
-    "random": {"criterion": "random", "budget": "parameters"},
+    "random": {"criterion": "random"},
     "shuffled": {},
     "minegan": _DENSE,
     "mined": {"finetune_steps": 0},
@@ -66,7 +54,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 # What no method and no loss has a reason to choose otherwise.
 _COMMON = {
-    "train_miner": True, "density": 0.05, "budget": "neurons", "criterion": "fisher", "scope": "global",
+    "train_miner": True, "density": 0.1, "budget": "parameters", "criterion": "fisher", "scope": "global",
     "policy": "train_top", "affine": False, "train_critic": "all",
 }  # fmt: skip
 
