@@ -6,7 +6,7 @@ import itertools
 import torch
 from torch import Tensor, nn
 
-from .prior import WEIGHTS, Whitening, check_prior, latent_statistics, prior_penalty, project
+from .prior import Whitening, check_prior, latent_statistics, prior_penalty, project
 
 PLACES = ("z", "w")
 
@@ -27,8 +27,9 @@ class Mined(nn.Module):
         class_miner: u -> class embedding, for conditional generators: the class is mined in embedding space.
         place: "z" | "w". "w" needs a generator with `mapping(z) -> w` and the keyword `latents`.
         constant: [1, C, 4, 4], copied: takes the place of the generator's learned constant, and trains.
-        prior: "sphere" | "shell" | "moments" | "none": how the mined z or w stays near what the generator was trained
-            on, see `prior`. The sphere is a part of the network, z only; the penalty is for whoever trains.
+        prior: "sphere" | "moments" | "sphere+moments" | "shell" | "none": how the mined z or w stays near what the
+            generator was trained on, see `prior`. The sphere is a part of the network, z only; the penalty is for
+            whoever trains.
         reference: where the generator's own w lie (`prior.own_latents`); its penalty and statistics need it.
 
     Keywords of the call go to the generator.
@@ -100,8 +101,8 @@ class Mined(nn.Module):
         return self.generator(latents, *([] if self.class_miner is None else [self.class_miner(u)]), **keywords)
 
     def penalty(self, latents: Tensor) -> Tensor:
-        """`prior_penalty` of a batch of `latents(u)`, times the prior's weight in `prior.WEIGHTS`."""
-        return WEIGHTS[self.prior] * prior_penalty(latents, self.prior, self._own())
+        """`prior_penalty` of a batch of `latents(u)`."""
+        return prior_penalty(latents, self.prior, self._own())
 
     def statistics(self, latents: Tensor) -> dict[str, float]:
         """`latent_statistics` of a batch of `latents(u)`."""

@@ -1,11 +1,12 @@
 """The distribution that a generator was trained on, and how mined latents are kept near it.
 
 A generator knows z ~ N(0, I), d numbers each, whose length is nearly the same: |z|²/d = 1 ± √(2/d). A miner that leaves
-it finds images that the generator never made. Four ways, for z [n, d]:
+it finds images that the generator never made. What keeps it there, for z [n, d]:
 
-    moments   P = (|μ|² + |S - V|²) / d, μ = E z, S = E z zᵀ, V that of the prior: I    a penalty, 0 for N(0, I)
-    shell     P = mean_i (|z_i|²/d - 1)²                                               a penalty, 2/d for N(0, I)
-    sphere    z <- z √d / |z|, a part of the network, and P of moments
+    sphere           z <- z √d / |z|, a part of the network
+    moments          a penalty P = (|μ|² + |S - V|²) / d, μ = E z, S = E z zᵀ, V that of the prior: I; 0 for N(0, I)
+    sphere+moments   both
+    shell            a penalty P = mean_i (|z_i|²/d - 1)²; 2/d for N(0, I)
     none
 
 Of `moments` the batch gives an unbiased estimate, whatever its size n >= 2, since each square becomes a product of two
@@ -26,9 +27,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-PRIORS = ("sphere", "shell", "moments", "none")
-# Of the penalty, beside a loss whose size is about 1. As measured: enough for a third of the prior's dimensions.
-WEIGHTS = {"sphere": 0.03, "shell": 1.0, "moments": 0.03, "none": 0.0}
+PRIORS = ("sphere", "moments", "sphere+moments", "shell", "none")
+NORMALISED = ("stylegan", "stylegan2", "pgan")  # families whose first layer is PixelNorm
 
 
 class Whitening(NamedTuple):
@@ -75,48 +75,53 @@ def own_latents(generator: nn.Module, place: str = "z", samples: int = 4096) -> 
 
 
 def default_prior(generator: nn.Module, place: str = "z") -> str:
-    """The prior of a generator's family, as measured: the sphere for z, moments for w.
+    """The prior that suits a generator, as measured: moments for w; for z sphere where the family's first layer is
+    PixelNorm (StyleGAN, StyleGAN2, Progressive GAN), else sphere+moments.
 
-    StyleGAN, StyleGAN2 and Progressive GAN normalise z themselves (PixelNorm), so that the sphere changes no image of
-    theirs; it keeps the numbers that are reported, and the miner's weights, at the scale that the generator sees.
+    Where a generator normalises z itself, the sphere changes no image; it keeps the numbers that are reported, and the
+    miner's weights, at the scale that the generator sees.
     """
-    return "sphere" if place == "z" else "moments"
+    if place == "w":
+        return "moments"
+    return "sphere" if getattr(generator, "family", None) in NORMALISED else "sphere+moments"
 
 
 def check_prior(prior: str, place: str = "z") -> None:
     """ValueError: no prior of that name, or none for that place."""
     if prior not in PRIORS:
         raise ValueError(f"prior must be one of {', '.join(PRIORS)}, got {prior!r}")
-    if prior == "sphere" and place == "w":
-        raise ValueError("the prior sphere is for z; w lies on no sphere: take moments, shell or none")
+    if _on_sphere(prior) and place == "w":
+        raise ValueError(f"the prior {prior} is for z; w lies on no sphere: take moments, shell or none")
+
+
+def _on_sphere(prior: str) -> bool:
+    return prior.startswith("sphere")
 
 
 def project(z: Tensor, prior: str) -> Tensor:
-    """z [n, d] -> [n, d]: with the prior sphere z √d / |z|, with another z itself. As PixelNorm does, 1e-8 is added to
-    |z|²/d, so that 0 stays 0."""
+    """z [n, d] -> [n, d]: z √d / |z| with the prior sphere or sphere+moments, z itself with another. As PixelNorm does,
+    it adds 1e-8 to |z|²/d, so that 0 stays 0."""
     check_prior(prior)
-    if prior != "sphere":
+    if not _on_sphere(prior):
         return z
     x = z.to(torch.promote_types(z.dtype, torch.float32))
     return (x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-8)).to(z.dtype)
 
 
 def prior_penalty(z: Tensor, prior: str, reference: Whitening | None = None) -> Tensor:
-    """The penalty P above of a batch z [n, d], a scalar in float32 or z's wider dtype; 0 for the prior none.
+    """The penalty P above of a batch z [n, d], a scalar in float32 or z's wider dtype; 0 where the prior has none.
 
-    A single sample on the sphere has no penalty, as its batch says nothing about a distribution.
-    reference: of the generator's own w, where z is w. ValueError: moments of fewer than 2 samples, an unknown prior.
+    A single sample says nothing about moments: they cost it nothing.
+    reference: of the generator's own w, where z is w. ValueError: an unknown prior, sphere for w.
     """
     check_prior(prior, "z" if reference is None else "w")
     z = z.to(torch.promote_types(z.dtype, torch.float32))
-    if prior == "none" or (prior == "sphere" and len(z) < 2):
-        return 0 * z.sum()  # with a graph: a trainer calls backward
     z = z if reference is None else reference(z)
     n, d = z.shape
     if prior == "shell":
         return (z.square().mean(1) - 1).square().mean()
-    if n < 2:
-        raise ValueError("the prior moments compares samples of a batch with each other: take a batch of 2 or more")
+    if "moments" not in prior or n < 2:
+        return 0 * z.sum()  # with a graph, as a trainer calls backward
     v = torch.ones_like(z[0]) if reference is None else reference.variances.to(z)
     products = z @ z.T
     products = products - torch.diag(products.diagonal())

@@ -9,8 +9,6 @@ from torch import nn
 
 from minegan_fast.mining import Mined, Miner, load_mined, save_miner
 from minegan_fast.mining.prior import (
-    PRIORS,
-    WEIGHTS,
     default_prior,
     effective_dimension,
     latent_statistics,
@@ -54,7 +52,8 @@ def test_the_sphere_keeps_directions_and_fixes_the_length():
     torch.testing.assert_close(on.square().sum(1), torch.full((7,), 10.0).double(), rtol=0.02, atol=0)
     torch.testing.assert_close(on[1:].square().sum(1), torch.full((6,), 10.0).double(), rtol=2e-4, atol=0)
     torch.testing.assert_close(nn.functional.normalize(on), nn.functional.normalize(z))
-    for prior in set(PRIORS) - {"sphere"}:
+    assert torch.equal(project(z, "sphere+moments"), on)
+    for prior in ("moments", "shell", "none"):
         assert project(z, prior) is z
 
 
@@ -77,10 +76,16 @@ def test_shell():
     assert float(prior_penalty(z, "shell")) == pytest.approx(expected)
     assert float(prior_penalty(project(z, "sphere"), "shell")) < 1e-12
     assert prior_penalty(z, "none") == 0
-    assert prior_penalty(z, "sphere") == prior_penalty(z, "moments")
-    one = draws(1, 4).requires_grad_()
-    prior_penalty(one, "sphere").backward()
-    assert not one.grad.any(), "one sample says nothing about a distribution, and is no error in a step of batch 1"
+    assert prior_penalty(z, "sphere") == 0
+    assert prior_penalty(z, "sphere+moments") == prior_penalty(z, "moments")
+
+
+@pytest.mark.parametrize("prior", ["sphere", "none", "moments", "sphere+moments"])
+def test_where_there_is_no_penalty_a_backward_is_no_error(prior):
+    z = draws(1, 4).requires_grad_()  # a single sample says nothing about moments
+    prior_penalty(z, prior).backward()
+    assert z.grad is not None
+    assert not z.grad.any()
 
 
 def moments(mean, second, prior):
@@ -101,7 +106,7 @@ def test_on_the_sphere_the_moments_are_the_cost_of_collapse():
     z = project(draws(4000, 10) * torch.tensor([3, 2] + 8 * [1]).double() + 0.5, "sphere")
     second = z.T @ z / 4000
     expected = z.mean(0).square().sum() / 10 + 10 * second.square().sum() / second.trace() ** 2 - 1
-    assert float(prior_penalty(z, "sphere")) == pytest.approx(float(expected), abs=0.01)
+    assert float(prior_penalty(z, "sphere+moments")) == pytest.approx(float(expected), abs=0.01)
 
 
 def test_moments_see_a_shift_a_scale_and_a_collapse():
@@ -221,6 +226,7 @@ def test_a_generators_own_w():
 def test_families_that_normalise_z_make_the_same_images_of_the_sphere(generator):
     generator, miner, u = generator().eval(), random_miner(), torch.randn(5, 6)
     assert default_prior(generator, "z") == "sphere"
+    assert default_prior(Sum(), "z") == "sphere+moments"
     keywords = {} if isinstance(generator, PGANGenerator) else {"noise": "none"}
     free, bound = (Mined(generator, miner, prior=prior) for prior in ("none", "sphere"))
     torch.testing.assert_close(bound(u, **keywords), free(u, **keywords), rtol=1e-4, atol=1e-5)
@@ -245,7 +251,8 @@ def test_mined_w_has_a_penalty_and_statistics_by_its_reference():
     w = mined.latents(u)
     assert torch.equal(w, mined.miner(generator.mapping(u)))
     assert torch.equal(mined.images(w, u, noise="none"), mined(u, noise="none"))
-    assert torch.equal(mined.penalty(w), WEIGHTS["moments"] * prior_penalty(w, "moments", own))
+    assert torch.equal(mined.penalty(w), prior_penalty(w, "moments", own))
+    assert mined.penalty(w) > 0
     assert mined.statistics(w) == latent_statistics(w, own)
     bare = Mined(generator, Miner(7), place="w", prior="moments")
     for method in (bare.penalty, bare.statistics):
@@ -286,14 +293,14 @@ def test_a_file_without_a_prior_has_none_and_a_wrong_one_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: project(torch.ones(2, 3), "cube"), "prior must be one of sphere, shell, moments, none, got 'cube'"),
+        (lambda: project(torch.ones(2, 3), "cube"), "prior must be one of sphere, moments, .*, got 'cube'"),
         (lambda: prior_penalty(torch.ones(2, 3), "cube"), "got 'cube'"),
         (lambda: Mined(Sum(), Miner(6), prior="cube"), "got 'cube'"),
         (
             lambda: Mined(stylegan2(), Miner(7), place="w", prior="sphere"),
             "the prior sphere is for z; w lies on no sphere",
         ),
-        (lambda: prior_penalty(torch.ones(1, 3), "moments"), "take a batch of 2 or more"),
+        (lambda: Mined(stylegan2(), Miner(7), place="w", prior="sphere+moments"), "sphere.moments is for z"),
         (lambda: effective_dimension(torch.ones(3, 3)), "takes 4 samples or more, got 3"),
         (lambda: latent_statistics(torch.ones(3, 3)), "takes 4 samples or more, got 3"),
     ],

@@ -73,8 +73,8 @@ def test_the_miner_of_z_does_not_depend_on_what_else_is_mined():
 
 
 def test_the_prior_is_the_familys_or_the_settings():
-    for generator in (stylegan2(), Conditional()):
-        assert new_mined(TransferConfig(), generator).prior == "sphere"
+    assert new_mined(TransferConfig(), stylegan2()).prior == "sphere"
+    assert new_mined(TransferConfig(), Conditional()).prior == "sphere+moments"
     config = TransferConfig(mine="w")
     assert new_mined(config, stylegan2()).prior == "moments"
     config.prior = "none"
