@@ -20,7 +20,6 @@ and its derivative along a cotangent is that of mmd.py.
 
 import math
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -87,10 +86,6 @@ def _weights(N: int, M: int, K: int, unbiased: bool) -> tuple[float, float]:
     return 1 / (K * N * ((N - 1) if unbiased else N)), -2 / (K * N * M)
 
 
-def _without_autocast(device: torch.device):
-    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
-
-
 class _Distances(Function):
     """What the gradient shares with the value, the weights of the pairs, is made with it."""
 
@@ -98,11 +93,10 @@ class _Distances(Function):
     def forward(ctx, target, wanted, backend, *xs):
         ctx.args = target, wanted, backend
         x = torch.cat(xs, 1).sub_(target.center)
-        with _without_autocast(x.device):
-            sums, A, B = mmd_groups_pairs(
-                x, target.y, target.norms, target.numbers, target.squarings, target.sizes, target.counts,
-                target.unbiased, any(wanted), backend=backend,
-            )  # fmt: skip
+        sums, A, B = mmd_groups_pairs(
+            x, target.y, target.norms, target.numbers, target.squarings, target.sizes, target.counts, target.unbiased,
+            any(wanted), backend=backend,
+        )  # fmt: skip
         ctx.save_for_backward(x, A, B, *xs)
         constant = target.own if target.unbiased else target.own + 1 / len(x)  # pairs of a sample and itself
         return (sums + constant).to(x.dtype)
@@ -115,10 +109,9 @@ class _Distances(Function):
             slopes = _Gradient.apply(target, wanted, backend, x, A, B, *xs).split(target.sizes, 1)
             slopes = [slope * weight for slope, weight in zip(slopes, g.unbind(), strict=True)]
         else:
-            with _without_autocast(x.device):
-                slopes = mmd_groups_slopes(x, target.y, A, B, g, target.sizes, wanted, backend=backend)
+            slopes = mmd_groups_slopes(x, target.y, A, B, g, target.sizes, wanted, backend=backend)
             slopes = slopes.split(target.sizes, 1)
-        return None, None, None, *(slope if want else None for slope, want in zip(slopes, wanted, strict=True))
+        return None, None, None, *slopes
 
 
 class _Gradient(Function):
@@ -129,8 +122,7 @@ class _Gradient(Function):
         ctx.args = target, wanted, backend
         ctx.save_for_backward(*xs)
         ones = torch.ones_like(x[0, :1]).expand(len(xs))
-        with _without_autocast(x.device):
-            return mmd_groups_slopes(x, target.y, A, B, ones, target.sizes, wanted, backend=backend)
+        return mmd_groups_slopes(x, target.y, A, B, ones, target.sizes, wanted, backend=backend)
 
     @staticmethod
     @once_differentiable

@@ -4,7 +4,7 @@ import pytest
 import torch
 from mmd_brute import brute_mmd2, sample
 
-from minegan_fast.ops import MmdTarget, mmd2, mmd_groups, use_backend
+from minegan_fast.ops import MmdTarget, backends, mmd2, mmd_groups, use_backend
 from minegan_fast.ops.mmd_groups import mmd_groups_pairs, mmd_groups_slopes
 
 SIZES = [(2, 2, [1]), (7, 5, [3, 1, 20]), (3, 70, [40, 33]), (150, 9, [8, 130]), (40, 300, [17, 64, 5, 32])]
@@ -177,6 +177,37 @@ def test_target_samples_that_are_all_equal(backend, device):
     y, x = torch.ones(5, 3, device=device), sample(4, 3, dtype=torch.float32).to(device)
     torch.testing.assert_close(mmd_groups([x], MmdTarget([y], 1.0)), mmd2(x, y, bandwidth=1.0)[None])
     assert mmd_groups([y], MmdTarget([y], 1.0)).item() == 0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_is_found(value, backend, device):
+    xs, target = groups(6, [4, 5], device=device), MmdTarget(groups(7, [4, 5], seed=1, device=device), 2.0)
+    xs[1][3, 2] = value
+    with pytest.raises(ValueError, match="group 1 of xs holds NaN or inf in 1 of 6 rows, the first is row 3"):
+        mmd_groups(xs, target)
+    assert mmd_groups(xs, target, validate=False).isnan().tolist() == [False, True]
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_no_infinite_distance_hides_what_is_not_finite(gradient, backend, device):
+    # Of these t is infinite and exp(c t) is 0.
+    x, y = torch.tensor([[1.0], [float("inf")]], device=device), -torch.ones(2, 1, device=device)
+    numbers = torch.tensor([-0.5], dtype=torch.float64, device=device)
+    sums, _, _ = mmd_groups_pairs(x, y, torch.ones(1, 2, device=device), numbers, [0], [1], [1], False, gradient)
+    assert sums.isnan().all()
+
+
+def test_features_beyond_float32():
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    xs, target = groups(6, [4, 5], device=device), MmdTarget(groups(7, [4, 5], seed=1, device=device), 2.0)
+    xs[1] *= 1e30
+    with use_backend("reference"):  # which works in float64
+        assert mmd_groups(xs, target).isfinite().all()
+    if device == "cuda" or "cpp" in backends()["mmd_groups"]:
+        with pytest.raises(
+            ValueError, match=r"features of group 1 from .*e\+30 to .* leaves the range of torch.float32"
+        ):
+            mmd_groups(xs, target)
 
 
 def test_narrow_and_wide_bandwidths_underflow_quietly(backend, device):

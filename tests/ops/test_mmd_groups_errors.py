@@ -70,12 +70,6 @@ def test_a_target_that_is_none():
         mmd_groups(ones(3, 4), ones(3, 4))
 
 
-def test_without_validation_nan_comes_out():
-    xs = [*ones(3, 4), with_(ones(3, 5)[0], NAN, 1)]
-    found = mmd_groups(xs, MmdTarget(ones(6, 4, 5), 1.0), validate=False)
-    assert found.isnan().tolist() == [False, True]
-
-
 def test_float32_features_meet_a_target_of_float64():
     target = MmdTarget([*ones(6, 4), *ones(6, 5, dtype=torch.float64)], 1.0)
     xs = ones(3, 4, 5)
