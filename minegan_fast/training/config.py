@@ -91,7 +91,7 @@ class TransferConfig:
         None, f"What keeps the mined latents in their prior: {', '.join(PRIORS)}. Default: by the generator's family."
     )
     prior_weight: float | None = setting(
-        None, "Weight of the prior's penalty, on the sphere that of the moments. Default: 0.03 under mmd, else 0.1."
+        None, "Weight of the prior's penalty, where it has one. Default: 0.003 under mmd, else 0.1."
     )
     train_critic: str | None = setting(
         None, "What of the critic trains: all, sparse (as the generator), freezed (FreezeD). Default: all."

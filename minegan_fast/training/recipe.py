@@ -77,8 +77,8 @@ def transfer(
             `LossFeatures` with taps of your choice.
         **settings: any other field of `TransferConfig`: method (a published recipe, see `methods.py`), mining_loss and
             finetune_loss (a loss for one stage), mmd_weight (of the kernel distance beside an adversarial loss), part
-            (images in memory at once under "mmd"), flips, prior ("sphere" | "shell" | "moments" | "none": what keeps
-            mined latents where the generator's own are) and prior_weight, train_miner, critic_warmup, held_out
+            (images in memory at once under "mmd"), flips, prior ("sphere" | "moments" | "sphere+moments" | "shell" | "none":
+            what keeps mined latents where the generator's own are) and prior_weight, train_miner, critic_warmup, held_out
             (fraction set aside where that makes 5 images or more, or a folder), patience (snapshots without a gain in
             held-out KID after which stage 2 stops; 0 never), criterion, scope, budget, policy, score_samples,
             reselect_every, train_critic ("all" | "sparse" | "freezed") and freeze_blocks, mine ("z" | "w": behind a

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from ..finetune import SparseFinetuner
 from ..mining import Mined
-from ..mining.prior import prior_penalty
 from ..ops import path_length_penalty
 from .adversary import WARM_UP, Adversary
 from .config import TransferConfig
@@ -70,8 +69,7 @@ class Trainer:
             )
         else:
             self.mined.miner.requires_grad_(False)
-        # The sphere fixes the length of z, not its directions: few images leave a miner few of them.
-        self.penalty = {"sphere": "moments", "none": None}.get(self.mined.prior, self.mined.prior)
+        self.penalised = bool(config.train_miner and config.prior_weight) and self.mined.prior not in ("sphere", "none")
         mines = config.mining_steps and config.mining_loss != KERNEL
         first, steps = (0, config.mining_steps) if mines else (config.mining_steps, config.finetune_steps)
         warm_up = min(WARM_UP, steps // 4) if new_critic else 0
@@ -112,9 +110,8 @@ class Trainer:
         with self.processes.part(config.batch) as count:
             u = self.machine.latents(self.mined, count)
             loss = self._kernel_step(u) if self.loss_name == KERNEL else self._adversarial_step(u, trained)
-            if self.miner_optimizer and self.penalty and config.prior_weight and len(u) > 1:
-                # Beside the generator's, another pass of the miner costs nothing.
-                penalty = prior_penalty(self.mined.latents(u), self.penalty, self.mined.reference)
+            if self.penalised:  # beside the generator's, another pass of the miner costs nothing
+                penalty = self.mined.penalty(self.mined.latents(u))
                 self.scaler.scale(config.prior_weight * penalty).backward()
         if self.finetuner and self.path_length_weight and number % config.path_length_every == 0:
             self._regularise_path_length(trained)
