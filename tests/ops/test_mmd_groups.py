@@ -191,7 +191,7 @@ def test_what_is_not_finite_is_found(value, backend, device):
 @pytest.mark.parametrize("gradient", [False, True])
 def test_no_infinite_distance_hides_what_is_not_finite(gradient, backend, device):
     # Of these t is infinite and exp(c t) is 0.
-    x, y = torch.tensor([[1.0], [float("inf")]], device=device), -torch.ones(2, 1, device=device)
+    x, y = torch.tensor([[-1.0], [float("inf")]], device=device), -torch.ones(2, 1, device=device)
     numbers = torch.tensor([-0.5], dtype=torch.float64, device=device)
     sums, _, _ = mmd_groups_pairs(x, y, torch.ones(1, 2, device=device), numbers, [0], [1], [1], False, gradient)
     assert sums.isnan().all()
