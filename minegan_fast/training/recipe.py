@@ -77,16 +77,16 @@ def transfer(
             `LossFeatures` with taps of your choice.
         **settings: any other field of `TransferConfig`: method (a published recipe, see `methods.py`), mining_loss and
             finetune_loss (a loss for one stage), mmd_weight (of the kernel distance beside an adversarial loss), part
-            (images in memory at once under "mmd"), flips, prior ("sphere" | "moments" | "sphere+moments" | "shell" | "none":
-            what keeps mined latents where the generator's own are) and prior_weight, train_miner, critic_warmup, held_out
-            (fraction set aside where that makes 5 images or more, or a folder), patience (snapshots without a gain in
-            held-out KID after which stage 2 stops; 0 never), criterion, scope, budget, policy, score_samples,
-            reselect_every, train_critic ("all" | "sparse" | "freezed") and freeze_blocks, mine ("z" | "w": behind a
-            StyleGAN's mapping network), mine_constant (a StyleGAN's learned constant too), mined_class (a label, or
-            "207,208": where the class miner starts; by default at the distribution of all classes' embeddings),
-            miner_depth, miner_width, r1_gamma, r1_every, path_length_weight, path_length_every,
-            gradient_penalty_weight, augment, ema_decay, precision ("fp32" | "bf16" | "fp16"), eval_samples, keep,
-            grid, log_every.
+            (images in memory at once under "mmd"), view_augment, views and flips (what "mmd" sees of the target), prior
+            ("sphere" | "moments" | "sphere+moments" | "shell" | "none": what keeps mined latents where the generator's
+            own are) and prior_weight, train_miner, critic_warmup, held_out (fraction set aside where that makes 5
+            images or more, or a folder), patience (snapshots without a gain in held-out KID after which stage 2 stops;
+            0 never), criterion, scope, budget, policy, affine, score_samples, reselect_every, train_critic ("all" |
+            "sparse" | "freezed") and freeze_blocks, mine ("z" | "w": behind a StyleGAN's mapping network),
+            mine_constant (a StyleGAN's learned constant too), mined_class (a label, or "207,208": where the class miner
+            starts; by default at the distribution of all classes' embeddings), miner_depth, miner_width, r1_gamma,
+            r1_every, path_length_weight, path_length_every, gradient_penalty_weight, augment, ema_decay, ewc_weight,
+            precision ("fp32" | "bf16" | "fp16"), eval_samples, keep, grid, log_every.
 
     Returns a `TransferResult`; the folder holds the same and more (see README).
 
