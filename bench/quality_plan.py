@@ -30,19 +30,22 @@ SCOPES = ("global", "normalised", "layer")
 # By family: learning rates to choose from (StyleGAN2's equalised weights take larger steps), steps of both stages in
 # multiples of 4, images that are judged at each snapshot, and seconds that a cell takes of one core, for `--list`.
 LR_GRID = {
-    "faces": (5e-4, 1e-3, 2e-3, 4e-3), "digits": (1e-3, 2e-3, 4e-3, 8e-3), "eyes": (5e-4, 1e-3, 2e-3, 4e-3),
+    "faces": (2e-3, 4e-3, 8e-3), "digits": (4e-3, 8e-3, 1.6e-2), "eyes": (2e-3, 4e-3, 8e-3),
 }  # fmt: skip
-STEPS = {"faces": 200, "digits": 200, "eyes": 48}
+STEPS = {"faces": 240, "digits": 400, "eyes": 48}
 SAMPLES = {"faces": 256, "digits": 256, "eyes": 128}
 SECONDS = {
-    "faces": {"kernel": 50, "adversarial": 65}, "digits": {"kernel": 28, "adversarial": 45},
+    "faces": {"kernel": 80, "adversarial": 100}, "digits": {"kernel": 40, "adversarial": 80},
     "eyes": {"kernel": 60, "adversarial": 75},
 }  # fmt: skip
 SNAPSHOTS, LONGER = 4, 3  # snapshots besides the source's; times the steps of other runs, to see them overfit
 # What suits a family whatever the method.
 FAMILIES = {
-    "faces": {"batch": 32},
-    "digits": {"batch": 32, "r1_gamma": 0.3, "path_length_weight": 0.0, "augment": "translation", "flips": False},
+    "faces": {"batch": 32, "precision": "bf16"},
+    "digits": {
+        "batch": 32, "r1_gamma": 0.3, "path_length_weight": 0.0, "augment": "translation", "flips": False,
+        "view_augment": "",
+    },
     "eyes": {"batch": 16},
 }
 

@@ -35,7 +35,7 @@ def new_mined(config: TransferConfig, generator: nn.Module) -> Mined:
             class_miner = Miner(generator.latent_dim, **shape, output_dim=start.shape[1], affine=True)
             class_miner.match(start)
     constant = learned_constant(generator) if config.mine_constant else None
-    prior = config.prior or default_prior(generator, config.mine)
+    prior = config.prior or default_prior(config.mine)
     return Mined(generator, miner, class_miner, config.mine, constant, prior, own_latents(generator, config.mine))
 
 

@@ -225,8 +225,7 @@ def test_a_generators_own_w():
 )
 def test_families_that_normalise_z_make_the_same_images_of_the_sphere(generator):
     generator, miner, u = generator().eval(), random_miner(), torch.randn(5, 6)
-    assert default_prior(generator, "z") == "sphere"
-    assert default_prior(Sum(), "z") == "sphere+moments"
+    assert (default_prior("z"), default_prior("w")) == ("sphere+moments", "moments")
     keywords = {} if isinstance(generator, PGANGenerator) else {"noise": "none"}
     free, bound = (Mined(generator, miner, prior=prior) for prior in ("none", "sphere"))
     torch.testing.assert_close(bound(u, **keywords), free(u, **keywords), rtol=1e-4, atol=1e-5)

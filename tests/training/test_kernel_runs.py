@@ -48,7 +48,7 @@ def test_no_critic_is_built_kept_or_saved(kernel_run, monkeypatch):
     assert all("loss_D" not in row for row in result.history)
     state = torch.load(RunFolder(kernel_run["out"]).newest(), weights_only=True)["trainer"]
     assert state["adversary"] is None
-    assert result.mined.prior == "sphere"
+    assert result.mined.prior == "sphere+moments"
     rows = [row for row in result.history if "kid" in row]
     assert all(abs(row["latent_norm"] - 1) < 1e-3 for row in rows)
     assert all(row["judge"] == "pixels" for row in rows)
