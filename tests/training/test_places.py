@@ -73,7 +73,7 @@ def test_the_miner_of_z_does_not_depend_on_what_else_is_mined():
 
 
 def test_the_prior_is_the_familys_or_the_settings():
-    assert new_mined(TransferConfig(), stylegan2()).prior == "sphere"
+    assert new_mined(TransferConfig(), stylegan2()).prior == "sphere+moments"
     assert new_mined(TransferConfig(), Conditional()).prior == "sphere+moments"
     config = TransferConfig(mine="w")
     assert new_mined(config, stylegan2()).prior == "moments"
