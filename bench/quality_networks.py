@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from minegan_fast import data, metrics
 from minegan_fast._files import atomic_path
+from minegan_fast.models import load_discriminator
 from minegan_fast.training.augment import diff_augment
 from minegan_fast.training.images import to_float
 
@@ -163,9 +164,11 @@ class Recorder(metrics.FeatureExtractor):
         return self.seen[-1]
 
 
-def loss_features(family: str) -> nn.Module:
-    """What the kernel loss of a family sees."""
-    return data.classifier() if family == "digits" else efficientnet(0)
+def loss_features(family: str, critic: bool = False) -> nn.Module:
+    """What the kernel loss of a family sees; critic: whether the source's own is there."""
+    if family == "digits":
+        return load_discriminator(data.CRITIC) if critic else data.classifier()
+    return efficientnet(0)
 
 
 def judge(family: str, path: Path) -> Recorder:

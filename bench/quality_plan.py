@@ -43,7 +43,11 @@ SNAPSHOTS, LONGER = 4, 3  # snapshots besides the source's; times the steps of o
 FAMILIES = {
     "faces": {"batch": 32, "precision": "bf16"},
     "digits": {
-        "batch": 32, "r1_gamma": 0.3, "path_length_weight": 0.0, "augment": "translation", "flips": False,
+        "batch": 32,
+        "r1_gamma": 0.3,
+        "path_length_weight": 0.0,
+        "augment": "translation",
+        "flips": False,
         "view_augment": "",
     },
     "eyes": {"batch": 16},
@@ -169,4 +173,5 @@ def settings(cell: Cell, known: dict[str, float]) -> dict:
 
 def loss_features(cell: Cell):
     """Of an adversarial run whose critic has heads on features these are the features."""
-    return networks.loss_features(cell.family) if cell.loss == "kernel" or cell.family != "digits" else None
+    own = setting_of(cell).critic
+    return networks.loss_features(cell.family, own) if cell.loss == "kernel" or cell.family != "digits" else None
