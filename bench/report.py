@@ -21,7 +21,10 @@ ROOT = Path(__file__).resolve().parent.parent
 OURS = "minegan_fast"
 ORDER = ("", "cuda", "triton", "cpp", "reference")  # "": the automatic choice
 SECTIONS = {"README.md": ("goals", "demo"), "bench/TABLES.md": ("bench",), "docs/quality.md": report_quality.NAMES}
-TESTS = {"step": "tests/finetune/test_masked_dense.py", "stylegan2": "tests/models/test_stylegan2.py"}  # of no op
+TESTS = {  # of no op
+    "step": "tests/finetune/test_masked_dense.py", "stylegan2": "tests/models/test_stylegan2.py",
+    "kernel_step": "tests/training/test_kernel_loss.py",
+}  # fmt: skip
 PASSES = ("inference", "forward", "backward", "double backward")
 
 

@@ -231,6 +231,11 @@ GOALS = [
         "the same of a batch of 32, against `mmd2` group by group",
         lambda m: _groups(m, "mmd2 in a loop", most=32), 3, 3,
     ),
+    Goal(
+        "a step under the kernel distance, over its generator and its features alone",
+        lambda m: [1 / r["ratio"]["generator and features alone"] for r in m.ours("kernel_step")],
+        1.15, 1.15, most=True,
+    ),
     Goal("KID of 100 subsets of 1,000, against NumPy", lambda m: _kid(m, "NumPy"), 3, None),
     Goal("the same against torchmetrics", lambda m: _kid(m, "torchmetrics"), 3, 10),
     Goal(
