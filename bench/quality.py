@@ -25,7 +25,7 @@ from pathlib import Path
 import quality_networks as networks
 import quality_plan as planned
 from quality_cells import load_cells, prepare, run_cell
-from quality_merge import merge, merge_rates
+from quality_merge import committed, merge, merge_rates
 from quality_plan import Cell
 from quality_settings import AVATARS, Places
 from rich.console import Console
@@ -43,7 +43,8 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
         console.print(f"no cell matches {options.only!r}: --list shows their names", style="red")
         return 2
     rates = planned.rates(root / planned.RATES)
-    there = load_cells(cells, places, rates)
+    before = committed(root)
+    there = load_cells(cells, places, rates, before)
     todo = [cell for cell in cells if cell not in there]
     if options.list:
         for cell in cells:
@@ -65,7 +66,7 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
     if options.command == "tune":
         merge_rates(load_cells(cells, places, rates), root)
     else:
-        merge(load_cells(planned.plan(), places, rates), places, root)
+        merge(load_cells(planned.plan(), places, rates, before), places, root)
     for name, error in failed.items():
         console.print(f"{name}: {error}", style="red")
     return int(bool(failed))

@@ -145,12 +145,16 @@ def conditions(cell: Cell, places: Places, rates: dict[str, float]) -> dict:
     }
 
 
-def load_cells(cells: list[Cell], places: Places, rates: dict[str, float]) -> dict[Cell, dict]:
-    """Of those that are finished under these conditions, what their files hold."""
+def load_cells(
+    cells: list[Cell], places: Places, rates: dict[str, float], committed: dict[str, dict] | None = None
+) -> dict[Cell, dict]:
+    """Of those that are finished under these conditions, what their files hold; or, where the cache has none, what the
+    results that are committed (by name) hold: a long run may be spread over machines and days."""
     found = {}
     for cell in cells:
+        record = (committed or {}).get(cell.name, {})
         with contextlib.suppress(FileNotFoundError):
             record = json.loads(finished(cell, places).read_text())
-            if conditions(cell, places, rates).items() <= record.items():
-                found[cell] = record
+        if record and conditions(cell, places, rates).items() <= record.items():
+            found[cell] = record
     return found

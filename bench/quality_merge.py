@@ -38,6 +38,13 @@ def merge(found: dict[Cell, dict], places: Places, root: Path) -> None:
             draw(root / PICTURES / f"quality-{name}.png", rows, places)
 
 
+def committed(root: Path) -> dict[str, dict]:
+    """The records of bench/results/quality.json by the names of their cells."""
+    path = root / RESULTS
+    records = json.loads(path.read_text())["cells"] if path.exists() else []
+    return {Cell(**record["cell"]).name: record for record in records}
+
+
 def merge_rates(found: dict[Cell, dict], root: Path) -> None:
     """Of each method, loss and family the learning rate whose last snapshot has the lowest held-out KID."""
     best: dict[str, tuple[float, float]] = {}

@@ -266,7 +266,7 @@ def evaluate(
 def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the demo's run.")] = Path("minegan_demo"),
     controls: Annotated[
-        bool, typer.Option("--controls", help="Also dense finetuning, and random neurons with as many parameters.")
+        bool, typer.Option("--controls", help="Also dense finetuning, and as many random neurons of every layer.")
     ] = False,
     seed: Seed = 0,
     device: Device = None,

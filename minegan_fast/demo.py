@@ -23,9 +23,10 @@ from .training.results import open_result
 from .training.sources import choose_device
 
 SAMPLES, RESAMPLES, SHOWN = 1000, 100, 12
+# The kernel distance of the critic's features, which judge nothing here: the digits' classifier does.
 SETTINGS = {
-    "mining_steps": 200, "finetune_steps": 200, "batch": 32, "lr": 2e-3, "r1_gamma": 0.3, "path_length_weight": 0.0,
-    "augment": "translation", "ema_decay": 0.98, "snapshot_every": 50, "eval_samples": 500, "features": "digits",
+    "mining_steps": 200, "finetune_steps": 400, "lr": 1.6e-2, "loss": "mmd", "loss_features": "critic", "flips": False,
+    "view_augment": "", "snapshot_every": 50, "eval_samples": 500, "features": "digits",
 }  # fmt: skip
 
 
@@ -41,9 +42,9 @@ def run_demo(out: Path, controls: bool, seed: int, device: str | None, console: 
     transfer(**common, out=out / "sparse")
     trained = trained_parameters(out / "sparse")
     if controls:
-        console.print("control: random neurons with as many parameters, then dense finetuning")
-        transfer(**common, out=out / "random", criterion="random", budget="parameters", density=trained)
-        transfer(**common, out=out / "dense", density=1.0)
+        console.print("controls: as many random neurons of every layer, then dense finetuning")
+        transfer(**common, out=out / "random", method="shuffled")
+        transfer(**common, out=out / "dense", method="minegan")
 
     judge = Judge(device)
     source = load_generator(data.GENERATOR)
