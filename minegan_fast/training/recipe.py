@@ -117,11 +117,12 @@ def configure(**settings) -> TransferConfig:
     from what the source's file holds."""
     named = {"critic": ("features",), "features": NAMED, "loss_features": NAMED_LOSS_FEATURES}
     source, critic = settings["source"], settings.get("critic")
-    adversarial = settings.get("loss") or settings.get("mining_loss") or settings.get("finetune_loss")
+    chosen = any(settings.get(name) for name in ("loss", "mining_loss", "finetune_loss"))
+    trains_critic = settings.get("train_critic") not in (None, "all") or settings.get("method") == "freezed"
     if settings.get("loss_features") is not None:
-        if adversarial is None:
+        if not chosen:
             settings["loss"] = KERNEL
-    elif adversarial is None and critic is None and _has_critic(source):
+    elif not chosen and not trains_critic and critic is None and _has_critic(source):
         settings |= {"loss": KERNEL, "loss_features": "critic"}
     for name in ("source", "images", "critic", "features", "loss_features", "held_out"):
         value = settings.get(name)

@@ -94,7 +94,8 @@ class Run:
         if choice == "digits":
             from ..data import classifier
 
-            taps = ["convs.0", "convs.1", "convs.2", "convs.3", "convs.4", "hidden"]  # which digit it is, is in the last
+            # which digit it is, is in the last
+            taps = ["convs.0", "convs.1", "convs.2", "convs.3", "convs.4", "hidden"]
             return LossFeatures(classifier().to(self.device), name="digits", probe=probe, taps=taps)
         return LossFeatures(choice, device=self.device, probe=probe)
 

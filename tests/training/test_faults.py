@@ -166,7 +166,7 @@ def test_a_snapshot_of_another_version(run_settings):
     mf.transfer(**{**run_settings, "finetune_steps": 0})
     path = sorted((run_settings["out"] / "snapshots").iterdir())[-1]
     torch.save(torch.load(path, weights_only=True) | {"version": 1}, path)
-    with pytest.raises(ValueError, match=r"snapshots are of version 1, this library goes on from 2"):
+    with pytest.raises(ValueError, match=r"snapshots are of version 1, this library goes on from 3"):
         mf.transfer(**{**run_settings, "finetune_steps": 0, "mining_steps": 6, "resume": True})
 
 
@@ -249,9 +249,9 @@ def test_a_run_that_does_not_fit_says_which_batch_would(run_settings, monkeypatc
         seen.append(found)
         return found
 
-    from minegan_fast.training import recipe
+    from minegan_fast.training import run
 
-    monkeypatch.setattr(recipe, "estimate_memory", scarce)
+    monkeypatch.setattr(run, "estimate_memory", scarce)
     with pytest.raises(DoesNotFit, match=r"at batch 4, .* free: batch 3 would fit"):
         mf.transfer(**run_settings)
     assert seen[0].per_sample > 8 * 8 * 4
@@ -279,9 +279,9 @@ def test_images_that_do_not_fit(run_settings):
         ({"density": 1.5}, "density"),
         ({"loss": "lsgan"}, "nonsaturating, wgan, hinge"),
         ({"batch": 0}, "batch must be a whole number >= 1"),
-        ({"batch": "8"}, "batch must be a whole number, got '8'"),
-        ({"density": "x"}, "density must be a number, got 'x'"),
-        ({"lr": None}, "lr must be a number, got None"),
+        ({"batch": "8"}, "batch must be a whole number or null, got '8'"),
+        ({"density": "x"}, "density must be a number or null, got 'x'"),
+        ({"lr": "x"}, "lr must be a number or null, got 'x'"),
         ({"augment": 1}, "augment must be a text, got 1"),
         ({"metrics": "fid"}, "metrics must be a list of words"),
         ({"held_out": True}, "held_out must be a number or a text"),
