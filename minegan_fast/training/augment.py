@@ -111,16 +111,21 @@ def _flip(x: Tensor, random: Tensor, strength: float) -> Tensor:
 
 
 def _jitter(x: Tensor, random: Tensor, strength: float) -> Tensor:
-    """Zoom and shift are separable: rows and columns are resampled linearly, each by a matrix of the sample's own."""
-    zoom, *shifts = strength * (2 * random - 1)
-    for shift in shifts:
-        size = x.shape[2]
-        middle = (size - 1) / 2
-        place = torch.arange(size, device=x.device) - middle
-        place = (place * (1 + zoom)[:, None] + shift[:, None] * size + middle).clamp(0, size - 1)
-        weights = (1 - (torch.arange(size, device=x.device) - place[:, :, None]).abs()).clamp(min=0)
-        x = (weights.to(x.dtype)[:, None] @ x).transpose(2, 3)
-    return x
+    """Zoom and shift are separable: columns and rows are resampled linearly, each by a matrix of the sample's own that
+    serves all its channels in one product."""
+    B, C, H, W = x.shape
+    zoom, down, right = strength * (2 * random - 1)
+    x = x.reshape(B, C * H, W) @ _resampling(W, zoom, right).to(x.dtype).transpose(1, 2)
+    x = x.view(B, C, H, W).transpose(1, 2).reshape(B, H, C * W)
+    return (_resampling(H, zoom, down).to(x.dtype) @ x).view(B, H, C, W).transpose(1, 2)
+
+
+def _resampling(size: int, zoom: Tensor, shift: Tensor) -> Tensor:
+    """[B, size, size]: row i holds the weights of the pixels beside the place that pixel i comes from."""
+    pixels = torch.arange(size, device=zoom.device)
+    middle = (size - 1) / 2
+    place = ((pixels - middle) * (1 + zoom)[:, None] + shift[:, None] * size + middle).clamp(0, size - 1)
+    return (1 - (pixels - place[:, :, None]).abs()).clamp(min=0)
 
 
 def _outer(rows: Tensor, columns: Tensor) -> Tensor:

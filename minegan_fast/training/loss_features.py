@@ -115,7 +115,8 @@ class LossFeatures:
         extractor = self._extractor
         if extractor.size is None or images.shape[2:] == torch.Size(extractor.size):
             return images
-        return F.interpolate(images, extractor.size, mode=extractor.interpolation, antialias=extractor.antialias)
+        shrinks = extractor.antialias and min(extractor.size) < min(images.shape[2:])
+        return F.interpolate(images, extractor.size, mode=extractor.interpolation, antialias=shrinks)
 
     def fit(self, images: Tensor | Iterable[Tensor]) -> list[Tensor]:
         """Groups [M, D_g] of the target images [M, C, R, R] (or of several tensors of them, which follow each other);
@@ -155,7 +156,7 @@ class LossFeatures:
         """What the network takes, on its device."""
         anchor = self._extractor.anchor(images)
         images = images.to(anchor.device, torch.float64 if anchor.dtype == torch.float64 else torch.float32)
-        images = self._extractor.prepare(images, as_saved=False)
+        images = self._extractor.prepare(self.resized(images), as_saved=False)
         return images if self._format == torch.preserve_format else images.contiguous(memory_format=self._format)
 
     def _network(self, module: nn.Module) -> nn.Module:
