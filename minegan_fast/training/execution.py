@@ -68,6 +68,7 @@ class Execution:
         self.fingerprint = run.target.fingerprint()
         self.step, self.best_kid, self.best_step, self.waited = 0, float("inf"), 0, 0
         self.history: list[dict] = []
+        self.warned: set[str] = set()
         with self.processes.together():
             self.real = run.features(run.reference) if self.processes.first else None
             restored = folder.load_snapshot() if resume else None
@@ -200,9 +201,10 @@ class Execution:
         what is out of bounds is logged."""
         values = {"spread": diversity(features) / max(diversity(self.real), 1e-12)}
         if values["spread"] < COLLAPSED:
-            self.progress.log(
+            self._warn(
+                "collapse",
                 f"step {self.step}: the images are {values['spread']:.0%} as diverse as the real ones: they collapse; "
-                "a larger batch, fewer steps, a smaller lr or the loss mmd keep them apart"
+                "a larger batch, fewer steps, a smaller lr or the loss mmd keep them apart",
             )
         with seeded(self.config.seed, "latents"):
             u = torch.randn(LATENTS, sampler.input_dim).to(self.prepared.device)
@@ -212,12 +214,20 @@ class Execution:
         values |= {f"latent_{name}": value for name, value in found.items()}
         values["latent_dimensions"] = values.pop("latent_dimension") / prior
         if abs(found["norm"] - 1) > ASTRAY or values["latent_dimensions"] < COLLAPSED:
-            self.progress.log(
+            self._warn(
+                "prior",
                 f"step {self.step}: the mined latents leave the prior: |z|²/d is {found['norm']:.2f} (the prior's: 1), "
                 f"the effective dimension {values['latent_dimensions']:.0%} of the prior's; images may be none that "
-                "the source knows. Another prior (--prior), a smaller miner_lr or fewer steps help"
+                "the source knows, or few of its kinds. Another prior (--prior), a larger prior_weight, a smaller "
+                "miner_lr or fewer steps help",
             )
         return values
+
+    def _warn(self, kind: str, message: str) -> None:
+        """Once of each kind; the history has the numbers of every snapshot."""
+        if kind not in self.warned:
+            self.warned.add(kind)
+            self.progress.log(message)
 
     def _shown(self, values: dict[str, float]) -> dict[str, float]:
         """What the progress line has of a snapshot; a number that the training network judged is marked."""
