@@ -63,10 +63,10 @@ class Run:
         if config.kernel or by_features:
             self.loss_features = self._choose_loss_features(loss_features, pretrained)
         if config.kernel:
-            views = (
-                {"views": config.views, "augment": config.view_augment} if config.views and config.view_augment else {}
+            views = config.views if config.view_augment else 1
+            self.kernel = KernelLoss(
+                self.loss_features, self.target.images, config.flips, views, config.view_augment, seed=config.seed
             )
-            self.kernel = KernelLoss(self.loss_features, self.target.images, config.flips, **views, seed=config.seed)
         if by_features and config.adversarial:
             with seeded(config.seed, "critic"):
                 shape = self.generator.resolution, image_channels(self.generator)

@@ -110,14 +110,22 @@ class Trainer:
         with self.processes.part(config.batch) as count:
             u = self.machine.latents(self.mined, count)
             loss = self._kernel_step(u) if self.loss_name == KERNEL else self._adversarial_step(u, trained)
-            if self.penalised:  # beside the generator's, another pass of the miner costs nothing
-                penalty = self.mined.penalty(self.mined.latents(u))
-                self.scaler.scale(config.prior_weight * penalty).backward()
+            if self.penalised:
+                self._penalise(u)
         if self.finetuner and self.path_length_weight and number % config.path_length_every == 0:
             self._regularise_path_length(trained)
         if self.elastic:
             self.elastic.add_gradients(config.ewc_weight * float(self._scale))
         return {"loss_G": self.machine.update(loss, *optimizers)}
+
+    def _penalise(self, u: Tensor) -> None:
+        """The prior's penalty, of the latents of all processes. Another pass of the miner costs nothing here."""
+        latents = self.mined.latents(u)
+        if (gather := gathering(self.processes, self.config.batch)) is not None:
+            (others,), own = gather([latents.detach()])
+            latents = torch.cat([others[: own.start], latents, others[own.stop :]])
+        weight = self.config.prior_weight * self.processes.size  # gradients become means
+        self.scaler.scale(weight * self.mined.penalty(latents)).backward()
 
     def _adversarial_step(self, u: Tensor, trained: list[nn.Parameter]) -> Tensor:
         with self.machine.autocast():
@@ -135,9 +143,8 @@ class Trainer:
             with self.machine.autocast():
                 return self.mined(u[first:last]).float()
 
-        return self._kernel_backward(
-            make, len(u), self.config.part and -(-self.config.part // self.processes.size), 1.0
-        )
+        part = self.config.part and -(-self.config.part // self.processes.size)
+        return self._kernel_backward(make, len(u), part, 1.0)
 
     def _kernel_backward(self, make, count: int, part: int | None, weight: float) -> Tensor:
         """Of several processes each has a part of the samples, and the distance is of all of them."""
