@@ -62,7 +62,7 @@ def test_shuffled_has_as_many_rows_of_every_layer(tiny):
 
 
 def test_freeze_top_trains_what_minegan_plus_plus_would_not(tiny):
-    settings = {"density": 0.5, "path_length_weight": 0.0, "seed": 3}
+    settings = {"density": 0.4, "path_length_weight": 0.0, "seed": 3}
     top = make(tiny, method="minegan++", **settings)
     low = make(tiny, method="freeze_top", **settings)
     rows = []
@@ -140,7 +140,7 @@ def test_fresh_weights_are_new_and_normalised(tiny):
         plain.layers[1].running_var.fill_(1e6)
     fresh_weights(plain, 1)
     assert not (plain.layers[0].weight == 7).any()
-    assert float(plain(torch.randn(4096, 4)).std()) == pytest.approx(1, abs=0.2)
+    assert float(plain(torch.randn(4096, 4)).detach().std()) == pytest.approx(1, abs=0.2)
     assert not plain.layers[1].training
     assert plain.layers[1].momentum == 0.1
 
