@@ -35,8 +35,11 @@ from minegan_fast.training.plots import save_grid
 RESOLUTION, BATCH, LATENT = 32, 32, 64
 EMA_HALF_LIFE, R1_EVERY, LEAST_RATE = 200.0, 16, 0.2
 STATE_EVERY, CURVE_POINTS, SAMPLES, STATISTICS_BATCHES = 60.0, 100, 1000, 20
-NARROW = {"channel_base": 1024, "channel_max": 96}
-BIGGAN_CHANNELS = {"generator": (96, 96, 64, 32), "critic": (32, 64, 96, 96)}
+CHANNELS = {  # of BigGAN those of its generator and of its critic, of the others those at every resolution
+    "biggan": ((96, 96, 64, 32), (32, 64, 96, 96)),
+    "pgan": {4: 96, 8: 96, 16: 64, 32: 32},
+    "stylegan": {4: 96, 8: 96, 16: 48, 32: 24},
+}
 
 
 @dataclass(frozen=True)
@@ -56,27 +59,27 @@ class Recipe:
 
 def biggan(channels: int, classes: int) -> tuple[nn.Module, nn.Module]:
     sizes = {"resolution": RESOLUTION, "num_classes": classes, "image_channels": channels}
-    generator = models.BigGANGenerator(latent_dim=LATENT, class_dim=32, channels=BIGGAN_CHANNELS["generator"], **sizes)
-    return generator, models.BigGANDiscriminator(channels=BIGGAN_CHANNELS["critic"], **sizes)
+    generator = models.BigGANGenerator(latent_dim=LATENT, class_dim=32, channels=CHANNELS["biggan"][0], **sizes)
+    return generator, models.BigGANDiscriminator(channels=CHANNELS["biggan"][1], **sizes)
 
 
 def pgan(channels: int, classes: int) -> tuple[nn.Module, nn.Module]:
-    sizes = {"image_channels": channels, **NARROW}
+    sizes = {"image_channels": channels, "channels": CHANNELS["pgan"]}
     return models.PGANGenerator(RESOLUTION, LATENT, **sizes), models.PGANDiscriminator(RESOLUTION, **sizes)
 
 
 def stylegan(channels: int, classes: int) -> tuple[nn.Module, nn.Module]:
-    sizes = {"image_channels": channels, **NARROW}
+    sizes = {"image_channels": channels, "channels": CHANNELS["stylegan"]}
     generator = models.StyleGANGenerator(RESOLUTION, LATENT, mapping_layers=3, style_dim=96, **sizes)
     return generator, models.StyleGANDiscriminator(RESOLUTION, **sizes)
 
 
-ADVERSARIAL = {"loss": "nonsaturating", "generator_lr": 2.5e-3, "critic_lr": 2.5e-3, "r1_gamma": 1.0}
-AUTOENCODER = {"warmup": 0.4, "warmup_lr": 1e-2, "reconstruction_weight": 0.004}
+ADVERSARIAL = {"loss": "nonsaturating", "generator_lr": 2.5e-3, "critic_lr": 2.5e-3}
+AUTOENCODER = {"warmup_lr": 1e-2, "reconstruction_weight": 0.004}
 RECIPES = {
     "biggan": Recipe(biggan, "hinge", generator_lr=5e-4, critic_lr=1e-3),
-    "pgan": Recipe(pgan, **ADVERSARIAL, **AUTOENCODER),
-    "stylegan": Recipe(stylegan, **ADVERSARIAL, **AUTOENCODER, mapping_lr=0.1),
+    "pgan": Recipe(pgan, **ADVERSARIAL, **AUTOENCODER, r1_gamma=1.0, warmup=0.4),
+    "stylegan": Recipe(stylegan, **ADVERSARIAL, **AUTOENCODER, r1_gamma=5.0, warmup=0.5, mapping_lr=0.3),
 }
 
 

@@ -20,11 +20,10 @@ HOURS = 60.0  # no limit: what ends a training here is `steps`
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    narrow = {
-        "NARROW": {"channel_base": 64, "channel_max": 8},
-        "BIGGAN_CHANNELS": {"generator": [8] * 4, "critic": [8] * 4},
-    }
-    for name, value in ({"BATCH": 4, "SAMPLES": 20, "STATISTICS_BATCHES": 1} | narrow).items():
+    widths = dict.fromkeys((4, 8, 16, 32), 8)
+    channels = {"biggan": ([8] * 4, [8] * 4), "pgan": widths, "stylegan": widths}
+    small = {"BATCH": 4, "SAMPLES": 20, "STATISTICS_BATCHES": 1, "CHANNELS": channels}
+    for name, value in small.items():
         monkeypatch.setattr(small_sources, name, value)
 
 
