@@ -129,7 +129,11 @@ class TransferConfig:
         "jitter", "Random changes of generated and target images before mmd compares them: words as of --augment."
     )
     views: int = setting(3, "Versions of each target image under mmd, of other random changes each.")
-    flips: bool = setting(True, "Whether mirror images of the target count as target under mmd.")
+    flips: bool | None = setting(
+        None,
+        "Whether mirror images of the target count as target under mmd. Default: where they look alike, as faces do "
+        "and letters do not.",
+    )
     ema_decay: float | None = setting(
         None, "Decay of the averages of miner and selected neurons. Default: 0.98 under mmd, else 0.998."
     )

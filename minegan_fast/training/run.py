@@ -108,6 +108,8 @@ class Run:
         if self.kernel is not None:
             names = ", ".join(self.loss_features.taps)
             yield f"kernel distance of {self.loss_features.name} features, at {names}"
+            if config.flips is None and self.kernel.flips:
+                yield "mirror images of the target look alike, so they count as target too (--no-flips)"
         yield from notes
         if self.critic is not None and self.new_critic:
             yield (

@@ -5,6 +5,7 @@ from torch import nn
 
 from minegan_fast.models import BigGANDiscriminator, StyleGAN2Generator
 from minegan_fast.ops import mmd2
+from minegan_fast.training import kernel_loss
 from minegan_fast.training.kernel_loss import KernelLoss, gathering
 from minegan_fast.training.loss_features import LossFeatures
 from minegan_fast.training.processes import Processes
@@ -37,7 +38,7 @@ def gradients(G):
 @pytest.mark.parametrize("unbiased", [True, False])
 def test_the_distance_is_the_sum_of_mmd2_over_the_groups(unbiased):
     features = LossFeatures(Shared(), TARGET)
-    kernel = KernelLoss(features, TARGET, unbiased=unbiased, scales=(0.5, 1.5))
+    kernel = KernelLoss(features, TARGET, unbiased=unbiased, scales=(0.5, 1.5), flips=True)
     x = images(count=5).flip(2) / 2
     both = torch.cat([TARGET, TARGET.flip(3)]).float() / 127.5 - 1
     expected = []
@@ -148,10 +149,11 @@ def test_gradient_flows_to_images_and_moves_them_to_the_target():
 
 
 def test_target_and_generated_images_are_changed_alike(monkeypatch):
-    kernel = loss(views=3, augment="translation:0.5")
+    settings = {"views": 3, "augment": "translation:0.5", "flips": True}
+    kernel = loss(**settings)
     assert kernel.target.count == 9 * 2 * 3
-    assert torch.equal(kernel.target.y, loss(views=3, augment="translation:0.5").target.y)
-    assert not torch.equal(kernel.target.y, loss(views=3, augment="translation:0.5", seed=1).target.y)
+    assert torch.equal(kernel.target.y, loss(**settings).target.y)
+    assert not torch.equal(kernel.target.y, loss(**settings, seed=1).target.y)
     seen = []
     monkeypatch.setattr(kernel, "features", type("Seen", (), {
         "resized": kernel.features.resized, "__call__": lambda self, x: seen.append(x)})())  # fmt: skip
@@ -159,6 +161,35 @@ def test_target_and_generated_images_are_changed_alike(monkeypatch):
     kernel._features(x)
     assert seen[0].shape == (8, 3, 96, 96), "changed after they were enlarged"
     assert not torch.equal(seen[0], kernel.features.resized(x))
+
+
+def spots(count, columns, seed):
+    """Grey images with a bright spot of 6 x 6 at any row, and at any of `columns`."""
+    generator = torch.Generator().manual_seed(seed)
+    result = torch.randint(100, 140, (count, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    for image in result:
+        row = int(torch.randint(26, (), generator=generator))
+        column = int(columns[torch.randint(len(columns), (), generator=generator)])
+        image[:, row : row + 6, column : column + 6] = 250
+    return result
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("count", [10, 40])
+def test_mirror_images_count_where_they_look_alike(count, seed):
+    """A rule of few images that depended on their number would say of 10 what it does not say of 40."""
+    anywhere, left = spots(count, range(27), seed), spots(count, range(6), seed)
+    assert loss(target=anywhere).target.count == 2 * count
+    assert loss(target=left).target.count == count
+    assert loss(target=left, flips=True).target.count == 2 * count
+    assert loss(target=anywhere, flips=False).target.count == count
+
+
+def test_of_very_many_images_the_first_say_whether_mirror_images_look_alike(monkeypatch):
+    monkeypatch.setattr(kernel_loss, "MOST", 20)
+    both = torch.cat([spots(20, range(6), 0), spots(80, range(27), 1)])
+    assert not loss(target=both).flips
+    assert loss(target=both.flip(0)).flips
 
 
 def test_wrong_targets_are_named():
@@ -170,7 +201,7 @@ def test_wrong_targets_are_named():
     with pytest.raises(
         ValueError, match="half of the pairs of samples coincide; in the features 'pixels 8x8' of Shared: give"
     ):
-        loss(target=half, flips=False)
+        loss(target=half)
     with pytest.raises(ValueError, match=r"target images must be uint8 \[N, C, R, R\], got torch.float32"):
         KernelLoss(LossFeatures(Shared(), TARGET), images())
     for views, augment in ((2, ""), (0, "color"), (-1, "color")):
