@@ -75,12 +75,11 @@ def density(results: Results):
     figure = Figure(figsize=(5 * len(places), 3.6))
     axes = figure.subplots(1, len(places), squeeze=False)
     for axis, place in zip(axes[0], places, strict=True):
-        values = sorted({float(k[4].split("=")[1]) for k in results.by_key if k[:2] == place and "density=" in k[4]})
         for method in ("minegan++", "random"):
-            found = [results.mean(place, ("kernel", method), f"density={value:g}") for value in values]
-            points = [(value, mean) for value, mean in zip(values, found, strict=True) if mean]
+            found = {d: results.mean(place, ("kernel", method), v) for d, v in results.densities().items()}
+            points = [(density, mean) for density, mean in found.items() if mean]
             halves = [mean.half or 0 for _, mean in points]
-            axis.errorbar([v for v, _ in points], [m.mean for _, m in points], halves, capsize=3, label=method)
+            axis.errorbar([d for d, _ in points], [m.mean for _, m in points], halves, capsize=3, label=method)
         if dense := results.mean(place, ("kernel", "minegan")):
             axis.axhline(dense.mean, color="grey", linestyle=":", label="minegan (all)")
         axis.set(title=f"{place[0]}, {place[1]} images", xlabel="neurons that train", xscale="log")

@@ -20,12 +20,32 @@ FURTHER = ("shuffled", "scale_shift", "ewc", "freeze_top")
 MINERS = ("mined", "minegan", "minegan++", "random", "shuffled")
 CONTROLS = ("random", "shuffled")  # of minegan++, whose learning rates they take
 LOSSES = {"kernel": "mmd", "adversarial": "nonsaturating"}
-DENSITIES = (0.02, 0.2, 0.6)
-CRITERIA = ("fisher", "movement", "agreement", "contrast")
-SCOPES = ("global", "normalised", "layer")
+DENSITIES = (0.02, 0.3)  # beside the default of 0.1, and all
+# Ways to choose neurons, as settings of minegan++, and what each is to beat: random neurons, as many of every layer.
+LAYER, SHUFFLED = ("random", "scope=layer"), "shuffled"
+ATTEMPTS = {
+    "Fisher information": ("", (SHUFFLED, "")),
+    "Fisher information, in units of a layer's mean": ("scope=normalised", (SHUFFLED, "scope=normalised")),
+    "Fisher information, within layers": ("criterion=fisher,scope=layer", LAYER),
+    "movement, within layers": ("criterion=movement,scope=layer", LAYER),
+    "agreement, within layers": ("criterion=agreement,scope=layer", LAYER),
+    "contrast, within layers": ("criterion=contrast,scope=layer", LAYER),
+    "Fisher information; gains and biases of all": ("affine=true", (SHUFFLED, "affine=true")),
+    "Fisher information, selected four times": ("reselect_every=4x", (SHUFFLED, "reselect_every=4x")),
+    "agreement, within layers, gains and biases, four times": (
+        "affine=true,criterion=agreement,reselect_every=4x,scope=layer",
+        ("random", "affine=true,reselect_every=4x,scope=layer"),
+    ),
+}
+# Under the adversarial loss, where the critic is the source's own it may be sparse too.
+ADVERSARIAL_ATTEMPTS = {
+    "Fisher information": ("", (SHUFFLED, "")),
+    "agreement, within layers": ("criterion=agreement,scope=layer", LAYER),
+    "Fisher information, of generator and critic": ("train_critic=sparse", ("random", "train_critic=sparse")),
+}
 # By family: learning rates to choose from (two, since from 2e-3 to 8e-3 minegan++ on personas did not change; the
-# equalised weights of StyleGAN2 take larger steps, as do gains and biases alone), steps of both stages in multiples of 4,
-# images that are judged at each snapshot, and seconds that a cell takes of one core, for `--list`.
+# equalised weights of StyleGAN2 take larger steps, as do gains and biases alone), steps of both stages in multiples of
+# 4, images that are judged at each snapshot, and seconds that a cell takes of one core, for `--list`.
 LR_GRID = {"faces": (2e-3, 8e-3), "digits": (4e-3, 1.6e-2), "eyes": (2e-3, 8e-3)}
 LARGER_STEPS = {"scale_shift": 4}
 STEPS = {"faces": 240, "digits": 400, "eyes": 48}
@@ -34,7 +54,9 @@ SECONDS = {
     "faces": {"kernel": 80, "adversarial": 100}, "digits": {"kernel": 40, "adversarial": 80},
     "eyes": {"kernel": 60, "adversarial": 75},
 }  # fmt: skip
-SNAPSHOTS, LONGER = 4, 3  # snapshots besides the source's; times the steps of other runs, to see them overfit
+SNAPSHOTS = 4  # besides the source's
+LONGER = 3  # times the steps of other runs, to see them overfit
+LONG = f"steps={LONGER}x"
 # What suits a family whatever the method.
 FAMILIES = {
     "faces": {"batch": 32, "precision": "bf16"},
@@ -51,7 +73,11 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class Cell:
-    """One run. variant: "" or "name=value", a setting of `mf.transfer` that differs (of steps: how many times)."""
+    """One run.
+
+    variant: settings of `mf.transfer` that differ, as "name=value,name=value". An x at the end says how often: 3x as
+        many steps, selected 4x.
+    """
 
     setting: str
     count: int
@@ -73,7 +99,7 @@ class Cell:
     @property
     def steps(self) -> int:
         """Of both stages."""
-        return STEPS[self.family] * (LONGER if self.variant.startswith("steps=") else 1)
+        return STEPS[self.family] * (LONGER if self.variant == LONG else 1)
 
     @property
     def seconds(self) -> float:
@@ -108,16 +134,25 @@ def adversarial(every_method: bool) -> tuple[str, ...]:
 
 
 def varied(seed: int) -> list[Cell]:
-    """One setting of `mf.transfer` at a time: which neurons, how many, how long."""
+    """Settings of `mf.transfer` that differ: which neurons, how many, how long."""
     cells = []
     for setting in (s for s in SETTINGS.values() if s.every_method):
+        for loss in LOSSES:
+            for variant, control in attempts(loss, setting.critic):
+                both = ("minegan++", variant), control
+                cells += [Cell(setting.name, LARGEST, loss, method, seed, v) for method, v in both if v]
         cell = Cell(setting.name, LARGEST, "kernel", "minegan++", seed)
-        cells += [replace(cell, variant=f"criterion={name}") for name in CRITERIA]
-        cells += [replace(cell, variant=f"scope={name}") for name in SCOPES]
         for name in ("minegan++", "random"):
             cells += [replace(cell, method=name, variant=f"density={density}") for density in DENSITIES]
-    methods = ("transfergan", "minegan", "minegan++")
-    return cells + [Cell("avataaars", 30, "kernel", m, seed, f"steps={LONGER}x") for m in methods]
+    longer = [(30, "transfergan"), (30, "minegan"), (30, "minegan++"), (100, "transfergan"), (100, "minegan++")]
+    cells += [Cell("avataaars", count, "kernel", method, seed, LONG) for count, method in longer]
+    return list(dict.fromkeys(cells))
+
+
+def attempts(loss: str, critic: bool) -> list[tuple[str, tuple[str, str]]]:
+    """(variant of minegan++, control)."""
+    found = (ATTEMPTS if loss == "kernel" else ADVERSARIAL_ATTEMPTS).values()
+    return [(variant, control) for variant, control in found if critic or "train_critic" not in variant]
 
 
 def quick(setting: str) -> list[Cell]:
@@ -160,9 +195,11 @@ def settings(cell: Cell, known: dict[str, float]) -> dict:
     }  # fmt: skip
     if (lr := rate(cell, known)) is not None:
         chosen["lr"] = lr
-    name, _, value = cell.variant.partition("=")
-    if name and name != "steps":
-        chosen[name] = float(value) if re.fullmatch(r"[\d.e-]+", value) else value
+    for name, value in (pair.split("=") for pair in cell.variant.split(",") if pair):
+        if name == "reselect_every":
+            chosen[name] = (steps - mining) // int(value.removesuffix("x"))
+        elif name != "steps":
+            chosen[name] = float(value) if re.fullmatch(r"[\d.e-]+", value) else {"true": True}.get(value, value)
     if cell.loss == "adversarial":
         own = setting_of(cell).critic
         chosen["critic"] = data.CRITIC if own else None if cell.family == "digits" else "features"

@@ -9,6 +9,7 @@ from quality_plan import ADVERSARIAL_ONLY, FURTHER, METHODS
 from quality_settings import SETTINGS
 
 DEFAULT = ("kernel", "minegan++")
+DEFAULT_DENSITY = 0.1
 COLLAPSED = 1 / 3  # of the real images' diversity
 # Quantiles 0.975 of Student's t by degrees of freedom; beyond the last, the normal distribution's is near.
 T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
@@ -110,6 +111,12 @@ class Results:
         """Relative held-out KID of one way minus that of another, of the seeds that both have."""
         a, b = self.final(place, way, variants[0]), self.final(place, other, variants[1])
         return [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
+
+    def densities(self) -> dict[float, str]:
+        """Fractions of the generator that were tried, and the variant of each: none of the default's."""
+        tried = {key[4] for key in self.by_key if key[4].startswith("density=")}
+        found = {float(variant.split("=")[1]): variant for variant in tried}
+        return dict(sorted({**found, DEFAULT_DENSITY: ""}.items())) if found else {}
 
     def best_way(self, place: tuple[str, int]) -> tuple[str, str] | None:
         means = {way: self.mean(place, way) for way in self.ways(*place)}

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import quality_curves
 import quality_goals
+from quality_plan import ADVERSARIAL_ATTEMPTS, ATTEMPTS
 from quality_results import COLLAPSED, DEFAULT, Estimate, Results, estimate
 from quality_settings import SETTINGS
 
@@ -78,7 +79,7 @@ def sparsity(results: Results) -> str:
 
 def densities(results: Results) -> str:
     """Chosen and random neurons at every density, where it was varied."""
-    values = sorted({k[4] for k in results.by_key if k[4].startswith("density=")}, key=lambda v: float(v.split("=")[1]))
+    values = list(results.densities().values())
     rows = []
     for place in varied(results, "density="):
         for method in ("minegan++", "random"):
@@ -86,24 +87,23 @@ def densities(results: Results) -> str:
             rows.append([*row, *(shown(results.mean(place, ("kernel", method), value)) for value in values)])
         pairs = [results.differences(place, DEFAULT, ("kernel", "random"), (value, value)) for value in values]
         rows.append([title(place), "chosen − random", *(shown(estimate(pair), signed=True) for pair in pairs)])
-    return table(["target, images", "", *(v.split("=")[1] for v in values)], rows) if rows else ""
+    return table(["target, images", "", *(f"{density:g}" for density in results.densities())], rows) if rows else ""
 
 
 def scores(results: Results) -> str:
-    """Each score and scope against the random neurons of the default density, seed by seed."""
+    """Each way to choose neurons against random ones, as many of every layer, seed by seed."""
     rows = []
-    for kind in ("criterion=", "scope="):
-        for variant in sorted({k[4] for k in results.by_key if k[4].startswith(kind)}):
-            differences = []
-            cells = []
-            for place in varied(results, kind):
-                pair = results.differences(place, DEFAULT, ("kernel", "random"), (variant, ""))
-                differences += pair
-                cells.append(f"{shown(results.mean(place, DEFAULT, variant))}, {shown(estimate(pair), signed=True)}")
-            total = estimate(differences)
-            rows.append([variant.replace("=", " "), *cells, shown(total, signed=True), total.verdict if total else "–"])
-    places = varied(results, "criterion=") or varied(results, "scope=")
-    head = ["", *(f"{title(p)}: KID, minus random's" for p in places), "minus random's, all", "than random"]
+    for loss, attempts in (("kernel", ATTEMPTS), ("adversarial", ADVERSARIAL_ATTEMPTS)):
+        for name, (variant, (method, other)) in attempts.items():
+            way, control = (loss, "minegan++"), (loss, method)
+            each = {place: results.differences(place, way, control, (variant, other)) for place in results.places}
+            each = {place: values for place, values in each.items() if values}
+            total = estimate([value for values in each.values() for value in values])
+            if total:
+                said = (f"{title(p)}: {shown(results.mean(p, way, variant))}, {shown(estimate(v), True)}"
+                        for p, v in each.items())  # fmt: skip
+                rows.append([name, loss, "; ".join(said), shown(total, signed=True), total.verdict])
+    head = ["choice of neurons", "loss", "KID, and that minus its control's", "minus the control's, all", "than chance"]
     return table(head, rows) if rows else NOTHING
 
 

@@ -48,6 +48,9 @@ def test_the_plan():
                 runs = Counter(cell.method for cell in same)
                 assert set(planned.METHODS) <= set(runs)
                 assert set(runs.values()) == {3}
+    for variant, control in (*planned.attempts("kernel", False), *planned.attempts("adversarial", True)):
+        both = {("minegan++", variant), control}
+        assert both <= {(c.method, c.variant) for c in plan if (c.setting, c.count, c.seed) == ("nines", 100, 2)}
     whole = {c.setting for c in plan if {"scale_shift", "ewc", "freeze_top"} & {c.method}}
     assert len(whole) == 2
     assert len({c.setting for c in plan if c.count == 10}) == 2
@@ -74,9 +77,11 @@ def test_rates_are_those_of_family_loss_and_method():
     assert planned.settings(planned.Cell("flipped", 100, "kernel", "minegan", 0, "lr=0.004"), known)["lr"] == 0.004
 
 
-def test_a_variant_is_one_setting():
-    cell = planned.Cell("nines", 100, "kernel", "minegan++", 0, "criterion=movement")
-    assert planned.settings(cell, {})["criterion"] == "movement"
+def test_a_variant_is_some_settings():
+    cell = planned.Cell("nines", 100, "kernel", "minegan++", 0, "affine=true,criterion=movement,reselect_every=4x")
+    chosen = planned.settings(cell, {})
+    assert (chosen["criterion"], chosen["affine"]) == ("movement", True)
+    assert 4 * chosen["reselect_every"] == chosen["finetune_steps"]
     long = planned.Cell("nines", 100, "kernel", "minegan++", 0, f"steps={planned.LONGER}x")
     short, long = planned.settings(DIGITS, {}), planned.settings(long, {})
     assert long["finetune_steps"] == planned.LONGER * short["finetune_steps"]

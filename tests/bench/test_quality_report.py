@@ -82,7 +82,8 @@ FACTS = {"processor": "a processor", "torch": "2.13", "commit": "abc", "rates": 
 
 
 def test_the_tables(records):
-    more = [record("minegan++", seed, 0.4, variant="criterion=movement") for seed in range(3)]
+    more = [record("minegan++", seed, 0.4, variant="criterion=movement,scope=layer") for seed in range(3)]
+    more += [record("random", seed, 0.6 + 0.01 * seed, variant="scope=layer") for seed in range(3)]
     more += [record("random", seed, 0.9, variant="density=0.3") for seed in range(3)]
     more += [record("minegan++", seed, 0.8, variant="density=0.3") for seed in range(3)]
     more += [record("minegan++", seed, 0.9, loss="adversarial", diversity=0.1) for seed in range(3)]
@@ -97,10 +98,13 @@ def test_the_tables(records):
     )
     sparsity = report_quality.sparsity(results)
     assert "| minegan++, kernel | random, kernel | -0.050 ± 0.000 |" in sparsity
-    assert "| nines, 100 | chosen − random | -0.050 ± 0.000 |" in sparsity
-    assert "| criterion movement | 0.200 ± 0.000, -0.105 ± 0.012 | -0.105 ± 0.012 | better |" in report_quality.scores(
-        results
+    assert "| target, images |  | 0.1 | 0.3 |" in sparsity
+    assert "| nines, 100 | chosen − random | -0.050 ± 0.000 | -0.050 ± 0.000 |" in sparsity
+    assert (
+        "| movement, within layers | kernel | nines, 100: 0.200 ± 0.000, -0.105 ± 0.012 | -0.105 ± 0.012 | better |"
+        in report_quality.scores(results)
     )
+    assert "contrast" not in report_quality.scores(results)
     assert "| 100 | minegan++, kernel | 0.000 | 1 of 1 |" in report_quality.counts(results)
     steps = report_quality.steps(results)
     assert (
