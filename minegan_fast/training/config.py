@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+from torch import nn
+
 from .._files import atomic_path
 from ..finetune.scores import CRITERIA
 from ..finetune.selection import SCOPES
@@ -15,7 +17,7 @@ from ..mining.mined import PLACES
 from ..mining.prior import PRIORS
 from .augment import parse_policy
 from .losses import LOSSES
-from .methods import KERNEL, METHODS, chosen
+from .methods import KERNEL, METHODS, chosen, kernel_lr
 
 CRITIC_TRAINING = ("all", "sparse", "freezed")
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -49,8 +51,8 @@ class TransferConfig:
     part: int | None = setting(None, "Images that are in memory at once under mmd, whatever the batch; default: all.")
     lr: float | None = setting(
         None,
-        "Learning rate: the critic's; the generator's is half of it, the miner's twice, under mmd the same. "
-        "Default: 2e-3.",
+        "Learning rate: the critic's; the generator's is half of it, the miner's twice, under mmd the same. Default: "
+        "2e-3; under mmd 1.6e-2 for Progressive GAN, StyleGAN and StyleGAN2, whose weights are equalised.",
     )
     loss: str | None = setting(
         None,
@@ -164,13 +166,23 @@ class TransferConfig:
                 setattr(self, name, value)
         if self.gradient_penalty_weight is None:
             self.gradient_penalty_weight = 10.0 if "wgan" in self.losses else 0.0
+        if self.lr is not None:
+            self._derive_rates()
+        if self.snapshot_every is None:
+            self.snapshot_every = max(1, self.total_steps // 6)
+        self._check()
+
+    def fit(self, generator: nn.Module) -> None:
+        """Chooses what depends on the generator."""
+        if self.lr is None:
+            self.lr = kernel_lr(generator)
+            self._derive_rates()
+
+    def _derive_rates(self) -> None:
         if self.miner_lr is None:
             self.miner_lr = self.lr if self.mining_loss == KERNEL else 2 * self.lr
         self.generator_lr = self.lr / 2 if self.generator_lr is None else self.generator_lr
         self.critic_lr = self.lr if self.critic_lr is None else self.critic_lr
-        if self.snapshot_every is None:
-            self.snapshot_every = max(1, self.total_steps // 6)
-        self._check()
 
     @property
     def total_steps(self) -> int:
@@ -202,7 +214,8 @@ class TransferConfig:
             if not isinstance(value, int) or value < low:
                 raise ValueError(f"{name} must be a whole number >= {low}, got {value!r}")
         for name in ("lr", "miner_lr", "generator_lr", "critic_lr"):
-            _positive(name, getattr(self, name))
+            if (value := getattr(self, name)) is not None:
+                _positive(name, value)
         for name, low in (("part", 1), ("critic_warmup", 0)):
             if (value := getattr(self, name)) is not None and value < low:
                 raise ValueError(f"{name} must be a whole number >= {low}, got {value!r}")

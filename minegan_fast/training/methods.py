@@ -32,7 +32,7 @@ _ADVERSARIAL = {
     "miner_steps": 1000, "steps": 2000, "batch": 16, "lr": 2e-3, "beta1": 0.0, "ema_decay": 0.998, "prior_weight": 0.1,
 }  # fmt: skip
 _KERNEL = {
-    "miner_steps": 60, "steps": 240, "batch": 32, "lr": 2e-3, "beta1": 0.9, "ema_decay": 0.98, "prior_weight": 0.003,
+    "miner_steps": 60, "steps": 240, "batch": 32, "lr": None, "beta1": 0.9, "ema_decay": 0.98, "prior_weight": 0.003,
 }  # fmt: skip
 
 _WITHOUT_MINER = {"train_miner": False, "mining_steps": 0}
@@ -59,8 +59,13 @@ _COMMON = {
 }  # fmt: skip
 
 
+def kernel_lr(generator: nn.Module) -> float:
+    """The learning rate under mmd. Equalised weights (Progressive GAN and later) are of size 1, and steps with them."""
+    return 1.6e-2 if getattr(generator, "family", None) in ("pgan", "stylegan", "stylegan2") else 2e-3
+
+
 def chosen(method: str, mining_loss: str, finetune_loss: str) -> dict[str, Any]:
-    """The value of every setting that a user left open."""
+    """The value of every setting that a user left open; lr None: by the generator, `kernel_lr`."""
     mining, finetuning = (_KERNEL if loss == KERNEL else _ADVERSARIAL for loss in (mining_loss, finetune_loss))
     steps = {"mining_steps": mining["miner_steps"], "finetune_steps": finetuning["steps"]}
     shared = {name: finetuning[name] for name in ("batch", "lr", "beta1", "ema_decay", "prior_weight")}

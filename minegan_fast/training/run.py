@@ -47,6 +47,7 @@ class Run:
         critic = None if by_features else critic
         networks = open_networks(source, critic, config, needed=config.adversarial and not by_features)
         self.generator = networks.generator.to(self.device)
+        config.fit(self.generator)
         if config.method == "scratch":
             fresh_weights(self.generator, config.seed)
         self.critic, self.new_critic = networks.critic, not networks.pretrained

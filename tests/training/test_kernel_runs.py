@@ -197,6 +197,22 @@ def test_bad_input_is_named_and_leaves_nothing(kernel_run, settings, message):
     assert not kernel_run["out"].exists()
 
 
+def test_the_learning_rate_is_that_of_the_family(kernel_run, tmp_path):
+    """Where none is given; the run's file has it, so that a resumed run compares equal."""
+    from minegan_fast.models import StyleGAN2Generator
+    from minegan_fast.training.config import load_config
+
+    plain, given = TransferConfig(loss="mmd"), TransferConfig(loss="mmd", lr=3e-3)
+    assert plain.lr is None
+    assert (given.lr, given.miner_lr, given.generator_lr) == (3e-3, 3e-3, 1.5e-3)
+    plain.fit(StyleGAN2Generator(8, latent_dim=4, mapping_layers=1, channel_base=32, channel_max=4))
+    assert (plain.lr, plain.miner_lr, plain.generator_lr) == (1.6e-2, 1.6e-2, 8e-3)
+    mf.transfer(**kernel_run)
+    assert load_config(RunFolder(kernel_run["out"]).config)["lr"] > 0
+    mf.transfer(**kernel_run, resume=True)
+    assert TransferConfig(loss="mmd", finetune_loss="nonsaturating").lr == 2e-3
+
+
 def test_settings_survive_their_file(kernel_run):
     mf.transfer(**kernel_run)
     written = json.loads((kernel_run["out"] / "config.json").read_text())
