@@ -60,8 +60,9 @@ def transfer(
         mining_steps: stage 1, the generator frozen. finetune_steps: stage 2. Steps count from 0.
         density: fraction of the generator's parameters (`budget`: of its neurons) that train in stage 2.
         batch: images a step, of all processes together.
-        lr: the critic's learning rate; the generator's is half of it, the miner's twice, under "mmd" the same, unless
-            `miner_lr`, `generator_lr` or `critic_lr` say otherwise.
+        lr: the critic's learning rate; the generator's is half of it, the miner's twice, under "mmd" the same and at
+            most 4e-3, unless `miner_lr`, `generator_lr` or `critic_lr` say otherwise. None: 2e-3; under "mmd" 1.6e-2
+            for generators of equalised weights.
         loss: "mmd", the kernel distance between pretrained features of generated and of target images, which needs no
             critic; or the adversarial "nonsaturating" | "wgan" (with a gradient penalty of weight 10) | "hinge". None:
             "mmd" where there are loss features (the source file's discriminator is some), else "nonsaturating".

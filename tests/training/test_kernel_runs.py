@@ -206,7 +206,7 @@ def test_the_learning_rate_is_that_of_the_family(kernel_run, tmp_path):
     assert plain.lr is None
     assert (given.lr, given.miner_lr, given.generator_lr) == (3e-3, 3e-3, 1.5e-3)
     plain.fit(StyleGAN2Generator(8, latent_dim=4, mapping_layers=1, channel_base=32, channel_max=4))
-    assert (plain.lr, plain.miner_lr, plain.generator_lr) == (1.6e-2, 1.6e-2, 8e-3)
+    assert (plain.lr, plain.miner_lr, plain.generator_lr) == (1.6e-2, 4e-3, 8e-3)
     mf.transfer(**kernel_run)
     assert load_config(RunFolder(kernel_run["out"]).config)["lr"] > 0
     mf.transfer(**kernel_run, resume=True)
