@@ -125,12 +125,16 @@ def compared(setting: Setting, seed: int) -> list[Cell]:
         cells += [Cell(setting.name, count, "kernel", m, seed) for m in methods]
         if count == LARGEST:
             cells += [Cell(setting.name, count, "kernel", m, seed) for m in further]
-            cells += [Cell(setting.name, count, "adversarial", m, seed) for m in adversarial(setting.every_method)]
+            cells += [
+                Cell(setting.name, count, "adversarial", m, seed) for m in adversarial(setting, setting.every_method)
+            ]
     return cells
 
 
-def adversarial(every_method: bool) -> tuple[str, ...]:
-    return (*ADVERSARIAL, *FURTHER) if every_method else FEW_ADVERSARIAL
+def adversarial(setting: Setting, every_method: bool) -> list[str]:
+    """FreezeD freezes what a critic has learned: there has to be one."""
+    methods = (*ADVERSARIAL, *FURTHER) if every_method else FEW_ADVERSARIAL
+    return [m for m in methods if setting.critic or m not in ADVERSARIAL_ONLY]
 
 
 def varied(seed: int) -> list[Cell]:
@@ -166,7 +170,7 @@ def tuning() -> list[Cell]:
     for family, setting in TUNING.items():
         every = any(s.every_method and s.family == family for s in SETTINGS.values())
         ways = [("kernel", m) for m in (*METHODS, *(FURTHER if every else ())) if m not in CONTROLS]
-        ways += [("adversarial", m) for m in adversarial(every) if m not in CONTROLS]
+        ways += [("adversarial", m) for m in adversarial(setting, every) if m not in CONTROLS]
         for loss, method in ways:
             grid = [lr * LARGER_STEPS.get(method, 1) for lr in LR_GRID[family]]
             cells += [Cell(setting.name, LARGEST, loss, method, 0, f"lr={lr:g}") for lr in grid]

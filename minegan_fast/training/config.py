@@ -44,10 +44,10 @@ class TransferConfig:
     )
     method: str = setting("minegan++", f"What trains: {', '.join(METHODS)}.")
     mining_steps: int | None = setting(
-        None, "Steps of stage 1: the miner trains, the generator is frozen. Default: 60 under mmd, else 1000."
+        None, "Steps of stage 1: the miner trains, the generator is frozen. Default: 120 under mmd, else 1000."
     )
     finetune_steps: int | None = setting(
-        None, "Steps of stage 2: the selected neurons of the generator train too. Default: 240 under mmd, else 2000."
+        None, "Steps of stage 2: the selected neurons of the generator train too. Default: 480 under mmd, else 2000."
     )
     density: float | None = setting(None, "Fraction of the generator that trains in stage 2. Default: 0.1.")
     batch: int | None = setting(None, "Images a step, of all processes together. Default: 32 under mmd, else 16.")

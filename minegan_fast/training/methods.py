@@ -32,7 +32,7 @@ _ADVERSARIAL = {
     "miner_steps": 1000, "steps": 2000, "batch": 16, "lr": 2e-3, "beta1": 0.0, "ema_decay": 0.998, "prior_weight": 0.1,
 }  # fmt: skip
 _KERNEL = {
-    "miner_steps": 60, "steps": 240, "batch": 32, "lr": None, "beta1": 0.9, "ema_decay": 0.98, "prior_weight": 0.003,
+    "miner_steps": 120, "steps": 480, "batch": 32, "lr": None, "beta1": 0.9, "ema_decay": 0.98, "prior_weight": 0.003,
 }  # fmt: skip
 
 _WITHOUT_MINER = {"train_miner": False, "mining_steps": 0}
