@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .._files import save_tensors
 from .distributed import unwrap
-from .hashing import dense_parameters, fingerprint
+from .hashing import fingerprint
 from .neurons import compact
 
 FORMAT, VERSION = "minegan_fast.delta", "1"
@@ -39,7 +39,7 @@ def save_delta(ft, path: str | os.PathLike, ema: bool = False):
     format, version, `base` (fingerprint of the untrained model), `layers` as JSON {layer: [[parameter, axis], ...]}.
     """
     tensors, layers = {}, {}
-    parameters = dict(dense_parameters(ft.model))
+    parameters = dict(ft.model.named_parameters())
     values_of = dict(ft.ema_model().named_parameters()) if ema else parameters
 
     def store(layer, rows, members):
@@ -101,7 +101,7 @@ def load_delta(model: nn.Module, path: str | os.PathLike, scale: float = 1.0, st
         raise ValueError(f"scale must be finite, got {scale}")
     metadata, tensors = _read(path)
     model = unwrap(model)
-    parameters = dict(dense_parameters(model))
+    parameters = dict(model.named_parameters())
     layers = json.loads(metadata["layers"])
     loaded = _loaded.get(model)
     base = loaded.base if loaded is not None else fingerprint(model)
@@ -165,7 +165,7 @@ def unload_delta(model: nn.Module):
     loaded = _loaded.pop(model, None)
     if loaded is None:
         raise RuntimeError("no delta is loaded into this model")
-    parameters = dict(dense_parameters(model))
+    parameters = dict(model.named_parameters())
     for name, (axis, rows, values) in loaded.rows.items():
         parameter = parameters[name]
         _put(parameter, axis, rows.to(parameter.device), values.to(parameter.device))

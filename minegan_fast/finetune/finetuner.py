@@ -12,12 +12,12 @@ from ..ops import Hyperparameters, RowTensor, RowUpdate
 from ..ops.row_update import OPTIMIZERS, dense_step
 from . import delta, distributed, ema, report, state
 from .holding import Held, check_parameters
-from .leaves import Linked
 from .link import Ledger
 from .neurons import filter_layers, find_layers, split_affine
 from .scores import CRITERIA, WITHOUT_EVIDENCE, BufferCopy, Evidence, check_dense
 from .scoring import collect
 from .selection import SCOPES, Selection, rank, selection_by_hand
+from .whole import own_grad
 
 
 class SparseFinetuner(torch.optim.Optimizer):
@@ -60,6 +60,7 @@ class SparseFinetuner(torch.optim.Optimizer):
 
     # GradScaler then leaves unscaling and the skip at inf to step(), which can make it one decision of all ranks.
     _step_supports_amp_scaling = True
+    writes_through = True
 
     def __init__(
         self,
@@ -130,7 +131,7 @@ class SparseFinetuner(torch.optim.Optimizer):
         self.optimizer, self.density, self.budget, self.scope, self.policy = optimizer, density, budget, scope, policy
         self.score_steps, self.ema_decay, self.process_group = score_steps, ema_decay, process_group
         self.evidence = Evidence(criterion, self.layers, seed)
-        self.evidence_used = self._scoring = self._released = False
+        self.evidence_used = self._scoring = self._released = self._unchecked = False
         self._plans: dict[int, tuple[RowUpdate, Ledger | None]] = {}  # of a group, by its number
         # drop-in "movement" gives the buffers of now back, not those after the first forward
         self.buffers = BufferCopy(self.model) if criterion == "movement" else None
@@ -231,14 +232,17 @@ class SparseFinetuner(torch.optim.Optimizer):
             selection = selection_by_hand(selection, self.layers, self.budget)
             distributed.check_equal(selection, self.process_group)
         self._apply(selection)
-        self.held.record()
+        self._unchecked = True
+        self.held.record(self._added())
         return selection
+
+    def _added(self) -> set[int]:
+        return {id(p) for group in self.param_groups[1:] for p in group["params"]}
 
     def _apply(self, selection: Selection):
         """Holds the model by `selection`, moves the state, and swaps the entries of the first group in place."""
-        added = {id(p) for group in self.param_groups[1:] for p in group["params"]}
         leaves = []
-        for before, rows, leaf in self.held.apply(selection, added):
+        for before, rows, leaf in self.held.apply(selection, self._added()):
             if leaf is not None:
                 leaves.append(leaf)
             if leaf is not before:
@@ -264,7 +268,9 @@ class SparseFinetuner(torch.optim.Optimizer):
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if found_inf is not None and self.process_group is not None:
             torch.distributed.all_reduce(found_inf, torch.distributed.ReduceOp.MAX, group=self.process_group)
-        if self.selection is None:
+        if self.selection is not None:
+            self._settle()
+        else:
             # the host counts the evidence, so here it must know whether this step is one
             if found_inf is not None and found_inf.item():
                 return loss
@@ -276,11 +282,24 @@ class SparseFinetuner(torch.optim.Optimizer):
             distributed.average_gradients(self.param_groups, self.process_group)
         if self.selection is None:
             self._score_step()
+        elif self._unchecked:
+            self._unchecked = False
+            distributed.check_gradients(self.param_groups, self.process_group)
         for i in range(self.selection is None, len(self.param_groups)):
             self._update(i, scale, found_inf)
         if self.selection is None and self.evidence.count >= self.score_steps:
             self.select()
         return loss
+
+    def _settle(self):
+        """Takes the gradients as others have left them; RuntimeError where a weight was replaced."""
+        links = [p.link for p in self.param_groups[0]["params"]]
+        with torch._C.DisableTorchFunctionSubclass():
+            for link in links:
+                link.reclaim()
+                if link.gradient.whole is not None or own_grad(link.dense) is not None:
+                    link.gradient.settle()
+                    link.gradient.forget()
 
     @torch.no_grad()
     def _unscale(self, scale: Tensor | None):
@@ -336,7 +355,7 @@ class SparseFinetuner(torch.optim.Optimizer):
             momentum and group["momentum"],
             self.ema_decay,
         )
-        plan.step([p.grad for p in parameters], hyper, scale, found_inf, moved)
+        plan.step([own_grad(p) for p in parameters], hyper, scale, found_inf, moved)
         if ledger is not None:
             ledger.settle()
 
@@ -363,11 +382,10 @@ class SparseFinetuner(torch.optim.Optimizer):
             if any(p is q for p in plain for q in self.model.parameters()):
                 self.held.begin()
             for p in plain:
-                if isinstance(p, Linked):
-                    self.held.thaw(p)
+                self.held.thaw(p)
         super().add_param_group(param_group)
         if self.selection is not None:
-            distributed.rebuild_reducers(self.model)
+            distributed.changed(self.model)
 
     def __reduce_ex__(self, protocol):
         raise TypeError(

@@ -41,12 +41,7 @@ def fingerprint(model: nn.Module) -> str:
     It is the same on every device and for a plain and a sparsely held copy of the same network.
     """
     digest = hashlib.sha256()
-    for name, parameter in sorted(dense_parameters(model)):
+    for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name}:{list(parameter.shape)}:{parameter.dtype};".encode())
         digest.update(row_hashes(parameter).cpu().numpy().tobytes())
     return digest.hexdigest()
-
-
-def dense_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """`model.named_parameters()` without the compact rows of a sparse finetuning: the names of the state dict."""
-    return [(name, p) for name, p in model.named_parameters() if not hasattr(p, "link") or p is p.link.dense]

@@ -62,7 +62,7 @@ def _linear(input, weight, bias=None):
     e = expression_of(weight)
     if not _takes(input, e, bias) or e.dense.ndim != 2:
         return NotImplemented
-    frozen = e.part is None and any(link.trainable and link.wanted for link in e.links)
+    frozen = e.part is None and any(link.wanted for link in e.links)
     if frozen and input.ndim == 2 and not input.requires_grad:
         # Scripts differentiate by the output of a mapping network (path length), which dense training would let them.
         input = input.detach().requires_grad_()

@@ -1,7 +1,5 @@
 """What trains and what it costs, in numbers."""
 
-from .hashing import dense_parameters
-
 _MOMENTS = {"adam": 2, "adamw": 2}
 
 
@@ -45,10 +43,10 @@ def _gradient(layer) -> str:
 
 def memory(ft) -> dict[str, dict[str, int]]:
     """Bytes of dense training of the candidates and of the sparse one that is set up; moments as if stepped once."""
-    dense_weights = sum(p.nbytes for _, p in dense_parameters(ft.model))
+    dense_weights = sum(p.nbytes for _, p in ft.model.named_parameters())
     candidates = sum(m.parameter.nbytes for layer in ft.layers for m in layer.members)
     added = [p for group in ft.param_groups[1:] for p in group["params"]]
-    inside = {id(p) for _, p in dense_parameters(ft.model)}
+    inside = {id(p) for _, p in ft.model.named_parameters()}
     outside = sum(p.nbytes for p in added if id(p) not in inside)
     moments = _MOMENTS.get(ft.optimizer, 1 if any(g["momentum"] for g in ft.param_groups) else 0)
 

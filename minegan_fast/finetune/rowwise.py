@@ -53,7 +53,7 @@ def expression_of(x) -> Expression | None:
     if "expression" in attributes:
         return attributes["expression"]
     link = attributes.get("link")
-    if link is None or link.dense is not x or x.ndim < 1:
+    if link is None or link.dense is not x or x.ndim < 1 or link.hooked:
         return None
     link.sync()
     part = None
