@@ -101,8 +101,8 @@ def changed(model: nn.Module):
 def tell(ddp: DistributedDataParallel):
     """Lets DDP reduce the leaves of held weights in place of the weights, which bring it no gradient.
 
-    DDP fixes at construction which gradients it reduces. A wrapper may be anywhere above a model, which has no way up to
-    it, and may be made before the selection or after: so a held weight that is used in a wrapper's forward tells it.
+    DDP fixes at construction which gradients it reduces. A wrapper may be anywhere above a model, which has no way up
+    to it, and may be made before the selection or after: so a held weight that is used in a wrapper's forward tells it.
     A weight with hooks gets a gradient of its own, and is reduced itself.
     """
     epoch, known = _told.get(ddp, (None, []))

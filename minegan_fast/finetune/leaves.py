@@ -89,6 +89,9 @@ class Linked(nn.Parameter):
         if (ddp := DistributedDataParallel._active_ddp_module) is not None:
             with torch._C.DisableTorchFunctionSubclass():
                 distributed.tell(ddp)
+        if torch.jit.is_tracing():  # which knows the weight, and no leaf
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
         if func in _ON_LEAF:
             return func(*_map(_leaf, args), **_map(_leaf, kwargs))
         if func is torch.autograd.grad:
@@ -127,6 +130,10 @@ class RowWise(torch.Tensor):
     def of(expression: Expression) -> "RowWise":
         result = expression.dense.as_subclass(RowWise)
         result.expression, result.plain = expression, None
+        if expression.part is not None and expression.part.requires_grad and torch.is_grad_enabled():
+            # A function of another library that looks past __torch_function__ finds a leaf of its own here.
+            result.requires_grad_()
+            result.register_hook(functools.partial(_hand_on, expression))
         return result
 
     @classmethod
@@ -146,6 +153,13 @@ class RowWise(torch.Tensor):
                     first.expression = None
             result = differentiate(func, args, kwargs)
             return first if first is not None and result is first.plain else result
+
+
+def _hand_on(expression: Expression, grad: torch.Tensor):
+    further = torch.is_grad_enabled()
+    with torch.enable_grad():
+        value = expression.value("a function of another library")
+    torch.autograd.backward(value, grad, create_graph=further)
 
 
 def differentiate(func, args, kwargs):

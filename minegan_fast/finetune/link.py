@@ -206,8 +206,8 @@ class Link:
             set_own_grad(self.leaf, grad.to(device, dtype))
 
     def reclaim(self):
-        """Where the modules hold another parameter in the weight's place, as after `load_state_dict(assign=True)`: takes
-        its values and gradient over, and puts the weight back. RuntimeError where it is none that fits."""
+        """Where the modules hold another parameter in the weight's place, as after `load_state_dict(assign=True)`:
+        takes its values and gradient over, and puts the weight back. RuntimeError where it is none that fits."""
         if self.dense.__dict__.get("link") is self and all(d.get(n) is self.dense for d, n in self.places):
             return
         found = {id(d.get(n)): d.get(n) for d, n in self.places}

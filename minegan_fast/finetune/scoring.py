@@ -191,7 +191,7 @@ class Passes:
         if self.ft.criterion == "movement":
             check_dense(self.pending)
             for member, _ in self.pending:
-                self.ft.dense_step(member.parameter, self.state.setdefault(member.parameter, {}))
+                self.ft.dense_step(member, self.state.setdefault(member.parameter, {}))
                 member.parameter.grad = None
         else:
             self._flush()

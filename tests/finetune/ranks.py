@@ -215,7 +215,7 @@ def ranks_that_differ():
     ft = SparseFinetuner(net, **ARGUMENTS)
     ft.select({"1.weight": [3]})
     net(data(4, seed=dist.get_rank())).square().mean().backward()
-    with pytest.raises(RuntimeError, match="gradients of ranks 0 and 1 differ.*DistributedDataParallel"):
+    with pytest.raises(RuntimeError, match=r"gradients of ranks 0 and 1 differ.*DistributedDataParallel"):
         ft.step()
 
 

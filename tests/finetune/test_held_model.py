@@ -303,14 +303,15 @@ class Product(torch.autograd.Function):
         return g @ w, g.t() @ x
 
 
-def test_a_function_of_another_library_brings_the_rows_their_gradient():
+@pytest.mark.parametrize("of", [lambda w: w, lambda w: 2 * w, lambda w: w.t().t(), lambda w: (w * 2).view(7, -1)])
+def test_a_function_of_another_library_brings_the_rows_their_gradient(of):
     net, ft = held()
     x = torch.randn(5, 108).double()
     for _ in range(2):  # adds
-        Product.apply(x, net[1].weight).square().sum().backward()
-    torch.nn.functional.linear(x, net[1].weight).square().sum().backward()
+        Product.apply(x, of(net[1].weight)).square().sum().backward()
+    torch.nn.functional.linear(x, of(net[1].weight)).square().sum().backward()
     plain = build("mlp")[1].weight
-    (3 * torch.nn.functional.linear(x, plain).square().sum()).backward()
+    (3 * torch.nn.functional.linear(x, of(plain)).square().sum()).backward()
     torch.testing.assert_close(ft.parameters()[0].grad, plain.grad[[1, 3]], rtol=1e-12, atol=0)
     ft.step()
     ft.zero_grad()
@@ -458,6 +459,22 @@ def test_a_script_that_turns_gradients_off_at_the_selecting_step():
     assert not net[3].weight.requires_grad
     ft.release()
     assert all(p.requires_grad for p in net.parameters())
+
+
+def test_what_torch_makes_of_a_held_model():
+    net, ft = held()
+    x = data()
+    want = net(x)
+    assert torch.equal(torch.jit.trace(net, x)(x), want)
+    assert torch.equal(torch.jit.script(net)(x), want)
+    assert torch.equal(torch.export.export(net, (x,)).module()(x), want)
+    vector = nn.utils.parameters_to_vector(net.parameters())
+    nn.utils.vector_to_parameters(2 * vector, net.parameters())
+    assert torch.equal(nn.utils.parameters_to_vector(net.parameters()), 2 * vector)
+    nn.utils.prune.l1_unstructured(net[1], "weight", 0.5)
+    net(x).sum().backward()
+    with pytest.raises(RuntimeError, match=r"was replaced.*release\(\)"):
+        ft.step()
 
 
 def test_the_loop_of_stylegan2_ada():
