@@ -7,6 +7,7 @@ import pytest
 import torch
 from sample_networks import NETWORKS, build, data
 from torch import nn
+from torch.nn.utils import prune
 
 from minegan_fast.finetune import SparseFinetuner
 from minegan_fast.finetune.neurons import compact
@@ -471,7 +472,7 @@ def test_what_torch_makes_of_a_held_model():
     vector = nn.utils.parameters_to_vector(net.parameters())
     nn.utils.vector_to_parameters(2 * vector, net.parameters())
     assert torch.equal(nn.utils.parameters_to_vector(net.parameters()), 2 * vector)
-    nn.utils.prune.l1_unstructured(net[1], "weight", 0.5)
+    prune.l1_unstructured(net[1], "weight", 0.5)
     net(x).sum().backward()
     with pytest.raises(RuntimeError, match=r"was replaced.*release\(\)"):
         ft.step()
