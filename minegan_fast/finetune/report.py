@@ -48,7 +48,7 @@ def memory(ft) -> dict[str, dict[str, int]]:
     added = [p for group in ft.added_groups for p in group["params"]]
     inside = {id(p) for _, p in ft.model.named_parameters()}
     outside = sum(p.nbytes for p in added if id(p) not in inside)
-    moments = _MOMENTS.get(ft.optimizer, 1 if any(g["momentum"] for g in ft.param_groups) else 0)
+    moments = _MOMENTS.get(ft.optimizer, 1 if any(g.get("momentum") for g in ft.param_groups) else 0)
 
     def cost(weights, trained, undo):
         return {

@@ -41,7 +41,7 @@ class _Rectifier(Function):
     @staticmethod
     def backward(ctx, gy):
         (side,) = ctx.saved_tensors
-        return None if gy is None else _Rectified.apply(gy, side.detach(), ctx.slope), None, None
+        return None if gy is None else _Rectified.apply(gy, side, ctx.slope), None, None
 
 
 class _Rectified(Function):
