@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import weakref
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from .._files import save_tensors
 from .distributed import unwrap
-from .hashing import dense_parameters, fingerprint
+from .hashing import fingerprint
 from .neurons import compact
 
 FORMAT, VERSION = "minegan_fast.delta", "1"
@@ -25,7 +24,20 @@ class _Loaded:
         self.rows: dict[str, tuple[int, Tensor, Tensor]] = {}  # {parameter: (axis, sorted rows, base values)}
 
 
-_loaded: "weakref.WeakKeyDictionary[nn.Module, _Loaded]" = weakref.WeakKeyDictionary()
+# In a model's __dict__, where copies and pickles of it find what is loaded.
+_KEY = "_minegan_fast_deltas"
+
+
+def _bare_fingerprint(model: nn.Module, loaded: _Loaded) -> str:
+    """Of the model without its deltas."""
+    bare = {}
+    for name, parameter in model.named_parameters():
+        bare[name] = parameter.detach()
+        if name in loaded.rows:
+            axis, rows, values = loaded.rows[name]
+            bare[name] = bare[name].clone()
+            _put(bare[name], axis, rows.to(parameter.device), values.to(parameter.device, parameter.dtype))
+    return fingerprint(bare)
 
 
 def save_delta(ft, path: str | os.PathLike, ema: bool = False):
@@ -39,7 +51,7 @@ def save_delta(ft, path: str | os.PathLike, ema: bool = False):
     format, version, `base` (fingerprint of the untrained model), `layers` as JSON {layer: [[parameter, axis], ...]}.
     """
     tensors, layers = {}, {}
-    parameters = dict(dense_parameters(ft.model))
+    parameters = dict(ft.model.named_parameters())
     values_of = dict(ft.ema_model().named_parameters()) if ema else parameters
 
     def store(layer, rows, members):
@@ -53,7 +65,7 @@ def save_delta(ft, path: str | os.PathLike, ema: bool = False):
         if layer.name in ft.held.ever:
             rows = ft.held.ever[layer.name].nonzero().flatten()
             store(layer.name, rows, [(m.name, m.axis) for m in layer.members])
-    added = {id(p) for group in ft.param_groups[1:] for p in group["params"]}
+    added = {id(p) for group in ft.added_groups for p in group["params"]}
     for name, parameter in parameters.items():
         if id(parameter) in added:
             store(name, torch.arange(parameter.shape[0] if parameter.ndim else 1), [(name, 0)])
@@ -101,9 +113,11 @@ def load_delta(model: nn.Module, path: str | os.PathLike, scale: float = 1.0, st
         raise ValueError(f"scale must be finite, got {scale}")
     metadata, tensors = _read(path)
     model = unwrap(model)
-    parameters = dict(dense_parameters(model))
+    parameters = dict(model.named_parameters())
     layers = json.loads(metadata["layers"])
-    loaded = _loaded.get(model)
+    loaded = model.__dict__.get(_KEY)
+    if loaded is not None and _bare_fingerprint(model, loaded) != loaded.base and strict:
+        loaded = None  # other weights are in the model since
     base = loaded.base if loaded is not None else fingerprint(model)
     for name, axis in (member for members in layers.values() for member in members):
         if name not in parameters:
@@ -128,7 +142,8 @@ def load_delta(model: nn.Module, path: str | os.PathLike, scale: float = 1.0, st
             f"{os.fspath(path)!r} was trained on another base: its fingerprint is {metadata['base'][:12]}, the model's "
             f"is {base[:12]}; load the model that it was trained from, or pass strict=False"
         )
-    loaded = _loaded.setdefault(model, _Loaded(base))
+    if loaded is None:
+        loaded = model.__dict__[_KEY] = _Loaded(base)
     for layer, members in layers.items():
         for name, axis in members:
             _add(parameters[name], loaded, name, axis, tensors[f"{layer}:rows"], tensors[name], scale, on_top)
@@ -162,10 +177,10 @@ def _put(parameter: nn.Parameter, axis: int, rows: Tensor, values: Tensor):
 def unload_delta(model: nn.Module):
     """Takes all deltas off: every row that one changed has its base's bits again. RuntimeError where none is loaded."""
     model = unwrap(model)
-    loaded = _loaded.pop(model, None)
+    loaded = model.__dict__.pop(_KEY, None)
     if loaded is None:
         raise RuntimeError("no delta is loaded into this model")
-    parameters = dict(dense_parameters(model))
+    parameters = dict(model.named_parameters())
     for name, (axis, rows, values) in loaded.rows.items():
         parameter = parameters[name]
-        _put(parameter, axis, rows.to(parameter.device), values.to(parameter.device))
+        _put(parameter, axis, rows.to(parameter.device), values.to(parameter.device, parameter.dtype))

@@ -1,11 +1,14 @@
 """Several processes: the same neurons on every rank, and DDP told of parameters that it did not know."""
 
-import gc
+import operator
+import weakref
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from .link import Link
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -81,28 +84,68 @@ def average_gradients(groups: list[dict], group):
         average(gradients(groups), group)
 
 
-def rebuild_reducers(model: nn.Module):
-    """Lets every DDP around or inside `model` list its parameters anew.
+# DDP wrappers that reduce leaves: {wrapper: (Link.epoch then, the parameters that it reduces)}.
+_told: "weakref.WeakKeyDictionary[DistributedDataParallel, tuple[int, list[nn.Parameter]]]"
+_told = weakref.WeakKeyDictionary()
 
-    DDP fixes at construction which gradients it reduces. After a selection it would wait for dense gradients that
-    never come, and leave the compact ones different on every rank. The wrapper may be anywhere above the model, which
-    has no way up to it, so the living objects are searched.
+
+def changed(model: nn.Module):
+    """Where weights of `model` are held or plain again, every DDP around it that reduces leaves looks anew."""
+    Link.epoch += 1
+    ours = set(model.modules()) if _told else ()
+    for ddp in list(_told):
+        if not set(ddp.module.modules()).isdisjoint(ours):
+            tell(ddp)
+
+
+def tell(ddp: DistributedDataParallel):
+    """Lets DDP reduce the leaves of held weights in place of the weights, which bring it no gradient.
+
+    DDP fixes at construction which gradients it reduces. A wrapper may be anywhere above a model, which has no way up
+    to it, and may be made before the selection or after: so a held weight that is used in a wrapper's forward tells it.
+    A weight with hooks gets a gradient of its own, and is reduced itself.
     """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    epoch, known = _told.get(ddp, (None, []))
+    if epoch == Link.epoch:
         return
-    ours = set(model.modules())
-    # not isinstance: DDP is an abstract base class, whose check is slow on hundreds of thousands of objects
-    for ddp in [o for o in gc.get_objects() if DistributedDataParallel in type(o).__mro__]:
-        if ours.isdisjoint(ddp.module.modules()):
-            continue
-        ignored = ddp.parameters_to_ignore
-        listed = nn.Module.named_parameters(ddp.module)  # with the leaves
-        ddp._module_parameters = [p for name, p in listed if name not in ignored]
-        parameters, sparse = ddp._build_params_for_reducer()
-        if parameters:
-            names = ddp._build_debug_param_to_name_mapping(parameters)
-            ddp._ddp_init_helper(parameters, sparse, names, ddp.static_graph)
-            for hook, state in ddp._comm_hooks:
-                torch.distributed._register_comm_hook(ddp.reducer, state, hook)
-            if ddp.static_graph:
-                ddp.reducer._set_static_graph()
+    listed = []
+    for name, parameter in ddp.module.named_parameters():
+        link = parameter.link if getattr(type(parameter), "held", False) else None
+        trains = parameter if link is None or link.leaf is None or link.hooked else link.leaf
+        if trains.requires_grad and name not in ddp.parameters_to_ignore:
+            listed.append((name, trains))
+    parameters = [p for _, p in listed]
+    _told[ddp] = Link.epoch, parameters
+    if parameters and not (len(known) == len(parameters) and all(map(operator.is_, known, parameters))):
+        _reduce(ddp, listed)
+
+
+def _reduce(ddp: DistributedDataParallel, listed: list[tuple[str, nn.Parameter]]):
+    """Gives DDP a new reducer, of these parameters."""
+    ddp._module_parameters = [p for _, p in listed]
+    names = {i: name for i, (name, _) in enumerate(listed)}
+    sparse = {p for m in ddp.module.modules() if getattr(m, "sparse", False) for p in m.parameters(recurse=False)}
+    ddp._ddp_init_helper(ddp._module_parameters, [p in sparse for _, p in listed], names, ddp.static_graph)
+    for hook, state in ddp._comm_hooks:
+        torch.distributed._register_comm_hook(ddp.reducer, state, hook)
+    if ddp.static_graph:
+        ddp.reducer._set_static_graph()
+    if torch.is_grad_enabled() and ddp.require_backward_grad_sync:
+        ddp.reducer.prepare_for_forward()
+
+
+def check_gradients(groups: list[dict], group):
+    """RuntimeError on every rank where the ranks' gradients differ. Collective."""
+    if not active(group):
+        return
+    own = [0.0 if p.grad is None else float(p.grad.norm()) for g in groups for p in g["params"]]
+    everyone = [None] * torch.distributed.get_world_size(group)
+    torch.distributed.all_gather_object(everyone, own, group=group)
+    first = torch.tensor(everyone[0], dtype=torch.float64)
+    for rank, other in enumerate(everyone):
+        same = torch.isclose(torch.tensor(other, dtype=torch.float64), first, rtol=1e-4, equal_nan=True)
+        if not same.all():
+            raise RuntimeError(
+                f"the gradients of ranks 0 and {rank} differ at the first step after a selection, so their networks "
+                "would drift apart: wrap the model in DistributedDataParallel, or give SparseFinetuner process_group="
+            )

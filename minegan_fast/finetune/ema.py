@@ -5,7 +5,6 @@ import copy
 import torch
 from torch import nn
 
-from .hashing import dense_parameters
 from .leaves import Linked
 
 
@@ -13,7 +12,7 @@ from .leaves import Linked
 def ema_model(ft, module: nn.Module) -> nn.Module:
     """A plain deep copy of `module` in which the rows and parameters that `ft` trains have their EMA's values."""
     average = copy.deepcopy(module)
-    live = dict(dense_parameters(module))
+    live = dict(module.named_parameters())
     for name, parameter in average.named_parameters():
         source = live[name]
         trained = source.link.leaf if isinstance(source, Linked) else source

@@ -1,9 +1,12 @@
 """`SparseFinetuner`: an optimizer that finds the neurons that matter for a target, and trains only them."""
 
 import copy
+import gc
 import os
+import weakref
 from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +15,14 @@ from ..ops import Hyperparameters, RowTensor, RowUpdate
 from ..ops.row_update import OPTIMIZERS, dense_step
 from . import delta, distributed, ema, report, state
 from .holding import Held, check_parameters
-from .leaves import Linked
 from .link import Ledger
-from .neurons import filter_layers, find_layers, split_affine
+from .neurons import Member, filter_layers, find_layers, split_affine, split_groups
 from .scores import CRITERIA, WITHOUT_EVIDENCE, BufferCopy, Evidence, check_dense
 from .scoring import collect
 from .selection import SCOPES, Selection, rank, selection_by_hand
+from .whole import own_grad
+
+_living: "weakref.WeakSet[SparseFinetuner]" = weakref.WeakSet()
 
 
 class SparseFinetuner(torch.optim.Optimizer):
@@ -27,7 +32,7 @@ class SparseFinetuner(torch.optim.Optimizer):
     `score_steps` calls of `step()` move nothing: they score the neurons by the gradients that they are given, and the
     last of them selects. Or score by hand, `with ft.scoring(): loss.backward()` once per sample, then `select()`.
 
-    Before the selection `param_groups[0]` holds the dense weights, afterwards in the same list the compact leaf
+    Before the selection `param_groups` hold the dense weights, afterwards in the same lists the compact leaf
     parameters [k, ...] of the trained rows. What is excluded, was not trainable or is not selected is frozen from the
     selection on; parameters of other modules, or excluded ones, train densely once `add_param_group` has them.
 
@@ -54,12 +59,15 @@ class SparseFinetuner(torch.optim.Optimizer):
         affine: whether the parameters that are one number per neuron (biases, gains and shifts of norms, strengths of
             noise) train in all neurons; the selection and density then are about the rest, the rows of weights, and
             `select({})` trains the affine ones alone.
+        groups: parts of the model with hyperparameters of their own, [{"include": patterns, "lr": ..., "weight_decay":
+            ...}, ...]: each is a group of `param_groups`, behind the first one, which has all other layers.
 
     ValueError/TypeError where an argument is out of range or no neuron is left to train.
     """
 
     # GradScaler then leaves unscaling and the skip at inf to step(), which can make it one decision of all ranks.
     _step_supports_amp_scaling = True
+    writes_through = True
 
     def __init__(
         self,
@@ -82,6 +90,7 @@ class SparseFinetuner(torch.optim.Optimizer):
         seed: int = 0,
         process_group=None,
         affine: bool = False,
+        groups: Iterable[Mapping] | None = None,
     ):
         for name, value, allowed in (
             ("optimizer", optimizer, OPTIMIZERS),
@@ -95,11 +104,11 @@ class SparseFinetuner(torch.optim.Optimizer):
         numbers = {"density": density, "eps": eps, "weight_decay": weight_decay, "momentum": momentum}
         numbers |= {"ema_decay": 0 if ema_decay is None else ema_decay, "lr": 0 if isinstance(lr, Tensor) else lr}
         for name, value in numbers.items():
-            if not isinstance(value, int | float):
+            if not isinstance(value, Real):
                 raise TypeError(f"{name} must be a number, got {value!r}")
-        if not isinstance(score_steps, int):
+        if not isinstance(score_steps, Integral):
             raise TypeError(f"score_steps must be a whole number, got {score_steps!r}")
-        if not (isinstance(betas, tuple | list) and len(betas) == 2 and all(isinstance(b, int | float) for b in betas)):
+        if not (isinstance(betas, tuple | list) and len(betas) == 2 and all(isinstance(b, Real) for b in betas)):
             raise TypeError(f"betas must be two numbers in [0, 1), got {betas!r}")
         for name, value, fits, what in (
             ("density", density, 0 < density <= 1, "above 0 and at most 1"),
@@ -117,9 +126,12 @@ class SparseFinetuner(torch.optim.Optimizer):
             raise ValueError("criterion 'agreement' compares gradients: score_steps must be at least 2, got 1")
         if not isinstance(affine, bool):
             raise TypeError(f"affine must be True or False, got {affine!r}")
+        if isinstance(model, list | tuple) and model and all(isinstance(m, nn.Module) for m in model):
+            model = nn.ModuleList(model)
         if not isinstance(model, nn.Module):
             raise TypeError(
-                f"model must be an nn.Module, got {type(model).__name__}; pass the model, not its parameters"
+                f"model must be an nn.Module, or a list of them, got {type(model).__name__}; pass the model, not its "
+                "parameters"
             )
         self.model = distributed.unwrap(model)
         check_parameters(self.model)
@@ -130,15 +142,46 @@ class SparseFinetuner(torch.optim.Optimizer):
         self.optimizer, self.density, self.budget, self.scope, self.policy = optimizer, density, budget, scope, policy
         self.score_steps, self.ema_decay, self.process_group = score_steps, ema_decay, process_group
         self.evidence = Evidence(criterion, self.layers, seed)
-        self.evidence_used = self._scoring = self._released = False
+        self.evidence_used = self._scoring = self._released = self._unchecked = False
+        self._refuse_others()
+        parts = split_groups(self.layers, groups or [])
+        self._own = len(parts)
+        self._group = {m.name: i for i, (part, _) in enumerate(parts) for layer in part for m in layer.members}
         self._plans: dict[int, tuple[RowUpdate, Ledger | None]] = {}  # of a group, by its number
         # drop-in "movement" gives the buffers of now back, not those after the first forward
         self.buffers = BufferCopy(self.model) if criterion == "movement" else None
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "momentum": momentum}
-        super().__init__(self._candidates(), defaults)
+        # As torch.optim has them: schedulers ask which of betas and momentum there is.
+        own = {"momentum": momentum} if optimizer == "sgd" else {"betas": betas, "eps": eps}
+        defaults = {"lr": lr, "weight_decay": weight_decay, **own}
+        for _, options in parts:
+            self._check_options(options, defaults)
+        dense = [[m.parameter for layer in part for m in layer.members] for part, _ in parts]
+        super().__init__([{"params": p, **o} for p, (_, o) in zip(dense, parts, strict=True)], defaults)
 
-    def _candidates(self) -> list[nn.Parameter]:
-        return [m.parameter for layer in self.layers for m in layer.members]
+    def _refuse_others(self):
+        """A second optimizer would train nothing once the first has selected, which freezes all that it does not."""
+        own = {id(p) for p in self.held.trainable}
+
+        def others() -> bool:
+            return any(not own.isdisjoint(map(id, ft.held.trainable)) for ft in _living if not ft._released)
+
+        if others():
+            gc.collect()  # one that nobody has any more
+            if others():
+                raise ValueError(
+                    "another SparseFinetuner trains this model: release() it first, or give one optimizer include= and "
+                    "exclude= patterns; for learning rates by part of the model it takes groups=[{'include': ..., "
+                    "'lr': ...}]"
+                )
+        _living.add(self)
+
+    def _check_options(self, options: Mapping, known: Mapping):
+        unknown = options.keys() - {"params", "param_names", "initial_lr", *known}
+        if unknown:
+            raise ValueError(
+                f"a group has options that optimizer={self.optimizer!r} does not have: {', '.join(sorted(unknown))}; "
+                f"there are {', '.join(known)}"
+            )
 
     @property
     def criterion(self) -> str:
@@ -231,22 +274,36 @@ class SparseFinetuner(torch.optim.Optimizer):
             selection = selection_by_hand(selection, self.layers, self.budget)
             distributed.check_equal(selection, self.process_group)
         self._apply(selection)
-        self.held.record()
+        self._unchecked = True
+        self.held.record(self._added())
         return selection
+
+    def _added(self) -> set[int]:
+        return {id(p) for group in self.added_groups for p in group["params"]}
+
+    @property
+    def own_groups(self) -> list[dict]:
+        """The groups of the model's candidates, and after a selection of its leaves."""
+        return self.param_groups[: self._own]
+
+    @property
+    def added_groups(self) -> list[dict]:
+        return self.param_groups[self._own :]
 
     def _apply(self, selection: Selection):
         """Holds the model by `selection`, moves the state, and swaps the entries of the first group in place."""
-        added = {id(p) for group in self.param_groups[1:] for p in group["params"]}
-        leaves = []
-        for before, rows, leaf in self.held.apply(selection, added):
+        leaves = [[] for _ in self.own_groups]
+        names = [m.name for layer in self.layers for m in layer.members]
+        for name, (before, rows, leaf) in zip(names, self.held.apply(selection, self._added()), strict=True):
             if leaf is not None:
-                leaves.append(leaf)
+                leaves[self._group[name]].append(leaf)
             if leaf is not before:
                 old = self.state.pop(before, None)
                 if old and rows is not None and leaf is not None:
                     self.state[leaf] = state.carry(old, rows, leaf.link.rows, leaf)
-        self.param_groups[0]["params"][:] = leaves
-        self._plans.pop(0, None)
+        for i, group in enumerate(self.own_groups):
+            group["params"][:] = leaves[i]
+            self._plans.pop(i, None)
 
     def step(self, closure=None):
         """One step: scores while nothing is selected, trains the selected rows afterwards.
@@ -264,7 +321,9 @@ class SparseFinetuner(torch.optim.Optimizer):
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if found_inf is not None and self.process_group is not None:
             torch.distributed.all_reduce(found_inf, torch.distributed.ReduceOp.MAX, group=self.process_group)
-        if self.selection is None:
+        if self.selection is not None:
+            self._settle()
+        else:
             # the host counts the evidence, so here it must know whether this step is one
             if found_inf is not None and found_inf.item():
                 return loss
@@ -276,11 +335,24 @@ class SparseFinetuner(torch.optim.Optimizer):
             distributed.average_gradients(self.param_groups, self.process_group)
         if self.selection is None:
             self._score_step()
-        for i in range(self.selection is None, len(self.param_groups)):
+        elif self._unchecked:
+            self._unchecked = False
+            distributed.check_gradients(self.param_groups, self.process_group)
+        for i in range(0 if self.selection is not None else self._own, len(self.param_groups)):
             self._update(i, scale, found_inf)
         if self.selection is None and self.evidence.count >= self.score_steps:
             self.select()
         return loss
+
+    def _settle(self):
+        """Takes the gradients as others have left them; RuntimeError where a weight was replaced."""
+        links = [p.link for group in self.own_groups for p in group["params"]]
+        with torch._C.DisableTorchFunctionSubclass():
+            for link in links:
+                link.reclaim()
+                if link.gradient.whole is not None or own_grad(link.dense) is not None:
+                    link.gradient.settle()
+                    link.gradient.forget()
 
     @torch.no_grad()
     def _unscale(self, scale: Tensor | None):
@@ -304,7 +376,7 @@ class SparseFinetuner(torch.optim.Optimizer):
                 if self.buffers.outdated(self.model):
                     self.buffers = BufferCopy(self.model)
             for member, _ in graded:
-                self.dense_step(member.parameter, self.state[member.parameter])
+                self.dense_step(member, self.state[member.parameter])
         self.evidence.add(graded)
         self.evidence.count += 1
 
@@ -316,11 +388,11 @@ class SparseFinetuner(torch.optim.Optimizer):
     def _update(self, index: int, scale: Tensor | None, found_inf: Tensor | None):
         """One step of a parameter group; of the first one, whose parameters are leaves, with their dense weights."""
         group = self.param_groups[index]
-        momentum, ema = bool(group["momentum"]) and self.optimizer == "sgd", self.ema_decay is not None
+        momentum, ema = bool(group.get("momentum")) and self.optimizer == "sgd", self.ema_decay is not None
         plan, ledger = self._plans.get(index, (None, None))
         parameters = group["params"]
         if plan is None or plan.momentum != momentum or not _planned(plan, parameters, self.state):
-            if index == 0:
+            if index < self._own:
                 for p in parameters:
                     p.link.sync()
                 ledger = Ledger.join([p.link for p in parameters])
@@ -328,33 +400,35 @@ class SparseFinetuner(torch.optim.Optimizer):
             plan = RowUpdate(self.optimizer, tensors, momentum, ema)
             self._plans[index] = plan, ledger
         moved = None if ledger is None else ledger.sync() and plan.moved()
-        hyper = Hyperparameters(
-            group["lr"],
-            group["betas"],
-            group["eps"],
-            group["weight_decay"],
-            momentum and group["momentum"],
-            self.ema_decay,
-        )
-        plan.step([p.grad for p in parameters], hyper, scale, found_inf, moved)
+        hyper = self._hyper(group, self.ema_decay)
+        plan.step([own_grad(p) for p in parameters], hyper, scale, found_inf, moved)
         if ledger is not None:
             ledger.settle()
 
-    def dense_step(self, parameter: nn.Parameter, state: dict):
+    def dense_step(self, member: Member, state: dict):
         """One ordinary step of a whole candidate parameter, as criterion "movement" measures it."""
-        group = self.param_groups[0]
-        hyper = Hyperparameters(group["lr"], group["betas"], group["eps"], group["weight_decay"], group["momentum"])
+        hyper, parameter = self._hyper(self.param_groups[self._group[member.name]], None), member.parameter
         dense_step(self.optimizer, RowTensor(parameter, state), parameter.grad, hyper)
+
+    def _hyper(self, group: dict, ema_decay: float | None) -> Hyperparameters:
+        if self.optimizer == "sgd":
+            momentum = group["momentum"]
+            return Hyperparameters(
+                group["lr"], weight_decay=group["weight_decay"], momentum=momentum, ema_decay=ema_decay
+            )
+        betas, eps = group["betas"], group["eps"]
+        return Hyperparameters(group["lr"], betas, eps, group["weight_decay"], ema_decay=ema_decay)
 
     def add_param_group(self, param_group: dict):
         """Adds plain parameters, a miner's say, that train densely from the first step.
 
         They may be parameters of the model if they are none of its candidates: excluded, or frozen at construction.
         """
-        if self.param_groups:
+        if len(self.param_groups) >= self._own:
             params = param_group["params"]
             params = [params] if isinstance(params, Tensor) else list(params)
             param_group = {**param_group, "params": params}
+            self._check_options(param_group, self.defaults)
             plain = [p[1] if isinstance(p, tuple) else p for p in params]
             names = {id(m.parameter): m.name for layer in self.layers for m in layer.members}
             for p in plain:
@@ -363,11 +437,10 @@ class SparseFinetuner(torch.optim.Optimizer):
             if any(p is q for p in plain for q in self.model.parameters()):
                 self.held.begin()
             for p in plain:
-                if isinstance(p, Linked):
-                    self.held.thaw(p)
+                self.held.thaw(p)
         super().add_param_group(param_group)
         if self.selection is not None:
-            distributed.rebuild_reducers(self.model)
+            distributed.changed(self.model)
 
     def __reduce_ex__(self, protocol):
         raise TypeError(

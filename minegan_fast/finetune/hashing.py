@@ -35,18 +35,13 @@ def row_hashes(tensor: Tensor, axis: int = 0) -> Tensor:
     return out
 
 
-def fingerprint(model: nn.Module) -> str:
+def fingerprint(model: "nn.Module | dict[str, Tensor]") -> str:
     """A digest of the names, shapes, dtypes and bits of a model's parameters (buffers aside), as 64 hex digits.
 
     It is the same on every device and for a plain and a sparsely held copy of the same network.
     """
     digest = hashlib.sha256()
-    for name, parameter in sorted(dense_parameters(model)):
+    for name, parameter in sorted((model if isinstance(model, dict) else dict(model.named_parameters())).items()):
         digest.update(f"{name}:{list(parameter.shape)}:{parameter.dtype};".encode())
         digest.update(row_hashes(parameter).cpu().numpy().tobytes())
     return digest.hexdigest()
-
-
-def dense_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """`model.named_parameters()` without the compact rows of a sparse finetuning: the names of the state dict."""
-    return [(name, p) for name, p in model.named_parameters() if not hasattr(p, "link") or p is p.link.dense]

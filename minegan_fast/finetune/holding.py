@@ -4,10 +4,10 @@ import torch
 from torch import Tensor, nn
 
 from . import distributed
-from .hashing import dense_parameters, fingerprint, row_hashes
-from .hosting import hold, loosen, mark_hosts
-from .leaves import Linked, Rows
-from .neurons import Layer
+from .hashing import fingerprint, row_hashes
+from .leaves import Linked, Rows, held_class
+from .link import Link, master_dtype
+from .neurons import Layer, compact
 from .selection import Selection
 
 
@@ -43,6 +43,7 @@ class Held:
 
     def __init__(self, model: nn.Module, layers: list[Layer]):
         self.model, self.layers = model, layers
+        self.trainable = [p for p in model.parameters() if p.requires_grad]
         self.selection: Selection | None = None
         self.base: str | None = None
         self.ever: dict[str, Tensor] = {}
@@ -67,46 +68,51 @@ class Held:
                 "another parameter is in its place; build a new SparseFinetuner"
             )
         self.begin()
-        for _, parameter in dense_parameters(self.model):
+        places = _places(self.model)
+        for parameter in self.trainable:
             if id(parameter) not in candidates and id(parameter) not in added and _is_plain(parameter):
-                hold(self.model, parameter, 0, None)
+                hold(parameter, 0, None)
         changes = []
         for layer in self.layers:
             for m in layer.members:
                 old = m.parameter.link if isinstance(m.parameter, Linked) else None
-                leaf = hold(self.model, m.parameter, m.axis, selection.rows.get(layer.name))
+                link = hold(m.parameter, m.axis, selection.rows.get(layer.name))
+                link.places = places[id(m.parameter)]
                 before = m.parameter if old is None else old.leaf
-                changes.append((before, None if old is None else old.rows, leaf))
-        mark_hosts(self.model)
+                changes.append((before, None if old is None else old.rows, link.leaf))
         self.selection = selection
         for name, rows in selection.rows.items():
             self.ever.setdefault(name, torch.zeros(selection.sizes[name][0], dtype=torch.bool))[rows] = True
-        distributed.rebuild_reducers(self.model)
+        distributed.changed(self.model)
         return changes
 
-    def record(self):
-        """Takes the hashes of all frozen rows."""
+    def record(self, added: set[int]):
+        """Takes the hashes of all frozen rows, but for parameters whose id is in `added`."""
         self.hashes = {}
-        for name, parameter in dense_parameters(self.model):
-            if isinstance(parameter, Linked):
-                values = row_hashes(parameter.detach(), parameter.link.axis).cpu()
-                frozen = torch.ones(len(values), dtype=torch.bool)
-                if parameter.link.leaf is not None:
-                    frozen[parameter.link.rows.cpu()] = False
-                self.hashes[name] = values, frozen
+        for name, parameter in self.model.named_parameters():
+            if id(parameter) in added or not _is_plain(parameter):
+                continue
+            link = getattr(parameter, "link", None)
+            values = row_hashes(parameter.detach(), 0 if link is None else link.axis).cpu()
+            frozen = torch.ones(len(values), dtype=torch.bool)
+            if link is not None and link.leaf is not None:
+                frozen[link.rows.cpu()] = False
+            self.hashes[name] = values, frozen
 
     def verify(self):
         """Raises FrozenNeuronsChanged if a frozen row has another hash than at the selection."""
         if self.selection is None:
             raise RuntimeError("nothing is frozen before a selection; call select() first")
-        parameters = dict(dense_parameters(self.model))
+        parameters = dict(self.model.named_parameters())
+        candidates = {id(m.parameter) for layer in self.layers for m in layer.members}
         changed = []
         for name, (values, frozen) in self.hashes.items():
             parameter = parameters.get(name)
-            if not isinstance(parameter, Linked):
+            if parameter is None or (id(parameter) in candidates and not isinstance(parameter, Linked)):
                 changed.append(f"{name} was replaced or removed")
                 continue
-            now = row_hashes(parameter.detach(), parameter.link.axis).cpu()
+            link = getattr(parameter, "link", None)
+            now = row_hashes(parameter.detach(), 0 if link is None else link.axis).cpu()
             if now.shape != values.shape:
                 changed.append(f"{name} was resized")
                 continue
@@ -122,14 +128,72 @@ class Held:
 
     def thaw(self, parameter: nn.Parameter):
         """Makes a frozen parameter that is no candidate plain and trainable."""
-        name = next(n for n, p in dense_parameters(self.model) if p is parameter)
-        loosen(self.model, parameter)
-        parameter.requires_grad_(True)
-        del self.hashes[name]
+        if isinstance(parameter, Linked):
+            loosen(parameter)
+            parameter.requires_grad_(True)
+        self.hashes = {n: h for n, h in self.hashes.items() if dict(self.model.named_parameters())[n] is not parameter}
 
     def release(self):
-        for _, parameter in dense_parameters(self.model):
+        for parameter in self.model.parameters():
             if isinstance(parameter, Linked):
-                loosen(self.model, parameter)
-        mark_hosts(self.model)
-        distributed.rebuild_reducers(self.model)
+                loosen(parameter)
+        distributed.changed(self.model)
+
+
+def _places(model: nn.Module) -> dict[int, list[tuple[dict, str]]]:
+    """{id of a parameter: the modules' dictionaries that list it, and as what}; several where it is shared."""
+    places: dict[int, list[tuple[dict, str]]] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            places.setdefault(id(parameter), []).append((module._parameters, name))
+    return places
+
+
+def hold(parameter: nn.Parameter, axis: int, rows: Tensor | None) -> Link:
+    """Freezes a trainable `parameter` but for `rows` along `axis`, which train in the link's leaf; None: all of it.
+
+    It may be held already, with other rows; its old leaf goes, with its gradient. A script may have turned its gradient
+    off for the moment.
+    """
+    masters, wanted = None, parameter.requires_grad
+    if isinstance(parameter, Linked):
+        link = parameter.link
+        link.sync()
+        if (link.rows is None) == (rows is None) and (rows is None or link.rows.tolist() == rows.tolist()):
+            return link
+        wanted = link.wanted
+        if rows is not None and link.leaf is not None and link.leaf.dtype != parameter.dtype:
+            masters = link.rows, link.leaf.detach()
+        loosen(parameter)
+    kind, leaf = type(parameter), None
+    if rows is not None:
+        rows = rows.to(parameter.device)
+        values = compact(parameter.detach(), axis, rows)
+        dtype = master_dtype(values.dtype)
+        values = values.to(dtype, copy=True, memory_format=torch.contiguous_format)
+        if masters is not None:  # rows that stay keep what half precision would round away
+            kept = torch.isin(rows, masters[0])
+            values[kept] = masters[1][torch.searchsorted(masters[0], rows[kept])]
+        leaf = Rows(values, requires_grad=wanted)
+    parameter.grad = None
+    parameter.requires_grad_(leaf is not None and wanted)
+    link = Link(parameter, leaf, rows, axis)
+    link.wanted, link.kind = wanted, kind
+    parameter.link = link
+    parameter.__class__ = held_class(kind)
+    if leaf is not None:
+        leaf.link = link
+    return link
+
+
+def loosen(parameter: nn.Parameter):
+    """Gives back the plain parameter, its trained values in place, trainable again."""
+    link = parameter.link
+    link.sync()
+    link.gradient.write(None)
+    parameter.__class__ = link.kind
+    del parameter.link
+    if link.leaf is not None:
+        link.leaf.__class__ = nn.Parameter
+        del link.leaf.link
+    parameter.requires_grad_(True)

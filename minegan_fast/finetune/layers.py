@@ -62,11 +62,16 @@ def _linear(input, weight, bias=None):
     e = expression_of(weight)
     if not _takes(input, e, bias) or e.dense.ndim != 2:
         return NotImplemented
-    frozen = e.part is None and any(link.trainable and link.wanted for link in e.links)
-    if frozen and input.ndim == 2 and not input.requires_grad:
-        # Scripts differentiate by the output of a mapping network (path length), which dense training would let them.
-        input = input.detach().requires_grad_()
-    return _run(Linear(), input, e, bias)
+    return _run(Linear(), differentiable(input, e), e, bias)
+
+
+def differentiable(input: Tensor, e: Expression) -> Tensor:
+    """Scripts differentiate by the output of a mapping network (path length), which dense training would let them:
+    where its weight is frozen, its input gets a graph instead."""
+    frozen = e.part is None and any(link.wanted for link in e.links)
+    if frozen and input.ndim == 2 and input.is_floating_point() and not input.requires_grad:
+        return input.detach().requires_grad_()
+    return input
 
 
 def _conv(n: int):
@@ -96,13 +101,46 @@ def _conv_transpose(n: int):
 def _matmul(a, b):
     """x @ W with the neurons along the columns, and W @ x with them along the rows."""
     right = expression_of(b)
+    _check_square(right)
     if _takes(a, right, None) and right.dense.ndim == 2 and right.axis == 1:
-        return _run(Linear(), a, right.transposed(), None)
+        return _run(Linear(), differentiable(a, right), right.transposed(), None)
     left = expression_of(a)
     if _takes(b, left, None) and left.dense.ndim == 2 and left.axis == 0 and b.ndim in (1, 2):
-        y = _run(Linear(), b.t(), left, None)
+        y = _run(Linear(), differentiable(b, left).t(), left, None)
         return y.t()
     return NotImplemented
+
+
+def _check_square(e: Expression | None):
+    """x @ W with a square W: its shape did not tell that its neurons, the outputs, are its columns."""
+    if e is not None and e.part is not None and e.axis == 0 and e.dense.ndim == 2 and len(set(e.dense.shape)) == 1:
+        raise RuntimeError(
+            f"a square weight {list(e.dense.shape)} is used as x @ W, so its neurons are its columns, and its rows were "
+            "selected: give its module neuron_parameters() -> [[('weight', 1), ('bias', 0)]], or exclude it"
+        )
+
+
+def _addmm(input, mat1, mat2, *, beta=1, alpha=1):
+    """bias + x @ W, as GPT-2's layers have it."""
+    e = expression_of(mat2)
+    _check_square(e)
+    if (beta, alpha) != (1, 1) or input.ndim != 1 or not _takes(mat1, e, input):
+        return NotImplemented
+    if e.dense.ndim != 2 or e.axis != 1:
+        return NotImplemented
+    return _run(Linear(), differentiable(mat1, e), e.transposed(), input)
+
+
+def _einsum(equation, *operands):
+    """By the dense weights; only that a frozen one leaves its output differentiable."""
+    operands = operands[0] if len(operands) == 1 and isinstance(operands[0], list | tuple) else operands
+    frozen = [e for e in map(expression_of, operands) if e is not None and e.part is None]
+    if not isinstance(equation, str) or not frozen:
+        return NotImplemented
+    operands = [
+        e.value("einsum") if (e := expression_of(x)) is not None else differentiable(x, frozen[0]) for x in operands
+    ]
+    return torch.einsum(equation, *operands)
 
 
 def _mv(a, b):
@@ -140,6 +178,8 @@ _LAYERS = {
     **dict.fromkeys((torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__), _matmul),
     **dict.fromkeys((torch.mm, torch.Tensor.mm), _matmul),
     **dict.fromkeys((torch.mv, torch.Tensor.mv), _mv),
+    **dict.fromkeys((torch.addmm, torch.Tensor.addmm), _addmm),
+    torch.einsum: _einsum,
 }
 
 

@@ -11,11 +11,19 @@ Both are differentiable to any order, so every use of the weight is right, in an
 After a step the rows are written through to the dense weight, which the forward reads without a copy.
 """
 
+import functools
+
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from . import distributed
 from .layers import layer
+from .link import Link
 from .rowwise import Expression, expression_of, follow
+from .whole import own_grad, set_own_grad
 
 
 class Rows(nn.Parameter):
@@ -33,6 +41,23 @@ class Rows(nn.Parameter):
             raise ValueError(f"the rows {list(self.shape)} of a weight were given data of shape {list(value.shape)}")
         self.link.set_leaf(value)
 
+    @property
+    def grad(self):
+        if not is_in_torch_dispatch_mode():  # the compiler looks at it too
+            self.link.reclaim()
+            self.link.gradient.settle()
+        return own_grad(self)
+
+    @grad.setter
+    def grad(self, value):
+        self.link.gradient.forget()
+        set_own_grad(self.link.dense, None)
+        set_own_grad(self, value)
+
+    @grad.deleter
+    def grad(self):
+        self.grad = None
+
     def __deepcopy__(self, memo):
         return memo.setdefault(id(self), nn.Parameter(self.detach().clone(), self.requires_grad))
 
@@ -47,17 +72,30 @@ _VIEWS = {getattr(torch.Tensor, name) for name in ("T", "mT", "H", "mH", "real",
 class Linked(nn.Parameter):
     """A dense weight whose selected rows train in a leaf; without a leaf, a frozen one.
 
-    It reads as the plain parameter that it was, `copy.deepcopy` and pickling give that parameter back, and
-    `requires_grad_()` turns the leaf on and off.
+    It reads as the plain parameter that it was, `copy.deepcopy` and pickling give that parameter back,
+    `requires_grad_()` turns the leaf on and off, and `grad` has the weight's own shape (whole.py).
+
+    Its own flag in the engine is that of the leaf: what looks past `__torch_function__` brings it a whole gradient,
+    whose rows the leaf gets.
     """
+
+    held = True
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if torch.compiler.is_dynamo_compiling():
             return func(*_map(_traced, args), **_map(_traced, kwargs))
+        if (ddp := DistributedDataParallel._active_ddp_module) is not None:
+            with torch._C.DisableTorchFunctionSubclass():
+                distributed.tell(ddp)
+        if torch.jit.is_tracing():  # which knows the weight, and no leaf
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
         if func in _ON_LEAF:
             return func(*_map(_leaf, args), **_map(_leaf, kwargs))
+        if func is torch.autograd.grad:
+            return func(*_map(_refused, args), **_map(_refused, kwargs))
         with torch._C.DisableTorchFunctionSubclass():
             special = _SPECIAL.get(func)
             if special is not None:
@@ -69,11 +107,17 @@ class Linked(nn.Parameter):
 
     def __deepcopy__(self, memo):
         if id(self) not in memo:
-            memo[id(self)] = nn.Parameter(self.detach().clone(), self.link.trainable)
+            memo[id(self)] = nn.Parameter(self.detach().clone(), self.link.wanted)
         return memo[id(self)]
 
     def __reduce_ex__(self, protocol):
-        return nn.Parameter(self.detach(), self.link.trainable).__reduce_ex__(protocol)
+        return nn.Parameter(self.detach(), self.link.wanted).__reduce_ex__(protocol)
+
+
+@functools.cache
+def held_class(kind: type) -> type:
+    """What a parameter of class `kind` is while it is held: still one of its class."""
+    return Linked if kind is nn.Parameter else type(kind.__name__, (Linked, kind), {"__module__": kind.__module__})
 
 
 class RowWise(torch.Tensor):
@@ -86,6 +130,10 @@ class RowWise(torch.Tensor):
     def of(expression: Expression) -> "RowWise":
         result = expression.dense.as_subclass(RowWise)
         result.expression, result.plain = expression, None
+        if expression.part is not None and expression.part.requires_grad and torch.is_grad_enabled():
+            # A function of another library that looks past __torch_function__ finds a leaf of its own here.
+            result.requires_grad_()
+            result.register_hook(functools.partial(_hand_on, expression))
         return result
 
     @classmethod
@@ -105,6 +153,13 @@ class RowWise(torch.Tensor):
                     first.expression = None
             result = differentiate(func, args, kwargs)
             return first if first is not None and result is first.plain else result
+
+
+def _hand_on(expression: Expression, grad: torch.Tensor):
+    further = torch.is_grad_enabled()
+    with torch.enable_grad():
+        value = expression.value("a function of another library")
+    torch.autograd.backward(value, grad, create_graph=further)
 
 
 def differentiate(func, args, kwargs):
@@ -164,11 +219,26 @@ def _leaf(p):
     return p.link.leaf
 
 
+def _refused(p):
+    if not isinstance(p, Linked):
+        return _ordinary(p, "grad")
+    raise RuntimeError(
+        "torch.autograd.grad by a weight that trains by rows: ask for the gradients of the optimizer's leaves, "
+        "ft.parameters(), or call backward() and read the weight's grad"
+    )
+
+
 def _require_grad(p, flag=True):
     p.link.wanted = flag
     if p.link.leaf is not None:
         p.link.leaf.requires_grad_(flag)
+        torch.Tensor.requires_grad_(p, flag)
     return p
+
+
+def _same(view):
+    """Code that looks for the node where a parameter's gradient is complete takes a view of it in its own shape."""
+    return lambda x, other: view(x, other) if x is other else differentiate(view, (x, other), {})
 
 
 def _get_data(p):
@@ -186,15 +256,26 @@ def _set_data(p, value):
     p.link.set_dense(value)
 
 
-def _set_grad(p, value):
-    if value is not None:
-        raise RuntimeError(
-            "this weight trains by its selected rows only; give their gradient to the leaf parameter: "
-            "`weight.link.leaf.grad`"
-        )
-    if p.link.leaf is not None:
-        p.link.leaf.grad = None
+def _get_grad(p):
+    return own_grad(p) if is_in_torch_dispatch_mode() else p.link.gradient.read()
 
+
+def _hook(register):
+    def hook(p, function):
+        Link.epoch += 1  # DDP has to reduce the weight itself
+        return register(p, function)
+
+    return hook
+
+
+def _note_writes(optimizer, args, kwargs):
+    """After a step of any optimizer: torch's fused ones write to leaves without a trace."""
+    if not getattr(optimizer, "writes_through", False):
+        for p in (p for group in optimizer.param_groups for p in group["params"] if type(p) is Rows):
+            p.link.access(leaf=True)
+
+
+register_optimizer_step_post_hook(_note_writes)
 
 # What reads no value.
 _SHAPELIKE = {
@@ -210,17 +291,17 @@ _CHANGING = {"retain_grad", "register_hook", "register_post_accumulate_grad_hook
 _SPECIAL = {
     torch.Tensor.data.__get__: _get_data,
     torch.Tensor.data.__set__: _set_data,
-    torch.Tensor.grad.__set__: _set_grad,
+    torch.Tensor.grad.__get__: _get_grad,
+    torch.Tensor.grad.__set__: lambda p, value: p.link.gradient.write(value),
+    torch.Tensor.grad.__delete__: lambda p: p.link.gradient.write(None),
+    torch.Tensor.view_as: _same(torch.Tensor.view_as),
+    torch.Tensor.expand_as: _same(torch.Tensor.expand_as),
     torch.Tensor.requires_grad.__set__: _require_grad,
     torch.Tensor.requires_grad_: _require_grad,
+    torch.Tensor.register_hook: _hook(torch.Tensor.register_hook),
+    torch.Tensor.register_post_accumulate_grad_hook: _hook(torch.Tensor.register_post_accumulate_grad_hook),
     torch.Tensor._is_view: torch.Tensor._is_view,  # the alias is one, the weight is not
 }
 
 # With respect to a linked weight, these mean its leaf.
-_ON_LEAF = {
-    torch.autograd.grad,
-    torch.autograd.backward,
-    torch.Tensor.backward,
-    torch.Tensor.register_hook,
-    torch.Tensor.register_post_accumulate_grad_hook,
-}
+_ON_LEAF = {torch.autograd.backward, torch.Tensor.backward}

@@ -6,12 +6,15 @@ import torch
 from torch import Tensor, nn
 
 from .neurons import compact
+from .whole import WholeGradient, own_grad, set_own_grad, spread
 
 if TYPE_CHECKING:
     from .leaves import Rows
 
 
 class Alias(torch.autograd.Function):
+    """The dense weight, whose gradient's rows are the leaf's."""
+
     generate_vmap_rule = True
 
     @staticmethod
@@ -34,6 +37,27 @@ class Alias(torch.autograd.Function):
         for link in ctx.links:
             link.dense_uses.add(ctx.use)
         return compact(grad, ctx.axis, rows).to(ctx.dtype), None, None, None, None, None
+
+
+class OwnGradient(torch.autograd.Function):
+    """The dense weight, whose gradient is its own: in whole shape, zero where nothing is selected. Its hooks see that,
+    and `WholeGradient` hands it to the leaf."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(dense, rows, axis):
+        return dense.view_as(dense)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, rows, ctx.axis = inputs
+        ctx.save_for_backward(rows)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (rows,) = ctx.saved_tensors
+        return spread(compact(grad, ctx.axis, rows), grad, ctx.axis, rows), None, None
 
 
 def master_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -88,13 +112,15 @@ class Link:
     The leaf of a half-precision weight is float32. It equals the weight where it rounds to it.
     """
 
+    epoch = 0  # how often weights were held or given back
     accesses = 0  # to `.data` of any leaf or linked weight: who has seen the present number need not ask every link
 
     def __init__(self, dense: nn.Parameter, leaf: "Rows | None", rows: Tensor | None, axis: int):
         self.dense, self.leaf, self.rows, self.axis = dense, leaf, rows, axis
-        self.trainable = dense.requires_grad
         self.wanted = True  # what requires_grad_() said last
         self.kind = type(dense)
+        self.places: list[tuple[dict, str]] = []  # the modules' dictionaries that list the weight, and as what
+        self.gradient = WholeGradient(self)
         self.dense_uses: set[str] = set()  # through which functions a dense gradient came, for the summary
         self.row_uses: set[str] = set()  # layers that compute the gradient of the rows alone
         self.ledger, self.index = Ledger([self]), 0
@@ -149,9 +175,11 @@ class Link:
 
     @torch.no_grad()
     def set_dense(self, value: Tensor):
-        """`dense.data = value`. A mere change of dtype, as `model.half()` makes it, leaves the leaf what counts."""
+        """`dense.data = value`, as `model.half()`, `double()` and `to()` call it: the leaf and its gradient follow. A
+        mere change of dtype leaves the leaf what counts: half precision rounds the weight alone."""
         self.sync()
         self.access(dense=True)
+        self.gradient.settle()
         plain = torch.Tensor.data.__get__(self.dense)
         converted = self.leaf is not None and value.dtype != plain.dtype and value.shape == plain.shape
         if converted:
@@ -159,11 +187,43 @@ class Link:
             converted = torch.equal(now, then.to(now.device, now.dtype))
         torch.Tensor.data.__set__(self.dense, value)
         self.plain = torch.Tensor.data.__get__(self.dense)
-        if self.rows is not None:
-            self.rows = self.rows.to(self.dense.device)
+        if self.leaf is None:
+            return
+        self.rows = self.rows.to(value.device)
+        self._move_leaf(value.device, master_dtype(value.dtype))
         if converted:
             self.write()
             self.access(dense=True)
+
+    def _move_leaf(self, device: torch.device, dtype: torch.dtype):
+        leaf = torch.Tensor.data.__get__(self.leaf)
+        if leaf.device == device and leaf.dtype == dtype:
+            return
+        grad = own_grad(self.leaf)
+        set_own_grad(self.leaf, None)
+        torch.Tensor.data.__set__(self.leaf, leaf.to(device, dtype))
+        if grad is not None:
+            set_own_grad(self.leaf, grad.to(device, dtype))
+
+    def reclaim(self):
+        """Where the modules hold another parameter in the weight's place, as after `load_state_dict(assign=True)`:
+        takes its values and gradient over, and puts the weight back. RuntimeError where it is none that fits."""
+        if self.dense.__dict__.get("link") is self and all(d.get(n) is self.dense for d, n in self.places):
+            return
+        found = {id(d.get(n)): d.get(n) for d, n in self.places}
+        (new, *others) = found.values()
+        fits = not others and type(new) is nn.Parameter and new.shape == self.dense.shape
+        if not fits or self.dense.__dict__.get("link") is not self or not new.is_floating_point():
+            raise RuntimeError(
+                f"{self.places[0][1]!r} of shape {list(self.dense.shape)} was replaced by another parameter while its "
+                "rows train (an assignment, swapped parameters, fully_shard): write into the weight instead, or "
+                "release() the model first and select anew"
+            )
+        self.set_dense(new.data)
+        if new.grad is not None:
+            self.gradient.write(new.grad)
+        for d, n in self.places:
+            d[n] = self.dense
 
     @torch.no_grad()
     def set_leaf(self, value: Tensor):
@@ -177,10 +237,18 @@ class Link:
             value = (kept if same else value).to(dtype)
         torch.Tensor.data.__set__(self.leaf, value)
 
+    @property
+    def hooked(self) -> bool:
+        """Whether someone waits for the weight's own gradient."""
+        hooks, after = self.dense._backward_hooks, getattr(self.dense, "_post_accumulate_grad_hooks", None)
+        return self.leaf is not None and bool(hooks or after)
+
     def alias(self) -> Tensor:
         """The dense weight as a differentiable computation sees it."""
         if self.leaf is None or not self.leaf.requires_grad or not torch.is_grad_enabled():
             return self.dense
+        if self.hooked:
+            return OwnGradient.apply(self.dense, self.rows, self.axis)
         return Alias.apply(self.leaf, self.dense, self.rows, self.axis)
 
     def traced(self) -> Tensor:

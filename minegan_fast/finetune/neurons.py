@@ -8,6 +8,7 @@ the tensors that have the weight's length follow its rows, and each tensor that 
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -81,10 +82,20 @@ def row_axis(module: nn.Module, local: str, parameter: Tensor) -> int:
         return 0 if module.groups > 1 and shape[1] == 1 else 1  # depthwise: [channels, 1, ...]
     if isinstance(module, _ConvNd | nn.Linear):
         return 0
+    if parameter.ndim == 2 and weight and _inputs_first(module, parameter):
+        return 1
     wide = [axis for axis, size in enumerate(shape) if size > 1]
     if weight and not (parameter.ndim > 2 and len(wide) == 1):
         return 1 if parameter.ndim == 5 and shape[0] == 1 else 0
     return wide[0] if wide else 0
+
+
+def _inputs_first(module: nn.Module, weight: Tensor) -> bool:
+    """Whether a matrix is [in, out]: by the class of transformers' Conv1D, or by a bias of the length of axis 1."""
+    bias = getattr(module, "bias", None)
+    if not isinstance(bias, Tensor) or bias.ndim != 1:
+        return False
+    return type(module).__name__ == "Conv1D" or (len(bias) == weight.shape[1] != weight.shape[0])
 
 
 def find_layers(model: nn.Module) -> list[Layer]:
@@ -211,6 +222,30 @@ def filter_layers(layers: list[Layer], include, exclude) -> list[Layer]:
         if layer.conflict:
             raise ValueError(layer.conflict)
     return kept
+
+
+def split_groups(layers: list[Layer], groups) -> list[tuple[list[Layer], dict]]:
+    """The layers in parts, each with its options: first those of no group, then those that a group's `include` matches.
+
+    ValueError, TypeError where a group has no include, or a layer matches two of them.
+    """
+    parts: list[tuple[list[Layer], dict]] = [([], {})]
+    taken: dict[str, int] = {}
+    for i, group in enumerate(groups):
+        if not isinstance(group, Mapping) or "include" not in group or "params" in group:
+            raise TypeError(
+                f"groups[{i}] must be a dict of include, patterns on names of modules, and options such as lr, got "
+                f"{group!r}"
+            )
+        options = {name: value for name, value in group.items() if name != "include"}
+        own = filter_layers(layers, group["include"], None)
+        for layer in own:
+            if layer.name in taken:
+                raise ValueError(f"{layer.name!r} is in groups[{taken[layer.name]}] and in groups[{i}]: choose one")
+            taken[layer.name] = i
+        parts.append((own, options))
+    parts[0][0].extend(layer for layer in layers if layer.name not in taken)
+    return parts
 
 
 def split_affine(layers: list[Layer]) -> list[Layer]:

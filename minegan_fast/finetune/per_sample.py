@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..ops.layer import without_view
+
 if TYPE_CHECKING:
     from .sampled import Trail
 
@@ -144,7 +146,8 @@ class Linear:
 
     @staticmethod
     def forward(x, w, b):
-        return F.linear(x, w, b)
+        y = F.linear(x.reshape(-1, x.shape[-1]), w, b)
+        return y if x.ndim == 2 else without_view(y, (*x.shape[:-1], len(w)))
 
     @staticmethod
     def backward(dy, x, w, mask):

@@ -1,7 +1,5 @@
 """What trains and what it costs, in numbers."""
 
-from .hashing import dense_parameters
-
 _MOMENTS = {"adam": 2, "adamw": 2}
 
 
@@ -20,7 +18,7 @@ def summary(ft) -> str:
         table.append((layer.name, f"{k}/{n}", f"{k * cost}/{n * cost}", path))
         trained, total = trained + k, total + n
         trained_cost, total_cost = trained_cost + k * cost, total_cost + n * cost
-    for i, group in enumerate(ft.param_groups[1:], 1):
+    for i, group in enumerate(ft.added_groups, 1):
         numel = sum(p.numel() for p in group["params"])
         table.append((f"added group {i}", "-", f"{numel}/{numel}", "dense: added"))
     table.append(("total", f"{trained}/{total}", f"{trained_cost}/{total_cost}", f"criterion {ft.criterion}"))
@@ -45,12 +43,12 @@ def _gradient(layer) -> str:
 
 def memory(ft) -> dict[str, dict[str, int]]:
     """Bytes of dense training of the candidates and of the sparse one that is set up; moments as if stepped once."""
-    dense_weights = sum(p.nbytes for _, p in dense_parameters(ft.model))
+    dense_weights = sum(p.nbytes for _, p in ft.model.named_parameters())
     candidates = sum(m.parameter.nbytes for layer in ft.layers for m in layer.members)
-    added = [p for group in ft.param_groups[1:] for p in group["params"]]
-    inside = {id(p) for _, p in dense_parameters(ft.model)}
+    added = [p for group in ft.added_groups for p in group["params"]]
+    inside = {id(p) for _, p in ft.model.named_parameters()}
     outside = sum(p.nbytes for p in added if id(p) not in inside)
-    moments = _MOMENTS.get(ft.optimizer, 1 if any(g["momentum"] for g in ft.param_groups) else 0)
+    moments = _MOMENTS.get(ft.optimizer, 1 if any(g.get("momentum") for g in ft.param_groups) else 0)
 
     def cost(weights, trained, undo):
         return {
@@ -68,7 +66,7 @@ def memory(ft) -> dict[str, dict[str, int]]:
             "dense": cost(dense_weights, candidates + extra, 0),
             "sparse": cost(dense_weights, candidates + extra, undo),
         }
-    leaves = sum(p.nbytes for p in ft.param_groups[0]["params"])
+    leaves = sum(p.nbytes for group in ft.own_groups for p in group["params"])
     undo = sum(values.nbytes + frozen.nbytes for values, frozen in ft.held.hashes.values())
     return {
         "dense": cost(dense_weights, candidates + extra, 0),

@@ -53,7 +53,7 @@ def expression_of(x) -> Expression | None:
     if "expression" in attributes:
         return attributes["expression"]
     link = attributes.get("link")
-    if link is None or link.dense is not x or x.ndim < 1:
+    if link is None or link.dense is not x or x.ndim < 1 or link.hooked:
         return None
     link.sync()
     part = None
@@ -142,7 +142,7 @@ def _pairwise(func, args, kwargs):
 def _reduced(func, args, kwargs):
     """Over axes that are named and are not the neurons'."""
     e = _matrix(args[0])
-    dims = kwargs.get("dim", args[1] if len(args) > 1 else None)
+    dims = kwargs.get("dim", kwargs.get("axis", args[1] if len(args) > 1 else None))
     dims = (dims,) if isinstance(dims, int) else dims
     if e is None or e.factor is not None or not dims or not all(type(d) is int for d in dims):
         return NotImplemented
@@ -151,7 +151,7 @@ def _reduced(func, args, kwargs):
     dims = {d % e.dense.ndim for d in dims}
     if e.axis in dims:
         return NotImplemented
-    keep = kwargs.get("keepdim", len(args) > 2 and args[2] is True)
+    keep = kwargs.get("keepdim", kwargs.get("keepdims", len(args) > 2 and args[2] is True))
     return _apply(e, func, args[1:], kwargs, e.axis if keep else e.axis - sum(d < e.axis for d in dims), None)
 
 

@@ -12,6 +12,7 @@ from .leaves import Linked
 from .per_sample import Use, samples_of, square_sums
 from .sampled import Sampled, Trail
 from .scores import BY_SAMPLE, BufferCopy, Evidence, check_dense
+from .whole import own_grad, set_own_grad
 
 PENDING_BYTES = 32 << 20  # of gradients that wait to be reduced together
 
@@ -24,15 +25,17 @@ def collect(ft, evidence: Evidence, reduction: str, samples: int | None):
     Afterwards the selection, requires_grad, gradients and, for "movement", parameters and buffers are as before.
     """
     members = {m.parameter: m for layer in ft.layers for m in layer.members}
-    others = [p for p in [*ft.model.parameters(), *ft.parameters()] if p not in members]
-    gradients = {p: p.grad for p in [*members, *others]}
-    flags = {p: p.requires_grad for p in members}
     links = {p: p.link for p in members if isinstance(p, Linked)}
+    kinds_held = {p: type(p) for p in links}
     for p, link in links.items():
         link.sync()
+        link.gradient.settle()
         p.__class__ = link.kind
+    others = [p for p in [*ft.model.parameters(), *ft.parameters()] if p not in members]
+    gradients = {p: own_grad(p) for p in [*members, *others]}
+    flags = {p: p.requires_grad for p in members}
     if links:
-        distributed.rebuild_reducers(ft.model)
+        distributed.changed(ft.model)
     buffers = None
     if ft.criterion == "movement":
         buffers = BufferCopy(ft.model)
@@ -59,12 +62,12 @@ def collect(ft, evidence: Evidence, reduction: str, samples: int | None):
         for p, flag in flags.items():
             p.requires_grad_(flag)
         for p, grad in gradients.items():
-            p.grad = grad
+            set_own_grad(p, grad)
         for p, link in links.items():
-            p.__class__ = Linked
+            p.__class__ = kinds_held[p]
             link.settle()
         if links:
-            distributed.rebuild_reducers(ft.model)
+            distributed.changed(ft.model)
     if passes.by_batch:
         names = ", ".join(sorted(passes.by_batch))
         warnings.warn(
@@ -188,7 +191,7 @@ class Passes:
         if self.ft.criterion == "movement":
             check_dense(self.pending)
             for member, _ in self.pending:
-                self.ft.dense_step(member.parameter, self.state.setdefault(member.parameter, {}))
+                self.ft.dense_step(member, self.state.setdefault(member.parameter, {}))
                 member.parameter.grad = None
         else:
             self._flush()

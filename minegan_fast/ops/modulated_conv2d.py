@@ -83,7 +83,7 @@ class _Backward(Function):
 
 def _keeping_factors(x: Tensor, s: Tensor, xs: Tensor):
     """Inside, what autograd would save of xs = s x becomes x and s, which are kept anyway; xs is made again for use."""
-    if torch.compiler.is_compiling() or type(xs) is not Tensor:
+    if torch.compiler.is_compiling() or type(xs) is not Tensor or not torch.is_grad_enabled():
         return nullcontext()
     x, s, backend, version = x.detach(), s.detach(), forced_backend(), x._version
     address, shape = xs.data_ptr(), xs.shape

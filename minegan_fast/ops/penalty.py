@@ -22,6 +22,9 @@ The penalty on a gradient g of B samples, each of L parts (path length: the laye
 m is a running mean, or the center with decay 0. Its second order is the reference's.
 """
 
+import contextlib
+import functools
+import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
 
@@ -208,11 +211,26 @@ def _next_draw(device: torch.device, generator: torch.Generator | None) -> tuple
     return seed, offset
 
 
+def _modules_of(critic) -> list[nn.Module]:
+    """A critic that is a module; the modules that a function or a partial one calls, as far as its variables show."""
+    if isinstance(critic, nn.Module):
+        return [critic]
+    if isinstance(critic, functools.partial):
+        parts = [critic.func, *critic.args, *critic.keywords.values()]
+        return [m for part in parts if callable(part) for m in _modules_of(part)]
+    if not inspect.isroutine(critic):
+        return []
+    found = [getattr(critic, "__self__", None)]
+    with contextlib.suppress(TypeError):  # of a function that is not written in Python
+        variables = inspect.getclosurevars(inspect.unwrap(getattr(critic, "__func__", critic)))
+        found += [*variables.nonlocals.values(), *variables.globals.values()]
+    return [m for m in found if isinstance(m, nn.Module)]
+
+
 def _critic_input(critic, x: Tensor, name: str) -> Tensor:
     """x detached, in float32 or wider unless the critic's own weights are of x's type."""
     _check_images(x, name)
-    parameters = critic.parameters() if isinstance(critic, nn.Module) else ()
-    dtypes = {p.dtype for p in parameters if p.is_floating_point()}
+    dtypes = {p.dtype for m in _modules_of(critic) for p in m.parameters() if p.is_floating_point()}
     return x.detach().float() if x.dtype in _HALF and dtypes != {x.dtype} else x.detach()
 
 

@@ -34,31 +34,32 @@ class _Rectifier(Function):
             y = torch.relu_(x) if slope is None else F.leaky_relu_(x, slope)
         else:
             y = torch.relu(x) if slope is None else F.leaky_relu(x, slope)
-        ctx.save_for_backward(y)
+        # As PyTorch's own: what follows may write into the output of a leaky ReLU, and not into that of a ReLU.
+        ctx.save_for_backward(y if inplace or slope is None else x)
         return y
 
     @staticmethod
     def backward(ctx, gy):
-        (y,) = ctx.saved_tensors
-        return None if gy is None else _Rectified.apply(gy, y, ctx.slope), None, None
+        (side,) = ctx.saved_tensors
+        return None if gy is None else _Rectified.apply(gy, side, ctx.slope), None, None
 
 
 class _Rectified(Function):
-    """gy m, linear in gy; of y only the sign counts."""
+    """gy m, linear in gy; of `side`, the input or the output, only the sign counts."""
 
     @staticmethod
-    def forward(ctx, gy, y, slope):
+    def forward(ctx, gy, side, slope):
         ctx.set_materialize_grads(False)
         ctx.slope = slope
-        ctx.save_for_backward(y)
+        ctx.save_for_backward(side)
         if slope is None:
-            return torch.ops.aten.threshold_backward(gy, y, 0)
-        return torch.ops.aten.leaky_relu_backward(gy, y, slope, True)
+            return torch.ops.aten.threshold_backward(gy, side, 0)
+        return torch.ops.aten.leaky_relu_backward(gy, side, slope, False)
 
     @staticmethod
     def backward(ctx, hx):
-        (y,) = ctx.saved_tensors
-        return None if hx is None else _Rectified.apply(hx, y, ctx.slope), None, None
+        (side,) = ctx.saved_tensors
+        return None if hx is None else _Rectified.apply(hx, side, ctx.slope), None, None
 
 
 class _Pool(Function):

@@ -157,6 +157,68 @@ def selections_by_hand():
     ft.select({"1.weight": [3]})
 
 
+class Around(torch.nn.Module):
+    """A module that holds a finetuned network and trains parameters of its own."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net, self.scale = net, torch.nn.Parameter(torch.ones((), dtype=torch.float64))
+        self.unused = torch.nn.Parameter(torch.ones(2, dtype=torch.float64))
+
+    def forward(self, x):
+        return self.net(x) * self.scale
+
+
+def ddp_around(late: bool, **options):
+    """DDP wraps a module around the network, before the selection or after; hooks of the network's weights are called;
+    `no_sync` and a communication hook as ever."""
+    net = build("mlp")
+    outer, sent, seen = Around(net), [], []
+    ft = SparseFinetuner(net, score_steps=1, **ARGUMENTS)
+    other = torch.optim.SGD([outer.scale], lr=1e-2)
+    rows = {"1.weight": [0, 2], "3.weight": [1]}
+    if late:
+        ft.select(rows)
+    model = DistributedDataParallel(outer, find_unused_parameters=True, **options)
+
+    def hook(group, bucket):
+        sent.append(bucket.buffer().numel())
+        return allreduce_hook(group, bucket)
+
+    model.register_comm_hook(None, hook)
+    if not late:
+        ft.select(rows)
+    for i in range(4):
+        sent.clear()
+        if i == 2:  # from here on this weight's own gradient is asked for
+            net[3].weight.register_hook(lambda grad: seen.append(grad.clone()))
+        other.zero_grad()
+        step(model, ft, mine(data(8, seed=i)), parts=2)
+        other.step()
+        trained = sum(p.numel() for p in ft.parameters()) + 3
+        if i < 2:
+            assert sum(sent) == trained, (sent, trained)
+        same_everywhere([p.grad for p in ft.parameters()])
+    assert len(seen) == 4
+    assert all(grad.shape == net[3].weight.shape and not grad[0].any() for grad in seen)
+    same_everywhere([*net.parameters(), outer.scale])
+    ft.verify()
+    ft.release()
+    model(mine(data(4))).square().mean().backward()
+    same_everywhere([p.grad for p in net.parameters()])
+    return net.state_dict(), ft.selection.rows, {}
+
+
+def ranks_that_differ():
+    """Without DDP and without a process group the networks would drift apart."""
+    net = build("mlp")
+    ft = SparseFinetuner(net, **ARGUMENTS)
+    ft.select({"1.weight": [3]})
+    net(data(4, seed=dist.get_rank())).square().mean().backward()
+    with pytest.raises(RuntimeError, match=r"gradients of ranks 0 and 1 differ.*DistributedDataParallel"):
+        ft.step()
+
+
 def main(rank: int, folder: str):
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
     torch.set_num_threads(1)
@@ -167,10 +229,13 @@ def main(rank: int, folder: str):
         "after": ddp_after_the_selection(folder),
         "begun by one": begun_by_one(folder),
         "accumulation": accumulation(),
+        "around, before": ddp_around(late=False),
+        "around, after": ddp_around(late=True, gradient_as_bucket_view=True),
         **{name: by_sample(name, lambda x: x[:3] if rank == 0 else x[3:]) for name in ("agreement", "contrast")},
     }
     without_ddp()
     selections_by_hand()
+    ranks_that_differ()
     if rank == 0:
         torch.save(results, f"{folder}/results.pt")
     gc.collect()  # a DDP model that is freed after its group can hang

@@ -16,6 +16,8 @@ STEPS = {
     "after": (3, 4),
     "begun by one": (3, 4),
     "accumulation": (4, 12),
+    "around, before": (4, 8),
+    "around, after": (4, 8),
 }
 
 
@@ -23,6 +25,11 @@ def alone(name: str, until: int | None = None):
     """What the two processes do, on one: a network and its optimizer."""
     net = build("mlp")
     ft = SparseFinetuner(net, score_steps=2, **ranks.ARGUMENTS)
+    model, others = net, []
+    if name.startswith("around"):
+        ft.select({"1.weight": [0, 2], "3.weight": [1]})
+        model = ranks.Around(net)
+        others = [torch.optim.SGD([model.scale], lr=1e-2)]
     if name in ("after", "begun by one"):
         with ft.scoring():
             for x in data(4, seed=3).split(1):
@@ -30,7 +37,11 @@ def alone(name: str, until: int | None = None):
         ft.select()
     steps, batch = STEPS[name]
     for i in range(until or steps):
-        ranks.step(net, ft, data(batch, seed=i))
+        for other in others:
+            other.zero_grad()
+        ranks.step(model, ft, data(batch, seed=i))
+        for other in others:
+            other.step()
     return net, ft
 
 
@@ -55,8 +66,8 @@ def test_two_processes_equal_one(folder, name):
     state, rows, scores = torch.load(folder / "results.pt", weights_only=True)[name]
     net, ft = alone(name)
     assert {n: r.tolist() for n, r in rows.items()} == {n: r.tolist() for n, r in ft.selection.rows.items()}
-    for layer, score in ft.scores().items():
-        torch.testing.assert_close(scores[layer], score, rtol=1e-6, atol=0)
+    for layer in scores:
+        torch.testing.assert_close(scores[layer], ft.scores()[layer], rtol=1e-6, atol=0)
     assert_same_weights(state, net.state_dict())
 
 

@@ -45,6 +45,7 @@ def test_agreement_of_what_is_not_followed_is_its_mean_where_samples_are_indepen
             for x in batches:
                 loss_of(net, x).backward()
         scores.append(ft.scores()["weight"])
+        ft.release()
     torch.testing.assert_close(scores[0], scores[1] / 2)
 
 
