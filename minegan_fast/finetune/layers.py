@@ -115,8 +115,8 @@ def _check_square(e: Expression | None):
     """x @ W with a square W: its shape did not tell that its neurons, the outputs, are its columns."""
     if e is not None and e.part is not None and e.axis == 0 and e.dense.ndim == 2 and len(set(e.dense.shape)) == 1:
         raise RuntimeError(
-            f"a square weight {list(e.dense.shape)} is used as x @ W, so its neurons are its columns, and its rows were "
-            "selected: give its module neuron_parameters() -> [[('weight', 1), ('bias', 0)]], or exclude it"
+            f"a square weight {list(e.dense.shape)} is used as x @ W, so its neurons are its columns, and its rows "
+            "were selected: give its module neuron_parameters() -> [[('weight', 1), ('bias', 0)]], or exclude it"
         )
 
 
