@@ -16,6 +16,7 @@ from minegan_fast._files import atomic_path
 from minegan_fast.training.plots import labelled_rows
 
 RESULTS = Path("bench") / "results" / "quality.json"
+TUNING = Path("bench") / "results" / "quality-tuning.json"
 PICTURES = Path("docs") / "images"
 COUNT, SEED, COLUMNS, COLOURS = 100, 0, 10, 64  # of a picture: small ones, in few colours, stay small files
 ADVERSARIAL_SHOWN = ("transfergan", "minegan++")
@@ -27,15 +28,19 @@ def merge(found: dict[Cell, dict], places: Places, root: Path) -> None:
         "processor": machine.device_name("cpu"), "torch": torch.__version__, "commit": machine.commit(),
         "rates": planned.rates(root / planned.RATES),
     }  # fmt: skip
-    lines = [json.dumps(found[cell]) for cell in sorted(found, key=lambda cell: cell.name)]
-    path = root / RESULTS
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(path) as temporary:
-        temporary.write_text(f'{{"facts": {json.dumps(facts)},\n"cells": [\n' + ",\n".join(lines) + "\n]}\n")
+    _write(root / RESULTS, facts, found)
     for name in SETTINGS:
         rows = [cell for cell in planned.plan() if picture_of(cell, name) and picture(cell, places).exists()]
         if rows:
             draw(root / PICTURES / f"quality-{name}.png", rows, places)
+
+
+def _write(path: Path, facts: dict, found: dict[Cell, dict]) -> None:
+    """The cells, one a line."""
+    lines = [json.dumps(found[cell]) for cell in sorted(found, key=lambda cell: cell.name)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as temporary:
+        temporary.write_text(f'{{"facts": {json.dumps(facts)},\n"cells": [\n' + ",\n".join(lines) + "\n]}\n")
 
 
 def committed(root: Path) -> dict[str, dict]:
@@ -46,7 +51,8 @@ def committed(root: Path) -> dict[str, dict]:
 
 
 def merge_rates(found: dict[Cell, dict], root: Path) -> None:
-    """Of each method, loss and family the learning rate whose last snapshot has the lowest held-out KID."""
+    """Of each method, loss and family the learning rate whose last snapshot has the lowest held-out KID; and the cells
+    that say so."""
     best: dict[str, tuple[float, float]] = {}
     for cell, record in found.items():
         key = f"{cell.family} {cell.loss} {cell.method}"
@@ -56,6 +62,7 @@ def merge_rates(found: dict[Cell, dict], root: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps({key: lr for key, (_, lr) in sorted(best.items())}, indent=2) + "\n")
+    _write(root / TUNING, {"commit": machine.commit()}, found)
 
 
 def picture_of(cell: Cell, setting: str) -> bool:

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import quality_curves
 import quality_goals
+import quality_merge
 from quality_plan import ADVERSARIAL_ATTEMPTS, ATTEMPTS
 from quality_results import COLLAPSED, DEFAULT, Estimate, Results, estimate
 from quality_settings import SETTINGS
+from quality_settings import TUNING as SETTINGS_FOR_TUNING
 
 RESULTS = Path("bench") / "results" / "quality.json"
 NOTHING = "Nothing has been measured yet.\n"
@@ -22,6 +24,7 @@ def render(root: Path) -> dict[str, str]:
     """The text between the markers of every section of docs/quality.md."""
     results = Results.load(root / RESULTS)
     sections = {name: section(results) if results.records else NOTHING for name, section in SECTIONS.items()}
+    sections["tuning"] = tuning(root)
     for name, files in PICTURES.items():
         there = [(file, title) for file, title in files.items() if (root / quality_curves.FOLDER / file).exists()]
         sections[name] = "".join(f"![{title}](images/{file})\n\n" for file, title in there) or NOTHING
@@ -105,6 +108,23 @@ def scores(results: Results) -> str:
                 rows.append([name, loss, "; ".join(said), shown(total, signed=True), total.verdict])
     head = ["choice of neurons", "loss", "KID, and that minus its control's", "minus the control's, all", "than chance"]
     return table(head, rows) if rows else NOTHING
+
+
+def tuning(root: Path) -> str:
+    """Of the targets that are not reported elsewhere each way's KID at its best learning rate, one seed."""
+    results = Results.load(root / quality_merge.TUNING)
+    settings = [setting.name for setting in SETTINGS_FOR_TUNING.values()]
+    best: dict[tuple[str, str], dict[str, tuple[float, str]]] = {}
+    for (name, _, loss, method, variant, _), record in results.by_key.items():
+        value = results.relative(record)
+        if value is not None:
+            found = best.setdefault((loss, method), {})
+            found[name] = min(found.get(name, (value, variant)), (value, variant))
+    rows = []
+    for way in sorted(best, key=lambda way: (way[0] != "kernel", min(best[way].values()))):
+        cells = (best[way].get(name) for name in settings)
+        rows.append([named(way), *(f"{c[0]:.3f} ({float(c[1].split('=')[1]):g})" if c else "–" for c in cells)])
+    return table(["way", *settings], rows) if rows else NOTHING
 
 
 def counts(results: Results) -> str:
@@ -265,4 +285,4 @@ SECTIONS = {
     "facts": facts, "overview": overview, "mining": mining, "losses": losses, "sparsity": sparsity, "scores": scores,
     "counts": counts, "steps": steps, "quality": quality, "prior": prior, "limits": limits, "goals": goals,
 }  # fmt: skip
-NAMES = tuple(f"quality-{name}" for name in (*SECTIONS, *PICTURES))
+NAMES = tuple(f"quality-{name}" for name in (*SECTIONS, "tuning", *PICTURES))

@@ -165,6 +165,7 @@ def test_the_best_rate_is_kept(tmp_path):
     found = {}
     for lr, kid, diverged in ((5e-4, 0.9, None), (1e-3, 0.4, None), (2e-3, 0.1, "a loss became NaN")):
         cell = planned.Cell("personas", 100, "kernel", "minegan", 0, f"lr={lr}")
-        found[cell] = record("minegan", 0, kid, variant=cell.variant, diverged=diverged)
+        found[cell] = record("minegan", 0, kid, variant=cell.variant, diverged=diverged, setting="personas")
     quality_merge.merge_rates(found, tmp_path)
+    assert "| minegan, kernel | 0.200 (0.001) | – | – |" in report_quality.tuning(tmp_path)
     assert planned.rates(tmp_path / "bench/results/quality-rates.json") == {"faces kernel minegan": 1e-3}
