@@ -58,9 +58,12 @@ class WholeGradient:
                 set_own_grad(link.leaf, rows.contiguous() if old is None else old + rows)
 
     def _to_leaf(self, rows: Tensor):
-        leaf = self.link.leaf
-        self.known = rows.clone()
-        set_own_grad(leaf, rows.to(leaf.device, leaf.dtype, copy=True, memory_format=torch.contiguous_format))
+        leaf, self.known = self.link.leaf, rows.clone()
+        old = own_grad(leaf)
+        if old is not None and not old.requires_grad:
+            old.copy_(rows)  # in its place: it may be a view of DDP's bucket
+        else:
+            set_own_grad(leaf, rows.to(leaf.device, leaf.dtype, copy=True, memory_format=torch.contiguous_format))
 
     def read(self) -> Tensor | None:
         """What `weight.grad` shows."""
