@@ -26,7 +26,7 @@ def test_kernel_step(benchmark, device, recorder, pytestconfig, stage):
     images = torch.randint(0, 256, (target, 3, resolution, resolution), dtype=torch.uint8)
     features = LossFeatures(critic, name="critic", probe=to_float(images[:2]).to(device))
     kernel = KernelLoss(features, images)
-    config = TransferConfig(loss="mmd", batch=batch, density=0.1, criterion="random", scope="layer")
+    config = TransferConfig(loss="mmd", lr=2e-3, batch=batch, density=0.1, criterion="random", scope="layer")
     trainer = Trainer(config, generator, None, images, device, kernel=kernel)
     if stage != "mining":
         trainer.begin_finetuning()
