@@ -348,8 +348,10 @@ class SparseFinetuner(torch.optim.Optimizer):
         """Takes the gradients as others have left them; RuntimeError where a weight was replaced."""
         links = [p.link for group in self.own_groups for p in group["params"]]
         with torch._C.DisableTorchFunctionSubclass():
+            if not all(link.in_place() for link in links):
+                for link in links:
+                    link.reclaim()
             for link in links:
-                link.reclaim()
                 if link.gradient.whole is not None or own_grad(link.dense) is not None:
                     link.gradient.settle()
                     link.gradient.forget()

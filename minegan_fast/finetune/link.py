@@ -205,10 +205,18 @@ class Link:
         if grad is not None:
             set_own_grad(self.leaf, grad.to(device, dtype))
 
+    def in_place(self) -> bool:
+        """Whether the modules still hold the weight, and it is still this one: swapping exchanges what tensors are."""
+        dense = self.dense
+        for parameters, name in self.places:
+            if parameters.get(name) is not dense:
+                return False
+        return dense.__dict__.get("link") is self
+
     def reclaim(self):
         """Where the modules hold another parameter in the weight's place, as after `load_state_dict(assign=True)`:
         takes its values and gradient over, and puts the weight back. RuntimeError where it is none that fits."""
-        if self.dense.__dict__.get("link") is self and all(d.get(n) is self.dense for d, n in self.places):
+        if self.in_place():
             return
         found = {id(d.get(n)): d.get(n) for d, n in self.places}
         (new, *others) = found.values()
