@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from . import distributed
 from .hashing import fingerprint, row_hashes
-from .leaves import Linked, Rows, held_class
+from .leaves import Linked, Rows, held_class, watch_optimizers
 from .link import Link, master_dtype
 from .neurons import Layer, compact
 from .selection import Selection
@@ -175,6 +175,7 @@ def hold(parameter: nn.Parameter, axis: int, rows: Tensor | None) -> Link:
             kept = torch.isin(rows, masters[0])
             values[kept] = masters[1][torch.searchsorted(masters[0], rows[kept])]
         leaf = Rows(values, requires_grad=wanted)
+        watch_optimizers()
     parameter.grad = None
     parameter.requires_grad_(leaf is not None and wanted)
     link = Link(parameter, leaf, rows, axis)

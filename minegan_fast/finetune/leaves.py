@@ -275,7 +275,11 @@ def _note_writes(optimizer, args, kwargs):
             p.link.access(leaf=True)
 
 
-register_optimizer_step_post_hook(_note_writes)
+@functools.cache
+def watch_optimizers():
+    """From the first leaf on."""
+    register_optimizer_step_post_hook(_note_writes)
+
 
 # What reads no value.
 _SHAPELIKE = {
