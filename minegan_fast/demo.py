@@ -25,8 +25,8 @@ from .training.sources import choose_device
 SAMPLES, RESAMPLES, SHOWN = 1000, 100, 12
 # The kernel distance of the critic's features, which judge nothing here: the digits' classifier does.
 SETTINGS = {
-    "mining_steps": 200, "finetune_steps": 400, "loss": "mmd", "loss_features": "critic",
-    "view_augment": "", "snapshot_every": 50, "eval_samples": 500, "features": "digits",
+    "mining_steps": 200, "finetune_steps": 800, "loss": "mmd", "loss_features": "critic",
+    "view_augment": "", "snapshot_every": 100, "eval_samples": 500, "features": "digits",
 }  # fmt: skip
 
 
