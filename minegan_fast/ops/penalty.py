@@ -244,7 +244,10 @@ def _penalty_of(critic, x: Tensor, center: float = 0.0, squared: bool = False) -
         if not isinstance(score, Tensor):
             raise TypeError(f"the critic must return a tensor [B] or [B, 1], not {type(score).__name__}")
         if score.shape not in ((len(x),), (len(x), 1)):
-            raise ValueError(f"the critic must return [B] or [B, 1] with B = {len(x)}, got {list(score.shape)}")
+            raise ValueError(
+                f"the critic must return [B] or [B, 1] with B = {len(x)}, got {list(score.shape)}: of a map of scores, "
+                "as PatchGAN's, give the mean, lambda x: D(x).flatten(1).mean(1)"
+            )
         gradient = None
         if score.requires_grad:
             (gradient,) = torch.autograd.grad(score.sum(), x, create_graph=create_graph, allow_unused=True)
