@@ -116,7 +116,7 @@ def load_delta(model: nn.Module, path: str | os.PathLike, scale: float = 1.0, st
     parameters = dict(model.named_parameters())
     layers = json.loads(metadata["layers"])
     loaded = model.__dict__.get(_KEY)
-    if loaded is not None and _bare_fingerprint(model, loaded) != loaded.base and strict:
+    if strict and loaded is not None and _bare_fingerprint(model, loaded) != loaded.base:
         loaded = None  # other weights are in the model since
     base = loaded.base if loaded is not None else fingerprint(model)
     for name, axis in (member for members in layers.values() for member in members):

@@ -6,20 +6,20 @@ import os
 import weakref
 from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
-from numbers import Integral, Real
 
 import torch
 from torch import Tensor, nn
 
 from ..ops import Hyperparameters, RowTensor, RowUpdate
-from ..ops.row_update import OPTIMIZERS, dense_step
+from ..ops.row_update import dense_step
 from . import delta, distributed, ema, report, state
+from .arguments import check_arguments
 from .holding import Held, check_parameters
 from .link import Ledger
 from .neurons import Member, filter_layers, find_layers, split_affine, split_groups
-from .scores import CRITERIA, WITHOUT_EVIDENCE, BufferCopy, Evidence, check_dense
+from .scores import WITHOUT_EVIDENCE, BufferCopy, Evidence, check_dense
 from .scoring import collect
-from .selection import SCOPES, Selection, rank, selection_by_hand
+from .selection import Selection, rank, selection_by_hand
 from .whole import own_grad
 
 _living: "weakref.WeakSet[SparseFinetuner]" = weakref.WeakSet()
@@ -92,40 +92,10 @@ class SparseFinetuner(torch.optim.Optimizer):
         affine: bool = False,
         groups: Iterable[Mapping] | None = None,
     ):
-        for name, value, allowed in (
-            ("optimizer", optimizer, OPTIMIZERS),
-            ("budget", budget, ("neurons", "parameters")),
-            ("criterion", criterion, CRITERIA),
-            ("scope", scope, SCOPES),
-            ("policy", policy, ("train_top", "freeze_top")),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
-        numbers = {"density": density, "eps": eps, "weight_decay": weight_decay, "momentum": momentum}
-        numbers |= {"ema_decay": 0 if ema_decay is None else ema_decay, "lr": 0 if isinstance(lr, Tensor) else lr}
-        for name, value in numbers.items():
-            if not isinstance(value, Real):
-                raise TypeError(f"{name} must be a number, got {value!r}")
-        if not isinstance(score_steps, Integral):
-            raise TypeError(f"score_steps must be a whole number, got {score_steps!r}")
-        if not (isinstance(betas, tuple | list) and len(betas) == 2 and all(isinstance(b, Real) for b in betas)):
-            raise TypeError(f"betas must be two numbers in [0, 1), got {betas!r}")
-        for name, value, fits, what in (
-            ("density", density, 0 < density <= 1, "above 0 and at most 1"),
-            ("lr", lr, lr >= 0, "at least 0"),
-            ("betas", betas, all(0 <= beta < 1 for beta in betas), "two numbers in [0, 1)"),
-            ("eps", eps, eps >= 0, "at least 0"),
-            ("weight_decay", weight_decay, weight_decay >= 0, "at least 0"),
-            ("momentum", momentum, momentum >= 0, "at least 0"),
-            ("score_steps", score_steps, score_steps >= 1, "at least 1"),
-            ("ema_decay", ema_decay, ema_decay is None or 0 <= ema_decay < 1, "in [0, 1) or None"),
-        ):
-            if not fits:
-                raise ValueError(f"{name} must be {what}, got {value!r}")
-        if criterion == "agreement" and score_steps < 2:
-            raise ValueError("criterion 'agreement' compares gradients: score_steps must be at least 2, got 1")
-        if not isinstance(affine, bool):
-            raise TypeError(f"affine must be True or False, got {affine!r}")
+        check_arguments(
+            optimizer, budget, criterion, scope, policy, lr, betas, eps, weight_decay, momentum, density, score_steps,
+            ema_decay, affine,
+        )  # fmt: skip
         if isinstance(model, list | tuple) and model and all(isinstance(m, nn.Module) for m in model):
             model = nn.ModuleList(model)
         if not isinstance(model, nn.Module):
@@ -157,6 +127,7 @@ class SparseFinetuner(torch.optim.Optimizer):
             self._check_options(options, defaults)
         dense = [[m.parameter for layer in part for m in layer.members] for part, _ in parts]
         super().__init__([{"params": p, **o} for p, (_, o) in zip(dense, parts, strict=True)], defaults)
+        _living.add(self)  # at the end: what could not be built is nobody's rival
 
     def _refuse_others(self):
         """A second optimizer would train nothing once the first has selected, which freezes all that it does not."""
@@ -173,7 +144,6 @@ class SparseFinetuner(torch.optim.Optimizer):
                     "exclude= patterns; for learning rates by part of the model it takes groups=[{'include': ..., "
                     "'lr': ...}]"
                 )
-        _living.add(self)
 
     def _check_options(self, options: Mapping, known: Mapping):
         unknown = options.keys() - {"params", "param_names", "initial_lr", *known}

@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from ..ops.layer import without_view
+from ..ops import layer
 
 if TYPE_CHECKING:
     from .sampled import Trail
@@ -146,8 +145,7 @@ class Linear:
 
     @staticmethod
     def forward(x, w, b):
-        y = F.linear(x.reshape(-1, x.shape[-1]), w, b)
-        return y if x.ndim == 2 else without_view(y, (*x.shape[:-1], len(w)))
+        return layer.Linear().forward(x, w, b)
 
     @staticmethod
     def backward(dy, x, w, mask):

@@ -25,7 +25,7 @@ from .row_gradient import dense_is_faster, row_gradient
 from .transposed_conv2d import transposed_forward
 
 
-def without_view(y: Tensor, shape: Sequence[int]) -> Tensor:
+def _without_view(y: Tensor, shape: Sequence[int]) -> Tensor:
     """y in another shape, for a Function to return: what follows may write into it, which a view would forbid."""
     return torch.ops.aten._unsafe_view(y, list(shape))
 
@@ -40,10 +40,10 @@ class Linear:
 
     def forward(self, x, weight, bias):
         y = F.linear(x.reshape(-1, x.shape[-1]), weight, bias)
-        return y if x.ndim == 2 else without_view(y, (*x.shape[:-1], len(weight)))
+        return y if x.ndim == 2 else _without_view(y, (*x.shape[:-1], len(weight)))
 
     def input_gradient(self, gy, weight, shape, like):
-        return without_view(gy.reshape(-1, gy.shape[-1]) @ weight, shape)
+        return _without_view(gy.reshape(-1, gy.shape[-1]) @ weight, shape)
 
     def weight_gradient(self, x, gy, weight):
         return gy.reshape(-1, gy.shape[-1]).mT @ x.reshape(-1, x.shape[-1])

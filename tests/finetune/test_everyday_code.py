@@ -115,6 +115,14 @@ def test_a_second_optimizer_of_one_model_is_refused():
     gc.collect()
 
 
+def test_an_optimizer_that_could_not_be_built_is_nobodys_rival():
+    net = build("mlp")
+    with pytest.raises(TypeError) as caught:  # whose traceback keeps it alive, as a notebook's does
+        SparseFinetuner(net, groups=[{"lr": 1.0}])
+    SparseFinetuner(net)
+    assert caught.tb is not None
+
+
 def test_several_networks_in_one_optimizer():
     a, b = build("mlp"), build("mlp", seed=2)
     ft = SparseFinetuner([a, b], lr=1e-2, optimizer="sgd")
