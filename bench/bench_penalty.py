@@ -16,11 +16,12 @@ from measure import OURS, Case, clone_of, whole_steps
 from torch import nn
 from torch.nn import functional as F
 
+from minegan_fast.layers import gradient_penalty, r1_penalty
 from minegan_fast.models import StyleGAN2Discriminator
 from minegan_fast.models.layers import Blur
 from minegan_fast.models.stylegan2 import EqualConv2d
-from minegan_fast.ops import gradient_penalty, interpolate, r1_penalty
-from minegan_fast.ops.penalty import _penalty_on, interpolate_drawn
+from minegan_fast.ops import interpolate
+from minegan_fast.ops.penalty import interpolate_drawn, penalty_on
 
 BACKENDS = ("triton", "cpp", "reference")
 SIZES = {
@@ -38,7 +39,7 @@ def shape(request, device, pytestconfig):
 
 
 def norm(g):
-    return _penalty_on(g, center=1.0)[0]
+    return penalty_on(g, center=1.0)[0]
 
 
 def eager_norm(g):

@@ -15,8 +15,8 @@ from bench_modulated_conv2d import filter_of, plain, public
 from measure import OURS, whole_steps
 from torch.nn import functional as F
 
+from minegan_fast.layers import path_length_penalty
 from minegan_fast.models import StyleGAN2Generator
-from minegan_fast.ops import path_length_penalty
 
 PASSES = {"forward + backward": 4, "path length": 2}  # and the batch, on a GPU 4 times that
 NAMES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

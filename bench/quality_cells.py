@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import minegan_fast as mf
-from minegan_fast._files import atomic_path
+from minegan_fast.files.atomic import atomic_path
 from minegan_fast.training import TrainingDiverged
 
 SHOWN = 12

@@ -6,7 +6,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from quality_results import DEFAULT, Results, estimate
 
-from minegan_fast._files import atomic_path
+from minegan_fast.files.atomic import atomic_path
 
 FOLDER = Path("docs") / "images"
 SHOWN = [("kernel", m) for m in ("scratch", "transfergan", "mined", "minegan", "minegan++", "random")]

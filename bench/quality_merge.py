@@ -12,7 +12,7 @@ from quality_pictures import read_strip, small
 from quality_plan import Cell
 from quality_settings import SETTINGS, Places, target
 
-from minegan_fast._files import atomic_path
+from minegan_fast.files.atomic import atomic_path
 from minegan_fast.training.plots import labelled_rows
 
 RESULTS = Path("bench") / "results" / "quality.json"

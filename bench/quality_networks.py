@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minegan_fast import data, metrics
-from minegan_fast._files import atomic_path
+from minegan_fast.files.atomic import atomic_path
 from minegan_fast.models import load_discriminator
 from minegan_fast.training.augment import diff_augment
 from minegan_fast.training.images import to_float

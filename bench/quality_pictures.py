@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from minegan_fast._files import atomic_path
+from minegan_fast.files.atomic import atomic_path
 from minegan_fast.training.images import to_float, to_uint8
 
 SIZE = 64

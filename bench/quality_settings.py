@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from minegan_fast import data
-from minegan_fast._files import save_tensors
+from minegan_fast.files.atomic import save_tensors
 from minegan_fast.models import load_generator
 from minegan_fast.training.images import load_images, to_float, to_uint8
 

@@ -7,7 +7,7 @@ class --leave-out is never seen: the source can be adapted to it. A sample grid 
 the file, and every minute the state (.resume.pt), from which the same command goes on.
 
 An adversarial loss alone loses most classes in so few minutes. Where a recipe has a `warmup`, the generator and an
-encoder are an autoencoder for that share of the time, and its loss then keeps a small weight (`data.train_digits`).
+encoder are an autoencoder for that share of the time, and its loss then keeps a small weight (`train_digits.py`).
 """
 
 import argparse
@@ -22,12 +22,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from train_digits import Encoder, reconstruction
 
 import minegan_fast as mf
 from minegan_fast import models
-from minegan_fast._files import atomic_path
 from minegan_fast.data import classifier
-from minegan_fast.data.train_digits import Encoder, reconstruction
+from minegan_fast.files.atomic import atomic_path
 from minegan_fast.training.images import to_float
 from minegan_fast.training.losses import critic_loss, generator_loss
 from minegan_fast.training.plots import save_grid

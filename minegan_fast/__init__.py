@@ -1,21 +1,11 @@
 """Adapts a pretrained GAN to a few images by mining and sparse finetuning (MineGAN++, arXiv 2104.13742)."""
 
-from . import metrics, models
+from . import layers, metrics, models
 from .finetune import FrozenNeuronsChanged, Selection, SparseFinetuner, load_delta, unload_delta
+from .layers import LazyPenalty, dragan_penalty, gradient_penalty, lazy_adam, path_length_penalty, r1_penalty
 from .mining import Mined, Miner, load_mined
 from .models import load_discriminator, load_generator, save_model
-from .ops import (
-    LazyPenalty,
-    backends,
-    dragan_penalty,
-    gradient_penalty,
-    interpolate,
-    lazy_adam,
-    mmd2,
-    path_length_penalty,
-    r1_penalty,
-    use_backend,
-)
+from .ops import backends, interpolate, mmd2, use_backend
 from .training import transfer
 
 __version__ = "0.1.0"
@@ -31,6 +21,7 @@ __all__ = [
     "dragan_penalty",
     "gradient_penalty",
     "interpolate",
+    "layers",
     "lazy_adam",
     "load_delta",
     "load_discriminator",

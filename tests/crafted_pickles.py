@@ -2,8 +2,8 @@
 
 import io
 
-from minegan_fast._pickles import Unpickler
-from minegan_fast._plain import plain
+from minegan_fast.files.pickles import Unpickler
+from minegan_fast.files.plain import plain
 
 CALLS = []
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import minegan_fast as mf
-from minegan_fast import data, demo
+from minegan_fast import data
+from minegan_fast.cli import demo
 from minegan_fast.training.images import load_images, to_float
 
 
@@ -14,7 +15,7 @@ def test_sizes():
     limits = {data.GENERATOR: 4_000_000, data.CRITIC: 4_000_000, data.CLASSIFIER: 1_000_000, data.NINES: 1_000_000}
     for path, limit in limits.items():
         assert 0 < path.stat().st_size <= limit, path.name
-    for name in ("NOTICE", "record.json", "train_digits.py"):
+    for name in ("NOTICE", "record.json"):
         assert (data.FOLDER / name).stat().st_size > 0
     assert {"seed", "torch", "gan", "classifier"} <= json.loads((data.FOLDER / "record.json").read_text()).keys()
 

@@ -1,9 +1,11 @@
 """The repository's shape: who imports whom, and that a native function has its binding, its test and its benchmark."""
 
 import ast
+import io
 import re
 import shutil
 import subprocess
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -13,17 +15,17 @@ import minegan_fast
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "minegan_fast"
 
-# cli -> training -> (mining, finetune, models, metrics) -> ops -> (kernels, csrc); a part may import itself and these.
-BELOW = {
-    "kernels": set(),
-    "ops": set(),
-    "metrics": {"ops"},
-    "models": {"ops"},
-    "mining": {"ops", "metrics"},
-    "finetune": {"ops", "metrics"},
-    "data": {"ops", "metrics", "models", "mining", "finetune", "training"},
-    "training": {"ops", "metrics", "models", "mining", "finetune", "data"},
-}
+# Floors of the house, from the ground up: a module imports its own part of the package and parts below, none beside it.
+FLOORS = (
+    {"_torch", "kernels"},
+    {"collectives", "files", "ops"},
+    {"layers", "metrics"},
+    {"data", "finetune", "mining", "models"},
+    {"training"},
+    {"cli"},
+)
+BELOW = {part: set().union(*FLOORS[:i]) for i, floor in enumerate(FLOORS) for part in floor}
+FINETUNE_ROOMS = 13
 
 
 def sources():
@@ -51,7 +53,7 @@ def imported(path: Path, name: str):
 def parts(path: Path, name: str) -> set[str]:
     """The parts of the package (folders) that a module imports."""
     modules = [module.split(".") for module in imported(path, name)]
-    return {m[1] for m in modules if m[0] == "minegan_fast" and len(m) > 1 and m[1] in {*BELOW, "cli"}}
+    return {m[1] for m in modules if m[0] == "minegan_fast" and len(m) > 1 and m[1] in BELOW}
 
 
 @pytest.mark.parametrize(("path", "name"), sources(), ids=lambda value: value if isinstance(value, str) else "")
@@ -68,6 +70,55 @@ def test_the_walk_finds_what_it_looks_for(tmp_path):
     file = tmp_path / "module.py"
     file.write_text("def f():\n    from ..models.stylegan2 import X\nfrom .. import mining\nimport minegan_fast.cli\n")
     assert parts(file, "ops.module") == {"models", "mining", "cli"}
+
+
+def rooms(folder: str) -> dict[str, set[str]]:
+    """Which rooms, files and folders of the same folder, every room of it imports."""
+    found: dict[str, set[str]] = {}
+    for path, name in sources():
+        if name.startswith(f"{folder}.") and name != f"{folder}.__init__":
+            room = name.removeprefix(f"{folder}.").partition(".")[0]
+            start = f"minegan_fast.{folder}."
+            inside = {m.removeprefix(start).partition(".")[0] for m in imported(path, name) if m.startswith(start)}
+            found.setdefault(room, set()).update(inside - {room})
+    return {room: below & found.keys() for room, below in found.items()}
+
+
+@pytest.mark.parametrize("folder", sorted(BELOW.keys() | {"finetune.rows", "finetune.samples", "models.layouts"}))
+def test_no_circle_of_imports(folder):
+    arrows = rooms(folder)
+    while free := [room for room, below in arrows.items() if not below]:
+        arrows = {room: below - set(free) for room, below in arrows.items() if room not in free}
+    assert not arrows
+
+
+def test_finetune_has_few_rooms():
+    assert len(rooms("finetune")) <= FINETUNE_ROOMS
+
+
+# Names of PyTorch that begin with an underscore or are not documented, as they stand in code.
+PRIVATE = re.compile(
+    r"\btorch(\.\w+)*\._(?!_)\w+|ops\.aten|\.(_version|_is_view|_parameters|_buffers|_modules|_backward_hooks|_orig_mod)\b"
+    r"|_execution_engine|\bis_in_torch_dispatch_mode as\b|^from torch(\.\w+)*\._\w+ import",
+    re.MULTILINE,
+)
+
+
+def test_private_names_of_torch_have_one_door():
+    found = [
+        f"{path.name}: {match[0]}"
+        for path, name in sources()
+        if name != "_torch"
+        for match in PRIVATE.finditer(without_strings(path.read_text()))
+    ]
+    assert not found
+    assert len(PRIVATE.findall((PACKAGE / "_torch.py").read_text())) > 15
+
+
+def without_strings(code: str) -> str:
+    """Code without comments and what stands in quotes."""
+    tokens = tokenize.generate_tokens(io.StringIO(code).readline)
+    return "".join(t.string for t in tokens if t.type not in (tokenize.STRING, tokenize.COMMENT))
 
 
 def native_functions() -> list[str]:

@@ -1,6 +1,7 @@
 """The embedded default: a small StyleGAN2 of the digits 0 to 8, its critic, a digit classifier, and real nines.
 
-`train_digits.py` made all of it; `record.json` says with which seed, steps and results, `NOTICE` under which licences.
+`bench/train_digits.py` made all of it. `record.json` says with which seed, steps and results, and `NOTICE` has the
+licences.
 """
 
 from pathlib import Path

@@ -3,7 +3,7 @@
 from .delta import load_delta, unload_delta
 from .finetuner import SparseFinetuner
 from .hashing import fingerprint
-from .holding import FrozenNeuronsChanged
+from .rows.freezing import FrozenNeuronsChanged
 from .selection import Selection
 
 __all__ = ["FrozenNeuronsChanged", "Selection", "SparseFinetuner", "fingerprint", "load_delta", "unload_delta"]

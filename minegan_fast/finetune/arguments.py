@@ -5,7 +5,7 @@ from numbers import Integral, Real
 from torch import Tensor
 
 from ..ops.row_update import OPTIMIZERS
-from .scores import CRITERIA
+from .evidence import CRITERIA
 from .selection import SCOPES
 
 

@@ -8,7 +8,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from .._files import save_tensors
+from ..files.atomic import save_tensors
+from ..ops import write_rows
 from .distributed import unwrap
 from .hashing import fingerprint
 from .neurons import compact
@@ -36,7 +37,7 @@ def _bare_fingerprint(model: nn.Module, loaded: _Loaded) -> str:
         if name in loaded.rows:
             axis, rows, values = loaded.rows[name]
             bare[name] = bare[name].clone()
-            _put(bare[name], axis, rows.to(parameter.device), values.to(parameter.device, parameter.dtype))
+            write_rows(bare[name], axis, rows, values)
     return fingerprint(bare)
 
 
@@ -163,14 +164,7 @@ def _add(parameter, loaded, name, axis, rows, trained, scale, on_top):
     new = current + scale * (trained - base)
     if scale == 1:
         new = trained if on_top else torch.where(bare.view(-1, *[1] * (new.ndim - 1)), trained, new)
-    _put(parameter, axis, rows, new)
-
-
-def _put(parameter: nn.Parameter, axis: int, rows: Tensor, values: Tensor):
-    if parameter.ndim == 0:
-        parameter.copy_(values.reshape(()))
-    else:
-        parameter.index_copy_(axis, rows, values.movedim(0, axis))
+    write_rows(parameter, axis, rows, new)
 
 
 @torch.no_grad()
@@ -183,4 +177,4 @@ def unload_delta(model: nn.Module):
     parameters = dict(model.named_parameters())
     for name, (axis, rows, values) in loaded.rows.items():
         parameter = parameters[name]
-        _put(parameter, axis, rows.to(parameter.device), values.to(parameter.device, parameter.dtype))
+        write_rows(parameter, axis, rows, values)

@@ -5,7 +5,7 @@ import copy
 import torch
 from torch import nn
 
-from .leaves import Linked
+from .rows.parameters import HeldWeight
 
 
 @torch.no_grad()
@@ -15,11 +15,11 @@ def ema_model(ft, module: nn.Module) -> nn.Module:
     live = dict(module.named_parameters())
     for name, parameter in average.named_parameters():
         source = live[name]
-        trained = source.link.leaf if isinstance(source, Linked) else source
+        trained = source.link.leaf if isinstance(source, HeldWeight) else source
         mean = ft.state[trained].get("ema") if trained in ft.state else None
         if mean is None:
             continue
-        if not isinstance(source, Linked) or parameter.ndim == 0:
+        if not isinstance(source, HeldWeight) or parameter.ndim == 0:
             parameter.copy_(mean.view_as(parameter))
         else:
             link = source.link

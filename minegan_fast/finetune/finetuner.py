@@ -10,22 +10,25 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from .._torch import PastSubclasses, UnscalingOptimizer, own_grad
+from ..collectives import active, average_gradients
 from ..ops import Hyperparameters, RowTensor, RowUpdate
 from ..ops.row_update import dense_step
-from . import delta, distributed, ema, report, state
+from . import delta, distributed, ema, report, saving
 from .arguments import check_arguments
-from .holding import Held, check_parameters
-from .link import Ledger
+from .evidence import WITHOUT_EVIDENCE, Evidence, check_dense
 from .neurons import Member, filter_layers, find_layers, split_affine, split_groups
-from .scores import WITHOUT_EVIDENCE, BufferCopy, Evidence, check_dense
-from .scoring import collect
+from .rows import ddp
+from .rows.freezing import Held, check_parameters
+from .rows.link import Ledger
+from .samples.buffers import BufferCopy
+from .samples.passes import collect
 from .selection import Selection, rank, selection_by_hand
-from .whole import own_grad
 
 _living: "weakref.WeakSet[SparseFinetuner]" = weakref.WeakSet()
 
 
-class SparseFinetuner(torch.optim.Optimizer):
+class SparseFinetuner(UnscalingOptimizer):
     """Trains the fraction `density` of a network's neurons and leaves all other parameters as they are, to the bit.
 
     A neuron is an output unit of a layer (see neurons.py). As a drop-in for `Adam(model.parameters(), lr)`, the first
@@ -45,7 +48,7 @@ class SparseFinetuner(torch.optim.Optimizer):
         lr, betas, eps, weight_decay, momentum: of the optimizer; "adam" | "adamw" | "sgd", equal to torch.optim's.
         density: fraction that trains, 0 < density <= 1, of the neurons or the parameters as `budget` says.
         criterion: "fisher" | "gradient" | "saliency" | "movement" | "agreement" | "contrast" | "magnitude" | "random";
-            equations in scores.py. "contrast" also needs `with ft.scoring(of="source")`, in drop-in use before the
+            equations in evidence.py. "contrast" also needs `with ft.scoring(of="source")`, in drop-in use before the
             first step.
         scope: "global": one ranking over all layers | "layer": the same fraction of every layer | "normalised": one
             ranking of the scores in units of their layer's mean.
@@ -65,8 +68,7 @@ class SparseFinetuner(torch.optim.Optimizer):
     ValueError/TypeError where an argument is out of range or no neuron is left to train.
     """
 
-    # GradScaler then leaves unscaling and the skip at inf to step(), which can make it one decision of all ranks.
-    _step_supports_amp_scaling = True
+    # As an UnscalingOptimizer it can make the skip at inf one decision of all ranks.
     writes_through = True
 
     def __init__(
@@ -230,9 +232,9 @@ class SparseFinetuner(torch.optim.Optimizer):
             raise RuntimeError("select() inside scoring(): leave the block first, its evidence is complete then")
         self._finish_movement()
         if selection is None:
-            if distributed.active(self.process_group) and not self.evidence_used:
+            if active(self.process_group) and not self.evidence_used:
                 self.evidence.reduce(self.process_group)
-            several = distributed.active(self.process_group)
+            several = active(self.process_group)
             scores = distributed.agree(self.scores(), self.process_group) if several else self.evidence.scores()
             try:
                 selection = rank(scores, self.layers, self.density, self.budget, self.scope, self.policy)
@@ -270,7 +272,7 @@ class SparseFinetuner(torch.optim.Optimizer):
             if leaf is not before:
                 old = self.state.pop(before, None)
                 if old and rows is not None and leaf is not None:
-                    self.state[leaf] = state.carry(old, rows, leaf.link.rows, leaf)
+                    self.state[leaf] = saving.carry(old, rows, leaf.link.rows, leaf)
         for i, group in enumerate(self.own_groups):
             group["params"][:] = leaves[i]
             self._plans.pop(i, None)
@@ -302,7 +304,7 @@ class SparseFinetuner(torch.optim.Optimizer):
         if self.process_group is not None:
             self._unscale(scale)  # before the mean: after an inf, the ranks' scales differ
             scale = None
-            distributed.average_gradients(self.param_groups, self.process_group)
+            average_gradients(self.param_groups, self.process_group)
         if self.selection is None:
             self._score_step()
         elif self._unchecked:
@@ -317,12 +319,12 @@ class SparseFinetuner(torch.optim.Optimizer):
     def _settle(self):
         """Takes the gradients as others have left them; RuntimeError where a weight was replaced."""
         links = [p.link for group in self.own_groups for p in group["params"]]
-        with torch._C.DisableTorchFunctionSubclass():
+        with PastSubclasses():
             if not all(link.in_place() for link in links):
                 for link in links:
                     link.reclaim()
             for link in links:
-                if link.gradient.whole is not None or own_grad(link.dense) is not None:
+                if link.gradient.whole is not None or own_grad(link.weight) is not None:
                     link.gradient.settle()
                     link.gradient.forget()
 
@@ -412,7 +414,7 @@ class SparseFinetuner(torch.optim.Optimizer):
                 self.held.thaw(p)
         super().add_param_group(param_group)
         if self.selection is not None:
-            distributed.changed(self.model)
+            ddp.changed(self.model)
 
     def __reduce_ex__(self, protocol):
         raise TypeError(
@@ -423,7 +425,7 @@ class SparseFinetuner(torch.optim.Optimizer):
     def state_dict(self) -> dict:
         """Optimizer state, selection, evidence, EMA and hashes: all that a run needs to go on as if never stopped."""
         self._check_usable("state_dict()")
-        return {**super().state_dict(), "neurons": state.describe(self)}
+        return {**super().state_dict(), "neurons": saving.describe(self)}
 
     def load_state_dict(self, state_dict: dict):
         """Goes on where the state was saved. A selection in it is adopted where this optimizer has none.
@@ -432,7 +434,7 @@ class SparseFinetuner(torch.optim.Optimizer):
         changed then. The model's weights are its own state dict's affair, loaded before or after.
         """
         self._check_usable("load_state_dict()")
-        selection = state.check(self, state_dict)
+        selection = saving.check(self, state_dict)
         if selection is not None and self.selection is None:
             self._apply(selection)
         # torch's own keeps tensors of the given state where they fit: two optimizers would then share their moments
@@ -440,7 +442,7 @@ class SparseFinetuner(torch.optim.Optimizer):
         neurons = own.pop("neurons")
         super().load_state_dict(own)
         self._plans.clear()
-        state.adopt(self, neurons)
+        saving.adopt(self, neurons)
 
     def parameters(self) -> list[nn.Parameter]:
         """What trains: the compact leaves [k, ...] (before a selection the dense weights) and added parameters."""
@@ -493,7 +495,7 @@ class SparseFinetuner(torch.optim.Optimizer):
 
 def _place(parameter: nn.Parameter) -> tuple:
     link = getattr(parameter, "link", None)
-    return () if link is None else (link.dense, link.rows, link.axis)
+    return () if link is None else (link.weight, link.rows, link.axis)
 
 
 def _planned(plan: RowUpdate, parameters: list[nn.Parameter], state: dict) -> bool:

@@ -1,10 +1,11 @@
 """Which neurons a network has.
 
 A neuron is one output unit: a row of a Linear, an output channel of a convolution, with the elements that follow it
-(its bias element, its affine gain and shift). Neurons of the same tensors form a `Layer`. A module can name its own,
-`neuron_parameters() -> [[("conv.weight", 1), ("activate.bias", 0)], ...]`: parameter names relative to the module with
-the axis along which the neurons lie, the weight first and what follows it behind. Otherwise, in every module by itself,
-the tensors that have the weight's length follow its rows, and each tensor that is left over is a layer of its own.
+(its bias element, its affine gain and shift). Neurons of the same tensors form a `NeuronGroup`. A module can name its
+own, `neuron_parameters() -> [[("conv.weight", 1), ("activate.bias", 0)], ...]`: parameter names relative to the module
+with the axis along which the neurons lie, the weight first and what follows it behind. Otherwise, in every module by
+itself, the tensors that have the weight's length follow its rows, and each tensor that is left over is a layer of its
+own.
 """
 
 import re
@@ -13,7 +14,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from .._torch import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
 
 # torch.nn.utils.parametrize keeps the tensor behind `conv.weight` at `conv.parametrizations.weight.original`.
 PARAMETRIZED = re.compile(r"(?:^|(?<=\.))parametrizations\.(\w+)\.original\d*$")
@@ -29,7 +31,7 @@ class Member:
 
 
 @dataclass(eq=False)
-class Layer:
+class NeuronGroup:
     """Neurons of the same tensors: neuron i is slice i of every member. `name` is the first member's."""
 
     name: str
@@ -78,9 +80,9 @@ def row_axis(module: nn.Module, local: str, parameter: Tensor) -> int:
     if parameter.ndim < 2:
         return 0
     weight = local.startswith("weight") or local.endswith("weight")
-    if isinstance(module, _ConvTransposeNd) and weight:
+    if isinstance(module, TRANSPOSED_CONVOLUTIONS) and weight:
         return 0 if module.groups > 1 and shape[1] == 1 else 1  # depthwise: [channels, 1, ...]
-    if isinstance(module, _ConvNd | nn.Linear):
+    if isinstance(module, CONVOLUTIONS | nn.Linear):
         return 0
     if parameter.ndim == 2 and weight and _inputs_first(module, parameter):
         return 1
@@ -98,7 +100,7 @@ def _inputs_first(module: nn.Module, weight: Tensor) -> bool:
     return type(module).__name__ == "Conv1D" or (len(bias) == weight.shape[1] != weight.shape[0])
 
 
-def find_layers(model: nn.Module) -> list[Layer]:
+def find_layers(model: nn.Module) -> list[NeuronGroup]:
     """All layers of trainable neurons, in the model's order; a shared tensor counts once, under its first name.
 
     Raises ValueError where a module's `neuron_parameters()` names what it does not have, or unequal lengths.
@@ -117,7 +119,7 @@ def find_layers(model: nn.Module) -> list[Layer]:
         taken.update(name for name, _ in group)
         members = [m for m in members if m.parameter.requires_grad and m.parameter.numel()]
         if members:
-            layers.append(Layer(members[0].name, members))
+            layers.append(NeuronGroup(members[0].name, members))
 
     for prefix, module in modules.items():
         if hasattr(module, "neuron_parameters"):
@@ -188,7 +190,7 @@ def _declared(module, prefix, group, first_name) -> list[tuple[str, int]]:
     return found
 
 
-def filter_layers(layers: list[Layer], include, exclude) -> list[Layer]:
+def filter_layers(layers: list[NeuronGroup], include, exclude) -> list[NeuronGroup]:
     """Layers whose module, or a module around it, matches a pattern of `include` and none of `exclude` (fnmatch).
 
     Raises ValueError where a pattern of `include` matches nothing or nothing is left.
@@ -224,12 +226,12 @@ def filter_layers(layers: list[Layer], include, exclude) -> list[Layer]:
     return kept
 
 
-def split_groups(layers: list[Layer], groups) -> list[tuple[list[Layer], dict]]:
+def split_groups(layers: list[NeuronGroup], groups) -> list[tuple[list[NeuronGroup], dict]]:
     """The layers in parts, each with its options: first those of no group, then those that a group's `include` matches.
 
     ValueError, TypeError where a group has no include, or a layer matches two of them.
     """
-    parts: list[tuple[list[Layer], dict]] = [([], {})]
+    parts: list[tuple[list[NeuronGroup], dict]] = [([], {})]
     taken: dict[str, int] = {}
     for i, group in enumerate(groups):
         if not isinstance(group, Mapping) or "include" not in group or "params" in group:
@@ -248,12 +250,12 @@ def split_groups(layers: list[Layer], groups) -> list[tuple[list[Layer], dict]]:
     return parts
 
 
-def split_affine(layers: list[Layer]) -> list[Layer]:
+def split_affine(layers: list[NeuronGroup]) -> list[NeuronGroup]:
     """The layers with the parameters that are one number per neuron in layers of their own, which always train."""
     result = []
     for layer in layers:
         for always in (False, True):
             members = [m for m in layer.members if (m.parameter.numel() == layer.neurons) is always]
             if members:
-                result.append(Layer(members[0].name, members, always=always))
+                result.append(NeuronGroup(members[0].name, members, always=always))
     return result

@@ -9,8 +9,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .._files import save_tensors
-from .neurons import Layer
+from ..files.atomic import save_tensors
+from .neurons import NeuronGroup
 
 FORMAT = "minegan_fast.selection"
 SCOPES = ("global", "layer", "normalised")
@@ -82,11 +82,11 @@ class Selection:
         return cls(rows, sizes, metadata["budget"], frozenset(json.loads(metadata.get("always", "[]"))))
 
 
-def sizes_of(layers: list[Layer]) -> dict[str, tuple[int, int]]:
+def sizes_of(layers: list[NeuronGroup]) -> dict[str, tuple[int, int]]:
     return {layer.name: (layer.neurons, layer.cost) for layer in layers}
 
 
-def _selection(rows: dict[str, Tensor], layers: list[Layer], budget: str) -> Selection:
+def _selection(rows: dict[str, Tensor], layers: list[NeuronGroup], budget: str) -> Selection:
     """The selection of these rows and of all rows of the layers that always train."""
     whole = {layer.name: torch.arange(layer.neurons) for layer in layers if layer.always}
     return Selection({**rows, **whole}, sizes_of(layers), budget, frozenset(whole))
@@ -143,7 +143,7 @@ def rank(scores: Mapping[str, Tensor], layers, density, budget, scope, policy) -
     return _selection(rows, layers, budget)
 
 
-def selection_by_hand(rows: Mapping[str, object] | Selection, layers: list[Layer], budget: str) -> Selection:
+def selection_by_hand(rows: Mapping[str, object] | Selection, layers: list[NeuronGroup], budget: str) -> Selection:
     """A checked selection from {layer: row numbers or boolean mask}, or one that was saved. Layers that always train
     need not be named.
 

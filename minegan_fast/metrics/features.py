@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._reading import read
+from ..files.reading import read
 from ._inputs import as_tensor
 from .inception import SMALLEST, from_weights, is_inception, shortened
 

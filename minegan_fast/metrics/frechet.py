@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._files import atomic_path
+from ..files.atomic import atomic_path
 from ._inputs import as_features, as_tensor
 
 _ASYMMETRY = 1e-5  # of the largest entry; files made in float32 have about 1e-7

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from .._files import save_tensors
-from .._reading import Contents, read
+from ..files.atomic import save_tensors
+from ..files.reading import Contents, read
 from .mined import Mined
 from .miner import Miner
 from .originals import find_original

@@ -15,8 +15,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from .._files import atomic_path, save_tensors
-from .._reading import PART, Contents, read
+from ..files.atomic import atomic_path, save_tensors
+from ..files.reading import PART, Contents, read
 from .layouts import MODELS, Layout, State, describe, families, find
 from .stylegan2 import StyleGAN2Discriminator, StyleGAN2Generator
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from .._pickle_names import Thing
-from .._reading import Contents, read
+from ..files.pickle_names import Thing
+from ..files.reading import Contents, read
 from .checkpoint import described_modules, holds, load_network, writable, write_networks, written_network
 from .layouts import MINERS, describe
 

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._torch import own_parameters
+
 
 def power_iteration(weight: Tensor, u: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """(σ, u', v): scalar, [O] and [I·k·k], of weight [O, ...] and u [O]; σ is differentiable by the weight."""
@@ -47,7 +49,7 @@ class _StoredUV:
 
     def remember(self, eps: float):
         self.eps = eps
-        self.weight_orig = self._parameters.pop("weight")
+        self.weight_orig = own_parameters(self).pop("weight")
         self.register_buffer("weight_u", F.normalize(torch.randn(self.weight_orig.shape[0]), dim=0))
         self.register_buffer("weight_v", torch.empty(self.weight_orig[0].numel()))
         self.follow()

@@ -16,6 +16,8 @@ from types import ModuleType
 
 import torch
 
+from .._torch import pass_reaches
+
 BACKENDS = ("reference", "cpp", "triton", "cuda")
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # DType in csrc/common.h
 
@@ -61,16 +63,14 @@ def device_and_stream(x: torch.Tensor) -> tuple[int, int]:
 
 def backward_wants(ctx, i: int, place: int | None = None) -> bool:
     """Whether the backward that runs now asks for the gradient of input i of a Function: the inner pass of a penalty
-    wants that of the images alone, and needs_input_grad does not say so. `place` is how many tensors are among the
-    inputs before i, where not all of them are."""
+    wants that of the images alone, and needs_input_grad does not say so.
+
+    place: the index of input i among the inputs that are tensors, where an earlier one is none."""
     if not ctx.needs_input_grad[i]:
         return False
     if torch.compiler.is_compiling():
         return True
-    try:
-        return torch._C._will_engine_execute_node(ctx.next_functions[i if place is None else place][0])
-    except RuntimeError:  # it is a leaf that autograd.grad was given
-        return True
+    return pass_reaches(ctx.next_functions[i if place is None else place][0], unknown=True)
 
 
 def memory_format(x: torch.Tensor) -> torch.memory_format:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .._torch import overlaps_itself
+
 CHUNK = 1024  # elements of a work item of the GPU kernels: kChunk in csrc/row_update.cu
 _WORDS = 16  # of RowTensor in csrc/ops.h
 
@@ -28,11 +30,18 @@ class RowTensor:
 
     def write(self):
         """Writes the leaf through to the dense weight."""
-        if self.dense is not None and self.dense.ndim == 0:
-            self.dense.copy_(self.leaf.reshape(()))
-        elif self.dense is not None:
-            values = self.leaf.movedim(0, self.axis).to(self.dense.dtype)
-            self.dense.index_copy_(self.axis, self.rows, values)
+        if self.dense is not None:
+            write_rows(self.dense, self.axis, self.rows, self.leaf)
+
+
+def write_rows(weight: Tensor, axis: int, rows: Tensor | None, values: Tensor):
+    """Writes values [k, ...] into the slices `rows` of weight along `axis`, rounded to its dtype; a 0-d weight is one
+    slice."""
+    values = values.to(weight.device, weight.dtype)
+    if weight.ndim == 0:
+        weight.copy_(values.reshape(()))
+    else:
+        weight.index_copy_(axis, rows.to(weight.device), values.movedim(0, axis))
 
 
 class Table:
@@ -132,7 +141,7 @@ def check(t: RowTensor):
     leaf, dense, rows = t.leaf, t.dense, t.rows
     if not leaf.is_floating_point() or leaf.layout != torch.strided:
         raise TypeError(f"a leaf must be a dense floating-point tensor, got {leaf.dtype}, {leaf.layout}")
-    if torch._debug_has_internal_overlap(leaf) == 1:
+    if overlaps_itself(leaf):
         raise ValueError("elements of a leaf share memory (an expanded tensor?); give it memory of its own: clone() it")
     if (dense is None) != (rows is None):
         raise ValueError("dense and rows belong together: give both or neither")

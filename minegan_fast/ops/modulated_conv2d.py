@@ -23,6 +23,7 @@ from torch.autograd import Function
 from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
+from .._torch import version_of
 from ._op import DTYPE_CODES, Op, forced_backend
 from .bias_act import _dense, _laid_out_like
 from .noise_bias_act import addresses, check, noise_bias_act, planes, wide
@@ -85,7 +86,7 @@ def _keeping_factors(x: Tensor, s: Tensor, xs: Tensor):
     """Inside, what autograd would save of xs = s x becomes x and s, which are kept anyway; xs is made again for use."""
     if torch.compiler.is_compiling() or type(xs) is not Tensor or not torch.is_grad_enabled():
         return nullcontext()
-    x, s, backend, version = x.detach(), s.detach(), forced_backend(), x._version
+    x, s, backend, version = x.detach(), s.detach(), forced_backend(), version_of(x)
     address, shape = xs.data_ptr(), xs.shape
 
     def pack(tensor):
@@ -96,7 +97,7 @@ def _keeping_factors(x: Tensor, s: Tensor, xs: Tensor):
     def unpack(packed):
         if packed is not None:
             return packed
-        if x._version != version:
+        if version_of(x) != version:
             raise RuntimeError("modulated_conv2d: x was changed by an in-place operation, and its backward needs it")
         return modulate_forward(x, s, backend=backend)
 

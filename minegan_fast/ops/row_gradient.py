@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from .._torch import convolution_backward
 from ._op import DTYPE_CODES, Op, forced_backend
 
 
@@ -47,7 +48,7 @@ def row_gradient_convolution(
     weight = big.new_zeros(1).expand(small.shape[1], big.shape[1] // groups, *kernel)  # only its shape is read
     geometry = stride, padding, dilation, False, [0] * len(kernel), groups
     mask = False, True, False
-    dW = torch.ops.aten.convolution_backward(small, big, weight, None, *geometry, mask)[1]
+    dW = convolution_backward(small, big, weight, None, *geometry, mask)[1]
     return (dW.transpose(0, 1) if transposed else dW).contiguous()
 
 

@@ -27,6 +27,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from .._torch import PastSubclasses
 from ._op import DTYPE_CODES, Op, device_and_stream
 from ._row_table import RowTensor, Table, check, fill_state, flat_rows, refuse_capture
 
@@ -72,7 +73,7 @@ class RowUpdate:
 
     @torch.no_grad()
     def _plan(self):
-        with torch._C.DisableTorchFunctionSubclass():
+        with PastSubclasses():
             refuse_capture([t.leaf for t in self.tensors])
             self.held = [t.leaf for t in self.tensors] + [t.dense for t in self.tensors if t.dense is not None]
             self.addresses, self.layouts = [t.data_ptr() for t in self.held], self._layouts()
@@ -92,7 +93,7 @@ class RowUpdate:
 
     def moved(self) -> bool:
         """Whether a leaf or dense weight lies elsewhere or otherwise than it was planned."""
-        with torch._C.DisableTorchFunctionSubclass():
+        with PastSubclasses():
             return self.layouts != self._layouts()
 
     @torch.no_grad()
@@ -117,7 +118,7 @@ class RowUpdate:
             raise ValueError("ema_decay must be given if and only if the plan was made with ema=True")
         if (self.rule == "sgd" and hyper.momentum) or (self.rule == "momentum" and not hyper.momentum):
             raise ValueError("momentum must be non-zero if and only if the plan was made with momentum=True")
-        with torch._C.DisableTorchFunctionSubclass():
+        with PastSubclasses():
             if moved or (moved is None and self.addresses != [t.data_ptr() for t in self.held]):
                 self._plan()
             for table, indices in self.tables:

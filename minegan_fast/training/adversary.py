@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from ..finetune import SparseFinetuner
+from ..layers import gradient_penalty
 from ..mining import Mined
-from ..ops import gradient_penalty
 from .augment import diff_augment
 from .critics import begin_training, critic_r1, freeze_lower_blocks
 from .images import to_float

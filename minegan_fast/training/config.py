@@ -10,8 +10,8 @@ from typing import Any, get_args
 
 from torch import nn
 
-from .._files import atomic_path
-from ..finetune.scores import CRITERIA
+from ..files.atomic import atomic_path
+from ..finetune.evidence import CRITERIA
 from ..finetune.selection import SCOPES
 from ..mining.mined import PLACES
 from ..mining.prior import PRIORS

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from .._files import atomic_path, save_tensors
+from ..files.atomic import atomic_path, save_tensors
 from ..models import load_generator, save_model
 
 try:

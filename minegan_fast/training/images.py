@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from .._files import atomic_path
+from ..files.atomic import atomic_path
 
 # Content decides, not the suffix; the list also keeps files away from the decoders that nobody asked for.
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP")

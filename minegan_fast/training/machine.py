@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..finetune.distributed import gradients
+from ..collectives import gradients
 from ..mining import Mined
 from .config import TransferConfig
 from .processes import Processes

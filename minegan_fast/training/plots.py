@@ -8,7 +8,7 @@ from numbers import Real
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from .._files import atomic_path
+from ..files.atomic import atomic_path
 from .images import to_pil
 
 _GAP = 2

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.overrides import TorchFunctionMode
 
-from ..finetune.distributed import active, average, coalesced
+from ..collectives import active, average, coalesced
 
 T = TypeVar("T")
 # Longer than any evaluation, for which the others wait. A process that ends is noticed at once, whatever this is.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..finetune import SparseFinetuner
-from ..finetune.scores import BY_SAMPLE, WITHOUT_EVIDENCE
+from ..finetune.evidence import BY_SAMPLE, WITHOUT_EVIDENCE
 from .critics import train_mode
 from .methods import KERNEL, own_samples
 from .randomness import seed_all

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..finetune import SparseFinetuner
+from ..layers import path_length_penalty
 from ..mining import Mined
-from ..ops import path_length_penalty
 from .adversary import WARM_UP, Adversary
 from .config import TransferConfig
 from .elastic import ElasticWeights

@@ -8,7 +8,7 @@ from sample_networks import RowReference, assert_same, build, data, loss
 from torch import nn
 
 from minegan_fast.finetune import Selection, SparseFinetuner, load_delta
-from minegan_fast.finetune.scores import CRITERIA
+from minegan_fast.finetune.evidence import CRITERIA
 from minegan_fast.finetune.selection import SCOPES
 
 NETWORKS = ["resnet", "modulated", "constant", "equalised", "spectral"]

@@ -175,7 +175,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
         target.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("minegan_fast._files.save_file", full)
+    monkeypatch.setattr("minegan_fast.files.atomic.save_file", full)
     with pytest.raises(OSError, match="No space"):
         trained("mlp", {"1.weight": [1]}, path)
     assert path.read_bytes() == old

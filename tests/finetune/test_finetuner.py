@@ -7,11 +7,11 @@ import pickle
 import pytest
 import torch
 from sample_networks import assert_same, build, data
-from test_scores import see_the_source
+from test_evidence import see_the_source
 from torch import nn
 
 from minegan_fast.finetune import SparseFinetuner
-from minegan_fast.finetune.scores import CRITERIA
+from minegan_fast.finetune.evidence import CRITERIA
 
 
 def step(net, ft, seed=1):

@@ -8,7 +8,7 @@ from sample_networks import CUDA, build, data
 from torch import nn
 
 from minegan_fast.finetune import SparseFinetuner, load_delta
-from minegan_fast.finetune.state import carry
+from minegan_fast.finetune.saving import carry
 from minegan_fast.ops import backends
 
 ROWS = {"1.weight": [0, 2, 5]}

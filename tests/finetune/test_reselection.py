@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 from sample_networks import assert_same, build, data
-from test_scores import see_the_source
+from test_evidence import see_the_source
 
 from minegan_fast.finetune import SparseFinetuner
-from minegan_fast.finetune.scores import CRITERIA
+from minegan_fast.finetune.evidence import CRITERIA
 
 
 def step(ft, i):
@@ -62,7 +62,7 @@ def test_another_selection_by_new_evidence(criterion):
     """Kept neurons keep their moments, and the others stand still from then on."""
     rows = {layer.name: [0, 2, 3] for layer in SparseFinetuner(build("resnet")).layers}
     ft = trained("resnet", torch.float64, rows, criterion=criterion, density=0.4)
-    old, moments = ft.selection, {p.link.dense: ft.state[p]["exp_avg_sq"].clone() for p in ft.parameters()}
+    old, moments = ft.selection, {p.link.weight: ft.state[p]["exp_avg_sq"].clone() for p in ft.parameters()}
     score(ft)
     scores = ft.scores()
     new = ft.select()

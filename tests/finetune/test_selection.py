@@ -8,12 +8,12 @@ from sample_networks import build
 from torch import nn
 
 from minegan_fast.finetune import Selection, SparseFinetuner
-from minegan_fast.finetune.neurons import Layer, Member
+from minegan_fast.finetune.neurons import Member, NeuronGroup
 from minegan_fast.finetune.selection import rank, selection_by_hand
 
 
 def layers(**shapes):
-    return [Layer(n, [Member(n, nn.Parameter(torch.zeros(shape)), 0)]) for n, shape in shapes.items()]
+    return [NeuronGroup(n, [Member(n, nn.Parameter(torch.zeros(shape)), 0)]) for n, shape in shapes.items()]
 
 
 LAYERS = layers(b=(3, 10), a=(4, 2), c=(1,))

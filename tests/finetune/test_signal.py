@@ -150,7 +150,7 @@ def test_a_pass_that_fails_adds_nothing(criterion, monkeypatch):
         def backward(ctx, g):
             raise KeyError("stop")
 
-    monkeypatch.setattr("minegan_fast.finetune.scoring.PENDING_BYTES", 1)
+    monkeypatch.setattr("minegan_fast.finetune.samples.passes.PENDING_BYTES", 1)
     net = build("mlp")
     ft = SparseFinetuner(net, criterion=criterion)
     blocks = ("target", "source") if criterion == "contrast" else ("target",)

@@ -5,12 +5,7 @@ import torch
 from held_networks import times
 from torch import nn
 
-from minegan_fast.models import (
-    BigGANDiscriminator,
-    BigGANGenerator,
-    StyleGAN2Discriminator,
-    StyleGAN2Generator,
-)
+from minegan_fast.models import BigGANDiscriminator, BigGANGenerator, StyleGAN2Discriminator, StyleGAN2Generator
 
 SIZES = {4: 6, 8: 5, 16: 3}
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minegan_fast import _files
+from minegan_fast.files import atomic
 from minegan_fast.models import (
     StyleGAN2Discriminator,
     StyleGAN2Generator,
@@ -141,7 +141,7 @@ def test_an_interrupt_leaves_the_old_file(file, generator, monkeypatch):
         path.write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(_files, "save_file", interrupted)
+    monkeypatch.setattr(atomic, "save_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
         save_model(file, generator)
     assert file.read_bytes() == old

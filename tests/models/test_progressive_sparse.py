@@ -7,8 +7,8 @@ import torch
 from torch.nn import functional as F
 
 from minegan_fast.finetune import SparseFinetuner
+from minegan_fast.layers import path_length_penalty, r1_penalty
 from minegan_fast.models import PGANDiscriminator, PGANGenerator, StyleGANDiscriminator, StyleGANGenerator
-from minegan_fast.ops import path_length_penalty, r1_penalty
 
 SIZES = {"channel_base": 64, "channel_max": 8}
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from minegan_fast.layers import r1_penalty
 from minegan_fast.models import (
     StyleGANDiscriminator,
     StyleGANGenerator,
@@ -15,7 +16,6 @@ from minegan_fast.models import (
     save_model,
 )
 from minegan_fast.models.layouts import find
-from minegan_fast.ops import r1_penalty
 
 WIDTHS = {4: 9, 8: 8, 16: 6, 32: 5}
 PUBLIC = {4: 512, 8: 512, 16: 512, 32: 512, 64: 256, 128: 128, 256: 64, 512: 32, 1024: 16}

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from minegan_fast.layers import path_length_penalty, r1_penalty
 from minegan_fast.models import StyleGAN2Discriminator, StyleGAN2Generator
-from minegan_fast.ops import path_length_penalty, r1_penalty
 
 SMALL = {"channel_base": 128, "channel_max": 12}
 CONFIG_F = {4: 512, 8: 512, 16: 512, 32: 512, 64: 512, 128: 256, 256: 128, 512: 64, 1024: 32}

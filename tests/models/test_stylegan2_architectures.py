@@ -21,8 +21,8 @@ from models.test_stylegan2 import (
 from torch.nn import functional as F
 
 from minegan_fast.finetune import SparseFinetuner
+from minegan_fast.layers import path_length_penalty, r1_penalty
 from minegan_fast.models import StyleGAN2Discriminator, StyleGAN2Generator
-from minegan_fast.ops import path_length_penalty, r1_penalty
 
 
 def equal_conv(p, name, x, padding=0, stride=1):

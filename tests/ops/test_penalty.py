@@ -5,10 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minegan_fast.ops import (
-    interpolate,
-)
-from minegan_fast.ops.penalty import _penalty_on, interpolate_drawn, penalty_backward, penalty_forward
+from minegan_fast.ops import interpolate
+from minegan_fast.ops.penalty import interpolate_drawn, penalty_backward, penalty_forward, penalty_on
 
 
 def seeded(seed=0):
@@ -119,7 +117,7 @@ def test_norms_and_their_penalty(backend, device, kind, dtype):
         base[0] = 0 if shape[0] == 3 else base[0]
         for layout, g in layouts(base):
             leaf = g.detach().requires_grad_()  # with g's strides
-            P, r, a = _penalty_on(leaf, mean, *args)
+            P, r, a = penalty_on(leaf, mean, *args)
             (dg,) = torch.autograd.grad(P, leaf, torch.tensor(1.5, dtype=wide, device=device))
             expected = expected_penalty(g, mean, *args)
             assert (P.dtype, r.dtype, a.dtype, dg.dtype) == (wide, wide, wide, dtype)
@@ -166,7 +164,7 @@ def test_the_penalty_is_differentiable_to_any_order(backend, device):
     for has_mean, *args in KINDS.values():
 
         def function(g, args=args, m=mean if has_mean else None):
-            return _penalty_on(g, m, *args)[0]
+            return penalty_on(g, m, *args)[0]
 
         assert torch.autograd.gradcheck(function, g)
         assert torch.autograd.gradgradcheck(function, g)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from minegan_fast.ops import r1_penalty
+from minegan_fast.layers import r1_penalty
 from minegan_fast.training.critics import (
     begin_training,
     critic_r1,

@@ -1,0 +1,302 @@
+"""`minegan-fast demo | transfer | sample | evaluate | convert | inspect | doctor`."""
+
+import dataclasses
+import inspect
+import json
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ..training.config import TransferConfig, load_config
+from . import files
+
+app = typer.Typer(
+    help="Adapts a pretrained GAN to a few images: mining, then finetuning of the neurons that matter.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+console = Console()
+INTERRUPTED = 130  # Typer's exit code after Ctrl-C
+
+Device = Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1, ...; default: a GPU where there is one.")]  # noqa: UP045
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Which = Annotated[
+    str, typer.Option(help="Which result of the run: best (by held-out KID), last, or mined (after stage 1).")
+]
+
+Result = Annotated[
+    Path,
+    typer.Argument(help="Folder of a run, a delta file (then with --source), or a checkpoint of the original MineGAN."),
+]
+Base = Annotated[Optional[str], typer.Option(help="Checkpoint that the delta was trained from.")]  # noqa: UP045
+MinerFile = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option("--miner", help="File of the miner; default: the one beside the delta, or in the checkpoint."),
+]
+
+
+def main() -> None:
+    """Runs the program. A user's mistake is one line on standard error and exit code 1, never a traceback."""
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    log = logging.getLogger("minegan_fast")
+    log.handlers = [_Lines()]
+    log.setLevel(logging.INFO)
+    if rank := _rank():
+        warnings.simplefilter("ignore")  # the first process says it
+        log.setLevel(logging.ERROR)
+    debug = "--debug" in sys.argv
+    if debug:
+        sys.argv.remove("--debug")
+    try:
+        app()
+    except SystemExit as stopped:
+        if stopped.code == INTERRUPTED and rank == 0:
+            print("interrupted; a run goes on from its newest snapshot with --resume", file=sys.stderr)
+        raise
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+class _Lines(logging.Handler):
+    """Log records as plain lines on standard error."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(record.getMessage(), file=sys.stderr)
+
+
+def _rank() -> int:
+    """Which process this is under torchrun; only the first one talks."""
+    return int(os.environ.get("RANK", 0))
+
+
+def _transfer(
+    source: Optional[str],  # noqa: UP045
+    images: Optional[str],  # noqa: UP045
+    out: Path,
+    config: Optional[Path],  # noqa: UP045
+    resume: bool,
+    dry_run: bool,
+    quiet: bool,
+    **settings,
+) -> None:
+    from ..training import recipe
+
+    given = {name: value for name, value in settings.items() if value is not None}
+    if "metrics" in given:
+        given["metrics"] = tuple(filter(None, given["metrics"].split(",")))
+    if "held_out" in given:
+        given["held_out"] = _fraction_or_folder(given["held_out"])
+    stored = load_config(config) if config else {}
+    if config is None and resume:
+        if (out / "config.json").is_file():
+            stored = load_config(out)
+        elif source is None:
+            raise ValueError(f"there is no run in {str(out)!r} to go on with: check the path")
+    given |= {name: value for name, value in (("source", source), ("images", images)) if value is not None}
+    merged = stored | given
+    for name in ("source", "images"):
+        if not merged.get(name):
+            raise ValueError(f"{name} is missing: minegan-fast transfer SOURCE IMAGES --out RUN, or --config FILE")
+    if dry_run:
+        _print_estimate(recipe.configure(**merged))
+        return
+    quiet = quiet or _rank() > 0
+    if quiet:
+        logging.getLogger("minegan_fast").setLevel(logging.ERROR)
+    result = recipe.transfer(**merged, out=out, resume=resume, progress=not quiet)
+    if not quiet:
+        table = Table(title=f"step {result.step}, in {result.folder / 'best'}, on {result.judge} features")
+        for name in result.metrics:
+            table.add_column(name)
+        table.add_row(*(f"{value:.4g}" for value in result.metrics.values()))
+        console.print(table)
+
+
+def _fraction_or_folder(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _print_estimate(config: TransferConfig) -> None:
+    from ..training.recipe import dry_run
+
+    memory, mining, finetuning = dry_run(config)
+    if _rank() > 0:
+        return
+    seconds = mining * config.mining_steps + finetuning * config.finetune_steps
+    duration = f"{seconds / 60:.1f} minutes" if seconds >= 60 else f"{seconds:.2g} seconds"
+    gib = 2**30
+    console.print(
+        f"time: {duration} of training ({mining:.3g} s a mining step, {finetuning:.3g} s a finetuning "
+        f"step), metrics and files on top\nmemory: about {memory.needed(config.batch) / gib:.2f} GiB of "
+        f"{memory.available / gib:.2f} GiB free; the largest batch that would fit is {memory.largest_batch()}",
+        highlight=False,
+    )
+
+
+_TRANSFER_HELP = """Adapts the GAN in SOURCE to the images in a folder.
+
+Example: minegan-fast transfer ffhq.pt cats/ --out run --batch 8
+
+The folder then holds best/ and last/ (generator, miner, delta), samples/, history.jsonl, losses.png, events/ for
+TensorBoard, config.json, and the snapshots that --resume goes on from.
+"""
+
+
+def _register_transfer() -> None:
+    """Every setting of TransferConfig becomes an option; one that is not given leaves --config or the default alone."""
+    own = inspect.signature(_transfer).parameters
+    text = {
+        "source": "Checkpoint of the pretrained GAN.",
+        "images": "Folder with PNG, JPEG, WebP or BMP images, searched recursively.",
+    }
+    parameters = [own[n].replace(default=typer.Argument(None, help=text[n]), annotation=Optional[str]) for n in text]  # noqa: UP045
+    options = {
+        "out": (Path, typer.Option(..., "--out", "-o", help="Folder of the run.")),
+        "config": (Optional[Path], typer.Option(None, help="Settings from a run's config.json; options given win.")),  # noqa: UP045
+        "resume": (bool, typer.Option(False, "--resume", help="Go on from the newest snapshot in --out.")),
+        "dry_run": (bool, typer.Option(False, "--dry-run", help="Estimate time and memory, write nothing.")),
+        "quiet": (bool, typer.Option(False, "--quiet", help="Print only errors.")),
+    }
+    parameters += [own[n].replace(default=d, annotation=a) for n, (a, d) in options.items()]
+    for field in dataclasses.fields(TransferConfig):
+        if "help" not in field.metadata:
+            continue
+        plain = next((kind for kind in (bool, int, float) if field.type in (kind, kind | None)), str)
+        default = ",".join(field.default) if isinstance(field.default, tuple) else field.default
+        shown = "" if default is None else f" Default: {default}."
+        option = typer.Option(None, help=field.metadata["help"] + shown, show_default=False)
+        parameters.append(
+            inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=Optional[plain])  # noqa: UP045
+        )
+
+    def transfer(**keywords):
+        _transfer(**keywords)
+
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    transfer.__signature__ = inspect.Signature([p.replace(kind=keyword) for p in parameters])
+    app.command("transfer", help=_TRANSFER_HELP)(transfer)
+
+
+_register_transfer()
+
+
+@app.command()
+def sample(
+    run: Result,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for grid.png and the single images.")],
+    number: Annotated[int, typer.Option("--number", "-n", min=1, help="How many images.")] = 16,
+    source: Base = None,
+    miner: MinerFile = None,
+    which: Which = "best",
+    seed: Seed = 0,
+    device: Device = None,
+) -> None:
+    """Writes a grid and single images of an adapted GAN.
+
+    Example: minegan-fast sample run --out samples -n 64
+    """
+    from ..training.evaluation import generate
+    from ..training.images import save_folder
+    from ..training.plots import save_grid
+    from ..training.results import open_result
+
+    sampler = open_result(run, which, device, source, miner)
+    images = generate(sampler, number, seed)
+    paths = save_folder(out, images)
+    save_grid(out / "grid.png", images)
+    console.print(f"{len(paths)} images and grid.png in {out}", highlight=False)
+
+
+@app.command()
+def evaluate(
+    run: Result,
+    images: Annotated[Path, typer.Option(help="Folder of real images to compare with, best ones never trained on.")],
+    samples: Annotated[int, typer.Option(min=2, help="Generated images.")] = 1000,
+    features: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="critic, pixels, digits, or a file (TorchScript, Inception weights); default: the run's; else pixels."
+        ),
+    ] = None,
+    source: Base = None,
+    miner: MinerFile = None,
+    json_file: Annotated[Optional[Path], typer.Option("--json", help="Write the numbers here too.")] = None,  # noqa: UP045
+    which: Which = "best",
+    seed: Seed = 0,
+    device: Device = None,
+) -> None:
+    """Prints FID, KID, KMMD and MV of an adapted GAN against a folder of real images.
+
+    Example: minegan-fast evaluate run --images more_cats/ --json metrics.json
+    """
+    from ..files.atomic import atomic_path
+    from ..training.results import evaluate_result
+
+    report = evaluate_result(run, which, device, source, miner, images, samples, features, seed)
+    table = Table(title=f"{report['generated']} generated, {report['real']} real, {report['features']} features")
+    for name in report["metrics"]:
+        table.add_column(name)
+    table.add_row(*(f"{value:.4g}" for value in report["metrics"].values()))
+    console.print(table)
+    for note in report["notes"]:
+        console.print(f"note: {note}", markup=False)
+    if json_file:
+        with atomic_path(json_file) as temporary:
+            temporary.write_text(json.dumps(report, indent=2) + "\n")
+    else:
+        print(json.dumps(report))
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the demo's run.")] = Path("minegan_demo"),
+    controls: Annotated[
+        bool, typer.Option("--controls", help="Also dense finetuning, and as many random neurons of every layer.")
+    ] = False,
+    seed: Seed = 0,
+    device: Device = None,
+) -> None:
+    """Adapts a small embedded GAN of the digits 0 to 8 to a hundred nines; needs nothing else.
+
+    Example: minegan-fast demo --out minegan_demo
+    """
+    from .demo import run_demo
+
+    run_demo(out, controls, seed, device, console)
+
+
+app.command("convert")(files.convert)
+app.command("inspect")(files.inspect)
+
+
+@app.command()
+def doctor(
+    seed: Annotated[int, typer.Option(help="Unused: the report is not random.", hidden=True)] = 0,
+    device: Device = None,
+) -> None:
+    """Prints versions, devices, and which backends are there and why the others are not.
+
+    Example: minegan-fast doctor
+    """
+    from .doctor import report
+
+    for section, rows in report(device).items():
+        table = Table("", "", title=section, title_justify="left", show_header=False, box=None)
+        for name, value in rows.items():
+            table.add_row(name, value)
+        console.print(table)

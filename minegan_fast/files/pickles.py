@@ -1,0 +1,174 @@
+"""Pickles as data: an interpreter of pickle's opcodes that makes tensors, arrays, containers, numbers and strings.
+
+Python's own unpickler calls what a file names. This one looks a name up in a fixed table; a name that is not there
+becomes a `Thing`, which remembers how the file wanted to call it and is never called. Attributes are never set, no
+`__setstate__`, `__init__` or `__reduce__` runs, nothing is imported. Names by which files are made to attack are not
+even remembered: the whole file is refused.
+"""
+
+import pickletools
+from collections.abc import Callable
+
+from .pickle_names import Array, DamagedError, DType, Known, RefusedError, Thing, array_of, check_keys, lookup, require
+
+
+class Unpickler:
+    """Reads one pickle from a file opened for reading bytes; the file is left just behind it.
+
+    Args:
+        file: has read, readline and tell.
+        persistent: what a persistent id (a torch storage) stands for; None refuses them.
+        nested: what the bytes of a torch.save file inside the pickle hold; None refuses them.
+    """
+
+    def __init__(self, file, persistent: Callable | None = None, nested: Callable | None = None):
+        self.file, self.persistent, self.nested = file, persistent, nested
+        self.stack, self.marks, self.memo = [], [], {}
+
+    def load(self):
+        """The object. RefusedError, DamagedError."""
+        try:
+            for opcode, argument, _ in pickletools.genops(self.file):
+                if opcode.name == "STOP":
+                    require(len(self.stack) == 1 and not self.marks, "the pickle ends in the middle of an object")
+                    return self.stack[0]
+                self._step(opcode.name, argument)
+        except (RefusedError, DamagedError):
+            raise
+        except RecursionError:
+            raise DamagedError("it is nested too deeply") from None
+        except MemoryError:
+            raise DamagedError("it asks for more memory than there is") from None
+        except Exception as error:  # anything can be wrong with the arguments that a damaged file gives
+            raise DamagedError((str(error) or type(error).__name__).splitlines()[0]) from None
+        raise DamagedError("the pickle has no end")
+
+    def _step(self, opcode: str, argument) -> None:
+        stack = self.stack
+        match opcode:
+            case "PROTO" | "FRAME":
+                pass
+            case "MARK":
+                self.marks.append(len(stack))
+            case "POP":
+                if self.marks and self.marks[-1] == len(stack):
+                    self.marks.pop()
+                else:
+                    stack.pop()
+            case "POP_MARK":
+                self._above_mark()
+            case "DUP":
+                stack.append(stack[-1])
+            case "NONE":
+                stack.append(None)
+            case "NEWTRUE" | "NEWFALSE":
+                stack.append(opcode == "NEWTRUE")
+            case "EMPTY_DICT" | "EMPTY_LIST" | "EMPTY_TUPLE" | "EMPTY_SET":
+                stack.append({"DICT": dict, "LIST": list, "TUPLE": tuple, "SET": set}[opcode[6:]]())
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                number = int(opcode[-1])
+                require(len(stack) >= number, "the stack is empty")
+                values = tuple(stack[-number:])
+                del stack[-number:]
+                stack.append(values)
+            case "TUPLE" | "LIST" | "FROZENSET":
+                values = self._above_mark()
+                if opcode == "FROZENSET":
+                    check_keys(values)
+                stack.append({"TUPLE": tuple, "LIST": list, "FROZENSET": frozenset}[opcode](values))
+            case "DICT":
+                stack.append(_pairs(self._above_mark()))
+            case "APPEND" | "APPENDS":
+                values = [stack.pop()] if opcode == "APPEND" else self._above_mark()
+                self._extend(stack[-1], values)
+            case "ADDITEMS":
+                values = self._above_mark()
+                require(isinstance(stack[-1], set), "items are added to what is no set")
+                check_keys(values)
+                stack[-1].update(values)
+            case "SETITEM" | "SETITEMS":
+                values = [stack.pop() for _ in "kv"][::-1] if opcode == "SETITEM" else self._above_mark()
+                target = stack[-1].items if isinstance(stack[-1], Thing) else stack[-1]
+                require(isinstance(target, dict), "items are set in what is no dict")
+                target.update(_pairs(values))
+            case "PUT" | "BINPUT" | "LONG_BINPUT":
+                self.memo[argument] = stack[-1]
+            case "MEMOIZE":
+                self.memo[len(self.memo)] = stack[-1]
+            case "GET" | "BINGET" | "LONG_BINGET":
+                stack.append(self.memo[argument])
+            case "GLOBAL":
+                stack.append(self._named(*argument.split(" ", 1)))
+            case "STACK_GLOBAL":
+                name, module = stack.pop(), stack.pop()
+                stack.append(self._named(module, name))
+            case "REDUCE" | "NEWOBJ":
+                arguments, made = stack.pop(), stack.pop()
+                stack.append(_made(made, arguments))
+            case "NEWOBJ_EX":
+                named, arguments, made = stack.pop(), stack.pop(), stack.pop()
+                stack.append(_made(made, (*arguments, named) if named else arguments))
+            case "INST":
+                arguments = tuple(self._above_mark())
+                stack.append(_made(self._named(*argument.split(" ", 1)), arguments))
+            case "OBJ":
+                made, *arguments = self._above_mark()
+                stack.append(_made(made, tuple(arguments)))
+            case "BUILD":
+                state = stack.pop()
+                _build(stack[-1], state)
+            case "PERSID" | "BINPERSID":
+                require(self.persistent is not None, "it refers to objects outside the file")
+                stack.append(self.persistent(argument if opcode == "PERSID" else stack.pop()))
+            case "EXT1" | "EXT2" | "EXT4" | "NEXT_BUFFER" | "READONLY_BUFFER":
+                raise DamagedError(f"it refers to what only the program that wrote it has ({opcode})")
+            case _:  # a number, a string or bytes
+                stack.append(argument)
+
+    def _named(self, module: str, name: str):
+        if (module, name) == ("torch.storage", "_load_from_bytes"):
+            require(self.nested is not None, "it holds a torch file inside a torch file")
+            return Known("torch.storage._load_from_bytes", self.nested)
+        return lookup(module, name)
+
+    def _above_mark(self) -> list:
+        start = self.marks.pop()
+        values = self.stack[start:]
+        del self.stack[start:]
+        return values
+
+    @staticmethod
+    def _extend(target, values: list) -> None:
+        if isinstance(target, list):
+            target.extend(values)
+        elif isinstance(target, Thing):  # a list of an unknown class
+            target.items.update(enumerate(values, len(target.items)))
+        else:
+            raise DamagedError("items are appended to what is no list")
+
+
+def _pairs(values: list) -> dict:
+    check_keys(values[::2])
+    return dict(zip(values[::2], values[1::2], strict=True))
+
+
+def _made(made, arguments):
+    require(isinstance(arguments, tuple), "arguments are no tuple")
+    if isinstance(made, Known):
+        return made.make(*arguments)
+    require(isinstance(made, Thing), "it calls what is no function")
+    return Thing(made.name, arguments)
+
+
+def _build(target, state) -> None:
+    """What a file has to say of an object after it was made."""
+    if isinstance(target, Array):
+        _, shape, dtype, fortran, data = state
+        target.value = array_of(data, dtype, shape, "F" if fortran else "C")
+    elif isinstance(target, DType):
+        order = state[1].decode() if isinstance(state[1], bytes) else state[1]
+        target.order = {"|": "="}.get(order, order)
+        require(target.order in ("<", ">", "="), "a dtype has no byte order")
+    elif isinstance(target, Thing):
+        target.state = state
+    # What else there is, a state dict's `_metadata` say, is an attribute of a container or a tensor: of no use here.

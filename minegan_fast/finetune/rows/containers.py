@@ -1,0 +1,24 @@
+"""Arguments of a call of torch, which may stand in lists, tuples and dicts."""
+
+from torch import Tensor
+
+
+def map_tensors(f, x, kinds=Tensor, *arguments):
+    """f(tensor, *arguments) in the place of every tensor of `kinds`, a class or a tuple of classes."""
+    if isinstance(x, kinds):
+        return f(x, *arguments)
+    if isinstance(x, dict):
+        return {k: map_tensors(f, v, kinds, *arguments) for k, v in x.items()}
+    if isinstance(x, (list, tuple)):  # no union: Dynamo of torch 2.8 traces this
+        items = [map_tensors(f, v, kinds, *arguments) for v in x]
+        return type(x)(*items) if hasattr(x, "_fields") else type(x)(items)
+    return x
+
+
+def tensors_in(x):
+    """All tensors, in their order."""
+    if isinstance(x, Tensor):
+        yield x
+    elif isinstance(x, dict | list | tuple):
+        for item in x.values() if isinstance(x, dict) else x:
+            yield from tensors_in(item)

@@ -1,0 +1,214 @@
+"""Row-wise expressions of held weights, followed as far as the layer that uses them.
+
+Row r of W·c, W², W[0] or Wᵀ depends on row r of W alone. Such an expression is computed twice, for all rows without a
+graph and for the selected ones from their leaf, and `layers.py` takes both: its gradient goes to the selected rows and
+never exists for the others. Any other use makes an ordinary tensor of it, whose weight gradient is gathered.
+
+A factor that depends on all rows, as the σ of spectral norm does, stays outside: conv(x, W s) = s conv(x, W).
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .link import Alias, Link
+
+
+class Expression(NamedTuple):
+    """A held weight, or what was computed from one row by row.
+
+    weight: all rows, without a graph. trained: those of `rows` along the same `axis`, with the graph from
+        their leaf; None where none trains. links: of the held weights that it was computed from.
+    factor: what both are still to be multiplied by, 0-d and differentiable, or None.
+    """
+
+    weight: Tensor
+    trained: Tensor | None
+    rows: Tensor | None
+    axis: int
+    links: tuple[Link, ...]
+    factor: Tensor | None = None
+
+    def value(self, use: str) -> Tensor:
+        """An ordinary tensor, whose gradient is dense; it is said to come through the function `use`."""
+        value = self.weight
+        if self.trained is not None and value.ndim == 1:  # small: a copy by one native op costs less than the alias
+            value = value.index_copy(0, self.rows, self.trained.to(value.dtype))
+        elif self.trained is not None:
+            value = Alias.apply(self.trained.movedim(self.axis, 0), self.weight, self.rows, self.axis, self.links, use)
+        return value if self.factor is None else value * self.factor.to(value.dtype)
+
+    def transposed(self) -> "Expression":
+        """Of a matrix."""
+        trained = self.trained if self.trained is None else self.trained.t()
+        return self._replace(weight=self.weight.t(), trained=trained, axis=1 - self.axis)
+
+    def to(self, dtype: torch.dtype) -> "Expression":
+        trained = self.trained if self.trained is None else self.trained.to(dtype)
+        return self._replace(weight=self.weight.to(dtype), trained=trained)
+
+
+def expression_of(x) -> Expression | None:
+    """The expression that an argument stands for; None where it is no held weight and nothing made of one."""
+    if not isinstance(x, Tensor):
+        return None
+    attributes = x.__dict__
+    if "expression" in attributes:
+        return attributes["expression"]
+    link = attributes.get("link")
+    if link is None or link.weight is not x or x.ndim < 1 or link.hooked:
+        return None
+    link.sync()
+    trained = None
+    if link.leaf is not None and link.leaf.requires_grad:
+        trained = link.leaf.movedim(0, link.axis)
+    return Expression(x.detach(), trained, link.rows, link.axis, (link,))
+
+
+def _matrix(x) -> Expression | None:
+    """The expression of an argument that is worth following: a bias's gradient is no cost."""
+    e = expression_of(x)
+    return None if e is None or e.weight.ndim < 2 else e
+
+
+def follow(func, args, kwargs) -> Expression:
+    """func(*args, **kwargs) where it is row-wise in its held weights; NotImplemented where it is not."""
+    if func in _TRANSPOSES:
+        func = torch.Tensor.t
+    rule = _RULES.get(func)
+    if rule is None or not args or "out" in kwargs or not torch.is_grad_enabled():
+        return NotImplemented
+    return rule(func, args, kwargs)
+
+
+def _apply(e: Expression, func, args, kwargs, axis: int, factor: Tensor | None):
+    with torch.no_grad():
+        weight = func(e.weight, *args, **kwargs)
+    trained = None if e.trained is None else func(e.trained, *args, **kwargs)
+    return Expression(weight, trained, e.rows, axis, e.links, factor)
+
+
+def _is_constant(x) -> bool:
+    return isinstance(x, int | float) or (type(x) is Tensor and x.ndim == 0 and not x.requires_grad)
+
+
+def _pointwise(func, args, kwargs):
+    e = _matrix(args[0])
+    if e is None or e.factor is not None or not all(_is_constant(a) for a in (*args[1:], *kwargs.values())):
+        return NotImplemented
+    return _apply(e, func, args[1:], kwargs, e.axis, None)
+
+
+def _cast(func, args, kwargs):
+    e = _matrix(args[0])
+    if e is None or any(isinstance(a, Tensor | torch.device | str) for a in (*args[1:], *kwargs.values())):
+        return NotImplemented
+    return _apply(e, func, args[1:], kwargs, e.axis, e.factor)
+
+
+def _scaled(func, args, kwargs):
+    """mul, div: by a number, by a factor of all rows, or row by row with another expression of the same rows."""
+    if len(args) != 2 or kwargs:
+        return NotImplemented
+    e, other = _matrix(args[0]), args[1]
+    if e is None and func.__name__ == "mul" and _matrix(other) is not None:
+        e, other = _matrix(other), args[0]
+    if e is None:
+        return NotImplemented
+    if _is_constant(other):
+        return _apply(e, func, (other,), {}, e.axis, e.factor)
+    if type(other) is Tensor and other.numel() == 1 and other.ndim == 0:
+        factor = other if func.__name__ == "mul" else other.reciprocal()
+        return e._replace(factor=factor if e.factor is None else e.factor * factor)
+    return _pairwise(func, args, kwargs)
+
+
+def _pairwise(func, args, kwargs):
+    """add, sub, mul, div of two expressions of the same rows, or with a number."""
+    if len(args) != 2 or kwargs:
+        return NotImplemented
+    a, b = _matrix(args[0]), _matrix(args[1])
+    if a is not None and _is_constant(args[1]):
+        return _pointwise(func, args, kwargs)
+    if a is None or b is None or a.factor is not None or b.factor is not None:
+        return NotImplemented
+    same = (a.trained is None) == (b.trained is None) and a.weight.ndim == b.weight.ndim and a.axis == b.axis
+    same = same and a.weight.shape[a.axis] == b.weight.shape[b.axis]
+    if not same or (a.trained is not None and a.rows is not b.rows and not torch.equal(a.rows, b.rows)):
+        return NotImplemented
+    with torch.no_grad():
+        weight = func(a.weight, b.weight)
+    trained = None if a.trained is None else func(a.trained, b.trained)
+    return a._replace(weight=weight, trained=trained, links=tuple(dict.fromkeys(a.links + b.links)))
+
+
+def _reduced(func, args, kwargs):
+    """Over axes that are named and are not the neurons'."""
+    e = _matrix(args[0])
+    dims = kwargs.get("dim", kwargs.get("axis", args[1] if len(args) > 1 else None))
+    dims = (dims,) if isinstance(dims, int) else dims
+    if e is None or e.factor is not None or not dims or not all(type(d) is int for d in dims):
+        return NotImplemented
+    if len(args) > 2 and func.__name__ in ("std", "var"):  # whose third argument is another
+        return NotImplemented
+    dims = {d % e.weight.ndim for d in dims}
+    if e.axis in dims:
+        return NotImplemented
+    keep = kwargs.get("keepdim", kwargs.get("keepdims", len(args) > 2 and args[2] is True))
+    return _apply(e, func, args[1:], kwargs, e.axis if keep else e.axis - sum(d < e.axis for d in dims), None)
+
+
+def _moved(func, args, kwargs):
+    """transpose, t, permute, unsqueeze: where the axis went is asked of a tensor whose sizes are all different."""
+    e = _matrix(args[0])
+    if e is None or (func is torch.Tensor.t and e.weight.ndim != 2):
+        return NotImplemented
+    shape = list(range(2, 2 + e.weight.ndim))
+    moved = func(torch.empty(shape, device="meta"), *args[1:], **kwargs)
+    return _apply(e, func, args[1:], kwargs, list(moved.shape).index(shape[e.axis]), e.factor)
+
+
+def _indexed(func, args, kwargs):
+    """w[0] and w[None] in front of the neurons' axis."""
+    e, index = _matrix(args[0]), args[1]
+    if e is None or not (index is None or (type(index) is int and e.axis > 0)):
+        return NotImplemented
+    return _apply(e, func, args[1:], kwargs, e.axis + (1 if index is None else -1), e.factor)
+
+
+def _reshaped(func, args, kwargs):
+    """view, reshape, flatten: where the neurons' axis is and stays the first that is longer than 1."""
+    e = _matrix(args[0])
+    if e is None or e.weight.shape[e.axis] == 1 or any(size > 1 for size in e.weight.shape[: e.axis]):
+        return NotImplemented
+    if any(isinstance(a, torch.dtype) for a in (*args[1:], *kwargs.values())):
+        return NotImplemented
+    weight = func(e.weight, *args[1:], **kwargs)
+    axis = next((i for i, size in enumerate(weight.shape) if size > 1), 0)
+    if weight.shape[axis] != e.weight.shape[e.axis]:
+        return NotImplemented
+    trained = e.trained
+    if trained is not None:
+        trained = trained.reshape(*weight.shape[:axis], trained.shape[e.axis], *weight.shape[axis + 1 :])
+    return e._replace(weight=weight, trained=trained, axis=axis)
+
+
+_NAMED = {
+    **dict.fromkeys(("neg", "square", "pow", "abs", "sqrt", "rsqrt", "exp"), _pointwise),
+    **dict.fromkeys(("to", "float", "double", "half", "bfloat16", "contiguous"), _cast),
+    **dict.fromkeys(("mul", "div", "true_divide"), _scaled),
+    **dict.fromkeys(("add", "sub"), _pairwise),
+    **dict.fromkeys(("sum", "mean", "std", "var"), _reduced),
+    **dict.fromkeys(("transpose", "swapaxes", "t", "permute", "movedim", "unsqueeze"), _moved),
+    **dict.fromkeys(("view", "reshape", "flatten"), _reshaped),
+    "__getitem__": _indexed,
+}
+
+_RULES = {
+    getattr(owner, name): rule
+    for name, rule in _NAMED.items()
+    for owner in (torch.Tensor, torch)
+    if hasattr(owner, name)
+}
+_TRANSPOSES = {torch.Tensor.T.__get__, torch.Tensor.mT.__get__}

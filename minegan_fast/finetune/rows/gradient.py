@@ -1,0 +1,127 @@
+"""What a weight that trains by rows shows as its gradient: that of its rows, in its own shape."""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..._torch import PastSubclasses, own_grad, set_own_grad
+from ..neurons import compact
+
+
+class Tied(Protocol):
+    """A weight and the leaf of its `rows` along `axis`; None where none is selected. `Link` is it."""
+
+    weight: nn.Parameter
+    leaf: nn.Parameter | None
+    rows: Tensor | None
+    axis: int
+
+
+def spread(values: Tensor, like: Tensor, axis: int, rows: Tensor) -> Tensor:
+    """`values` [k, ...] as the rows of a tensor of like's shape that is zero elsewhere."""
+    if like.ndim == 0:
+        return values.reshape(())
+    zeros = torch.zeros_like(like, dtype=values.dtype)
+    return zeros.index_copy(axis, rows, values.movedim(0, axis))
+
+
+class WholeGradient:
+    """`grad` of a weight that trains by rows: the leaf's gradient in the weight's own shape, zero elsewhere.
+
+    It exists from the moment someone reads it until the step or `zero_grad`, and what is written into it counts: its
+    rows go back to the leaf before anything reads or adds to the leaf's. Where both were written since they were equal,
+    the whole one counts. Writes are told by the values, as those through `.data` leave no other trace.
+
+    The weight may also get a gradient that no leaf knows of: from a function of another library that looks past
+    `__torch_function__`, or where the weight has hooks. The rows of that are added to the leaf's.
+    """
+
+    def __init__(self, link: Tied):
+        self.link = link
+        self.whole: Tensor | None = None
+        self.known: Tensor | None = None  # the rows of both when they were equal
+        self.handle = None
+
+    @torch.no_grad()
+    def settle(self):
+        """Brings to the leaf what was written into the whole gradient, or arrived at the weight itself."""
+        link = self.link
+        if link.leaf is None:
+            return
+        with PastSubclasses():
+            arrived = own_grad(link.weight)
+            if self.whole is not None:
+                rows = compact(self.whole, link.axis, link.rows)
+                if not torch.equal(rows, self.known):  # NaN is unlike itself: that only copies it again
+                    self._to_leaf(rows)
+            if arrived is not None:
+                set_own_grad(link.weight, None)
+                arrived = arrived.to_dense() if arrived.layout != torch.strided else arrived
+                old, rows = own_grad(link.leaf), compact(arrived, link.axis, link.rows).to(link.leaf.dtype)
+                set_own_grad(link.leaf, rows.contiguous() if old is None else old + rows)
+
+    def _to_leaf(self, rows: Tensor):
+        leaf, self.known = self.link.leaf, rows.clone()
+        old = own_grad(leaf)
+        if old is not None and not old.requires_grad:
+            old.copy_(rows)  # in its place: it may be a view of DDP's bucket
+        else:
+            set_own_grad(leaf, rows.to(leaf.device, leaf.dtype, copy=True, memory_format=torch.contiguous_format))
+
+    def read(self) -> Tensor | None:
+        """What `weight.grad` shows."""
+        link = self.link
+        if link.leaf is None:
+            return own_grad(link.weight)
+        self.settle()
+        with PastSubclasses(), torch.set_grad_enabled(False):
+            grad = own_grad(link.leaf)
+            if grad is None:
+                self.forget()
+            elif self.whole is None:
+                whole = spread(grad.detach().to(link.weight.dtype), link.weight.detach(), link.axis, link.rows)
+                self._show(whole)
+            else:
+                rows = grad.to(self.whole.dtype)
+                if not torch.equal(rows, self.known):
+                    self.whole.zero_()
+                    self.whole.copy_(spread(rows, self.whole, link.axis, link.rows))
+                    self.known = compact(self.whole, link.axis, link.rows).clone()
+        return self.whole
+
+    def write(self, value: Tensor | None):
+        """`weight.grad = value`."""
+        link = self.link
+        if link.leaf is None:
+            return set_own_grad(link.weight, value)
+        self.forget()
+        set_own_grad(link.weight, None)
+        set_own_grad(link.leaf, None)
+        if value is None:
+            return None
+        if value.shape != link.weight.shape:
+            raise RuntimeError(
+                f"the gradient of a weight of shape {list(link.weight.shape)} cannot be one of {list(value.shape)}"
+            )
+        if value.layout != torch.strided:
+            raise RuntimeError(
+                "a weight that trains by rows was given a sparse gradient: make it dense with to_dense()"
+            )
+        with PastSubclasses(), torch.no_grad():
+            self._show(value)
+            self._to_leaf(self.known)
+        return None
+
+    def _show(self, whole: Tensor):
+        self.whole, self.known = whole, compact(whole, self.link.axis, self.link.rows).clone()
+        if self.handle is None:  # what was written counts before another backward adds to it
+            leaf = self.link.leaf
+            if leaf.requires_grad:
+                self.handle = leaf.register_hook(lambda grad: self.settle())
+
+    def forget(self):
+        self.whole = self.known = None
+        if self.handle is not None:
+            self.handle.remove()
+            self.handle = None

@@ -1,0 +1,170 @@
+"""Layers on held weights: linear, convolutions, transposed ones and embeddings with the gradient of the selected rows.
+
+    forward             y  = x * W + b
+    weight gradient     dW_r = row_gradient(x, dy_r)  for the selected rows r
+
+The layers of `ops.layer` carry the compact rows to every order, so penalties on gradients (R1, WGAN-GP, path length)
+reach them. A layer without selected rows keeps no input.
+"""
+
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..._torch import transforms_active
+from ...layers.bilinear import Linear, functions_of, layer_by_rows, scaled_layer_by_rows
+from .expressions import Expression, expression_of
+
+
+def _run(op, x: Tensor, weight: Expression, bias):
+    if weight.axis != op.axis:
+        return NotImplemented
+    held = None if bias is None else expression_of(bias)
+    dtype = _autocast_dtype(x)
+    if weight.trained is not None:
+        for link in weight.links:
+            link.row_uses.add(op.name)
+    if weight.factor is not None:
+        if weight.trained is None:
+            y = _run(op, x, weight._replace(factor=None), None)
+            y = y * weight.factor.to(y.dtype)
+        else:
+            x, trained = (x, weight.trained) if dtype is None else (x.to(dtype), weight.trained.to(dtype))
+            y = scaled_layer_by_rows(op, x, trained, weight.factor, weight.weight, weight.rows)
+        if bias is None:
+            return y
+        bias = (bias if held is None else held.value("add")).to(y.dtype)
+        return y + bias.view(-1, *[1] * (y.ndim - 2 if op.channel == 1 else 0))
+    bias_trained = bias_rows = None
+    if held is not None:
+        bias, bias_trained, bias_rows = held.weight, held.trained, held.rows
+    if dtype is not None:
+        x, weight = x.to(dtype), weight.to(dtype)
+        bias = bias if bias is None else bias.to(dtype)
+    return layer_by_rows(op, x, weight.trained, weight.weight, weight.rows, bias, bias_trained, bias_rows)
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    kind = x.device.type
+    if x.is_floating_point() and x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return None
+
+
+def _takes(input, e: Expression | None, bias) -> bool:
+    """Whether these are an ordinary input, a held weight and a bias that is ordinary or held."""
+    held = None if bias is None else expression_of(bias)
+    return e is not None and (held is None or held.factor is None) and expression_of(input) is None
+
+
+def _layer(input, weight, bias, ndim: int):
+    e = expression_of(weight)
+    if not _takes(input, e, bias) or e.weight.ndim != ndim:
+        return NotImplemented
+
+    def call(op, x):
+        if op.channel == 1 and op.transposed and op.groups != 1:
+            return NotImplemented
+        return _run(op, differentiable(x, e) if op.channel != 1 else x, e, bias)
+
+    return call
+
+
+def differentiable(input: Tensor, e: Expression) -> Tensor:
+    """Scripts differentiate by the output of a mapping network (path length), as dense training would let them:
+    where its weight is frozen, its input gets a graph instead."""
+    frozen = e.trained is None and any(link.wanted for link in e.links)
+    if frozen and input.ndim == 2 and input.is_floating_point() and not input.requires_grad:
+        return input.detach().requires_grad_()
+    return input
+
+
+def _matmul(a, b):
+    """x @ W with the neurons along the columns, and W @ x with them along the rows."""
+    right = expression_of(b)
+    _check_square(right)
+    if _takes(a, right, None) and right.weight.ndim == 2 and right.axis == 1:
+        return _run(Linear(), differentiable(a, right), right.transposed(), None)
+    left = expression_of(a)
+    if _takes(b, left, None) and left.weight.ndim == 2 and left.axis == 0 and b.ndim in (1, 2):
+        y = _run(Linear(), differentiable(b, left).t(), left, None)
+        return y.t()
+    return NotImplemented
+
+
+def _check_square(e: Expression | None):
+    """x @ W with a square W: its shape did not tell that its neurons, the outputs, are its columns."""
+    if e is not None and e.trained is not None and e.axis == 0 and e.weight.ndim == 2 and len(set(e.weight.shape)) == 1:
+        raise RuntimeError(
+            f"a square weight {list(e.weight.shape)} is used as x @ W, so its neurons are its columns, and its rows "
+            "were selected: give its module neuron_parameters() -> [[('weight', 1), ('bias', 0)]], or exclude it"
+        )
+
+
+def _addmm(input, mat1, mat2, *, beta=1, alpha=1):
+    """bias + x @ W, as GPT-2's layers have it."""
+    e = expression_of(mat2)
+    _check_square(e)
+    if (beta, alpha) != (1, 1) or input.ndim != 1 or not _takes(mat1, e, input):
+        return NotImplemented
+    if e.weight.ndim != 2 or e.axis != 1:
+        return NotImplemented
+    return _run(Linear(), differentiable(mat1, e), e.transposed(), input)
+
+
+def _einsum(equation, *operands):
+    """By the whole weights; only that a frozen one leaves its output differentiable."""
+    operands = operands[0] if len(operands) == 1 and isinstance(operands[0], list | tuple) else operands
+    frozen = [e for e in map(expression_of, operands) if e is not None and e.trained is None]
+    if not isinstance(equation, str) or not frozen:
+        return NotImplemented
+    operands = [
+        e.value("einsum") if (e := expression_of(x)) is not None else differentiable(x, frozen[0]) for x in operands
+    ]
+    return torch.einsum(equation, *operands)
+
+
+def _mv(a, b):
+    # which autocast leaves in float32 on a CPU
+    with torch.autocast("cpu", enabled=False) if b.device.type == "cpu" else nullcontext():
+        return _matmul(a, b)
+
+
+def _embedding(input, weight, padding_idx=None, max_norm=None, norm_type=2.0, scale_grad_by_freq=False, sparse=False):
+    """The selected rows, or columns, are looked up in their leaf, the others in the weight."""
+    e = expression_of(weight)
+    if e is None or e.trained is None or e.weight.ndim != 2:
+        return NotImplemented
+    if padding_idx is not None or max_norm is not None or scale_grad_by_freq or sparse:
+        return NotImplemented
+    for link in e.links:
+        link.row_uses.add("embedding")
+    y = F.embedding(input, e.weight)
+    if e.axis == 1:
+        y = y.index_copy(-1, e.rows, F.embedding(input, e.trained))
+    else:
+        places = torch.full((len(e.weight),), -1, device=input.device)
+        places = places.index_copy(0, e.rows, torch.arange(len(e.rows), device=input.device))[input]
+        y = torch.where((places >= 0).unsqueeze(-1), F.embedding(places.clamp(min=0), e.trained), y)
+    return y if e.factor is None else y * e.factor.to(y.dtype)
+
+
+_LAYERS = {
+    **functions_of(_layer),
+    F.embedding: _embedding,
+    **dict.fromkeys((torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__), _matmul),
+    **dict.fromkeys((torch.mm, torch.Tensor.mm), _matmul),
+    **dict.fromkeys((torch.mv, torch.Tensor.mv), _mv),
+    **dict.fromkeys((torch.addmm, torch.Tensor.addmm), _addmm),
+    torch.einsum: _einsum,
+}
+
+
+def dispatch(func, args, kwargs):
+    """func(*args, **kwargs) with a gradient of the selected rows alone; NotImplemented where func is no such layer."""
+    known = _LAYERS.get(func)
+    if known is None or "out" in kwargs or not torch.is_grad_enabled() or transforms_active():
+        return NotImplemented
+    return known(*args, **kwargs)

@@ -1,0 +1,272 @@
+"""The tie between the compact leaf of the selected rows and the weight that they are rows of."""
+
+import torch
+from torch import Tensor, nn
+
+from ..._torch import (
+    PastSubclasses,
+    has_gradient_hooks,
+    own_data,
+    own_grad,
+    set_own_data,
+    set_own_grad,
+    version_of,
+)
+from ...ops import write_rows
+from ..neurons import compact
+from .gradient import WholeGradient, spread
+
+
+class Alias(torch.autograd.Function):
+    """The weight, whose gradient's rows are the leaf's."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(leaf, weight, rows, axis, links=(), use=""):
+        return weight.view_as(weight)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        leaf, _, rows, ctx.axis, ctx.links, ctx.use = inputs
+        ctx.dtype = leaf.dtype
+        ctx.save_for_backward(rows)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (rows,) = ctx.saved_tensors
+        if grad.is_sparse:
+            raise RuntimeError(
+                "a weight that trains by rows was given a sparse gradient; build its nn.Embedding with sparse=False"
+            )
+        for link in ctx.links:
+            link.dense_uses.add(ctx.use)
+        return compact(grad, ctx.axis, rows).to(ctx.dtype), None, None, None, None, None
+
+
+class OwnGradient(torch.autograd.Function):
+    """The weight, whose gradient is its own: in whole shape, zero where nothing is selected. Its hooks see that,
+    and `WholeGradient` hands it to the leaf."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(weight, rows, axis):
+        return weight.view_as(weight)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, rows, ctx.axis = inputs
+        ctx.save_for_backward(rows)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (rows,) = ctx.saved_tensors
+        return spread(compact(grad, ctx.axis, rows), grad, ctx.axis, rows), None, None
+
+
+def master_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What the rows of a weight train in: half precision would round small steps away."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+class Ledger:
+    """The version counters that the leaves and weights of `links` had when they were last equal.
+
+    One list for all links of an optimizer: a step compares and renews it as a whole.
+    """
+
+    def __init__(self, links: list["Link"]):
+        self.links = links
+        self.tensors = [t for link in links for t in (link.leaf, link.weight)]
+        self.versions = [0] * len(self.tensors)
+        self.accesses = -1
+
+    def read(self) -> list[int]:
+        with PastSubclasses():
+            return [version_of(t) for t in self.tensors]
+
+    def sync(self) -> bool:
+        """`Link.sync` of all links. True where anything may have been written or moved since the last step."""
+        if self.accesses == Link.accesses and self.versions == self.read():
+            return False
+        for link in self.links:
+            link.sync()
+        return True
+
+    def settle(self):
+        """Declares all leaves and weights equal, after `sync` and a step that wrote both."""
+        self.versions, self.accesses = self.read(), Link.accesses
+
+    @classmethod
+    def join(cls, links: list["Link"]) -> "Ledger":
+        """One ledger for these links, which have just been synced."""
+        ledger = cls(links)
+        for i, link in enumerate(links):
+            link.ledger, link.index = ledger, i
+        ledger.settle()
+        return ledger
+
+
+class Link:
+    """What ties a leaf to its weight: which rows along which axis, and who wrote last.
+
+    Both sides may be written from outside: `load_state_dict` and EMA copies write the weight, weight clipping the
+    leaf. Version counters tell, and for writes through `.data`, which they miss, the access itself.
+
+    The leaf of a half-precision weight is float32. It equals the weight where it rounds to it.
+    """
+
+    epoch = 0  # how often weights were held or given back
+    accesses = 0  # to `.data` of any leaf or held weight; a Ledger that has seen this count can skip asking every link
+
+    def __init__(self, weight: nn.Parameter, leaf: nn.Parameter | None, rows: Tensor | None, axis: int):
+        self.weight, self.leaf, self.rows, self.axis = weight, leaf, rows, axis
+        self.wanted = True  # what requires_grad_() said last
+        self.kind = type(weight)
+        self.places: list[tuple[dict, str]] = []  # the modules' dictionaries that list the weight, and as what
+        self.gradient = WholeGradient(self)
+        self.dense_uses: set[str] = set()  # through which functions a gradient of all rows came, for the summary
+        self.row_uses: set[str] = set()  # layers that compute the gradient of the rows alone
+        self.ledger, self.index = Ledger([self]), 0
+        self.plain = weight.data  # for the compiler, which cannot see past the subclass
+        self.settle()
+
+    def settle(self):
+        """Declares leaf and weight equal."""
+        self.weight_accessed = self.leaf_accessed = False
+        if self.leaf is not None:
+            with PastSubclasses():
+                self.ledger.versions[2 * self.index : 2 * self.index + 2] = (
+                    version_of(self.leaf),
+                    version_of(self.weight),
+                )
+
+    def access(self, weight: bool = False, leaf: bool = False):
+        """Notes that someone may write to one of the two past its version counter."""
+        Link.accesses += 1
+        self.weight_accessed |= weight
+        self.leaf_accessed |= leaf
+
+    @torch.no_grad()
+    def sync(self):
+        """Makes leaf and weight equal after writes from outside; where both were written, the weight counts."""
+        if self.leaf is None:
+            return
+        with PastSubclasses():
+            leaf_known, weight_known = self.ledger.versions[2 * self.index : 2 * self.index + 2]
+            leaf_changed, weight_changed = version_of(self.leaf) != leaf_known, version_of(self.weight) != weight_known
+            if not (weight_changed or leaf_changed or self.weight_accessed or self.leaf_accessed):
+                return
+            current = compact(self.weight, self.axis, self.rows)
+            if current.device != self.leaf.device or master_dtype(current.dtype) != self.leaf.dtype:
+                return  # module.to() has converted one and comes to the other
+            equal = current == self.leaf.to(current.dtype)
+            if not equal.all():
+                # a version is proof of a write, an access to .data only a suspicion
+                if weight_changed or (self.weight_accessed and not leaf_changed):
+                    self.leaf.copy_(torch.where(equal, self.leaf, current.to(self.leaf.dtype)))
+                else:
+                    self.write()
+        self.settle()
+
+    @torch.no_grad()
+    def write(self):
+        """Writes the leaf through to the weight."""
+        with PastSubclasses():
+            write_rows(self.weight, self.axis, self.rows, self.leaf)
+        self.settle()
+
+    @torch.no_grad()
+    def set_weight(self, value: Tensor):
+        """`weight.data = value`, as `model.half()`, `double()` and `to()` call it: the leaf and its gradient follow. A
+        mere change of dtype leaves the leaf what counts: half precision rounds the weight alone."""
+        self.sync()
+        self.access(weight=True)
+        self.gradient.settle()
+        plain = own_data(self.weight)
+        converted = self.leaf is not None and value.dtype != plain.dtype and value.shape == plain.shape
+        if converted:
+            now, then = (compact(t, self.axis, self.rows.to(t.device)) for t in (value, plain))
+            converted = torch.equal(now, then.to(now.device, now.dtype))
+        set_own_data(self.weight, value)
+        self.plain = own_data(self.weight)
+        if self.leaf is None:
+            return
+        self.rows = self.rows.to(value.device)
+        self._move_leaf(value.device, master_dtype(value.dtype))
+        if converted:
+            self.write()
+            self.access(weight=True)
+
+    def _move_leaf(self, device: torch.device, dtype: torch.dtype):
+        leaf = own_data(self.leaf)
+        if leaf.device == device and leaf.dtype == dtype:
+            return
+        grad = own_grad(self.leaf)
+        set_own_grad(self.leaf, None)
+        set_own_data(self.leaf, leaf.to(device, dtype))
+        if grad is not None:
+            set_own_grad(self.leaf, grad.to(device, dtype))
+
+    def in_place(self) -> bool:
+        """Whether the modules still hold the weight, and it is still this one: swapping exchanges what tensors are."""
+        weight = self.weight
+        for parameters, name in self.places:
+            if parameters.get(name) is not weight:
+                return False
+        return weight.__dict__.get("link") is self
+
+    def reclaim(self):
+        """Where the modules hold another parameter in the weight's place, as after `load_state_dict(assign=True)`:
+        takes its values and gradient over, and puts the weight back. RuntimeError where it is none that fits."""
+        if self.in_place():
+            return
+        found = {id(d.get(n)): d.get(n) for d, n in self.places}
+        (new, *others) = found.values()
+        fits = not others and type(new) is nn.Parameter and new.shape == self.weight.shape
+        if not fits or self.weight.__dict__.get("link") is not self or not new.is_floating_point():
+            raise RuntimeError(
+                f"{self.places[0][1]!r} of shape {list(self.weight.shape)} was replaced by another parameter while its "
+                "rows train (an assignment, swapped parameters, fully_shard): write into the weight instead, or "
+                "release() the model first and select anew"
+            )
+        self.set_weight(new.data)
+        if new.grad is not None:
+            self.gradient.write(new.grad)
+        for d, n in self.places:
+            d[n] = self.weight
+
+    @torch.no_grad()
+    def set_leaf(self, value: Tensor):
+        """`leaf.data = value`. The rounding of the leaf to half precision moves it, and does not round it."""
+        self.sync()
+        self.access(leaf=True)
+        plain, dtype = own_data(self.leaf), master_dtype(value.dtype)
+        if dtype != value.dtype:
+            kept = plain.to(value.device)
+            same = value.shape == kept.shape and torch.equal(kept.to(value.dtype), value)
+            value = (kept if same else value).to(dtype)
+        set_own_data(self.leaf, value)
+
+    @property
+    def hooked(self) -> bool:
+        """Whether someone waits for the weight's own gradient."""
+        return self.leaf is not None and has_gradient_hooks(self.weight)
+
+    def alias(self) -> Tensor:
+        """The weight as a differentiable computation sees it."""
+        if self.leaf is None or not self.leaf.requires_grad or not torch.is_grad_enabled():
+            return self.weight
+        if self.hooked:
+            return OwnGradient.apply(self.weight, self.rows, self.axis)
+        return Alias.apply(self.leaf, self.weight, self.rows, self.axis)
+
+    def traced(self) -> Tensor:
+        """`alias` for torch.compile, which refuses a Function that returns a view: the same values by a copy."""
+        if self.leaf is None:
+            return self.plain
+        leaf = self.leaf.to(self.plain.dtype)
+        if self.plain.ndim == 0:
+            return leaf.reshape(())
+        return self.plain.index_copy(self.axis, self.rows, leaf.movedim(0, self.axis))

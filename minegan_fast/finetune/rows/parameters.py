@@ -1,0 +1,304 @@
+"""How a sparse network is held: compact trainable rows, linked to weights that no longer train.
+
+The selected rows of a weight become a `LeafParameter` [k, ...]. The weight keeps its place, its identity and its
+storage; its class becomes `HeldWeight`, whose `__torch_function__` sees every use. Linear layers and convolutions
+compute the gradient of the k rows alone (layers.py), also of W·c, W[0], Wᵀ or W/σ (expressions.py). Any other use is
+given an alias: the same memory with a backward that hands the k rows of the whole gradient to the leaf,
+
+    alias = W,    dL/drows = (dL/dalias)[rows].
+
+Both are differentiable to any order, so every use of the weight is right, in any layer, and none needs to be known.
+After a step the rows are written through to the weight, which the forward reads without a copy.
+"""
+
+import functools
+
+import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from ..._torch import PastSubclasses, active_ddp, is_in_torch_dispatch_mode, is_view, own_data, own_grad, set_own_grad
+from . import ddp
+from .containers import map_tensors
+from .expressions import Expression, expression_of, follow
+from .layers import dispatch
+from .link import Link
+
+
+class LeafParameter(nn.Parameter):
+    """The compact leaf [k, ...] of the selected rows of one weight; `link` leads there."""
+
+    @property
+    def data(self):
+        self.link.sync()
+        self.link.access(leaf=True)
+        return own_data(self)
+
+    @data.setter
+    def data(self, value):
+        if value.shape != self.shape:
+            raise ValueError(f"the rows {list(self.shape)} of a weight were given data of shape {list(value.shape)}")
+        self.link.set_leaf(value)
+
+    @property
+    def grad(self):
+        if not is_in_torch_dispatch_mode():  # the compiler looks at it too
+            self.link.reclaim()
+            self.link.gradient.settle()
+        return own_grad(self)
+
+    @grad.setter
+    def grad(self, value):
+        self.link.gradient.forget()
+        set_own_grad(self.link.weight, None)
+        set_own_grad(self, value)
+
+    @grad.deleter
+    def grad(self):
+        self.grad = None
+
+    def __deepcopy__(self, memo):
+        return memo.setdefault(id(self), nn.Parameter(self.detach().clone(), self.requires_grad))
+
+    def __reduce_ex__(self, protocol):
+        return nn.Parameter(self.detach(), self.requires_grad).__reduce_ex__(protocol)
+
+
+# Getters that yield views of the values; all other attributes are read from the weight itself.
+VIEWS = {getattr(torch.Tensor, name) for name in ("T", "mT", "H", "mH", "real", "imag")}
+
+
+class HeldWeight(nn.Parameter):
+    """A weight whose selected rows train in a leaf; without a leaf, a frozen one.
+
+    It reads as the plain parameter that it was, `copy.deepcopy` and pickling give that parameter back,
+    `requires_grad_()` turns the leaf on and off, and `grad` has the weight's own shape (gradient.py).
+
+    Its own flag in the engine is that of the leaf: what looks past `__torch_function__` brings it a whole gradient,
+    whose rows the leaf gets.
+    """
+
+    held = True
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if torch.compiler.is_dynamo_compiling():
+            return func(*map_tensors(_traced, args, _TYPES), **map_tensors(_traced, kwargs, _TYPES))
+        if (wrapper := active_ddp()) is not None:
+            with PastSubclasses():
+                ddp.tell(wrapper)
+        if torch.jit.is_tracing():  # which knows the weight, and no leaf
+            with PastSubclasses():
+                return func(*args, **kwargs)
+        if func in _ON_LEAF:
+            return func(*map_tensors(_leaf, args, _TYPES), **map_tensors(_leaf, kwargs, _TYPES))
+        if func is torch.autograd.grad:
+            return func(*map_tensors(_refused, args, _TYPES), **map_tensors(_refused, kwargs, _TYPES))
+        with PastSubclasses():
+            special = _SPECIAL.get(func)
+            if special is not None:
+                return special(*args, **kwargs)
+            attribute = getattr(func, "__name__", "") in ("__get__", "__set__") and func.__self__ not in VIEWS
+            if attribute or func in _SHAPELIKE:
+                return func(*args, **kwargs)
+            return differentiate(func, args, kwargs)
+
+    def __deepcopy__(self, memo):
+        if id(self) not in memo:
+            memo[id(self)] = nn.Parameter(self.detach().clone(), self.link.wanted)
+        return memo[id(self)]
+
+    def __reduce_ex__(self, protocol):
+        return nn.Parameter(self.detach(), self.link.wanted).__reduce_ex__(protocol)
+
+
+@functools.cache
+def held_class(kind: type) -> type:
+    """What a parameter of class `kind` is while it is held: still one of its class."""
+    return (
+        HeldWeight if kind is nn.Parameter else type(kind.__name__, (HeldWeight, kind), {"__module__": kind.__module__})
+    )
+
+
+class RowWise(torch.Tensor):
+    """The result of a row-wise expression of held weights, a tensor like any other; see expressions.py."""
+
+    expression: Expression | None
+    plain: torch.Tensor | None  # what it has become where someone wrote to it, or hooked it into the graph
+
+    @staticmethod
+    def of(expression: Expression) -> "RowWise":
+        result = expression.weight.as_subclass(RowWise)
+        result.expression, result.plain = expression, None
+        if expression.trained is not None and expression.trained.requires_grad and torch.is_grad_enabled():
+            # A function of another library that looks past __torch_function__ finds a leaf of its own here.
+            result.requires_grad_()
+            result.register_hook(functools.partial(_hand_on, expression))
+        return result
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        with PastSubclasses():
+            first = args[0] if args and isinstance(args[0], RowWise) else None
+            if first is not None and first.plain is None:
+                if func in _SHAPELIKE:
+                    return func(first.expression.weight, *args[1:], **kwargs)
+                if func is torch.Tensor.requires_grad.__get__:
+                    return first.expression.trained is not None or first.expression.factor is not None
+                name = getattr(func, "__name__", "")
+                in_place = name.endswith("_") and not name.endswith("__")
+                if in_place or (name in _CHANGING and getattr(func, "__self__", None) not in VIEWS):
+                    first.plain = _ordinary(first, name).clone()
+                    first.expression = None
+            result = differentiate(func, args, kwargs)
+            return first if first is not None and result is first.plain else result
+
+
+_TYPES = (HeldWeight, RowWise)
+
+
+def _hand_on(expression: Expression, grad: torch.Tensor):
+    further = torch.is_grad_enabled()
+    with torch.enable_grad():
+        value = expression.value("a function of another library")
+    torch.autograd.backward(value, grad, create_graph=further)
+
+
+def differentiate(func, args, kwargs):
+    """func(*args, **kwargs) as a differentiable function of the leaves of the weights among the arguments."""
+    if any(type(x) is RowWise and x.plain is not None for x in (*args, *kwargs.values())):
+        args = tuple(_settled(x) for x in args)
+        kwargs = {name: _settled(x) for name, x in kwargs.items()}
+    result = dispatch(func, args, kwargs)
+    if result is NotImplemented:
+        expression = follow(func, args, kwargs)
+        if expression is not NotImplemented:
+            return RowWise.of(expression)
+        name = getattr(func, "__name__", "")
+        result = func(*map_tensors(_ordinary, args, _TYPES, name), **map_tensors(_ordinary, kwargs, _TYPES, name))
+    return result
+
+
+def _settled(x):
+    return x.plain if type(x) is RowWise and x.plain is not None else x
+
+
+def _ordinary(x, name: str) -> torch.Tensor:
+    """What a function that knows nothing of rows is given."""
+    if type(x) is RowWise and x.plain is not None:
+        return x.plain
+    expression = expression_of(x)
+    if expression is None or expression.trained is None or not torch.is_grad_enabled():
+        if not isinstance(x, HeldWeight):
+            return expression.value(name)
+        x.link.sync()
+        return x.link.alias()
+    if isinstance(x, HeldWeight) and name.endswith("_") and not name.endswith("__"):
+        raise RuntimeError(
+            f"{name}: a parameter that trains was used in an in-place operation; do so in torch.no_grad()"
+        )
+    return expression.value(name)
+
+
+def _traced(p):
+    return p.link.traced()
+
+
+def _leaf(p):
+    if p.link.leaf is None:
+        raise RuntimeError("this weight is frozen: no row of it is selected, so nothing can be differentiated by it")
+    return p.link.leaf
+
+
+def _refused(p):
+    if not isinstance(p, HeldWeight):
+        return _ordinary(p, "grad")
+    raise RuntimeError(
+        "torch.autograd.grad by a weight that trains by rows: ask for the gradients of the optimizer's leaves, "
+        "ft.parameters(), or call backward() and read the weight's grad"
+    )
+
+
+def _require_grad(p, flag=True):
+    p.link.wanted = flag
+    if p.link.leaf is not None:
+        p.link.leaf.requires_grad_(flag)
+        torch.Tensor.requires_grad_(p, flag)
+    return p
+
+
+def _same(view):
+    """Code that looks for the node where a parameter's gradient is complete takes a view of it in its own shape."""
+    return lambda x, other: view(x, other) if x is other else differentiate(view, (x, other), {})
+
+
+def _get_data(p):
+    p.link.sync()
+    p.link.access(weight=True)
+    return own_data(p)
+
+
+def _set_data(p, value):
+    if value.shape != p.shape:
+        raise ValueError(
+            f"a sparsely finetuned weight of shape {list(p.shape)} was given data of shape {list(value.shape)}; "
+            "release() the model first, and build a new SparseFinetuner on the resized one"
+        )
+    p.link.set_weight(value)
+
+
+def _get_grad(p):
+    return own_grad(p) if is_in_torch_dispatch_mode() else p.link.gradient.read()
+
+
+def _hook(register):
+    def hook(p, function):
+        Link.epoch += 1  # DDP has to reduce the weight itself
+        return register(p, function)
+
+    return hook
+
+
+def _note_writes(optimizer, args, kwargs):
+    """After a step of any optimizer: torch's fused ones write to leaves without a trace."""
+    if not getattr(optimizer, "writes_through", False):
+        for p in (p for group in optimizer.param_groups for p in group["params"] if type(p) is LeafParameter):
+            p.link.access(leaf=True)
+
+
+@functools.cache
+def watch_optimizers():
+    """From the first leaf on."""
+    register_optimizer_step_post_hook(_note_writes)
+
+
+# What reads no value.
+_SHAPELIKE = {
+    *(getattr(torch.Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "device", "layout", "is_cuda")),
+    *(getattr(torch.Tensor, name).__get__ for name in ("is_sparse", "is_quantized", "is_nested", "is_mkldnn")),
+    *(getattr(torch.Tensor, name) for name in ("size", "dim", "numel", "nelement", "stride", "is_contiguous")),
+    *(getattr(torch.Tensor, name) for name in ("is_floating_point", "is_complex", "element_size", "__len__")),
+}
+
+# What writes to a tensor, or shows its place in the graph.
+_CHANGING = {"retain_grad", "register_hook", "register_post_accumulate_grad_hook", "__get__", "__set__", "__setitem__"}
+
+_SPECIAL = {
+    torch.Tensor.data.__get__: _get_data,
+    torch.Tensor.data.__set__: _set_data,
+    torch.Tensor.grad.__get__: _get_grad,
+    torch.Tensor.grad.__set__: lambda p, value: p.link.gradient.write(value),
+    torch.Tensor.grad.__delete__: lambda p: p.link.gradient.write(None),
+    torch.Tensor.view_as: _same(torch.Tensor.view_as),
+    torch.Tensor.expand_as: _same(torch.Tensor.expand_as),
+    torch.Tensor.requires_grad.__set__: _require_grad,
+    torch.Tensor.requires_grad_: _require_grad,
+    torch.Tensor.register_hook: _hook(torch.Tensor.register_hook),
+    torch.Tensor.register_post_accumulate_grad_hook: _hook(torch.Tensor.register_post_accumulate_grad_hook),
+    is_view: is_view,  # the alias is one, the weight is not
+}
+
+# With respect to a linked weight, these mean its leaf.
+_ON_LEAF = {torch.autograd.backward, torch.Tensor.backward}
