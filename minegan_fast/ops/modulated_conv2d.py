@@ -157,10 +157,12 @@ def modulated_conv2d(
             raise TypeError(f"{name} must be a float32, float64, bfloat16 or float16 tensor, got {kind}")
         if tensor.device != x.device:
             raise ValueError(f"{name} must be on the device of x, {x.device}, got {tensor.device}")
-    if weight.dim() != 4 or weight.shape[1] != x.shape[1] or weight.shape[2] != weight.shape[3]:
-        raise ValueError(f"weight must have shape [O, {x.shape[1]}, k, k], got {list(weight.shape)}")
-    if weight.shape[2] % 2 == 0:
-        raise ValueError(f"weight must have an odd kernel size, got {weight.shape[2]}")
+    # Each look at a weight whose rows train costs microseconds, so there are few.
+    dtype, shape = weight.dtype, weight.shape
+    if len(shape) != 4 or shape[1] != x.shape[1] or shape[2] != shape[3]:
+        raise ValueError(f"weight must have shape [O, {x.shape[1]}, k, k], got {list(shape)}")
+    if shape[2] % 2 == 0:
+        raise ValueError(f"weight must have an odd kernel size, got {shape[2]}")
     if style.shape != x.shape[:2]:
         raise ValueError(f"style must have shape {list(x.shape[:2])}, as x's first axes are, got {list(style.shape)}")
     if up and down:
@@ -173,18 +175,19 @@ def modulated_conv2d(
     kind = x.device.type
     if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(kind))
-    size, n = weight.shape[2], 0 if kernel is None else kernel.shape[0]
+    size, n = shape[2], 0 if kernel is None else kernel.shape[0]
     with torch.autocast(kind, enabled=False):
         s = (style.to(wide(x.dtype)) * scale).contiguous()
         d = None
         if demodulate:  # Squares overflow float16, and bfloat16 has too few digits for their sum.
-            d = torch.rsqrt(F.linear(s.square(), weight.to(s.dtype).square().sum((2, 3))) + eps)
+            w = weight if dtype == s.dtype else weight.to(s.dtype)
+            d = torch.rsqrt(F.linear(s.square(), w.square().sum((2, 3))) + eps)
         if down:
             before, after = (n + size - 2) // 2, (n + size - 3) // 2
             x = upfirdn2d(x, kernel, padding=(before, after, before, after))
         x = _dense(x)
         xs = _Modulate.apply(x, s, forced_backend())
-        w = weight.to(xs.dtype)
+        w = weight if dtype == xs.dtype else weight.to(xs.dtype)
         with _keeping_factors(x, s, xs):
             if up:
                 y = transposed_conv2d(xs, w.transpose(0, 1))

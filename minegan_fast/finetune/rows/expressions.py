@@ -62,7 +62,7 @@ def expression_of(x) -> Expression | None:
     link.sync()
     trained = None
     if link.leaf is not None and link.leaf.requires_grad:
-        trained = link.leaf.movedim(0, link.axis)
+        trained = link.leaf if link.axis == 0 else link.leaf.movedim(0, link.axis)
     return Expression(x.detach(), trained, link.rows, link.axis, (link,))
 
 
@@ -83,8 +83,7 @@ def follow(func, args, kwargs) -> Expression:
 
 
 def _apply(e: Expression, func, args, kwargs, axis: int, factor: Tensor | None):
-    with torch.no_grad():
-        weight = func(e.weight, *args, **kwargs)
+    weight = func(e.weight, *args, **kwargs)  # no gradient is asked of it, nor of what it is computed with
     trained = None if e.trained is None else func(e.trained, *args, **kwargs)
     return Expression(weight, trained, e.rows, axis, e.links, factor)
 
@@ -137,8 +136,7 @@ def _pairwise(func, args, kwargs):
     same = same and a.weight.shape[a.axis] == b.weight.shape[b.axis]
     if not same or (a.trained is not None and a.rows is not b.rows and not torch.equal(a.rows, b.rows)):
         return NotImplemented
-    with torch.no_grad():
-        weight = func(a.weight, b.weight)
+    weight = func(a.weight, b.weight)
     trained = None if a.trained is None else func(a.trained, b.trained)
     return a._replace(weight=weight, trained=trained, links=tuple(dict.fromkeys(a.links + b.links)))
 

@@ -168,9 +168,11 @@ def _hand_on(expression: Expression, grad: torch.Tensor):
 
 def differentiate(func, args, kwargs):
     """func(*args, **kwargs) as a differentiable function of the leaves of the weights among the arguments."""
-    if any(type(x) is RowWise and x.plain is not None for x in (*args, *kwargs.values())):
-        args = tuple(_settled(x) for x in args)
-        kwargs = {name: _settled(x) for name, x in kwargs.items()}
+    for x in (*args, *kwargs.values()):
+        if type(x) is RowWise and x.plain is not None:
+            args = tuple(_settled(x) for x in args)
+            kwargs = {name: _settled(x) for name, x in kwargs.items()}
+            break
     result = dispatch(func, args, kwargs)
     if result is NotImplemented:
         expression = follow(func, args, kwargs)
