@@ -92,7 +92,7 @@ def _selection(rows: dict[str, Tensor], layers: list[NeuronGroup], budget: str) 
     return Selection({**rows, **whole}, sizes_of(layers), budget, frozenset(whole))
 
 
-def rank(scores: Mapping[str, Tensor], layers, density, budget, scope, policy) -> Selection:
+def choose(scores: Mapping[str, Tensor], layers, density, budget, scope, policy) -> Selection:
     """The selection that the scores {layer: [neurons]} ask for, ranked where they are; only its rows come to the CPU.
 
     "train_top" trains the highest scores, "freeze_top" the lowest; ties go by (name, row). scope "global" ranks all

@@ -148,22 +148,25 @@ class Link:
         self.weight_accessed |= weight
         self.leaf_accessed |= leaf
 
-    @torch.no_grad()
     def sync(self):
         """Makes leaf and weight equal after writes from outside; where both were written, the weight counts."""
         if self.leaf is None:
             return
+        leaf_known, weight_known = self.ledger.versions[2 * self.index : 2 * self.index + 2]
         with PastSubclasses():
-            leaf_known, weight_known = self.ledger.versions[2 * self.index : 2 * self.index + 2]
             leaf_changed, weight_changed = version_of(self.leaf) != leaf_known, version_of(self.weight) != weight_known
-            if not (weight_changed or leaf_changed or self.weight_accessed or self.leaf_accessed):
-                return
+        if weight_changed or leaf_changed or self.weight_accessed or self.leaf_accessed:  # seldom
+            self._reconcile(weight_changed, leaf_changed)
+
+    @torch.no_grad()
+    def _reconcile(self, weight_changed: bool, leaf_changed: bool):
+        with PastSubclasses():
             current = compact(self.weight, self.axis, self.rows)
             if current.device != self.leaf.device or master_dtype(current.dtype) != self.leaf.dtype:
                 return  # module.to() has converted one and comes to the other
             equal = current == self.leaf.to(current.dtype)
             if not equal.all():
-                # a version is proof of a write, an access to .data only a suspicion
+                # A version is proof of a write, an access to .data only a suspicion.
                 if weight_changed or (self.weight_accessed and not leaf_changed):
                     self.leaf.copy_(torch.where(equal, self.leaf, current.to(self.leaf.dtype)))
                 else:
