@@ -54,12 +54,12 @@ def check_fits(
     theirs = neurons["evidence"]["criterion"]
     if theirs != criterion:
         raise ValueError(
-            f"the state dict was scored by {theirs!r}, this optimizer by {criterion!r}; build it with the same criterion"
+            f"the state dict was scored by {theirs!r}, this optimizer by {criterion!r}; build it with the same one"
         )
     theirs = len(state_dict["param_groups"])
     if theirs != groups:
         raise ValueError(
-            f"the state dict has {theirs} parameter groups, this optimizer has {groups}; add the same groups before you "
+            f"the state dict has {theirs} parameter groups, this optimizer has {groups}; add the same ones before you "
             "load it"
         )
     return saved
