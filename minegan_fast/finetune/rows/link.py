@@ -1,4 +1,4 @@
-"""The tie between the compact leaf of the selected rows and the weight that they are rows of."""
+"""What ties the leaf of the selected rows to the weight that they are rows of."""
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from .gradient import WholeGradient, spread
 
 
 class Alias(torch.autograd.Function):
-    """The weight, whose gradient's rows are the leaf's."""
+    """Returns the weight itself. Its backward hands the selected rows of the gradient to the leaf."""
 
     generate_vmap_rule = True
 
@@ -45,8 +45,8 @@ class Alias(torch.autograd.Function):
 
 
 class OwnGradient(torch.autograd.Function):
-    """The weight, whose gradient is its own: in whole shape, zero where nothing is selected. Its hooks see that,
-    and `WholeGradient` hands it to the leaf."""
+    """Returns the weight itself, and leaves it a gradient of its own: in whole shape, zero where no row is selected.
+    Hooks on the weight see that gradient, and `WholeGradient` hands its rows to the leaf."""
 
     generate_vmap_rule = True
 
@@ -66,14 +66,14 @@ class OwnGradient(torch.autograd.Function):
 
 
 def master_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What the rows of a weight train in: half precision would round small steps away."""
+    """The dtype in which rows train. Half precision would round small steps away, so it is float32 at least."""
     return torch.promote_types(dtype, torch.float32)
 
 
 class Ledger:
-    """The version counters that the leaves and weights of `links` had when they were last equal.
+    """The version counters that leaves and weights had when they were last equal.
 
-    One list for all links of an optimizer: a step compares and renews it as a whole.
+    All links of an optimizer share one ledger, so that a step compares and renews it as a whole.
     """
 
     def __init__(self, links: list["Link"]):
@@ -95,7 +95,7 @@ class Ledger:
         return True
 
     def settle(self):
-        """Declares all leaves and weights equal, after `sync` and a step that wrote both."""
+        """Declares all leaves and weights equal: a step has written both."""
         self.versions, self.accesses = self.read(), Link.accesses
 
     @classmethod
@@ -111,10 +111,11 @@ class Ledger:
 class Link:
     """What ties a leaf to its weight: which rows along which axis, and who wrote last.
 
-    Both sides may be written from outside: `load_state_dict` and EMA copies write the weight, weight clipping the
-    leaf. Version counters tell, and for writes through `.data`, which they miss, the access itself.
+    Both sides may be written from outside: `load_state_dict` and copies of an EMA write the weight, weight clipping
+    writes the leaf. Version counters tell which. They miss writes through `.data`, so an access to it counts as a
+    suspicion, and the values decide.
 
-    The leaf of a half-precision weight is float32. It equals the weight where it rounds to it.
+    The leaf of a half-precision weight is float32. The two are equal where the leaf rounds to the weight.
     """
 
     epoch = 0  # how often weights were held or given back
