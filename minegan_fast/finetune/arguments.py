@@ -15,7 +15,7 @@ def check_arguments(
     optimizer, budget, criterion, scope, policy, lr, betas, eps, weight_decay, momentum, density, score_steps,
     ema_decay, affine,
 ):  # fmt: skip
-    """ValueError, TypeError with the name of the first one that is out of range."""
+    """Raises ValueError or TypeError, which name the first argument that is out of range."""
     for name, value, allowed in (
         ("optimizer", optimizer, OPTIMIZERS),
         ("budget", budget, ("neurons", "parameters")),

@@ -1,8 +1,9 @@
 """Row-wise expressions of held weights, followed as far as the layer that uses them.
 
-Row r of W·c, W², W[0] or Wᵀ depends on row r of W alone. Such an expression is computed twice, for all rows without a
-graph and for the selected ones from their leaf, and `layers.py` takes both: its gradient goes to the selected rows and
-never exists for the others. Any other use makes an ordinary tensor of it, whose weight gradient is gathered.
+Row r of W·c, W², W[0] or Wᵀ depends on row r of W alone. Such an expression is computed twice: for all rows without a
+graph, and for the selected rows from their leaf. `layers.py` takes both, so that the gradient of the other rows never
+exists. Any other use makes an ordinary tensor of the expression; its gradient is computed whole, and the rows are taken
+from it.
 
 A factor that depends on all rows, as the σ of spectral norm does, stays outside: conv(x, W s) = s conv(x, W).
 """
@@ -31,7 +32,7 @@ class Expression(NamedTuple):
     factor: Tensor | None = None
 
     def value(self, use: str) -> Tensor:
-        """An ordinary tensor, whose gradient is dense; it is said to come through the function `use`."""
+        """An ordinary tensor, whose gradient is computed whole. use: the function that needs it, for the summary."""
         value = self.weight
         if self.trained is not None and value.ndim == 1:  # small: a copy by one native op costs less than the alias
             value = value.index_copy(0, self.rows, self.trained.to(value.dtype))
@@ -50,7 +51,7 @@ class Expression(NamedTuple):
 
 
 def expression_of(x) -> Expression | None:
-    """The expression that an argument stands for; None where it is no held weight and nothing made of one."""
+    """The expression that an argument stands for; None where it is neither a held weight nor made of one."""
     if not isinstance(x, Tensor):
         return None
     attributes = x.__dict__
@@ -67,7 +68,7 @@ def expression_of(x) -> Expression | None:
 
 
 def _matrix(x) -> Expression | None:
-    """The expression of an argument that is worth following: a bias's gradient is no cost."""
+    """The expression of an argument that is worth following. A vector is not: its whole gradient costs nothing."""
     e = expression_of(x)
     return None if e is None or e.weight.ndim < 2 else e
 
@@ -107,7 +108,7 @@ def _cast(func, args, kwargs):
 
 
 def _scaled(func, args, kwargs):
-    """mul, div: by a number, by a factor of all rows, or row by row with another expression of the same rows."""
+    """mul and div: by a number, by a factor of all rows, or row by row by another expression of the same rows."""
     if len(args) != 2 or kwargs:
         return NotImplemented
     e, other = _matrix(args[0]), args[1]
@@ -158,7 +159,7 @@ def _reduced(func, args, kwargs):
 
 
 def _moved(func, args, kwargs):
-    """transpose, t, permute, unsqueeze: where the axis went is asked of a tensor whose sizes are all different."""
+    """transpose, t, permute, unsqueeze. A tensor whose sizes are all different shows where the neurons' axis went."""
     e = _matrix(args[0])
     if e is None or (func is torch.Tensor.t and e.weight.ndim != 2):
         return NotImplemented
@@ -176,7 +177,7 @@ def _indexed(func, args, kwargs):
 
 
 def _reshaped(func, args, kwargs):
-    """view, reshape, flatten: where the neurons' axis is and stays the first that is longer than 1."""
+    """view, reshape, flatten, as long as the neurons' axis is the first one longer than 1 and stays so."""
     e = _matrix(args[0])
     if e is None or e.weight.shape[e.axis] == 1 or any(size > 1 for size in e.weight.shape[: e.axis]):
         return NotImplemented

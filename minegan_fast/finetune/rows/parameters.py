@@ -71,11 +71,11 @@ VIEWS = {getattr(torch.Tensor, name) for name in ("T", "mT", "H", "mH", "real", 
 class HeldWeight(nn.Parameter):
     """A weight whose selected rows train in a leaf; without a leaf, a frozen one.
 
-    It reads as the plain parameter that it was, `copy.deepcopy` and pickling give that parameter back,
+    It reads as the plain parameter that it was. `copy.deepcopy` and pickling give that parameter back,
     `requires_grad_()` turns the leaf on and off, and `grad` has the weight's own shape (gradient.py).
 
-    Its own flag in the engine is that of the leaf: what looks past `__torch_function__` brings it a whole gradient,
-    whose rows the leaf gets.
+    Its flag in the autograd engine is that of the leaf. A function that looks past `__torch_function__` therefore
+    brings the weight a whole gradient, and the leaf gets its rows.
     """
 
     held = True
@@ -122,7 +122,7 @@ def held_class(kind: type) -> type:
 
 
 class RowWise(torch.Tensor):
-    """The result of a row-wise expression of held weights, a tensor like any other; see expressions.py."""
+    """The result of a row-wise expression of held weights (expressions.py). It can be used like any other tensor."""
 
     expression: Expression | None
     plain: torch.Tensor | None  # what it has become where someone wrote to it, or hooked it into the graph
@@ -188,7 +188,7 @@ def _settled(x):
 
 
 def _ordinary(x, name: str) -> torch.Tensor:
-    """What a function that knows nothing of rows is given."""
+    """What a function that knows nothing of rows is given in the place of x."""
     if type(x) is RowWise and x.plain is not None:
         return x.plain
     expression = expression_of(x)
@@ -232,7 +232,7 @@ def _require_grad(p, flag=True):
 
 
 def _same(view):
-    """Code that looks for the node where a parameter's gradient is complete takes a view of it in its own shape."""
+    """A view in the weight's own shape stays plain: scripts find the node of its complete gradient by one."""
     return lambda x, other: view(x, other) if x is other else differentiate(view, (x, other), {})
 
 

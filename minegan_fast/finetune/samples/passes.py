@@ -92,8 +92,10 @@ def collect(
 
 
 class Passes:
-    """The backward passes of a block. It gathers gradients until they are worth a call, counts the pieces of evidence,
-    and for "movement" ends each pass with a dense step.
+    """The backward passes of a block.
+
+    It gathers gradients until they are worth a call, counts the pieces of evidence, and for "movement" ends each pass
+    with a dense step.
 
     uses: nodes of living graphs where a followed parameter meets samples. waiting: {parameter: its uses in this pass
     whose shares of the samples have arrived}, expected: how many will.
@@ -142,7 +144,7 @@ class Passes:
         self._forget()
         self.task, self.pending, self.bytes = task, [], 0
         self.before = self.evidence.snapshot()
-        # weights may move only when the whole pass is done: the layers still to come read them
+        # Weights may move only when the whole pass is done, because layers still to come read them.
         after_pass(self._finish)
         nodes = [node for node in self.uses if pass_reaches(node, unknown=False)]
         found = [use for node in nodes for use in node.found]
@@ -152,7 +154,9 @@ class Passes:
             self.factor = self.batch if self.reduction == "mean" else 1.0
         taken = {use for use in found if use.batch == self.batch > 1 and not use.twice}
         taken = {use for use in taken if all(map(self._accumulates, use.roots)) and not use.trail.outdated()}
-        while True:  # the shares of all uses add up before they are squared: one that has none spoils the others
+        # The shares of all uses of a parameter add up before they are squared. So if one use yields no shares, none of
+        # its uses can be taken, and a use that is not taken spoils the other parameters that it depends on in turn.
+        while True:
             spoilt = {root for use in found if use not in taken for root in use.roots}
             kept = {use for use in taken if spoilt.isdisjoint(use.roots)}
             if kept == taken:
