@@ -41,7 +41,7 @@ def check_arguments(
         ("eps", eps, eps >= 0, "at least 0"),
         ("weight_decay", weight_decay, weight_decay >= 0, "at least 0"),
         ("momentum", momentum, momentum >= 0, "at least 0"),
-        ("score_steps", score_steps, score_steps >= 1, "at least 1"),
+        ("score_steps", score_steps, int(score_steps) >= 1, "at least 1"),
         ("ema_decay", ema_decay, ema_decay is None or 0 <= ema_decay < 1, "in [0, 1) or None"),
     ):
         if not fits:

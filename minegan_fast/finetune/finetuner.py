@@ -175,8 +175,7 @@ class SparseFinetuner(UnscalingOptimizer):
         self._finish_movement()
         self._scoring = True
         try:
-            evidence = self.evidence if of == "target" else self.evidence.source
-            with collect(self.held, evidence, self.parameters(), self._dense_step, reduction, samples):
+            with collect(self.held, self.evidence.of(of), self.parameters(), self._dense_step, reduction, samples):
                 yield self
         finally:
             self._scoring = False
@@ -239,13 +238,13 @@ class SparseFinetuner(UnscalingOptimizer):
                 leaves[self._group[name]].append(leaf)
             if leaf is not before:
                 old = self.state.pop(before, None)
-                if old and rows is not None and leaf is not None:
+                if old and rows is not None and leaf is not None and leaf.link.rows is not None:
                     self.state[leaf] = saving.carry(old, rows, leaf.link.rows, leaf)
         for i, group in enumerate(self.own_groups):
             group["params"][:] = leaves[i]
             self._plans.pop(i, None)
 
-    def step(self, closure=None):
+    def step(self, closure=None):  # pyright: ignore[reportIncompatibleMethodOverride] - torch has two overloads
         """One step: scores while nothing is selected, trains the selected rows afterwards.
 
         Parameters of added groups train in either case. A step that `torch.amp.GradScaler` marks by inf does nothing
@@ -298,7 +297,9 @@ class SparseFinetuner(UnscalingOptimizer):
 
     @torch.no_grad()
     def _unscale(self, scale: Tensor | None):
-        for p in self.parameters() if scale is not None else ():
+        if scale is None:
+            return
+        for p in self.parameters():
             if p.grad is not None:
                 p.grad.mul_(scale.double().reciprocal().float().to(p.grad.device))
 
@@ -315,15 +316,15 @@ class SparseFinetuner(UnscalingOptimizer):
         if self.criterion == "movement":
             if not self.evidence.start:
                 self.evidence.begin_movement()
-                if self.buffers.outdated(self.model):
+                if self.buffers is not None and self.buffers.outdated(self.model):
                     self.buffers = BufferCopy(self.model)
-            for member, _ in graded:
-                self._dense_step(member, self.state[member.parameter])
+            for member, grad in graded:
+                self._dense_step(member, grad, self.state[member.parameter])
         self.evidence.add(graded)
         self.evidence.count += 1
 
     def _finish_movement(self):
-        if self.evidence.start:
+        if self.evidence.start and self.buffers is not None:
             self.evidence.end_movement()
             self.buffers.restore(self.model)
 
@@ -347,10 +348,10 @@ class SparseFinetuner(UnscalingOptimizer):
         if ledger is not None:
             ledger.settle()
 
-    def _dense_step(self, member: Member, state: dict):
+    def _dense_step(self, member: Member, grad: Tensor, state: dict):
         """One ordinary step of a whole candidate parameter, as criterion "movement" measures it."""
-        hyper, parameter = self._hyper(self.param_groups[self._group[member.name]], None), member.parameter
-        dense_step(self.optimizer, RowTensor(parameter, state), parameter.grad, hyper)
+        hyper = self._hyper(self.param_groups[self._group[member.name]], None)
+        dense_step(self.optimizer, RowTensor(member.parameter, state), grad, hyper)
 
     def _hyper(self, group: dict, ema_decay: float | None) -> Hyperparameters:
         if self.optimizer == "sgd":

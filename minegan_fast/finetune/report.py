@@ -57,9 +57,10 @@ def memory(
     dense_weights = sum(p.nbytes for p in parameters)
     candidates = sum(m.parameter.nbytes for layer in held.layers for m in layer.members)
     momentum = any(group.get("momentum") for group in [*own, *added])
-    added = [p for group in added for p in group["params"]]
+    extra = [p for group in added for p in group["params"]]
     inside = set(map(id, parameters))
-    outside = sum(p.nbytes for p in added if id(p) not in inside)
+    outside = sum(p.nbytes for p in extra if id(p) not in inside)
+    extra_bytes = sum(p.nbytes for p in extra)
     moments = _MOMENTS.get(optimizer, int(momentum))
 
     def cost(weights, trained, undo):
@@ -71,16 +72,15 @@ def memory(
             "undo": undo,
         }
 
-    extra = sum(p.nbytes for p in added)
     if held.selection is None:
         undo = sum(t.nbytes for t in evidence.start.values())
         return {
-            "dense": cost(dense_weights, candidates + extra, 0),
-            "sparse": cost(dense_weights, candidates + extra, undo),
+            "dense": cost(dense_weights, candidates + extra_bytes, 0),
+            "sparse": cost(dense_weights, candidates + extra_bytes, undo),
         }
     leaves = sum(p.nbytes for group in own for p in group["params"])
     undo = sum(values.nbytes + frozen.nbytes for values, frozen in held.hashes.values())
     return {
-        "dense": cost(dense_weights, candidates + extra, 0),
-        "sparse": cost(dense_weights + leaves, leaves + extra, undo),
+        "dense": cost(dense_weights, candidates + extra_bytes, 0),
+        "sparse": cost(dense_weights + leaves, leaves + extra_bytes, undo),
     }

@@ -5,6 +5,8 @@ from torch import Tensor
 
 from .evidence import Evidence
 from .rows.freezing import Held
+from .rows.link import Link
+from .rows.parameters import HeldWeight
 from .samples.buffers import BufferCopy
 from .selection import Selection, selection_by_hand
 
@@ -68,7 +70,7 @@ def check_fits(
 def adopt(neurons: dict, held: Held, evidence: Evidence, buffers: BufferCopy | None):
     """Takes over what `describe` wrote."""
     evidence.load_state_dict(neurons["evidence"])
-    if neurons["buffers"] is not None:
+    if buffers is not None and neurons["buffers"] is not None:
         buffers.adopt(neurons["buffers"])
     masters = _masters(held)
     with torch.no_grad():
@@ -85,7 +87,7 @@ def _affine(held: Held) -> bool:
 def _masters(held: Held) -> dict[str, Tensor]:
     """The leaves that hold more than the model does: float32 rows of half-precision weights."""
     members = [m for layer in held.layers for m in layer.members] if held.selection is not None else []
-    links = {m.name: m.parameter.link for m in members}
+    links: dict[str, Link] = {m.name: m.parameter.link for m in members if isinstance(m.parameter, HeldWeight)}
     for link in links.values():
         link.sync()
     return {n: link.leaf for n, link in links.items() if link.leaf is not None and link.leaf.dtype != link.plain.dtype}

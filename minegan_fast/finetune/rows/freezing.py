@@ -129,7 +129,7 @@ class Held:
                 "a change of dtype"
             )
 
-    def thaw(self, parameter: nn.Parameter):
+    def thaw(self, parameter: Tensor):
         """Makes a frozen parameter that is no candidate plain and trainable."""
         if isinstance(parameter, HeldWeight):
             loosen(parameter)

@@ -28,6 +28,8 @@ from .link import Link
 class LeafParameter(nn.Parameter):
     """The compact leaf [k, ...] of the selected rows of one weight; `link` leads there."""
 
+    link: Link
+
     @property
     def data(self):
         self.link.sync()
@@ -79,6 +81,7 @@ class HeldWeight(nn.Parameter):
     """
 
     held = True
+    link: Link
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..._torch import after_pass, current_pass, own_grad, pass_reaches, set_own_grad
 from ..evidence import BY_SAMPLE, Evidence, check_dense
@@ -26,7 +26,7 @@ def collect(
     held: Held,
     evidence: Evidence,
     others: Iterable[nn.Parameter],
-    dense_step: Callable[[Member, dict], None],
+    dense_step: Callable[[Member, Tensor, dict], None],
     reduction: str,
     samples: int | None,
 ):
@@ -205,8 +205,8 @@ class Passes:
     def _finish(self):
         if self.evidence.criterion == "movement":
             check_dense(self.pending)
-            for member, _ in self.pending:
-                self.dense_step(member, self.state.setdefault(member.parameter, {}))
+            for member, grad in self.pending:
+                self.dense_step(member, grad, self.state.setdefault(member.parameter, {}))
                 member.parameter.grad = None
         else:
             self._flush()
