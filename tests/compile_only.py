@@ -6,7 +6,7 @@ Prints a table and exits with 1 if a kernel spills registers or has lost its 16-
 Needs a process of its own (where Triton interprets, it cannot compile), and nvcc for the CUDA part, which is left out
 without it.
 
-An op joins with one entry in TRITON for each kernel and layout that matters, and one in CUDA for its .cu file.
+An op joins with one entry in TRITON for each kernel and layout that matters, and one in CUDA if it has a .cu file.
 """
 
 import concurrent.futures
@@ -363,20 +363,10 @@ TRITON = {
     "penalty": penalty_kernels,
 }
 
-# <op>.cu: which of its kernels, demangled, must have 16-byte loads; None: host code alone.
+# <op>.cu: which of its kernels, demangled, must have 16-byte loads.
 CUDA = {
     "bias_act": r"kernel<.*\b(2|4|8)>",
     "row_update": r"kernel<",
-    "row_score": None,
-    "row_gradient": None,
-    "upfirdn2d": None,
-    "modulated_conv2d": None,
-    "noise_bias_act": None,
-    "minibatch_stddev": None,
-    "manhattan": None,
-    "mmd": None,
-    "mmd_groups": None,
-    "penalty": None,
 }
 
 
@@ -448,9 +438,7 @@ def main(ops: list[str]) -> int:
         sys.exit(f"csrc/*.cu and the table CUDA differ: {', '.join(missing)}")
     rows = [row for op in TRITON if not ops or op in ops for kernel in TRITON[op]() for row in triton_rows(kernel)]
     if shutil.which("nvcc"):
-        jobs = [
-            (op, architecture) for op in CUDA if CUDA[op] and (not ops or op in ops) for architecture in ARCHITECTURES
-        ]
+        jobs = [(op, architecture) for op in CUDA if not ops or op in ops for architecture in ARCHITECTURES]
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             for part in pool.map(lambda job: cuda_rows(*job), jobs):
                 rows += part
