@@ -39,7 +39,7 @@ from .manhattan import manhattan_distance, manhattan_signs, manhattan_slopes
 
 __all__ = ["mmd2"]
 
-KERNELS = ("gaussian", "laplacian", "polynomial", "energy")
+KERNELS = ("gaussian", "laplacian", "polynomial", "energy")  # Kernel in csrc/ops.h
 _TILE = {"cpu": (512, 2048), "cuda": (2048, 8192)}  # rows, at least as many columns
 _ALL = 1 << 40
 
@@ -405,8 +405,6 @@ def mmd2_of_subsets(x: Tensor, y: Tensor, rows: Tensor, columns: Tensor) -> Tens
 
 # Launchers. Rows are contiguous, all is of one dtype.
 
-_CODES = {"gaussian": 0, "laplacian": 1, "energy": 2, "polynomial": 3}
-
 
 @mmd_tile.register("cpp", dtypes=(torch.float32,))
 def _(native, p, q, hp, hq, op, oq, numbers, squarings, kernel, precision, weight, diagonal, order):
@@ -422,7 +420,7 @@ def _(native, p, q, hp, hq, op, oq, numbers, squarings, kernel, precision, weigh
     totals = torch.empty(len(p), dtype=torch.float64)
     tensors = p, q, hp, hq, *op, *oq, numbers, t, s, totals
     addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-    sizes, options = (len(p), len(q), p.shape[1]), (_CODES[kernel], weight, diagonal, order)
+    sizes, options = (len(p), len(q), p.shape[1]), (KERNELS.index(kernel), weight, diagonal, order)
     native.mmd_tile_cpu(addresses, sizes, list(squarings), *options, torch.get_num_threads())
     return totals.sum(), t if order else p.new_empty(0, 0), s
 
@@ -433,6 +431,6 @@ def _(kernels, p, q, hp, hq, op, oq, numbers, squarings, kernel, precision, weig
     if kernel == "laplacian":
         t = manhattan_distance(p, q, backend="triton")
         s = manhattan_slopes(p, q, hp, hq, backend="triton") if order == 2 else None
-    options = squarings, _CODES[kernel], precision, weight, diagonal, order
+    options = squarings, kernel, precision, weight, diagonal, order
     totals, A, B = kernels.mmd_tile(p, q, hp, hq, op, oq, numbers, t, s, *options)
     return totals.sum(), A, B

@@ -1,4 +1,4 @@
-// row_gradient: equations and shapes in ops.h. Host code alone: on a GPU the library and Triton are there.
+// row_gradient: equations and shapes in ops.h.
 //
 // With the positions q that x is read at as the inner dimension, dW = x [channels, q] G [q, rows and taps], where G
 // holds for each row and tap the element of gy that x meets at q, or 0. x is large and is read as it lies; G is made
@@ -6,10 +6,6 @@
 #include <algorithm>
 
 #include "ops.h"
-
-#ifdef __CUDACC__
-#pragma nv_diag_suppress 1675  // GCC's pragma for unrolling, which nvcc hands on to it
-#endif
 
 namespace minegan {
 namespace {
