@@ -73,9 +73,17 @@ class BuildNative(build_ext):
         self.notes.append(text)
 
 
+# minegan_fast/kernels is a link to kernels/. With it the package is one tree, and an editable installation is a path in
+# a .pth file, which editors read as Python does. A checkout that cannot hold links (Windows) maps the folder instead:
+# the package works there too, but setuptools installs an import hook for it, which editors do not run.
+packages, package_dir = find_packages(include=["minegan_fast", "minegan_fast.*"]), {"": "."}
+if "minegan_fast.kernels" not in packages:
+    packages.append("minegan_fast.kernels")
+    package_dir["minegan_fast.kernels"] = "kernels"
+
 setup(
-    packages=[*find_packages(include=["minegan_fast", "minegan_fast.*"]), "minegan_fast.kernels"],
-    package_dir={"minegan_fast.kernels": "kernels"},
+    packages=packages,
+    package_dir=package_dir,
     ext_modules=[Extension("minegan_fast._C", sources=[], optional=True)],
     cmdclass={"build_ext": BuildNative},
 )

@@ -2,6 +2,7 @@
 
 import ast
 import io
+import os
 import re
 import shutil
 import subprocess
@@ -33,6 +34,17 @@ def sources():
     for folder, name in ((PACKAGE, ""), (ROOT / "kernels", "kernels.")):
         for path in sorted(folder.rglob("*.py")):
             yield path, name + ".".join(path.relative_to(folder).with_suffix("").parts)
+
+
+def test_the_walk_sees_each_module_once():
+    files = [path.resolve() for path, _ in sources()]
+    assert len(files) == len(set(files))
+    assert {ROOT / "kernels" / "bias_act.py", PACKAGE / "ops" / "bias_act.py"} <= set(files)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a checkout on Windows may have no links")
+def test_the_kernels_lie_in_the_package_for_editors():
+    assert os.readlink(PACKAGE / "kernels") == "../kernels"
 
 
 def imported(path: Path, name: str):
