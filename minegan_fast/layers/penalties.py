@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import interpolate
+from ..ops._op import refuse_transforms
 from ..ops.penalty import HALF, check_images, penalty_on, random_like, wide_dtype
 from .second_order import second_order
 
@@ -98,6 +99,7 @@ def _penalty_of(critic, x: Tensor, condition, center=0.0, squared: bool = False)
             f"center must be a number, got a tensor {list(center.shape)}: what the critic takes after the images is "
             "condition="
         )
+    refuse_transforms("a penalty on a gradient")
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
         x.requires_grad_()
@@ -131,7 +133,8 @@ def gradient_penalty(
     bfloat16 images become float32 where the critic's weights are of other types alone, and a condition in half
     precision follows them. The norm has subgradient 0 at 0.
     Raises ValueError or TypeError for images that do not match, for a critic that takes more than it is given or
-    another dtype, and for scores of another shape or that do not depend on the images.
+    another dtype, and for scores of another shape or that do not depend on the images; NotImplementedError inside a
+    transform of torch.func, vmap, grad or jacrev say.
     """
     real, fake = _critic_input(critic, real, "real"), _critic_input(critic, fake, "fake")
     if torch.float32 in (real.dtype, fake.dtype):  # under autocast generated images are narrower
@@ -189,6 +192,7 @@ def path_length_penalty(
         raise ValueError(f"images must be [B, C, H, W], got {list(images.shape)}")
     if latents.dim() not in (2, 3) or len(latents) != len(images):
         raise ValueError(f"latents must be [B, L, W] or [B, W] with B = {len(images)}, got {list(latents.shape)}")
+    refuse_transforms("path_length_penalty")
     unrelated = "images do not depend on latents: pass the very latents (with requires_grad) that made these images"
     if not (images.requires_grad and latents.requires_grad):
         raise ValueError(unrelated)
