@@ -82,6 +82,10 @@ def transforms_active() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+is_batched = torch._C._functorch.is_legacy_batchedtensor
+"""Whether a tensor stands for several, as gradients do in a backward pass with is_grads_batched."""
+
+
 def saved_tensors_are_hooked() -> bool:
     """Whether hooks on saved tensors are set, as checkpointing and offloading set them."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None

@@ -34,7 +34,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from ._features import check_features, check_finite, median_distance
-from ._op import Op, forced_backend
+from ._op import Op, forced_backend, refuse_transforms
 from .manhattan import manhattan_distance, manhattan_signs, manhattan_slopes
 
 __all__ = ["mmd2"]
@@ -210,6 +210,7 @@ class _Mmd(Function):
 
     @staticmethod
     def backward(ctx, g):
+        refuse_transforms("mmd2")
         gx, gy = _Gradient.apply(*ctx.saved_tensors, ctx.slope, *ctx.args)
         wanted = ctx.needs_input_grad
         return g * gx if wanted[0] else None, g * gy if wanted[1] else None, None, None
@@ -317,7 +318,8 @@ def mmd2(
     copies of x and y is that of some tiles, and a sample that needs no gradient costs none.
 
     Raises TypeError for features that are not floating point; ValueError for shapes, devices, kernel
-    or bandwidth that do not fit, too few samples, NaN or inf, with the row, and values that overflow.
+    or bandwidth that do not fit, too few samples, NaN or inf, with the row, and values that overflow;
+    NotImplementedError inside a transform of torch.func, vmap, grad or jacrev say.
     """
     check_features(x, "x")
     check_features(y, "y")
@@ -334,6 +336,7 @@ def mmd2(
         raise ValueError(
             f"the unbiased estimate needs at least 2 samples each, got {N} and {M}; unbiased=False takes 1"
         )
+    refuse_transforms("mmd2")
     if validate and not torch.compiler.is_compiling():
         check_finite(x, "x")
         check_finite(y, "y")

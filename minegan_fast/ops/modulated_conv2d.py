@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .._torch import version_of
-from ._op import DTYPE_CODES, Op, forced_backend
+from ._op import DTYPE_CODES, Op, forced_backend, refuse_transforms
 from .bias_act import _dense, _laid_out_like
 from .noise_bias_act import addresses, check, noise_bias_act, planes, wide
 from .transposed_conv2d import transposed_conv2d
@@ -60,6 +60,7 @@ class _Modulate(Function):
 
     @staticmethod
     def backward(ctx, gy):
+        refuse_transforms("modulated_conv2d", gy)
         x, s = ctx.saved_tensors
         if x is None:
             return _Modulate.apply(_dense(gy), s, ctx.backend), None, None
@@ -145,6 +146,7 @@ def modulated_conv2d(
     Raises:
         TypeError, ValueError: an argument is not as said above; the message names it.
         RuntimeError: a backend is forced (`use_backend`, MINEGAN_BACKEND) that is missing here or takes no such tensor.
+        NotImplementedError: inside a transform of torch.func, vmap, grad or jacrev say.
     """
     if has_torch_function_variadic(x, style):  # any other tensor is given as it is to functions that ask it themselves
         options = {"demodulate": demodulate, "up": up, "down": down, "kernel": kernel, "scale": scale, "eps": eps}
@@ -172,6 +174,7 @@ def modulated_conv2d(
     if kernel is not None and (kernel.dim() not in (1, 2) or len({*kernel.shape}) != 1 or kernel.shape[0] < 2):
         raise ValueError(f"kernel must have shape [n, n] or [n] with n >= 2, got {list(kernel.shape)}")
 
+    refuse_transforms("modulated_conv2d")
     kind = x.device.type
     if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(kind))
