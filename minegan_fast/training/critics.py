@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from ..layers import r1_penalty
 from ..models import BigGANDiscriminator, PGANDiscriminator, StyleGAN2Discriminator, StyleGANDiscriminator
 from ..models.biggan_layers import GENERATOR_WIDTHS
-from .randomness import seeded
+from .randomness import keep_and_set_random_state
 
 CRITICS = {"pgan": PGANDiscriminator, "stylegan": StyleGANDiscriminator, "stylegan2": StyleGAN2Discriminator}
 SHARED = ("resolution", "channel_base", "channel_max", "image_channels", "channels", "fused_from")
@@ -26,7 +26,7 @@ def new_critic(generator: nn.Module, seed: int) -> nn.Module:
     images are enlarged to the next one first.
     """
     family, config = getattr(generator, "family", None), getattr(generator, "config", {})
-    with seeded(seed, "critic"):
+    with keep_and_set_random_state(seed, "critic"):
         if family in CRITICS:
             return CRITICS[family](**{name: value for name, value in config.items() if name in SHARED})
         if family in ("biggan", "biggan_deep"):

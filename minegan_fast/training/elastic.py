@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..finetune import SparseFinetuner
 from .methods import KERNEL, own_samples
-from .randomness import seed_all
+from .randomness import set_random_state
 
 
 class ElasticWeights:
@@ -28,7 +28,7 @@ class ElasticWeights:
         config = trainer.config
         batch = config.batch if trainer.loss_name == KERNEL else 1
         for k in range(-(-config.score_samples // batch)):
-            seed_all(config.seed, "elastic", k)
+            set_random_state(config.seed, "elastic", k)
             fake = own_samples(trainer.generator, batch)
             if trainer.loss_name == KERNEL:
                 loss = trainer.kernel(fake)

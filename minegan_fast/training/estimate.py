@@ -14,7 +14,8 @@ from .critics import critic_r1
 from .kernel_loss import KernelLoss
 from .losses import generator_loss
 from .machine import DTYPES
-from .places import new_mined
+from .miners import new_mined
+from .randomness import keep_random_state
 from .trainer import Trainer
 
 # Gradients of activations, workspaces and the allocator's rounding come on top of what is saved for backward.
@@ -86,7 +87,7 @@ def _saved_bytes(
     """The largest of what a step of the generator under each loss, and the critic's with R1, save for backward."""
     device = next(generator.parameters()).device
     dtype = DTYPES[config.precision]
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with keep_random_state(device):
         mined = new_mined(config, generator).to(device)
         steps = []
         if critic is not None:

@@ -17,6 +17,7 @@ from torch import nn
 
 from ..files.atomic import atomic_path, save_tensors
 from ..models import load_generator, save_model
+from .config import TransferConfig, load_config
 
 try:
     import fcntl
@@ -78,6 +79,34 @@ class RunFolder:
         finally:
             if fcntl:
                 os.close(held)
+
+    @contextmanager
+    def claimed(self, config: TransferConfig, resume: bool) -> Iterator[None]:
+        """Makes the folder this run's: created, locked while it lasts, and with the run's configuration in it.
+
+        ValueError: as in `create`, `locked` and `check`.
+        """
+        self.create()
+        with self.locked():
+            self.check(config, resume)  # another process may have written a run since it was checked last
+            self.clean()
+            config.save(self.config)
+            yield
+
+    def check(self, config: TransferConfig, resume: bool) -> None:
+        """ValueError where there is a run already, which is not to go on (`resume`) or has other settings."""
+        if not self.config.is_file() or not self.holds_run():
+            return
+        if not resume:
+            raise ValueError(
+                f"{str(self.path)!r} already holds a run: go on with it (--resume), or choose another folder (--out)"
+            )
+        changed = TransferConfig(**load_config(self.config)).differences(config)
+        if changed:
+            raise ValueError(
+                f"the run in {str(self.path)!r} has other settings ({'; '.join(changed)}); "
+                "leave those options out, or choose another folder (--out)"
+            )
 
     def holds_run(self) -> bool:
         """Whether there is something to go on from, or to lose: a snapshot, or steps in the history. What a run that

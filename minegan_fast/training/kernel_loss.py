@@ -22,7 +22,7 @@ from .augment import diff_augment, parse_policy
 from .images import to_float
 from .loss_features import LossFeatures
 from .processes import Processes
-from .randomness import seeded
+from .randomness import keep_and_set_random_state
 
 # Features of this process's samples -> those of all processes, and where its own are among them.
 Gather = Callable[[list[Tensor]], tuple[list[Tensor], slice]]
@@ -78,7 +78,7 @@ class KernelLoss:
             raise ValueError(f"all {len(images)} target images are equal: give different images")
         self.features, self.names, self.augment, self.unbiased = features, features.names, augment, unbiased
         self.flips = mirrored(features, images) if flips is None else flips
-        with seeded(seed, "views of the target"):
+        with keep_and_set_random_state(seed, "views of the target"):
             groups = features.fit(self._views(images, self.flips, views, batch))
         self.bandwidths = []
         for name, group in zip(self.names, groups, strict=True):

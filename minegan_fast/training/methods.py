@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .randomness import seeded
+from .randomness import keep_and_set_random_state
 
 KERNEL = "mmd"
 CALIBRATION = 8  # batches that give new batch norms their statistics
@@ -79,7 +79,7 @@ def fresh_weights(generator: nn.Module, seed: int) -> None:
     Batch norms get the statistics that the new network has, since the recipe runs them in eval mode.
     ValueError: a generator of no known family with parameters of a module that has no `reset_parameters()`.
     """
-    with seeded(seed, "scratch"):
+    with keep_and_set_random_state(seed, "scratch"):
         if hasattr(generator, "family") and hasattr(generator, "config"):
             fresh = type(generator)(**generator.config)
             generator.load_state_dict(fresh.state_dict())

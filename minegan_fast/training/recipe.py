@@ -10,10 +10,11 @@ from ..models import has_discriminator, load_generator
 from .config import TransferConfig
 from .estimate import Estimate, estimate_seconds
 from .evaluation import NAMED
-from .execution import TransferResult
 from .methods import KERNEL
+from .prepared import NAMED_LOSS_FEATURES, Prepared
 from .processes import join
-from .run import NAMED_LOSS_FEATURES, Run, seeded_apart
+from .randomness import keep_random_state
+from .run import TransferResult, execute
 from .sources import source_critic
 
 
@@ -109,8 +110,8 @@ def transfer(
     networks = {"critic": critic, "features": features, "loss_features": loss_features}
     networks = (thing if (name := getattr(config, key)) is None else name for key, thing in networks.items())
     materials = (source, images, *networks)
-    with _prepared(config, *materials) as run:
-        return run.execute(Path(out), resume, progress)
+    with _prepared(config, *materials) as prepared:
+        return execute(prepared, Path(out), resume, progress)
 
 
 def configure(**settings) -> TransferConfig:
@@ -135,22 +136,23 @@ def configure(**settings) -> TransferConfig:
 def dry_run(config: TransferConfig) -> tuple[Estimate, float, float]:
     """(memory, seconds of a mining step, seconds of a finetuning step), measured without writing anything."""
     materials = (config.source, config.images, config.critic, config.features, config.loss_features)
-    with _prepared(config, *materials) as run, seeded_apart(run.device):
-        with run.processes.together():
-            run.estimate.check(config.batch)
-        return run.estimate, *estimate_seconds(run.trainer())
+    with _prepared(config, *materials) as prepared, keep_random_state(prepared.device):
+        with prepared.processes.together():
+            prepared.estimate.check(config.batch)
+        return prepared.estimate, *estimate_seconds(prepared.trainer())
 
 
 @contextmanager
-def _prepared(config: TransferConfig, *materials) -> Iterator[Run]:
-    """The run on every process, or the same error on all of them."""
+def _prepared(config: TransferConfig, *materials) -> Iterator[Prepared]:
+    """What a run needs, on every process, or the same error on all of them."""
     cuda = torch.cuda.is_available() if config.device is None else config.device.startswith("cuda")
     with join(cuda) as processes:
         with processes.together():
-            run = Run(config, *materials, processes)
-        processes.check_equal(run.identity(), "the processes were given different settings or see different images")
-        with torch.cuda.device(run.device) if run.device.type == "cuda" else nullcontext():
-            yield run
+            prepared = Prepared(config, *materials, processes)
+        message = "the processes were given different settings or see different images"
+        processes.check_equal(prepared.identity(), message)
+        with torch.cuda.device(prepared.device) if prepared.device.type == "cuda" else nullcontext():
+            yield prepared
 
 
 def _name(thing) -> str | None:

@@ -12,7 +12,7 @@ from ..finetune import SparseFinetuner
 from ..finetune.evidence import BY_SAMPLE, WITHOUT_EVIDENCE
 from .critics import train_mode
 from .methods import KERNEL, own_samples
-from .randomness import seed_all
+from .randomness import set_random_state
 
 
 def score(trainer, optimizer: SparseFinetuner) -> None:
@@ -51,7 +51,7 @@ def _collect(trainer, optimizer: SparseFinetuner, of: str) -> None:
                 m.parameter.register_hook(trainer.machine.mean) for layer in optimizer.layers for m in layer.members
             ]
         for k in range(-(-config.score_samples // batch)):
-            seed_all(config.seed, "score", of, k)
+            set_random_state(config.seed, "score", of, k)
             samples = torch.arange(k * batch, (k + 1) * batch)
             if kernel:  # the distance is of a whole batch: every process scores all of them
                 _evidence(trainer, optimizer, samples, of).backward()

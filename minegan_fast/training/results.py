@@ -12,7 +12,7 @@ from .config import TransferConfig, load_config
 from .evaluation import MEASURES, choose_features, generate, judge_name, measure
 from .folder import RESULTS, RunFolder
 from .images import load_images
-from .places import new_mined
+from .miners import new_mined
 from .sources import choose_device, image_channels
 
 

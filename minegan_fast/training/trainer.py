@@ -21,9 +21,9 @@ from .elastic import ElasticWeights
 from .kernel_loss import KernelLoss, gathering
 from .machine import Machine
 from .methods import KERNEL
-from .places import new_mined
+from .miners import new_mined
 from .processes import Processes
-from .randomness import seed_all
+from .randomness import set_random_state
 from .relevance import score
 
 
@@ -85,7 +85,7 @@ class Trainer:
 
     def step(self, number: int) -> dict[str, Tensor]:
         """Trains critic, miners and, after `select`, the selected neurons once; returns the losses of the batch."""
-        seed_all(self.config.seed, "step", number)
+        set_random_state(self.config.seed, "step", number)
         values, adversarial = {}, self.loss_name != KERNEL
         if adversarial:
             values["loss_D"] = self.adversary.step(number, self.loss_name, self.mined)

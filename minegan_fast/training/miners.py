@@ -7,7 +7,7 @@ from ..mining import Mined, Miner
 from ..mining.mined import learned_constant
 from ..mining.prior import default_prior, own_latents
 from .config import TransferConfig
-from .randomness import seeded
+from .randomness import keep_and_set_random_state
 
 
 def new_mined(config: TransferConfig, generator: nn.Module) -> Mined:
@@ -28,7 +28,7 @@ def new_mined(config: TransferConfig, generator: nn.Module) -> Mined:
         raise ValueError(f"mined_class is {config.mined_class}, but {type(generator).__name__} has no classes")
     size = generator.latent_dim if config.mine == "z" else generator.style_dim
     shape = {"depth": config.miner_depth, "width": config.miner_width}
-    with seeded(config.seed, "miner"):
+    with keep_and_set_random_state(config.seed, "miner"):
         miner = Miner(size, **shape)
         if classes:
             start = _embeddings(generator)[_labels(config.mined_class, classes)]
