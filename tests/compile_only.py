@@ -64,8 +64,9 @@ class Kernel:
 
 
 def bias_act_kernels():
-    from minegan_fast.kernels.bias_act import _OPTIONS, _blocks
     from triton import language as tl
+
+    from minegan_fast.kernels.bias_act import _OPTIONS, _blocks
 
     axes = {"channels last": (4096, 512, 1), "8x8": (16, 512, 64), "64x64": (16, 512, 4096), "odd": (16, 3, 49)}
     for layout, axis in axes.items():
@@ -87,8 +88,9 @@ def bias_act_kernels():
 
 
 def row_update_kernels():
-    from minegan_fast.kernels.row_update import _OPTIONS, CHUNK
     from triton import language as tl
+
+    from minegan_fast.kernels.row_update import _OPTIONS, CHUNK
 
     pointers = {"words_ptr": "i64", "grads_ptr": "i64", "items_ptr": "i32"}
     pointers |= dict.fromkeys(("lr_ptr", "scale_ptr", "found_ptr"), "fp32")
@@ -105,8 +107,9 @@ def row_update_kernels():
 
 
 def row_score_kernels():
-    from minegan_fast.kernels.row_score import _OPTIONS, _TILES
     from triton import language as tl
+
+    from minegan_fast.kernels.row_score import _OPTIONS, _TILES
 
     elements = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16, "fp64": tl.float64}
     for long, width in ((True, 4), (True, 1), (False, 4), (False, 1)):
@@ -150,8 +153,9 @@ def row_gradient_kernels():
 
 
 def upfirdn2d_kernels():
-    from minegan_fast.kernels.upfirdn2d import _OPTIONS, blocks
     from triton import language as tl
+
+    from minegan_fast.kernels.upfirdn2d import _OPTIONS, blocks
 
     layers = {  # outer, inner, size of x, of y, up, down, padding before
         "blur 257x257": (2048, 1, (257, 257), (256, 256), 1, 1, 1),
@@ -181,8 +185,9 @@ def upfirdn2d_kernels():
 
 def plane_kernels(op: str, tensors: dict[str, tuple[str, ...]], summing: tuple[str, ...]):
     """Of modulated_conv2d and noise_bias_act, which share their tiles: images by kernel; those with sums."""
-    from minegan_fast.kernels.noise_bias_act import _OPTIONS, blocks
     from triton import language as tl
+
+    from minegan_fast.kernels.noise_bias_act import _OPTIONS, blocks
 
     for layout, (C, P, last) in {"channels last": (512, 4096, True), "64x64": (512, 4096, False)}.items():
         sizes = {"B": 16, "C": C, "P": P, "channel_stride": 1 if last else P, "position_stride": C if last else 1}
@@ -222,8 +227,9 @@ def noise_bias_act_kernels():
 
 
 def minibatch_stddev_kernels():
-    from minegan_fast.kernels.minibatch_stddev import _OPTIONS, tile
     from triton import language as tl
+
+    from minegan_fast.kernels.minibatch_stddev import _OPTIONS, tile
 
     types = {"fp32": tl.float32, "bf16": tl.float32, "fp64": tl.float64}
     for size, groups, last in ((4, 4, False), (4, 4, True), (16, 1, False)):
@@ -320,8 +326,9 @@ def manhattan_kernels():
 
 
 def penalty_kernels():
-    from minegan_fast.kernels.penalty import _OPTIONS, BLOCK, table
     from triton import language as tl
+
+    from minegan_fast.kernels.penalty import _OPTIONS, BLOCK, table
 
     shapes = {"3x256x256": 3 * 256 * 256, "odd": 3 * 37 * 41}
     for (shape, length), element in itertools.product(shapes.items(), ("fp32", "bf16", "fp64")):
