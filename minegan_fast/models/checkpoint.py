@@ -120,7 +120,7 @@ def export_rosinality(path: str | Path, generator: StyleGAN2Generator, discrimin
 
 
 def load_generator(
-    path: str | Path, family: str | None = None, strict: bool = True, resolution: int | None = None
+    path: str | Path | Contents, family: str | None = None, strict: bool = True, resolution: int | None = None
 ) -> nn.Module:
     """The generator in a file of this project or of a public one, told by its keys and sized by its shapes.
 
@@ -128,7 +128,8 @@ def load_generator(
         path: the file, or a folder of BigGAN-PyTorch or pytorch-pretrained-biggan. Averaged weights (EMA) are taken
             where it holds them; `origin` and a line in the log "minegan_fast" (INFO) say so. `D.pth` of BigGAN-PyTorch
             is the critic alone, and refused here though a generator may lie beside it; `load_discriminator` finds
-            the critic beside a generator's file. `origin` names the file that was read.
+            the critic beside a generator's file. `origin` names the file that was read. Or the `Contents` of such a
+            file: a program that takes both networks from it reads it once.
         family: "biggan" (also BigGAN-deep), "pgan", "stylegan", "stylegan2", or None to tell by the keys.
         strict: every tensor of the network must be in the file and the other way round. False: what fits is loaded,
             the rest of the network has the values it is built with (seed 0), and a warning names what did not fit.
@@ -148,13 +149,13 @@ def load_generator(
 
 
 def load_discriminator(
-    path: str | Path, family: str | None = None, strict: bool = True, resolution: int | None = None
+    path: str | Path | Contents, family: str | None = None, strict: bool = True, resolution: int | None = None
 ) -> nn.Module:
     """The discriminator in a file. As `load_generator`."""
     return load_network(read(path), "discriminator", family, strict, resolution)
 
 
-def has_discriminator(path: str | Path) -> bool:
+def has_discriminator(path: str | Path | Contents) -> bool:
     """Whether the file holds a discriminator that `load_discriminator` would find. Errors as in `load_generator`."""
     return holds(read(path), "discriminator")
 

@@ -11,11 +11,11 @@ from .config import TransferConfig
 from .estimate import Estimate, estimate_seconds
 from .evaluation import NAMED
 from .methods import KERNEL
-from .prepared import NAMED_LOSS_FEATURES, Prepared
+from .prepared import NAMED_LOSS_FEATURES, Materials, Prepared
 from .processes import join
 from .randomness import keep_random_state
 from .run import TransferResult, execute
-from .sources import source_critic
+from .sources import Checkpoints, source_critic
 
 
 def transfer(
@@ -101,22 +101,31 @@ def transfer(
     Raises: ValueError/FileNotFoundError for input that cannot be used, DoesNotFit where memory would not do,
     TrainingDiverged for NaN losses (the last good snapshot stays), RuntimeError for a full disk.
     """
+    checkpoints = Checkpoints()
     config = configure(
+        checkpoints,
         source=source, images=images, critic=critic, mining_steps=mining_steps, finetune_steps=finetune_steps,
         density=density, batch=batch, lr=lr, loss=loss, device=device, seed=seed, snapshot_every=snapshot_every,
         metrics=metrics, features=features, loss_features=loss_features, **settings,
     )  # fmt: skip
     # A path or a name as the configuration has it, so that the same network is known for the same; else the object.
-    networks = {"critic": critic, "features": features, "loss_features": loss_features}
-    networks = (thing if (name := getattr(config, key)) is None else name for key, thing in networks.items())
-    materials = (source, images, *networks)
-    with _prepared(config, *materials) as prepared:
+    materials = Materials(
+        source,
+        images,
+        critic if config.critic is None else config.critic,
+        features if config.features is None else config.features,
+        loss_features if config.loss_features is None else config.loss_features,
+    )
+    with _prepared(config, materials, checkpoints) as prepared:
         return execute(prepared, Path(out), resume, progress)
 
 
-def configure(**settings) -> TransferConfig:
+def configure(checkpoints: Checkpoints | None = None, **settings) -> TransferConfig:
     """The configuration of these arguments of `transfer`: paths in full, modules as None, and the loss that follows
-    from what the source's file holds."""
+    from what the source's file holds.
+
+    checkpoints: reads the file, and keeps what it read for the run.
+    """
     named = {"critic": ("features",), "features": NAMED, "loss_features": NAMED_LOSS_FEATURES}
     source, critic = settings["source"], settings.get("critic")
     chosen = any(settings.get(name) for name in ("loss", "mining_loss", "finetune_loss"))
@@ -124,7 +133,7 @@ def configure(**settings) -> TransferConfig:
     if settings.get("loss_features") is not None:
         if not chosen:
             settings["loss"] = KERNEL
-    elif not chosen and not trains_critic and critic is None and _has_critic(source):
+    elif not chosen and not trains_critic and critic is None and _has_critic(source, checkpoints or Checkpoints()):
         settings |= {"loss": KERNEL, "loss_features": "critic"}
     for name in ("source", "images", "critic", "features", "loss_features", "held_out"):
         value = settings.get(name)
@@ -133,22 +142,25 @@ def configure(**settings) -> TransferConfig:
     return TransferConfig(**settings)
 
 
-def dry_run(config: TransferConfig) -> tuple[Estimate, float, float]:
-    """(memory, seconds of a mining step, seconds of a finetuning step), measured without writing anything."""
-    materials = (config.source, config.images, config.critic, config.features, config.loss_features)
-    with _prepared(config, *materials) as prepared, keep_random_state(prepared.device):
+def dry_run(config: TransferConfig, checkpoints: Checkpoints | None = None) -> tuple[Estimate, float, float]:
+    """(memory, seconds of a mining step, seconds of a finetuning step), measured without writing anything.
+
+    checkpoints: those of `configure`, where it has made the configuration.
+    """
+    materials = Materials(config.source, config.images, config.critic, config.features, config.loss_features)
+    with _prepared(config, materials, checkpoints or Checkpoints()) as prepared, keep_random_state(prepared.device):
         with prepared.processes.together():
             prepared.estimate.check(config.batch)
         return prepared.estimate, *estimate_seconds(prepared.trainer())
 
 
 @contextmanager
-def _prepared(config: TransferConfig, *materials) -> Iterator[Prepared]:
+def _prepared(config: TransferConfig, materials: Materials, checkpoints: Checkpoints) -> Iterator[Prepared]:
     """What a run needs, on every process, or the same error on all of them."""
     cuda = torch.cuda.is_available() if config.device is None else config.device.startswith("cuda")
     with join(cuda) as processes:
         with processes.together():
-            prepared = Prepared(config, *materials, processes)
+            prepared = Prepared(config, materials, processes, checkpoints)
         message = "the processes were given different settings or see different images"
         processes.check_equal(prepared.identity(), message)
         with torch.cuda.device(prepared.device) if prepared.device.type == "cuda" else nullcontext():
@@ -162,13 +174,14 @@ def _name(thing) -> str | None:
     return str(Path(thing).resolve()) if isinstance(thing, (str, Path)) else None
 
 
-def _has_critic(source) -> bool:
+def _has_critic(source, checkpoints: Checkpoints) -> bool:
     """Whether the source's file holds a critic that can judge its generator's images."""
     if isinstance(source, (list, tuple)) and len(source) == 1:
         source = source[0]
-    if not isinstance(source, (str, Path)) or not Path(source).exists() or not has_discriminator(source):
+    if not isinstance(source, (str, Path)) or not Path(source).exists():
         return False
-    return source_critic(source, load_generator(source))[0] is not None
+    contents = checkpoints.open(source)
+    return has_discriminator(contents) and source_critic(contents, load_generator(contents))[0] is not None
 
 
 def _is_number(value) -> bool:
