@@ -69,7 +69,7 @@ def save_delta(ft, path: str | os.PathLike, ema: bool = False):
     added = {id(p) for group in ft.added_groups for p in group["params"]}
     for name, parameter in parameters.items():
         if id(parameter) in added:
-            store(name, torch.arange(parameter.shape[0] if parameter.ndim else 1), [(name, 0)])
+            store(name, torch.arange(parameter.shape[0] if parameter.ndim else 1, device="cpu"), [(name, 0)])
     if not tensors:
         raise RuntimeError("nothing has been trained yet, so there is no delta; select() first")
     metadata = {"format": FORMAT, "version": VERSION, "base": ft.held.base, "layers": json.dumps(layers)}

@@ -130,7 +130,10 @@ class Evidence:
             device = self.layers[0].members[0].parameter.device
             generator = torch.Generator().manual_seed(self.seed)
             names = sorted((layer.name, layer.neurons) for layer in self.layers)
-            return {name: torch.rand(n, generator=generator).to(device) for name, n in names}
+            return {
+                name: torch.rand(n, generator=generator, dtype=torch.float32, device="cpu").to(device)
+                for name, n in names
+            }
         self._check_enough()
         if self.criterion in ROW_SUMS:
             scores = {name: total.abs() / self.count for name, total in self._per_neuron(self.totals).items()}

@@ -152,7 +152,7 @@ def _dense(x: Tensor) -> bool:
 def _(native, totals, grads, weights, axes, starts, kind, factor):
     out = totals.clone()
     for dtype, (rows, _kept) in dense_table(grads, weights, axes, starts).items():
-        table = torch.tensor(rows, dtype=torch.int64)
+        table = torch.tensor(rows, dtype=torch.int64, device="cpu")
         code, threads = DTYPE_CODES[dtype], torch.get_num_threads()
         native.row_score_cpu(code, table.data_ptr(), len(rows), out.data_ptr(), KINDS[kind], factor, threads)
     return out
