@@ -102,10 +102,11 @@ def compiled_module(model: nn.Module) -> nn.Module | None:
 
 
 class UnscalingOptimizer(torch.optim.Optimizer):
-    """An optimizer to which GradScaler leaves the unscaling and the skipped step: it sets `grad_scale` and `found_inf`
-    before it calls `step()`."""
+    """An optimizer to which GradScaler can leave the unscaling and the skipped step."""
 
-    _step_supports_amp_scaling = True
+    def unscale_in_step(self):
+        """From now on GradScaler sets `grad_scale` and `found_inf` and always calls `step()`."""
+        self._step_supports_amp_scaling = True
 
 
 # DistributedDataParallel. --------------------------------------------------------------------------------------------

@@ -85,6 +85,24 @@ def test_steps_skipped_for_inf_do_not_count():
         assert score.isfinite().all(), name
 
 
+def test_a_scaler_leaves_the_step_to_the_optimizer_only_where_it_has_to():
+    """Libraries that clip between unscaling and step refuse an optimizer that unscales in its step, and tell by an
+    uncalled `step` that it was skipped."""
+    for arguments, asked in ({}, False), ({"lr": torch.tensor(1e-3)}, True):
+        net = build("mlp").float()
+        ft = SparseFinetuner(net, **arguments)
+        ft.select({"1.weight": [0]})
+        scaler, calls = torch.amp.GradScaler("cpu", init_scale=2.0), []
+        ft.register_step_post_hook(lambda *_, calls=calls: calls.append(1))
+        scaler.scale(net(data(dtype=torch.float32)).sum() * float("inf")).backward()
+        before = [p.detach().clone() for p in net.parameters()]
+        scaler.step(ft)
+        scaler.update()
+        assert bool(calls) == asked
+        assert scaler.get_scale() == 1.0
+        assert all(map(torch.equal, before, net.parameters()))
+
+
 def test_default_dtype_and_device_change_nothing():
     """A script may make its tensors float64, or on another device than the model, unless it says otherwise."""
     runs, samples = [], [data(seed=seed, dtype=torch.float32) for seed in range(4)]
