@@ -26,6 +26,7 @@ version_of = operator.attrgetter("_version")
 # The gradient itself, past a subclass whose `grad` is a property of its own.
 own_grad, set_own_grad = Tensor.grad.__get__, Tensor.grad.__set__
 own_data, set_own_data = Tensor.data.__get__, Tensor.data.__set__
+own_requires_grad = Tensor.requires_grad.__get__
 
 is_view = Tensor._is_view
 

@@ -17,7 +17,16 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ..._torch import PastSubclasses, active_ddp, is_in_torch_dispatch_mode, is_view, own_data, own_grad, set_own_grad
+from ..._torch import (
+    PastSubclasses,
+    active_ddp,
+    is_in_torch_dispatch_mode,
+    is_view,
+    own_data,
+    own_grad,
+    own_requires_grad,
+    set_own_grad,
+)
 from . import ddp
 from .containers import map_tensors
 from .expressions import Expression, expression_of, follow
@@ -56,6 +65,18 @@ class LeafParameter(nn.Parameter):
     @grad.deleter
     def grad(self):
         self.grad = None
+
+    @property
+    def requires_grad(self):
+        return own_requires_grad(self)
+
+    @requires_grad.setter
+    def requires_grad(self, flag):
+        self.requires_grad_(flag)
+
+    def requires_grad_(self, requires_grad=True):
+        _require_grad(self.link.weight, requires_grad)
+        return self
 
     def __deepcopy__(self, memo):
         return memo.setdefault(id(self), nn.Parameter(self.detach().clone(), self.requires_grad))
@@ -224,8 +245,9 @@ def _refused(p):
 def _require_grad(p, flag=True):
     p.link.wanted = flag
     if p.link.leaf is not None:
-        p.link.leaf.requires_grad_(flag)
-        torch.Tensor.requires_grad_(p, flag)
+        with PastSubclasses():
+            torch.Tensor.requires_grad_(p.link.leaf, flag)
+            torch.Tensor.requires_grad_(p, flag)
     return p
 
 

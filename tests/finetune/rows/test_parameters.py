@@ -166,6 +166,29 @@ def test_clipping_survives_scripts_that_read_data():
             assert net[1].weight.detach()[[1, 3]].abs().max() <= 0.02
 
 
+@pytest.mark.parametrize(
+    "turn", [lambda p, on: setattr(p, "requires_grad", on), lambda p, on: p.requires_grad_(on)], ids=["set", "call"]
+)
+@pytest.mark.parametrize("name", ["mlp", "transformer", "lstm"])
+def test_turning_the_optimizers_parameters_off_turns_the_weights_off(name, turn):
+    """As training loops of two networks do with the parameters of the other optimizer."""
+    net = build(name)
+    ft = SparseFinetuner(net, density=0.3, criterion="random", scope="layer")
+    ft.select()
+    for p in ft.parameters():
+        turn(p, False)
+    x = data().requires_grad_()
+    net(x).square().sum().backward()
+    assert x.grad is not None
+    assert not any(p.requires_grad for p in [*net.parameters(), *ft.parameters()])
+    assert all(p.grad is None for p in [*net.parameters(), *ft.parameters()])
+    for p in ft.parameters():
+        turn(p, True)
+    net(x).square().sum().backward()
+    assert all(p.requires_grad and p.grad is not None for p in ft.parameters())
+    assert all(p.requires_grad for p in net.parameters())
+
+
 def test_requires_grad_drives_the_leaf_only():
     net, ft = finetuned()
     leaves = ft.parameters()
