@@ -256,6 +256,11 @@ def _same(view):
     return lambda x, other: view(x, other) if x is other else differentiate(view, (x, other), {})
 
 
+def _detach(p):
+    p.link.sync()
+    return torch.Tensor.detach(p)
+
+
 def _get_data(p):
     p.link.sync()
     p.link.access(weight=True)
@@ -313,6 +318,7 @@ _SPECIAL = {
     torch.Tensor.grad.__get__: _get_grad,
     torch.Tensor.grad.__set__: lambda p, value: p.link.gradient.write(value),
     torch.Tensor.grad.__delete__: lambda p: p.link.gradient.write(None),
+    **dict.fromkeys((torch.Tensor.detach, torch.detach), _detach),
     torch.Tensor.view_as: _same(torch.Tensor.view_as),
     torch.Tensor.expand_as: _same(torch.Tensor.expand_as),
     torch.Tensor.requires_grad.__set__: _require_grad,

@@ -125,6 +125,22 @@ def test_writes_to_the_dense_weight_are_kept():
         assert_in_step(ft)
 
 
+@pytest.mark.parametrize("detach", [torch.Tensor.detach, torch.detach])
+def test_a_detached_parameter_of_any_shape_is_its_memory(detach):
+    """Libraries that average weights copy them back by `parameter.detach().copy_(mean)`, with gradients on."""
+    net = nn.Sequential(nn.Linear(3, 4), nn.PReLU(1), nn.Linear(4, 2))
+    net.scale = nn.Parameter(torch.ones(()))
+    ft = SparseFinetuner(net)
+    ft.select({"0.weight": [1, 3], "1.weight": [0], "scale": [0]})
+    for p in net.parameters():
+        detach(p).copy_(torch.full(p.shape, 3.0))
+        assert torch.equal(p, torch.full(p.shape, 3.0))
+        assert not detach(p).requires_grad
+    for p in ft.parameters():
+        p.link.sync()
+        assert torch.equal(p, torch.full(p.shape, 3.0))
+
+
 def test_writes_to_a_leaf_reach_the_dense_weight_before_it_is_used():
     for clip in (
         lambda p: p.data.clamp_(-0.01, 0.01),
