@@ -26,6 +26,7 @@ version_of = operator.attrgetter("_version")
 # The gradient itself, past a subclass whose `grad` is a property of its own.
 own_grad, set_own_grad = Tensor.grad.__get__, Tensor.grad.__set__
 own_data, set_own_data = Tensor.data.__get__, Tensor.data.__set__
+own_requires_grad = Tensor.requires_grad.__get__
 
 is_view = Tensor._is_view
 
@@ -106,10 +107,11 @@ def compiled_module(model: nn.Module) -> nn.Module | None:
 
 
 class UnscalingOptimizer(torch.optim.Optimizer):
-    """An optimizer to which GradScaler leaves the unscaling and the skipped step: it sets `grad_scale` and `found_inf`
-    before it calls `step()`."""
+    """An optimizer to which GradScaler can leave the unscaling and the skipped step."""
 
-    _step_supports_amp_scaling = True
+    def unscale_in_step(self):
+        """From now on GradScaler sets `grad_scale` and `found_inf` and always calls `step()`."""
+        self._step_supports_amp_scaling = True
 
 
 # DistributedDataParallel. --------------------------------------------------------------------------------------------

@@ -68,7 +68,7 @@ def save_delta(held: Held, added: set[int], values: nn.Module, path: str | os.Pa
             store(layer.name, rows, [(m.name, m.axis) for m in layer.members])
     for name, parameter in held.model.named_parameters():
         if id(parameter) in added:
-            store(name, torch.arange(parameter.shape[0] if parameter.ndim else 1), [(name, 0)])
+            store(name, torch.arange(parameter.shape[0] if parameter.ndim else 1, device="cpu"), [(name, 0)])
     if not tensors:
         raise RuntimeError("nothing has been trained yet, so there is no delta; select() first")
     metadata = {"format": FORMAT, "version": VERSION, "base": held.base, "layers": json.dumps(layers)}

@@ -134,7 +134,10 @@ class Evidence:
             device = self.layers[0].members[0].parameter.device
             generator = torch.Generator().manual_seed(self.seed)
             names = sorted((layer.name, layer.neurons) for layer in self.layers)
-            return {name: torch.rand(n, generator=generator).to(device) for name, n in names}
+            return {
+                name: torch.rand(n, generator=generator, dtype=torch.float32, device="cpu").to(device)
+                for name, n in names
+            }
         self._check_enough()
         scores: dict[str, Tensor] = {}
         if self.criterion in ROW_SUMS:

@@ -69,7 +69,6 @@ class SparseFinetuner(UnscalingOptimizer):
     ValueError/TypeError where an argument is out of range or no neuron is left to train.
     """
 
-    # As an UnscalingOptimizer it can make the skip at inf one decision of all ranks.
     writes_through = True
 
     def __init__(
@@ -130,6 +129,10 @@ class SparseFinetuner(UnscalingOptimizer):
             check_options(options, defaults, optimizer)
         dense = [[m.parameter for layer in part for m in layer.members] for part, _ in parts]
         super().__init__([{"params": p, **o} for p, (_, o) in zip(dense, parts, strict=True)], defaults)
+        if process_group is not None or isinstance(lr, Tensor):
+            # The skip at inf is then one decision of all ranks, and no question to the host where a graph captures it.
+            # Otherwise GradScaler skips the step, as libraries expect that clip in between or count the skipped steps.
+            self.unscale_in_step()
         _living.add(self)  # at the end: what could not be built is nobody's rival
 
     @property

@@ -86,7 +86,7 @@ class Table:
                 wide &= row["inner_stride"] == 1 and row["dense"] % (pack * self.dense_dtype.itemsize) == 0
                 wide &= not any(row[name] % pack for name in ("row_stride", "outer_stride", "inner"))
             words.append([*(row | {"wide": int(wide)}).values()])
-        self.words = torch.tensor(words, dtype=torch.int64).reshape(-1, len(WORDS))
+        self.words = torch.tensor(words, dtype=torch.int64, device="cpu").reshape(-1, len(WORDS))
 
     def take(self, grads: Sequence[Tensor | None]):
         """Makes `grads` the gradients of this step; what does not lie as its leaf does is copied."""
@@ -109,7 +109,7 @@ class Table:
         if addresses != self.addresses:
             if self.on_device is not None:
                 refuse_capture([self.tensors[0].leaf])
-                self.on_device["grads"].copy_(_pinned(torch.tensor(addresses)), non_blocking=True)
+                self.on_device["grads"].copy_(_pinned(torch.tensor(addresses, device="cpu")), non_blocking=True)
             self.addresses = addresses
 
     def write_indirect(self):
@@ -130,15 +130,16 @@ class Table:
                 if not length:
                     continue
                 together, parts = max(1, CHUNK // length), math.ceil(length / CHUNK)
-                first = torch.arange(0, k, together).repeat_interleave(parts)
-                part = torch.arange(parts).repeat(len(first) // parts)
+                first = torch.arange(0, k, together, device="cpu").repeat_interleave(parts)
+                part = torch.arange(parts, device="cpu").repeat(len(first) // parts)
                 items.append(torch.stack([torch.full_like(first, i), first, (k - first).clamp_max(together), part], 1))
                 self.words[i, WORDS.index("tickets")] = tickets.data_ptr() + tickets.itemsize * offset
                 offset += k
-            parts = {"words": self.words, "grads": torch.tensor(self.addresses), "items": torch.cat(items).int()}
+            grads = torch.tensor(self.addresses, device="cpu")
+            parts = {"words": self.words, "grads": grads, "items": torch.cat(items).int()}
             self.on_device = {name: _pinned(t).to(self.device, non_blocking=True) for name, t in parts.items()}
-            self.on_device |= {"tickets": tickets, "one": torch.ones(1, device=self.device)}
-            self.on_device["zero"] = torch.zeros(1, device=self.device)
+            self.on_device |= {"tickets": tickets, "one": torch.ones(1, dtype=torch.float32, device=self.device)}
+            self.on_device["zero"] = torch.zeros(1, dtype=torch.float32, device=self.device)
         return self.on_device
 
 
@@ -223,7 +224,7 @@ def fill_state(t: RowTensor, rule: str, ema: bool):
     if "exp_avg" in names:
         k, old = _matrix(leaf)[0], state.get("step")
         if old is None:
-            state["step"] = torch.zeros(k, device=leaf.device)
+            state["step"] = torch.zeros(k, dtype=torch.float32, device=leaf.device)
         elif old.numel() == 1 or old.shape == (k,):  # one number: torch.optim's count of the whole parameter
             state["step"] = old.to(leaf.device, torch.float32).reshape(-1).expand(k).contiguous()
         else:

@@ -152,7 +152,7 @@ def _dense(x: Tensor) -> bool:
 def _(native, totals, grads, weights, axes, starts, kind, factor):
     out = totals.clone()
     for dtype, (rows, _kept) in dense_table(grads, weights, axes, starts).items():
-        table = torch.tensor(rows, dtype=torch.int64)
+        table = torch.tensor(rows, dtype=torch.int64, device="cpu")
         codes, threads = (DTYPE_CODES[dtype], KINDS.index(kind)), torch.get_num_threads()
         native.row_score_cpu(*codes, table.data_ptr(), len(rows), out.data_ptr(), factor, threads)
     return out

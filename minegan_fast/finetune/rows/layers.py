@@ -143,11 +143,12 @@ def _embedding(input, weight, padding_idx=None, max_norm=None, norm_type=2.0, sc
         link.row_uses.add("embedding")
     y = F.embedding(input, e.weight)
     if e.axis == 1:
-        y = y.index_copy(-1, e.rows, F.embedding(input, e.trained))
+        y = y.index_copy(-1, e.rows, F.embedding(input, e.trained).to(y.dtype))
     else:
         places = torch.full((len(e.weight),), -1, device=input.device)
         places = places.index_copy(0, e.rows, torch.arange(len(e.rows), device=input.device))[input]
-        y = torch.where((places >= 0).unsqueeze(-1), F.embedding(places.clamp(min=0), e.trained), y)
+        trained = F.embedding(places.clamp(min=0), e.trained).to(y.dtype)
+        y = torch.where((places >= 0).unsqueeze(-1), trained, y)
     return y if e.factor is None else y * e.factor.to(y.dtype)
 
 

@@ -131,6 +131,8 @@ class Link:
         self.row_uses: set[str] = set()  # layers that compute the gradient of the rows alone
         self.ledger, self.index = Ledger([self]), 0
         self.plain = weight.data  # for the compiler, which cannot see past the subclass
+        self.masters: Tensor | None = None  # of half precision: the leaf before writes from outside
+        self.masters_left = -1  # the leaf's version counter after these writes
         self.settle()
 
     def settle(self):
@@ -169,10 +171,21 @@ class Link:
             if not equal.all():
                 # A version is proof of a write, an access to .data only a suspicion.
                 if weight_changed or (self.weight_accessed and not leaf_changed):
-                    self.leaf.copy_(torch.where(equal, self.leaf, current.to(self.leaf.dtype)))
+                    self._take(current, equal)
                 else:
                     self.write()
         self.settle()
+
+    def _take(self, current: Tensor, equal: Tensor):
+        """The leaf gets the weight's rows where they differ. Where a half-precision weight comes back to what it was,
+        as when an average is swapped in and out, the leaf does too: it has more digits than the weight."""
+        values = current.to(self.leaf.dtype)
+        if current.dtype != self.leaf.dtype:
+            if self.masters is None or self.masters_left != version_of(self.leaf):  # the leaf has trained since
+                self.masters = self.leaf.clone()
+            values = torch.where(self.masters.to(current.dtype) == current, self.masters, values)
+        self.leaf.copy_(torch.where(equal, self.leaf, values))
+        self.masters_left = version_of(self.leaf)
 
     @torch.no_grad()
     def write(self):

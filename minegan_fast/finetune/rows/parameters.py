@@ -17,7 +17,16 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ..._torch import PastSubclasses, active_ddp, is_in_torch_dispatch_mode, is_view, own_data, own_grad, set_own_grad
+from ..._torch import (
+    PastSubclasses,
+    active_ddp,
+    is_in_torch_dispatch_mode,
+    is_view,
+    own_data,
+    own_grad,
+    own_requires_grad,
+    set_own_grad,
+)
 from . import ddp
 from .containers import map_tensors
 from .expressions import Expression, expression_of, follow
@@ -58,6 +67,18 @@ class LeafParameter(nn.Parameter):
     @grad.deleter
     def grad(self):
         self.grad = None
+
+    @property
+    def requires_grad(self):
+        return own_requires_grad(self)
+
+    @requires_grad.setter
+    def requires_grad(self, flag):
+        self.requires_grad_(flag)
+
+    def requires_grad_(self, requires_grad=True):
+        _require_grad(self.link.weight, requires_grad)
+        return self
 
     def __deepcopy__(self, memo):
         return memo.setdefault(id(self), nn.Parameter(self.detach().clone(), self.requires_grad))
@@ -229,14 +250,20 @@ def _refused(p):
 def _require_grad(p, flag=True):
     p.link.wanted = flag
     if p.link.leaf is not None:
-        p.link.leaf.requires_grad_(flag)
-        torch.Tensor.requires_grad_(p, flag)
+        with PastSubclasses():
+            torch.Tensor.requires_grad_(p.link.leaf, flag)
+            torch.Tensor.requires_grad_(p, flag)
     return p
 
 
 def _same(view):
     """A view in the weight's own shape stays plain: scripts find the node of its complete gradient by one."""
     return lambda x, other: view(x, other) if x is other else differentiate(view, (x, other), {})
+
+
+def _detach(p):
+    p.link.sync()
+    return torch.Tensor.detach(p)
 
 
 def _get_data(p):
@@ -296,6 +323,7 @@ _SPECIAL = {
     torch.Tensor.grad.__get__: _get_grad,
     torch.Tensor.grad.__set__: lambda p, value: p.link.gradient.write(value),
     torch.Tensor.grad.__delete__: lambda p: p.link.gradient.write(None),
+    **dict.fromkeys((torch.Tensor.detach, torch.detach), _detach),
     torch.Tensor.view_as: _same(torch.Tensor.view_as),
     torch.Tensor.expand_as: _same(torch.Tensor.expand_as),
     torch.Tensor.requires_grad.__set__: _require_grad,
