@@ -15,8 +15,9 @@ from ..finetune import Selection
 from ..mining import Mined, Miner
 from ..models import load_generator
 from ..training import transfer
-from ..training.evaluation import MEASURES, choose_features, generate, measure
+from ..training.evaluation import MEASURES, Features, generate, measure
 from ..training.folder import RunFolder
+from ..training.generators import as_generator
 from ..training.images import load_images, save_folder, to_float
 from ..training.plots import labelled_rows
 from ..training.results import open_result
@@ -47,7 +48,7 @@ def run_demo(out: Path, controls: bool, seed: int, device: str | None, console: 
         transfer(**common, out=out / "dense", method="minegan")
 
     judge = Judge(device)
-    source = load_generator(data.GENERATOR)
+    source = as_generator(load_generator(data.GENERATOR))
     samplers = {
         "source": Mined(source, Miner(source.latent_dim)).to(choose_device(device)).eval(),
         "mined": open_result(out / "sparse", "mined", device),
@@ -97,7 +98,8 @@ class Judge:
 
     def __init__(self, device: str | None):
         target = load_images(data.TARGET, 32, 1).images
-        self.features = choose_features("digits", None, target, choose_device(device))
+        self.classifier = data.classifier().to(choose_device(device))
+        self.features = Features(self.classifier, "digits")
         self.real, self.target, self.target_images = self.features(data.nines("test")), self.features(target), target
         self.spread = metrics.diversity(self.real)
 
@@ -116,8 +118,7 @@ class Judge:
     @torch.no_grad()
     def _nines(self, images: Tensor) -> float:
         pixels = images if images.is_floating_point() else to_float(images)
-        module = self.features.extract.module
-        logits = module.logits(pixels.to(next(module.parameters()).device))
+        logits = self.classifier.logits(pixels.to(next(self.classifier.parameters()).device))
         return float((logits.argmax(1) == 9).float().mean())
 
     def nearest(self, images: Tensor) -> Tensor:

@@ -32,7 +32,9 @@ class Adversary:
             freeze_lower_blocks(self.critic, self.config.freeze_blocks)
         trained = [p for p in self.critic.parameters() if p.requires_grad]
         betas = (self.config.beta1, self.config.beta2)
-        self.optimizer = torch.optim.Adam(trained, self.config.critic_lr, betas=betas, fused=True)
+        self.optimizer: torch.optim.Optimizer = torch.optim.Adam(
+            trained, self.config.critic_lr, betas=betas, fused=True
+        )
 
     def step(self, number: int, loss_name: str, mined: Mined) -> Tensor:
         """Trains the critic on batch `number`; returns its loss without penalties."""

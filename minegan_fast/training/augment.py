@@ -91,9 +91,9 @@ class _Shift(torch.autograd.Function):
         return x.flatten(2).gather(2, index).view(x.shape).masked_fill_(~inside, 0)
 
     @staticmethod
-    def backward(ctx, grad):
-        down, right = ctx.saved_tensors
-        return _Shift.apply(grad, -down, -right), None, None
+    def backward(ctx, *gradients):
+        (gradient,), (down, right) = gradients, ctx.saved_tensors
+        return _Shift.apply(gradient, -down, -right), None, None
 
 
 def _cutout(x: Tensor, random: Tensor, strength: float) -> Tensor:

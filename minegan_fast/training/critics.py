@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from ..layers import r1_penalty
 from ..models import BigGANDiscriminator, PGANDiscriminator, StyleGAN2Discriminator, StyleGANDiscriminator
 from ..models.biggan_layers import GENERATOR_WIDTHS
+from .generators import Generator, image_channels
 from .randomness import keep_and_set_random_state
 
 CRITICS = {"pgan": PGANDiscriminator, "stylegan": StyleGANDiscriminator, "stylegan2": StyleGAN2Discriminator}
@@ -18,7 +19,7 @@ SHARED = ("resolution", "channel_base", "channel_max", "image_channels", "channe
 CHANNEL_BASES, LEAST_WIDTH = [2**k for k in range(6, 16)], 8
 
 
-def new_critic(generator: nn.Module, seed: int) -> nn.Module:
+def new_critic(generator: Generator, seed: int) -> nn.Module:
     """An untrained critic of the generator's family and sizes.
 
     A generator of no known family, with `resolution` and perhaps `image_channels` (else 3), gets a StyleGAN2
@@ -37,13 +38,13 @@ def new_critic(generator: nn.Module, seed: int) -> nn.Module:
                 num_classes=1,
                 channel_width=max(1, config["channels"][-1] // GENERATOR_WIDTHS[resolution][-1]),
                 attention=config["attention"],
-                image_channels=generator.image_channels,
+                image_channels=image_channels(generator),
             )
         return _critic_of_no_family(generator)
 
 
-def _critic_of_no_family(generator: nn.Module) -> nn.Module:
-    resolution, channels = generator.resolution, getattr(generator, "image_channels", 3)
+def _critic_of_no_family(generator: Generator) -> nn.Module:
+    resolution, channels = generator.resolution, image_channels(generator)
     wanted = sum(p.numel() for p in generator.parameters())
     size = max(8, 1 << (resolution - 1).bit_length())
     bases = [base for base in CHANNEL_BASES if base >= LEAST_WIDTH * size] or CHANNEL_BASES[-1:]
@@ -60,7 +61,7 @@ def _critic_of_no_family(generator: nn.Module) -> nn.Module:
 class EnlargingCritic(nn.Module):
     """A critic behind a bilinear enlargement: images [B, C, resolution, resolution] -> logits [B]."""
 
-    def __init__(self, critic: nn.Module, resolution: int):
+    def __init__(self, critic: StyleGAN2Discriminator, resolution: int):
         super().__init__()
         self.critic, self.resolution, self.image_channels = critic, resolution, critic.image_channels
 
@@ -125,8 +126,9 @@ def freeze_lower_blocks(critic: nn.Module, count: int) -> None:
     Blocks are those that the critic's `image_side_blocks()` lists; else the entries of its first nn.Sequential or
     nn.ModuleList; else its children.
     """
-    if hasattr(critic, "image_side_blocks"):
-        blocks = critic.image_side_blocks()
+    image_side_blocks = getattr(critic, "image_side_blocks", None)
+    if image_side_blocks is not None:
+        blocks = image_side_blocks()
     else:
         sequences = [m for m in critic.children() if isinstance(m, (nn.Sequential, nn.ModuleList))]
         blocks = list(sequences[0] if sequences else critic.children())

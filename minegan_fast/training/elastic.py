@@ -29,11 +29,7 @@ class ElasticWeights:
         batch = config.batch if trainer.loss_name == KERNEL else 1
         for k in range(-(-config.score_samples // batch)):
             set_random_state(config.seed, "elastic", k)
-            fake = own_samples(trainer.generator, batch)
-            if trainer.loss_name == KERNEL:
-                loss = trainer.kernel(fake)
-            else:
-                loss = trainer.adversary.loss(trainer.loss_name, fake)
+            loss = trainer.loss(own_samples(trainer.generator, batch))
             gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
             for importance, gradient in zip(self.importances, gradients, strict=True):
                 if gradient is not None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .config import TransferConfig
 from .critics import critic_r1
+from .generators import Generator
 from .kernel_loss import KernelLoss
 from .losses import generator_loss
 from .machine import DTYPES
@@ -57,7 +58,7 @@ class Estimate:
 
 def estimate_memory(
     config: TransferConfig,
-    generator: nn.Module,
+    generator: Generator,
     critic: nn.Module | None,
     kernel: KernelLoss | None,
     processes: int = 1,
@@ -82,7 +83,7 @@ def estimate_memory(
 
 
 def _saved_bytes(
-    config: TransferConfig, generator: nn.Module, critic: nn.Module | None, kernel: KernelLoss | None, batch: int
+    config: TransferConfig, generator: Generator, critic: nn.Module | None, kernel: KernelLoss | None, batch: int
 ) -> int:
     """The largest of what a step of the generator under each loss, and the critic's with R1, save for backward."""
     device = next(generator.parameters()).device

@@ -17,9 +17,12 @@ NAMED = (None, "critic", "pixels", "digits")
 
 
 class CriticFeatures(nn.Module):
-    """The penultimate activations of a source's critic: what the source knows of images, without a download."""
+    """The penultimate activations of a source's critic: what the source knows of images, without a download.
 
-    def __init__(self, critic: nn.Module):
+    critic: a module with a method `features(x)`, which may take the size of its minibatch `group`.
+    """
+
+    def __init__(self, critic):
         super().__init__()
         self.critic = critic
         # no image sees its batch: minibatch statistics are of one each

@@ -63,10 +63,12 @@ class RunFolder:
         The lock goes with the process, however that ends. Windows and some network file systems have no such lock:
         there a run that has no snapshot yet is not noticed by another one.
         """
-        held = os.open(self.path, os.O_RDONLY) if fcntl else None
+        if fcntl is None:
+            yield
+            return
+        held = os.open(self.path, os.O_RDONLY)
         try:
-            if fcntl:
-                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(held)
             raise ValueError(
@@ -77,8 +79,7 @@ class RunFolder:
         try:
             yield
         finally:
-            if fcntl:
-                os.close(held)
+            os.close(held)
 
     @contextmanager
     def claimed(self, config: TransferConfig, resume: bool) -> Iterator[None]:

@@ -9,7 +9,7 @@ from collections import Counter
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 
 def fold_batch_norms(network: nn.Module, x: Tensor) -> nn.Module | None:
@@ -22,17 +22,16 @@ def fold_batch_norms(network: nn.Module, x: Tensor) -> nn.Module | None:
         return None
     folded = copy.deepcopy(network)
     pairs = _pairs(folded, x)
-    for conv, path in pairs:
+    for conv, norm, path in pairs:
         parent, _, name = path.rpartition(".")
-        norm = folded.get_submodule(path)
-        arguments = norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
-        conv.weight, conv.bias = fuse_conv_bn_weights(conv.weight, conv.bias, *arguments)
+        fused = fuse_conv_bn_eval(conv, norm)
+        conv.weight, conv.bias = fused.weight, fused.bias
         setattr(folded.get_submodule(parent), name, nn.Identity())
     return folded.requires_grad_(False) if pairs else None
 
 
-def _pairs(network: nn.Module, x: Tensor) -> list[tuple[nn.Conv2d, str]]:
-    """(convolution, path of the batch norm that reads its output), both called once in a forward."""
+def _pairs(network: nn.Module, x: Tensor) -> list[tuple[nn.Conv2d, nn.BatchNorm2d, str]]:
+    """(convolution, the batch norm that reads its output, and its path), both called once in a forward."""
     calls, outputs, readers, handles = Counter(), {}, [], []
     owners = Counter(id(p) for module in network.modules() for p in module.parameters(recurse=False))
 
@@ -44,7 +43,7 @@ def _pairs(network: nn.Module, x: Tensor) -> list[tuple[nn.Conv2d, str]]:
         def read(module, arguments):
             calls[module] += 1
             if arguments and id(arguments[0]) in outputs:
-                readers.append((outputs[id(arguments[0])][0], path))
+                readers.append((outputs[id(arguments[0])][0], module, path))
 
         return read
 
@@ -60,5 +59,5 @@ def _pairs(network: nn.Module, x: Tensor) -> list[tuple[nn.Conv2d, str]]:
     finally:
         for handle in handles:
             handle.remove()
-    times = Counter(conv for conv, _ in readers)
-    return [(c, path) for c, path in readers if calls[c] == times[c] == calls[network.get_submodule(path)] == 1]
+    times = Counter(conv for conv, _, _ in readers)
+    return [(conv, norm, path) for conv, norm, path in readers if calls[conv] == times[conv] == calls[norm] == 1]

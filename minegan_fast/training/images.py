@@ -57,7 +57,7 @@ class ImageSet:
     def fingerprint(self) -> str:
         """SHA-256 of shape, order and pixels: changes when the folder's images do, not when the folder is renamed."""
         digest = hashlib.sha256(repr(tuple(self.images.shape)).encode())
-        digest.update(self.images.contiguous().numpy())
+        digest.update(self.images.contiguous().numpy().data)
         return digest.hexdigest()
 
 

@@ -137,7 +137,7 @@ class LossFeatures:
             for name, scales in zip(self.names, self.scales, strict=True):
                 if not all(scales):
                     raise ValueError(f"the features {name!r} of {self.name} are 0 for all target images: choose taps=")
-            groups = self._joined(whole)
+            groups = _joined(whole, self.scales)
         for name, group in zip(self.names, groups, strict=True):
             if len(group) > 1 and (group - group[0]).abs().max() <= _CONSTANT:
                 raise ValueError(
@@ -150,7 +150,7 @@ class LossFeatures:
         """Groups [B, D_g], float32 (float64 of a float64 network). ValueError for NaN or inf, with the stage."""
         if self.scales is None:
             raise ValueError("the scales of these features are not known yet: call fit(target images) first")
-        return self._joined(self._parts(images).values())
+        return _joined(self._parts(images).values(), self.scales)
 
     def _prepared(self, images: Tensor) -> Tensor:
         """What the network takes, on its device."""
@@ -171,7 +171,7 @@ class LossFeatures:
                 groups[f"pixels {p}x{p}"] = [F.adaptive_avg_pool2d(images.to(maps[0]), p).flatten(1)]
             for name, m in zip(self.taps, maps, strict=True):
                 groups |= self._parts_of(name, m)
-        sums = torch.stack([sum(part.detach().sum() for part in parts) for parts in groups.values()])
+        sums = torch.stack([torch.stack([part.detach().sum() for part in parts]).sum() for parts in groups.values()])
         if not sums.isfinite().all():  # one transfer
             bad = list(groups)[int((~sums.isfinite()).nonzero()[0])]
             what = "the images hold NaN or inf" if not images.isfinite().all() else "the images do not"
@@ -197,11 +197,6 @@ class LossFeatures:
             groups[f"{name} {p}x{p}"] = [means.flatten(1), (variances + _EPSILON).sqrt().flatten(1)]
         return groups
 
-    def _joined(self, groups: Iterable[list[Tensor]]) -> list[Tensor]:
-        """Parts of unit RMS side by side."""
-        pairs = zip(groups, self.scales, strict=True)
-        return [torch.cat([part / s for part, s in zip(parts, scales, strict=True)], 1) for parts, scales in pairs]
-
     def _fit_images(self, image: Tensor, any_size: bool) -> None:
         """Grey images are repeated where the network takes no other, small ones enlarged where it takes that."""
         extractor, module = self._extractor, self._network(self._extractor.module)
@@ -210,18 +205,20 @@ class LossFeatures:
         any_size &= extractor.size is None and extractor.variant is None and not hasattr(module, "resolution")
         if any_size and min(image.shape[2:]) < _SMALL:
             sizes.insert(0, (_SMALL, _SMALL))
+        failure: Exception | None = None
         for extractor.size, extractor.channels in itertools.product(sizes, channels):
             try:
                 with torch.no_grad(), evaluating(module):
                     module(self._prepared(image))
                 return
             except Exception as error:
-                first, cause = str(error).strip().splitlines() or [type(error).__name__], error
-        message = next((line for line in first if "Error" in line), first[0])
+                failure = error
+        lines = str(failure).strip().splitlines() or [type(failure).__name__]
+        message = next((line for line in lines if "Error" in line), lines[0])
         raise ValueError(
             f"{self.name} does not take images {list(image.shape[1:])}, resized to {extractor.size or 'no other size'} "
             f"({message.strip()}): give resolution=, or a network for these images"
-        ) from cause
+        ) from failure
 
     def _speed_up(self, image: Tensor) -> None:
         """Batch norms become part of the convolutions before them, and a CPU takes channels last: a factor of two.
@@ -235,7 +232,8 @@ class LossFeatures:
             before = self.maps(x)
             fast = fold_batch_norms(plain, self._prepared(x)) or copy.deepcopy(plain)
             if self.device.type == "cpu":
-                fast.to(memory_format=torch.channels_last)
+                # The call is documented; the annotations of torch lack it.
+                fast.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
                 self._format = torch.channels_last
             self._stages.network = fast
             try:
@@ -255,13 +253,19 @@ class LossFeatures:
         for name, parts in stages.items():
             slopes = None
             if all(part.requires_grad for part in parts):
-                (slopes,) = torch.autograd.grad(sum(part.sum() for part in parts), images, retain_graph=True)
+                (slopes,) = torch.autograd.grad([part.sum() for part in parts], images, retain_graph=True)
             if slopes is None or not slopes.any():
                 raise ValueError(
                     f"{self.name} is not differentiable: its features {name!r} pass no gradient to the images; a loss "
                     f"needs a network that neither rounds nor detaches them"
                 )
         return list(stages.values())
+
+
+def _joined(groups: Iterable[list[Tensor]], scales: list[list[float]]) -> list[Tensor]:
+    """The parts of each group, at unit RMS, side by side."""
+    pairs = zip(groups, scales, strict=True)
+    return [torch.cat([part / s for part, s in zip(parts, own, strict=True)], 1) for parts, own in pairs]
 
 
 def _floats(images: Tensor) -> Tensor:

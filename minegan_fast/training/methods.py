@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .generators import Generator, class_count
 from .randomness import keep_and_set_random_state
 
 KERNEL = "mmd"
@@ -73,7 +74,7 @@ def chosen(method: str, mining_loss: str, finetune_loss: str) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def fresh_weights(generator: nn.Module, seed: int) -> None:
+def fresh_weights(generator: Generator, seed: int) -> None:
     """Gives every weight the value that its class begins with: what method "scratch" starts from.
 
     Batch norms get the statistics that the new network has, since the recipe runs them in eval mode.
@@ -100,8 +101,9 @@ def fresh_weights(generator: nn.Module, seed: int) -> None:
 
 def _reset(generator: nn.Module) -> None:
     for name, module in generator.named_modules():
-        if hasattr(module, "reset_parameters"):
-            module.reset_parameters()
+        reset = getattr(module, "reset_parameters", None)
+        if reset is not None:
+            reset()
         elif any(True for _ in module.parameters(recurse=False)):
             raise ValueError(
                 f"method scratch needs new weights, but {name or 'the generator'} ({type(module).__name__}) has no "
@@ -109,10 +111,10 @@ def _reset(generator: nn.Module) -> None:
             )
 
 
-def own_samples(generator: nn.Module, count: int) -> Tensor:
+def own_samples(generator: Generator, count: int) -> Tensor:
     """Images [count, C, R, R] of latents (and labels) of the generator's own prior."""
     device = next(generator.parameters()).device
     z = torch.randn(count, generator.latent_dim, device=device)
-    if classes := getattr(generator, "num_classes", 0):
+    if classes := class_count(generator):
         return generator(z, torch.randint(classes, (count,), device=device))
     return generator(z)

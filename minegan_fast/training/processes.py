@@ -111,10 +111,12 @@ def join(cuda: bool) -> Iterator[Processes]:
     if dist.is_available() and dist.is_initialized():
         yield Processes(dist.get_rank(), dist.get_world_size())
     elif dist.is_available() and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        from torch.distributed.distributed_c10d import PrefixStore  # not in a torch without torch.distributed
+
         store, rank, size = _rendezvous()
         backend = "cpu:gloo,cuda:nccl" if cuda and dist.is_nccl_available() else "gloo"
         # Keys of its own: those of an earlier run in these processes would be taken for the new ones.
-        store = dist.PrefixStore(f"minegan_fast/{next(_run)}", store)
+        store = PrefixStore(f"minegan_fast/{next(_run)}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
         try:
             yield Processes(rank, size)
@@ -132,7 +134,9 @@ def join(cuda: bool) -> Iterator[Processes]:
 @functools.cache
 def _rendezvous():
     """(store, rank, size). One store as long as the program lives: a later run would find the old one half closed."""
-    return next(dist.rendezvous("env://"))
+    from torch.distributed.rendezvous import rendezvous
+
+    return next(rendezvous("env://"))
 
 
 def local_index() -> int | None:

@@ -68,7 +68,7 @@ class Progress:
     def __exit__(self, kind, *_) -> None:
         if self._live:
             if kind is None:
-                self._draw()
+                self._draw(self._live)
             if self._live:
                 self._guard(self._live.stop)
         elif kind is None:
@@ -100,7 +100,7 @@ class Progress:
         if now < self._next_draw:
             return
         if self._live:
-            self._draw()
+            self._draw(self._live)
             fastest, slowest = _DRAW_EVERY
             self._next_draw = now + min(max(fastest, 50 * (time.monotonic() - now)), slowest)
         else:
@@ -116,13 +116,13 @@ class Progress:
         self._live = Live(console=self._console, auto_refresh=False, redirect_stdout=sys.stdout.isatty())
         self._live.start()
 
-    def _draw(self) -> None:
+    def _draw(self, live: Live) -> None:
         bars = Table.grid(padding=(0, 2))
         for stage in self._stages:
             done = stage.done(self._step)
             bars.add_row(stage.name, ProgressBar(total=stage.steps, completed=done, width=40), f"{done}/{stage.steps}")
         picture = Group(bars, Text(self._status()))
-        self._guard(lambda: self._live.update(picture, refresh=True))
+        self._guard(lambda: live.update(picture, refresh=True))
 
     def _status(self) -> str:
         parts = [f"step {self._step}/{self._total}"]
@@ -142,8 +142,8 @@ class Progress:
             self._print(f"{stage.name}: {stage.done(self._step)}/{stage.steps} steps, {spent}, {self._status()}")
 
     def _print(self, message: str) -> None:
-        if self._console:
-            self._guard(lambda: self._console.print(message, markup=False, highlight=False, soft_wrap=True))
+        if console := self._console:
+            self._guard(lambda: console.print(message, markup=False, highlight=False, soft_wrap=True))
 
     def _guard(self, write: Callable[[], None]) -> None:
         """Runs what touches the terminal; where that fails, there is no display any more."""

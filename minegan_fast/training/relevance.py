@@ -65,12 +65,11 @@ def _collect(trainer, optimizer: SparseFinetuner, of: str) -> None:
 
 
 def _evidence(trainer, optimizer: SparseFinetuner, samples: Tensor, of: str) -> Tensor:
+    """The loss whose gradient is the evidence: the critic's of these samples, or the generator's of as many."""
     if optimizer.model is not trainer.generator:
         return trainer.adversary.evidence(trainer.loss_name, samples, trainer.mined)
     fake = own_samples(trainer.generator, len(samples)) if of == "source" else _mined(trainer, len(samples))
-    if trainer.loss_name == KERNEL:
-        return trainer.kernel(fake)
-    return trainer.adversary.loss(trainer.loss_name, fake)
+    return trainer.loss(fake)
 
 
 def _mined(trainer, count: int) -> Tensor:

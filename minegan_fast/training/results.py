@@ -11,7 +11,7 @@ from ..models import has_discriminator, load_discriminator, load_generator
 from .config import TransferConfig, load_config
 from .evaluation import MEASURES, choose_features, generate, judge_name, measure
 from .folder import RESULTS, RunFolder
-from .generators import image_channels
+from .generators import as_generator, image_channels
 from .images import load_images
 from .miners import new_mined
 from .sources import Checkpoints, choose_device
@@ -42,7 +42,9 @@ def open_result(
         beside = path.with_name("miner.safetensors")
         # without one the miners are those before the first step
         found = miner or beside.exists()
-        mined = load_mined(miner or beside, generator) if found else new_mined(TransferConfig(), generator)
+        mined = (
+            load_mined(miner or beside, generator) if found else new_mined(TransferConfig(), as_generator(generator))
+        )
     elif path.is_file() or any(path.glob("M*.pth")):
         mined = _with_miner(path, miner, checkpoints)
     else:
@@ -74,7 +76,7 @@ def evaluate_result(path, which, device, source, miner, images, samples: int, fe
     """
     checkpoints = Checkpoints()
     sampler = open_result(path, which, device, source, miner, checkpoints)
-    generator = sampler.generator
+    generator = as_generator(sampler.generator)
     real = load_images(images, generator.resolution, image_channels(generator)).images
     critic = config = None
     if RunFolder(path).config.is_file():

@@ -4,10 +4,11 @@ import errno
 import json
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +58,7 @@ class TransferResult:
     @property
     def miner(self) -> Miner:
         """The miner of z or w; of a conditional source, `mined.class_miner` gives the class embeddings."""
-        return self.mined.miner
+        return cast(Miner, self.mined.miner)
 
     def sample(self, n: int, seed: int = 0) -> Tensor:
         """n images [n, C, R, R] in [-1, 1] on the CPU; the same for the same seed."""
@@ -110,7 +111,8 @@ class Run:
         self.history: list[dict] = []
         self.warned: set[str] = set()
         with self.processes.together():
-            self.real = prepared.features(prepared.reference) if self.processes.first else None
+            # The first process alone measures.
+            self.real = prepared.features(prepared.reference) if self.processes.first else torch.empty(0)
             restored = folder.load_snapshot() if resume else None
             if restored:
                 self._restore(*restored)
@@ -139,7 +141,6 @@ class Run:
                 self.progress.stage("mining", config.mining_steps, first=0)
                 self._steps(config.mining_steps)
             if config.finetune_steps and self.trainer.finetuner is None:
-                self.trainer.begin_finetuning()
                 self._select()
             self.progress.stage("finetuning", config.finetune_steps, first=config.mining_steps)
             self._steps(config.total_steps)
@@ -150,10 +151,13 @@ class Run:
 
     def _select(self) -> None:
         self.progress.log("scoring the neurons on the target")
-        self.trainer.select()
-        selection = self.trainer.finetuner.selection
+        finetuner, selection = self.trainer.select()
         self.processes.from_first(lambda: selection.save(self.folder.selection))
-        self.progress.log(self._selected())
+        trained = sum(p.numel() for p in finetuner.parameters())
+        total = sum(p.numel() for p in self.prepared.generator.parameters())
+        self.progress.log(
+            f"{selection.density:.1%} of the neurons are selected: {trained / total:.1%} of the parameters train"
+        )
 
     def _steps(self, until: int) -> None:
         config, started = self.config, time.monotonic()
@@ -182,13 +186,6 @@ class Run:
     def _last_stage(self) -> str:
         return "finetuning" if self.config.finetune_steps else "mining"
 
-    def _selected(self) -> str:
-        finetuner = self.trainer.finetuner
-        trained = sum(p.numel() for p in finetuner.parameters())
-        total = sum(p.numel() for p in self.prepared.generator.parameters())
-        share = finetuner.selection.density
-        return f"{share:.1%} of the neurons are selected: {trained / total:.1%} of the parameters train"
-
     def _stop_if_diverged(self) -> None:
         if not self.trainer.finite:
             raise TrainingDiverged(
@@ -196,13 +193,14 @@ class Run:
                 "Try a smaller lr, a larger r1_gamma, or precision fp32, in a new folder"
             )
 
-    def _record(self, values: dict[str, float]) -> None:
+    def _record(self, values: Mapping[str, float | str]) -> None:
         row = {"step": self.step, "stage": self.stage, **values}
         self.history.append(row)
         if self.processes.first:
             self.log.write(json.dumps(row) + "\n")
             self.log.flush()
-            self.events.scalars(self.step, {k: v for k, v in values.items() if k not in ("seconds", "judge")})
+            curves = {k: v for k, v in values.items() if k != "seconds" and not isinstance(v, str)}
+            self.events.scalars(self.step, curves)
 
     def _snapshot(self) -> None:
         self.best_kid, self.best_step, self.waited = self.processes.from_first(self._write_snapshot)

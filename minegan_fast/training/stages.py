@@ -32,12 +32,21 @@ class _Call:
         return self.path + (f"#{self.number}" if self.number > 1 else "")
 
     @property
+    def shape(self) -> torch.Size:
+        """Of what it gave; empty where that was no features."""
+        return torch.Size() if self.output is None else self.output.shape
+
+    @property
+    def gives_maps(self) -> bool:
+        return len(self.shape) == 4
+
+    @property
     def size(self) -> int:
-        return min(self.output.shape[2:])
+        return min(self.shape[2:])
 
     @property
     def channels(self) -> int:
-        return self.output.shape[1]
+        return self.shape[1]
 
 
 class Stages:
@@ -69,13 +78,13 @@ class Stages:
         calls, others = ({call.name: call for call in _all(tree)} for tree in (root, other))
         pure = {name for name, call in calls.items() if name in others and _same(call.output, others[name].output)}
         if taps is None:
-            trunk = [c for c in _trunk(root, min(first.shape[2:])) if c.output.dim() == 4 and c.name in pure]
+            trunk = [c for c in _trunk(root, min(first.shape[2:])) if c.gives_maps and c.name in pure]
             self.names = [call.name for call in _ends(trunk, min(first.shape[2:]))[-count:]] or [OUTPUT]
         else:
             self.names = list(taps)
             _check(self.names, calls, network)
         if mixing := [name for name in self.names if name not in pure]:
-            if calls[mixing[0]].output is None or calls[mixing[0]].output.shape[0] != 2:
+            if calls[mixing[0]].shape[:1] != (2,):
                 raise ValueError(
                     f"{mixing[0]} of {type(network).__name__} gives no maps [B, C, h, w] or vectors [B, D]"
                 )
@@ -139,8 +148,9 @@ def evaluating(network: nn.Module) -> Iterator[None]:
 def _features(output) -> Tensor | None:
     if isinstance(output, (tuple, list)) and output:
         output = output[0]
-    good = isinstance(output, Tensor) and output.is_floating_point() and output.dim() in (2, 4)
-    return output if good else None
+    if isinstance(output, Tensor) and output.is_floating_point() and output.dim() in (2, 4):
+        return output
+    return None
 
 
 def _path(name: str) -> str:
@@ -194,19 +204,19 @@ def _same(a: Tensor | None, b: Tensor | None) -> bool:
 def _trunk(call: _Call, size: int) -> Iterator[_Call]:
     """The calls that follow each other on the way through this one, which maps of this size go into."""
     for inner in call.inner:
-        opened = [c for c in _trunk(inner, size) if c.output.dim() == 4]
+        opened = [c for c in _trunk(inner, size) if c.gives_maps]
         sizes = {c.size for c in _ends(opened, size) if c.size < _SAME * size}
         if opened and (isinstance(inner.module, nn.Sequential) or len(sizes) > 1):
             yield from opened
         elif inner.output is not None:
             yield inner
-        if inner.output is not None and inner.output.dim() == 4:
+        if inner.gives_maps:
             size = min(size, inner.size)
 
 
 def _ends(trunk: list[_Call], size: int) -> list[_Call]:
     """The last call of each stage, but not of the one of maps of the input's size, unless there is nothing else."""
-    ends, first = [], None
+    ends, first = [], 0  # first: the size of the first map of the present stage
     for call in trunk:
         if ends and call.size > first:
             continue  # a branch, or the way up of a network that has one
