@@ -24,7 +24,7 @@ from ..training.results import open_result
 from ..training.sources import choose_device
 
 SAMPLES, RESAMPLES, SHOWN = 1000, 100, 12
-# The kernel distance of the critic's features, which judge nothing here: the digits' classifier does.
+# The loss is the kernel distance of the critic's features; the metrics are judged by the classifier of digits instead.
 SETTINGS = {
     "mining_steps": 200, "finetune_steps": 800, "loss": "mmd", "loss_features": "critic",
     "view_augment": "", "snapshot_every": 100, "eval_samples": 500, "features": "digits",
@@ -32,7 +32,10 @@ SETTINGS = {
 
 
 def run_demo(out: Path, controls: bool, seed: int, device: str | None, console: Console) -> dict:
-    """Runs the demo into `out`, or goes on with the one there; prints its table; returns what demo.json holds."""
+    """Runs the demo in the folder `out`, or goes on with the one there, and prints its table.
+
+    Returns what demo.json holds.
+    """
     started = time.monotonic()
     save_folder(out / "validation", data.nines("validation"))
     common = {
@@ -94,7 +97,7 @@ def trained_parameters(run: Path) -> float:
 
 
 class Judge:
-    """Metrics of images against the held-out nines, on the embedded classifier's features."""
+    """Measures images against the held-out nines, on the features of the embedded classifier."""
 
     def __init__(self, device: str | None):
         target = load_images(data.TARGET, 32, 1).images

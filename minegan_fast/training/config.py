@@ -19,13 +19,13 @@ from .augment import parse_policy
 from .losses import LOSSES
 from .methods import KERNEL, METHODS, chosen, kernel_lr
 
-# Faster under mmd, a miner puts its latents along few directions: at 8e-3 and more a third of the prior's dimension is
-# left, or a tenth, at 4e-3 two thirds, and the images are as good.
+# Under mmd a faster miner puts its latents along few directions. At 8e-3 and more a third or a tenth of the prior's
+# dimension is left; at 4e-3 two thirds are, and the images are as good.
 MINER_LR = 4e-3
 CRITIC_TRAINING = ("all", "sparse", "freezed")
 PRECISIONS = ("fp32", "bf16", "fp16")
 METRICS = ("fid", "kid", "kmmd", "mv", "diversity")
-# May differ when a run is resumed: they do not change what is computed at a step that both runs make.
+# Settings that may differ when a run is resumed: they do not change what a step computes.
 FREE_ON_RESUME = ("device", "mining_steps", "finetune_steps", "patience", "keep", "log_every")
 
 
@@ -34,8 +34,10 @@ def setting(default: Any, help: str) -> Any:
 
 
 def open_setting(help: str) -> Any:
-    """A setting that may be left open, as None: the configuration then chooses its value from the other settings. So
-    its type is that of the chosen value."""
+    """A setting that may be left open, as None: the configuration then chooses its value from the other settings.
+
+    The field is annotated with the type of the chosen value, since that is what everyone else reads.
+    """
     return dataclasses.field(default=None, metadata={"help": help, "open": True})
 
 
@@ -182,7 +184,7 @@ class TransferConfig:
         self._check()
 
     def fit(self, generator: nn.Module) -> None:
-        """Chooses what depends on the generator."""
+        """Chooses the settings that depend on the generator."""
         if self.lr is None:
             self.lr = kernel_lr(generator)
             self._derive_rates()
@@ -199,18 +201,18 @@ class TransferConfig:
 
     @property
     def losses(self) -> set[str]:
-        """Of the stages that take steps."""
+        """The losses of the stages that take steps."""
         stages = ((self.mining_loss, self.mining_steps), (self.finetune_loss, self.finetune_steps))
         return {loss for loss, steps in stages if steps}
 
     @property
     def adversarial(self) -> bool:
-        """Whether there is a critic that trains."""
+        """Whether a critic trains."""
         return bool(self.losses - {KERNEL})
 
     @property
     def kernel(self) -> bool:
-        """Whether there are features that train."""
+        """Whether a loss needs the kernel distance of features."""
         return KERNEL in self.losses or self.mmd_weight > 0
 
     def _check(self) -> None:
@@ -258,7 +260,7 @@ class TransferConfig:
             parse_policy(policy)
 
     def _check_critic(self) -> None:
-        """What needs a critic, and has none under mmd; what cannot choose its neurons."""
+        """Checks the settings that depend on whether a critic trains."""
         if self.train_critic == "sparse" and self.criterion == "contrast":
             raise ValueError(
                 "criterion contrast compares with the source's own samples, which say nothing of a critic's neurons: "

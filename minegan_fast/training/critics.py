@@ -1,4 +1,4 @@
-"""The critic of a run: a new one where the source has none, and what of it stays frozen."""
+"""The critic of a run: a new one where the source has none, and which parts of it stay frozen."""
 
 import math
 
@@ -14,7 +14,7 @@ from .randomness import keep_and_set_random_state
 
 CRITICS = {"pgan": PGANDiscriminator, "stylegan": StyleGANDiscriminator, "stylegan2": StyleGAN2Discriminator}
 SHARED = ("resolution", "channel_base", "channel_max", "image_channels", "channels", "fused_from")
-# Of a critic for a generator of no known family: the widths to choose from (32768 is StyleGAN2's own), and the fewest
+# For the critic of a generator of no known family: the widths to choose from (32768 is StyleGAN2's own), and the fewest
 # channels at the resolution of the images.
 CHANNEL_BASES, LEAST_WIDTH = [2**k for k in range(6, 16)], 8
 
@@ -32,7 +32,7 @@ def new_critic(generator: Generator, seed: int) -> nn.Module:
             return CRITICS[family](**{name: value for name, value in config.items() if name in SHARED})
         if family in ("biggan", "biggan_deep"):
             resolution = generator.resolution
-            # One class: mining takes the critic without its projection, so that table would only lie there.
+            # One class: mining uses the critic without its projection, so nothing would read a larger table.
             return BigGANDiscriminator(
                 resolution,
                 num_classes=1,
@@ -85,7 +85,7 @@ def check_fit(generator: nn.Module, critic: nn.Module) -> None:
 
 
 def begin_training(critic: nn.Module) -> None:
-    """Train mode, and gradients for `trainable_parameters`. ValueError: the critic has no parameters."""
+    """Puts the critic into train mode, with gradients for `trainable_parameters`. ValueError: it has no parameters."""
     parameters = trainable_parameters(critic)
     if not parameters:
         raise ValueError(f"the critic {type(critic).__name__} has no parameters to train: give another with critic=")
@@ -105,17 +105,17 @@ def train_mode(critic: nn.Module) -> None:
 
 
 def trainable_parameters(critic: nn.Module) -> list[nn.Parameter]:
-    """Those that did not come frozen (requires_grad=False).
+    """The parameters that did not come frozen (requires_grad=False).
 
-    Of a critic of which every parameter is frozen, as a script leaves it that only judged with it, all.
+    Where every parameter is frozen, these are all of them: a script leaves a critic so if it only judged with it.
     """
     parameters = [*critic.parameters()]
     return [p for p in parameters if p.requires_grad] or parameters
 
 
 def critic_r1(critic: nn.Module, real: Tensor) -> Tensor:
-    """R1 of real images [B, C, R, R], a scalar without weight: on the pixels (`ops.r1_penalty`), or as the critic's own
-    method `r1_penalty(real)` has it."""
+    """R1 of real images [B, C, R, R], a scalar without weight: on the pixels (`layers.r1_penalty`), or by the critic's
+    own method `r1_penalty(real)`."""
     own = getattr(critic, "r1_penalty", None)
     return r1_penalty(critic, real) if own is None else own(real)
 

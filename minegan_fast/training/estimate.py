@@ -1,4 +1,4 @@
-"""What a run will need, before it starts: memory from one counted sample, time from a few real steps."""
+"""What a run will need, before it starts: memory by counting what a sample saves, time by a few real steps."""
 
 import contextlib
 import os
@@ -29,9 +29,12 @@ class DoesNotFit(RuntimeError):  # noqa: N818
 
 @dataclass
 class Estimate:
-    """Bytes of one process: `networks` (weights, gradients, moments, averages), `per_sample` of its part of a batch,
-    `available` on the device; how many `processes` share a batch, and how many images of it (`part`) are in memory at
-    once."""
+    """Bytes that one process needs.
+
+    networks: for weights, gradients, moments and averages. per_sample: for each of its samples of a batch. available:
+    what is free on the device. processes: how many share a batch. part: how many images of a batch are in memory at
+    once; None: all.
+    """
 
     networks: int
     per_sample: int
@@ -46,7 +49,7 @@ class Estimate:
         return self.processes * max(0, (self.available - self.networks) // max(1, self.per_sample))
 
     def check(self, batch: int) -> None:
-        """DoesNotFit where the run would not; it says which batch would."""
+        """Raises DoesNotFit, which names the batch that would fit, where this one would not."""
         if self.needed(batch) <= self.available:
             return
         advice = f"batch {self.largest_batch()} would fit" if self.largest_batch() else "no batch would fit"
@@ -65,7 +68,7 @@ def estimate_memory(
 ) -> Estimate:
     """Counts what steps at batch 2 and 3 save for their backward, and what networks and optimizers will hold.
 
-    The networks are on the device of the run already: what they occupy is not counted again.
+    The networks are on the device of the run already, so what they occupy is not counted again.
     """
     networks = (generator, *([] if critic is None else [critic]))
     sizes = [sum(p.numel() * p.element_size() for p in net.parameters()) for net in networks]
@@ -85,7 +88,7 @@ def estimate_memory(
 def _saved_bytes(
     config: TransferConfig, generator: Generator, critic: nn.Module | None, kernel: KernelLoss | None, batch: int
 ) -> int:
-    """The largest of what a step of the generator under each loss, and the critic's with R1, save for backward."""
+    """The most bytes that a step saves for its backward: the generator's under each loss, or the critic's with R1."""
     device = next(generator.parameters()).device
     dtype = DTYPES[config.precision]
     with keep_random_state(device):
@@ -107,6 +110,8 @@ def _saved_bytes(
 
 
 class _Count:
+    """Counts the storages that a graph saves for its backward, each of them once."""
+
     def __init__(self):
         self.storages: dict[int, int] = {}
 
@@ -128,7 +133,7 @@ def _counting():
 
 
 def available_memory(device: torch.device) -> int:
-    """Free bytes on the device; on the CPU what the system would give without swapping, within the control group."""
+    """Free bytes on the device; on the CPU what the system gives without swapping, within the control group's limit."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -144,7 +149,7 @@ def available_memory(device: torch.device) -> int:
 
 
 def estimate_seconds(trainer: Trainer, steps: int = 3) -> tuple[float, float]:
-    """Measured seconds of a mining step and of a finetuning step. Trains `trainer`: give one that is thrown away."""
+    """Measured seconds of a mining step and of a finetuning step. This trains `trainer`: give one to throw away."""
     config = trainer.config
     trainer.alone = range(0)
 

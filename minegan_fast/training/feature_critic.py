@@ -62,7 +62,7 @@ class FeatureCritic(nn.Module):
         return sum(squares, real.new_zeros(())) / len(real)
 
     def image_side_blocks(self) -> list[nn.Module]:
-        """None: what stands before the heads is frozen as it is."""
+        """There are none: everything before the heads is frozen already."""
         return []
 
     def _maps(self, x: Tensor) -> list[Tensor]:

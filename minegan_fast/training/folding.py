@@ -15,8 +15,10 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 def fold_batch_norms(network: nn.Module, x: Tensor) -> nn.Module | None:
     """A copy of a network in eval mode whose batch norms are folded into the convolutions that they follow.
 
-    x: an input [B, C, H, W], by which a forward shows what follows what. None where nothing can be folded. What else
-    the forward does with a convolution's output it does not show: compare the copy with the network.
+    x: an input [B, C, H, W]. A forward of it shows which batch norm reads which convolution, but not what else the
+        network does with a convolution's output: compare the copy with the network.
+
+    Returns None where nothing can be folded.
     """
     if isinstance(network, torch.jit.ScriptModule):
         return None
@@ -37,7 +39,7 @@ def _pairs(network: nn.Module, x: Tensor) -> list[tuple[nn.Conv2d, nn.BatchNorm2
 
     def convolved(module, arguments, output):
         calls[module] += 1
-        outputs[id(output)] = module, output  # held, so that no other tensor takes its id
+        outputs[id(output)] = module, output  # kept, so that no other tensor takes its id
 
     def normalised(path):
         def read(module, arguments):
@@ -48,7 +50,7 @@ def _pairs(network: nn.Module, x: Tensor) -> list[tuple[nn.Conv2d, nn.BatchNorm2
         return read
 
     for path, module in network.named_modules():
-        # A weight that is computed from others, as by weight norm, is nobody's parameter.
+        # One owner: a weight that is computed from others, as by weight norm, has none, and a shared one has several.
         if isinstance(module, nn.Conv2d) and owners[id(module.weight)] == 1:
             handles.append(module.register_forward_hook(convolved))
         elif isinstance(module, nn.BatchNorm2d) and module.running_mean is not None and not module.training:

@@ -14,13 +14,15 @@ from .randomness import keep_and_set_random_state
 def new_mined(config: TransferConfig, generator: Generator) -> Mined:
     """The generator behind new miners.
 
-    The miner of z or w starts as the identity (with the prior sphere: as u's direction), a mined constant as the
-    generator's own. What w is compared with is the mapping's distribution now, before it trains. The class miner starts
-    as an affine map of u whose values have the mean and the covariance of the source's class embeddings, or of those of
-    the labels that `mined_class` names: a single one is the embedding of that class, whatever u is. Of the source's own
-    distribution that leaves out that classes are points, and independent of z.
+    The miner of z or w starts as the identity (with the prior sphere: as the direction of u), and a mined constant as
+    the generator's own. Mined w are compared with the mapping's distribution as it is now, before the mapping trains.
 
-    ValueError: the source has nothing to mine there, `mined_class` names what is no label of it.
+    The class miner starts as an affine map of u. Its values have the mean and the covariance of the source's class
+    embeddings, or of the embeddings of the labels that `mined_class` names; for a single label they are its embedding,
+    whatever u is. This matches mean and covariance only: it ignores that real classes are isolated points, independent
+    of z.
+
+    ValueError: the source has nothing to mine there, or `mined_class` names a label that it does not have.
     """
     if config.mine == "w" and not hasattr(generator, "mapping"):
         raise ValueError(f"mine is w, but {type(generator).__name__} has no mapping network: take mine z")
@@ -53,7 +55,7 @@ def _embeddings(generator: Generator) -> Tensor:
 
 
 def _labels(named: int | str | None, classes: int) -> list[int]:
-    """Of "207,208": [207, 208]; of None: all."""
+    """[207, 208] for "207,208"; all labels for None."""
     if named is None:
         return list(range(classes))
     labels = [int(word) for word in str(named).split(",")]

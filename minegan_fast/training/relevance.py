@@ -1,8 +1,8 @@
 """How a run scores neurons: by the loss that will finetune them, on latents that the miners give.
 
-Fisher information, agreement and contrast are of single samples. A critic's loss couples the samples of a batch (by its
-minibatch statistics, and batch norm), so it sees one at a time. The kernel distance has no value for one sample, but
-its gradient is a sum over the samples of a batch, of which each is that sample's own.
+Fisher information, agreement and contrast are made of the gradients of single samples. Under an adversarial loss the
+recipe computes one sample at a time. The kernel distance has no value for one sample, but its gradient by a batch is a
+sum over the samples, and each of them adds a part of its own.
 """
 
 import torch
@@ -18,7 +18,7 @@ from .randomness import set_random_state
 def score(trainer, optimizer: SparseFinetuner) -> None:
     """Gives `optimizer`, of the trainer's generator or of its critic, the evidence that its criterion asks for.
 
-    "contrast" compares with the same loss of what the source makes of its own prior, without the miners.
+    "contrast" compares with the same loss of the source's own samples, made without the miners.
     """
     config, adversary = trainer.config, trainer.adversary
     if config.criterion in WITHOUT_EVIDENCE:
@@ -43,6 +43,11 @@ def score(trainer, optimizer: SparseFinetuner) -> None:
 def _collect(trainer, optimizer: SparseFinetuner, of: str) -> None:
     config, processes, hooks = trainer.config, trainer.processes, []
     kernel = trainer.loss_name == KERNEL
+    # One sample at a time: the critics of Progressive GAN and the StyleGANs couple the samples of a batch by their
+    # minibatch standard deviation, also in eval mode, and whether a user's critic does cannot be seen from outside. For
+    # critics that couple none, as BigGAN's, `scoring()` could take the samples of a batch apart; but to select the same
+    # neurons, each sample would have to draw its latent, noise and augmentation from a seed of its own, only to save a
+    # part of `score_samples` passes, which take no longer than a few steps of thousands.
     batch = 1 if config.criterion in BY_SAMPLE and not kernel else config.batch
     with optimizer.scoring("sum" if kernel else "mean", samples=1 if batch == 1 else None, of=of):
         if config.criterion == "movement" and processes.size > 1 and not kernel:

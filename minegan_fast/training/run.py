@@ -27,7 +27,7 @@ from .randomness import derived_seed, keep_and_set_random_state, keep_random_sta
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 VERSION = 3  # of the snapshots
 COLLAPSED = 1 / 3  # of the real images' diversity
-LATENTS = 1024  # that are measured
+LATENTS = 1024  # how many mined latents are measured
 ASTRAY = 0.1  # how far the mean of |z|²/d may be from 1
 
 
@@ -39,9 +39,13 @@ class TrainingDiverged(RuntimeError):  # noqa: N818
 class TransferResult:
     """What a run gives back.
 
-    mined: generator and miners, averaged weights of the best snapshot by held-out KID, or of the last where nothing is
-    held out. step: the step they are of. history: rows of history.jsonl. metrics: those of that step, on the features
-    that `judge` names; it says so where they trained the run too. folder: where all of it is.
+    mined: generator and miners with the averaged weights of the best snapshot by held-out KID, or of the last snapshot
+        where nothing is held out.
+    step: the step of that snapshot.
+    history: the rows of history.jsonl.
+    metrics: of that snapshot, on the features that `judge` names.
+    folder: where all of it is.
+    judge: the features' name, which says so where they trained the run too.
     """
 
     mined: Mined
@@ -206,8 +210,11 @@ class Run:
         self.best_kid, self.best_step, self.waited = self.processes.from_first(self._write_snapshot)
 
     def _write_snapshot(self) -> tuple[float, int, int]:
-        """Measures, writes the results, and the snapshot last: a kill in between repeats the steps since the last.
-        Returns what decides how the run goes on: the best KID, its step, and the snapshots since."""
+        """Measures, writes the results, and writes the snapshot last, so that a run that was killed in between repeats
+        the steps since the last snapshot.
+
+        Returns what decides how the run goes on: the best KID, its step, and the number of snapshots since.
+        """
         config, folder, sampler = self.config, self.folder, self.trainer.result()
         fake = generate(sampler, config.eval_samples, config.seed)
         names = dict.fromkeys((*config.metrics, "kid"))
@@ -236,8 +243,10 @@ class Run:
         return self.best_kid, self.best_step, self.waited
 
     def _health(self, sampler: Mined, features: Tensor) -> dict[str, float]:
-        """How diverse the images are, in units of the real ones, and how far the mined latents are from their prior;
-        what is out of bounds is logged."""
+        """How diverse the images are, in units of the real ones, and how far the mined latents are from their prior.
+
+        Logs what is out of bounds.
+        """
         values = {"spread": diversity(features) / max(diversity(self.real), 1e-12)}
         if values["spread"] < COLLAPSED:
             self._warn(
@@ -263,13 +272,13 @@ class Run:
         return values
 
     def _warn(self, kind: str, message: str) -> None:
-        """Once of each kind; the history has the numbers of every snapshot."""
+        """Logs one message of each kind; the history has the numbers of every snapshot."""
         if kind not in self.warned:
             self.warned.add(kind)
             self.progress.log(message)
 
     def _shown(self, values: dict[str, float]) -> dict[str, float]:
-        """What the progress line has of a snapshot; a number that the training network judged is marked."""
+        """The numbers of a snapshot that the progress line shows; "*" marks those that the training network judged."""
         mark = "*" if self.prepared.judge != self.prepared.features.name else ""
         names = dict.fromkeys((*self.config.metrics, "kid", "spread"))
         shown = {name + mark: values[name] for name in names if name in values}

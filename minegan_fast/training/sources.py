@@ -52,7 +52,7 @@ def single(source):
 class Networks:
     """A generator and the critic that judges it, None where none is needed.
 
-    pretrained: whether the critic came with the source or was given. notes: what a user should know of the choice.
+    pretrained: whether the critic came with the source or was given. notes: what a user should know about the choice.
     """
 
     generator: Generator

@@ -19,7 +19,11 @@ _SAME = 0.7  # a convolution without padding takes a few pixels from the sides o
 
 @dataclass
 class _Call:
-    """A call of a module in a forward: its path, its number among the calls of this module, and what it gave."""
+    """A call of a module in a forward.
+
+    path: of the module. number: of the call, among the calls of this module. inner: the calls that it made.
+    output: the features that it gave; None where it gave something else.
+    """
 
     path: str
     number: int
@@ -33,7 +37,7 @@ class _Call:
 
     @property
     def shape(self) -> torch.Size:
-        """Of what it gave; empty where that was no features."""
+        """Of the features; empty where it gave none."""
         return torch.Size() if self.output is None else self.output.shape
 
     @property
@@ -129,7 +133,7 @@ class Stages:
 
 
 class _Reached(BaseException):
-    """The last tap is there. No Exception, which a network might catch."""
+    """The last tap is there. This is no Exception, because a network might catch one."""
 
 
 @contextmanager
@@ -193,16 +197,16 @@ def _all(call: _Call) -> Iterator[_Call]:
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:
-    """Whether the first image's features are the same in two batches of two."""
+    """Whether the first image's features are the same in two batches of two images."""
     if a is None or b is None or a.shape != b.shape or len(a) != 2:
         return False
     difference = (a[0] - b[0]).float().square().mean().sqrt()
-    # NaN is for those to report who look at values.
+    # NaN counts as the same: it is reported where values are looked at.
     return not bool(difference > 100 * torch.finfo(a.dtype).eps * a[0].float().square().mean().sqrt())
 
 
 def _trunk(call: _Call, size: int) -> Iterator[_Call]:
-    """The calls that follow each other on the way through this one, which maps of this size go into."""
+    """The calls that follow each other on the way through this one, whose input are maps of this size."""
     for inner in call.inner:
         opened = [c for c in _trunk(inner, size) if c.gives_maps]
         sizes = {c.size for c in _ends(opened, size) if c.size < _SAME * size}
@@ -219,7 +223,7 @@ def _ends(trunk: list[_Call], size: int) -> list[_Call]:
     ends, first = [], 0  # first: the size of the first map of the present stage
     for call in trunk:
         if ends and call.size > first:
-            continue  # a branch, or the way up of a network that has one
+            continue  # a branch, or the way up of a network that enlarges its maps again
         if ends and _is_head(call, ends[-1]):
             continue
         if ends and call.size >= _SAME * first:
@@ -231,7 +235,7 @@ def _ends(trunk: list[_Call], size: int) -> list[_Call]:
 
 
 def _is_head(call: _Call, before: _Call) -> bool:
-    """Whether this gives logits, or means over the pixels, which the maps before hold too."""
+    """Whether the call gives logits, or means over the pixels, which add nothing to the maps before."""
     pooled = call.size == 1 and (before.size > 1 or call.channels < before.channels)
     return (pooled and call.channels <= before.channels) or call.channels < before.channels / 4
 

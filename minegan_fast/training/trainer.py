@@ -1,9 +1,9 @@
 """The networks and optimizers of a run, and what one step does with them.
 
 Stage 1 trains the miners while the generator is frozen. Stage 2 selects the generator's neurons on the target and
-trains them too (MineGAN++: Wang et al. 2021, arXiv 2104.13742). The loss of either is that of a critic, which then
-trains beside them, or the kernel distance of pretrained features, which needs none. The generator is in eval mode in
-both stages: batch statistics of a few images are noisy ones, and a delta holds no buffers.
+trains them too (MineGAN++: Wang et al. 2021, arXiv 2104.13742). The loss of a stage is that of a critic, which then
+trains beside them, or the kernel distance of pretrained features, which needs no critic. The generator is in eval mode
+in both stages, because batch statistics of a few images are noisy, and a delta holds no buffers.
 """
 
 import copy
@@ -34,9 +34,11 @@ T = TypeVar("T")
 class Trainer:
     """One run's state: `mined` (generator and miners), their averages and optimizers, and what gives the losses.
 
-    images: uint8 [N, C, R, R] on the CPU. critic: for adversarial losses; new_critic: it knows nothing yet. kernel: for
-    the kernel distance. Every step's randomness follows from (config.seed, step). On several processes each takes its
-    part of every batch, and after every step all have the same weights and state.
+    images: uint8 [N, C, R, R] on the CPU. critic: for adversarial losses; new_critic: whether it knows nothing yet.
+    kernel: for the kernel distance.
+
+    Every step's randomness follows from (config.seed, step). On several processes each takes its part of every batch,
+    and after every step all have the same weights and state. ValueError: a part is missing that the settings need.
     """
 
     def __init__(
@@ -131,11 +133,12 @@ class Trainer:
         return {"loss_G": self.machine.update(loss, *optimizers)}
 
     def _penalise(self, u: Tensor) -> None:
-        """The prior's penalty, of the latents of all processes. Another pass of the miner costs nothing here."""
+        """Adds the gradient of the prior's penalty, of the latents of all processes. It runs the miner once more, which
+        costs nothing beside a step."""
         latents = self.mined.latents(u)
         if (gather := gathering(self.processes, self.config.batch)) is not None:
             (others,), own = gather([latents.detach()])
-            latents = torch.cat([others[: own.start], latents, others[own.stop :]])
+            latents = torch.cat([others[: own.start], latents, others[own.stop :]])  # only this process's have a graph
         weight = self.config.prior_weight * self.processes.size  # gradients become means
         self.scaler.scale(weight * self.mined.penalty(latents)).backward()
 
@@ -159,19 +162,22 @@ class Trainer:
         return self._kernel_backward(make, len(u), part, 1.0)
 
     def _kernel_backward(self, make, count: int, part: int | None, weight: float) -> Tensor:
-        """Of several processes each has a part of the samples, and the distance is of all of them."""
+        """Adds the gradient of the kernel distance of the samples of all processes, and returns the distance."""
         gather = gathering(self.processes, self.config.batch)
         kernel = _given(self.kernel, "kernel distance")
         return kernel.backward(make, count, part, weight * self._scale, gather, self.processes.size)
 
     @property
     def _scale(self) -> Tensor:
-        """What fp16 scales losses by."""
+        """The factor by which fp16 scales losses; 1 in the other precisions."""
         return self.scaler.scale(torch.ones((), device=self.device))
 
     def _regularise_path_length(self, trained: list[nn.Parameter]) -> None:
-        """Adds to the gradients. The length that a process compares with is the running mean moved, by a hundredth, by
-        its own samples; the mean that is kept is moved by those of all."""
+        """Adds the gradient of path length.
+
+        A process compares with the running mean after its own samples have moved it by a hundredth; the mean that is
+        kept is moved by the samples of all processes.
+        """
         batch, mean = max(1, self.config.batch // 2), self.path_length_mean
         with self.processes.part(batch) as count:
             share = count * self.processes.size / batch  # 1 where all have as many samples
