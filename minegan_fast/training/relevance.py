@@ -30,17 +30,18 @@ def score(trainer, optimizer: SparseFinetuner) -> None:
     for parameter in still:
         parameter.requires_grad_(False)
     if adversary:
-        adversary.critic.eval()  # on several processes its buffers would see other samples
+        adversary.critic.eval()  # in train mode its buffers would move, by other samples on every process
     _collect(trainer, optimizer, "target")
     if config.criterion == "contrast":
         _collect(trainer, optimizer, "source")
     for parameter, flag in zip(still, flags, strict=True):
         parameter.requires_grad_(flag)
     if adversary:
-        train_mode(adversary.critic)  # which asks what is frozen
+        train_mode(adversary.critic)  # only now, since it asks which parameters are frozen
 
 
 def _collect(trainer, optimizer: SparseFinetuner, of: str) -> None:
+    """Collects the evidence of `score_samples` samples, of the "target" or of the "source"."""
     config, processes, hooks = trainer.config, trainer.processes, []
     kernel = trainer.loss_name == KERNEL
     # One sample at a time: the critics of Progressive GAN and the StyleGANs couple the samples of a batch by their
@@ -51,7 +52,7 @@ def _collect(trainer, optimizer: SparseFinetuner, of: str) -> None:
     batch = 1 if config.criterion in BY_SAMPLE and not kernel else config.batch
     with optimizer.scoring("sum" if kernel else "mean", samples=1 if batch == 1 else None, of=of):
         if config.criterion == "movement" and processes.size > 1 and not kernel:
-            # its dense steps are steps of the whole batch
+            # Its dense steps are those of the whole batch, so every gradient becomes the mean over the processes.
             hooks = [
                 m.parameter.register_hook(trainer.machine.mean) for layer in optimizer.layers for m in layer.members
             ]
