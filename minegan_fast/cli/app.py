@@ -52,7 +52,7 @@ def main() -> None:
     log.handlers = [_Lines()]
     log.setLevel(logging.INFO)
     if rank := _rank():
-        warnings.simplefilter("ignore")  # the first process says it
+        warnings.simplefilter("ignore")  # the first process prints them
         log.setLevel(logging.ERROR)
     debug = "--debug" in sys.argv
     if debug:
@@ -160,7 +160,10 @@ TensorBoard, config.json, and the snapshots that --resume goes on from.
 
 
 def _register_transfer() -> None:
-    """Every setting of TransferConfig becomes an option; one that is not given leaves --config or the default alone."""
+    """Makes every setting of TransferConfig an option; one that is not given leaves --config or the default alone.
+
+    Typer reads the options from a function's signature, so this writes one.
+    """
     own = inspect.signature(_transfer).parameters
     text = {
         "source": "Checkpoint of the pretrained GAN.",

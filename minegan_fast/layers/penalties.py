@@ -172,7 +172,11 @@ def r1_penalty(critic, real: Tensor, condition=None) -> Tensor:
 
 
 def path_length_penalty(
-    images: Tensor, latents: Tensor, mean=0.0, decay: float = 0.01, generator: torch.Generator | None = None
+    images: Tensor,
+    latents: Tensor,
+    mean: float | Tensor = 0.0,
+    decay: float = 0.01,
+    generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """mean((lengths - a)^2), lengths_i = |J_i^T n_i|_2 with n = N(0, I) / sqrt(H W), a the lengths' running mean.
 

@@ -32,11 +32,11 @@ class Origin:
         project: whose layout the file has.
         container: the file's key that held the network, or the role of the file in its folder (`G_ema`); None: the
             file itself.
-        averaged: whether they are an exponential moving average; None: the file does not say.
+        averaged: whether the weights are an exponential moving average; None: the file does not say.
         passed_over: other keys of the file that hold the same network.
-        missing: parameters that the file does not have and the network was built with.
+        missing: parameters that the file lacks, and that keep the values the network was built with.
         unexpected: the file's tensors that the network does not have, or whose shape does not fit it.
-        converted: of a file that `convert` wrote, where these weights come from, in words.
+        converted: for a file that `convert` wrote, where these weights come from, in words.
     """
 
     path: str
@@ -76,7 +76,7 @@ def save_model(path: str | Path, generator: nn.Module, discriminator: nn.Module 
 
 
 def write_networks(path: str | Path, models: list[nn.Module], sources: dict[str, str]) -> Path:
-    """`save_model`; `sources` may say of each role, in words, where the weights come from."""
+    """Does what `save_model` does. sources: {role: where its weights come from, in words}, for any of the roles."""
     path = writable(path)
     tensors, modules = {}, {}
     for model in models:
@@ -127,14 +127,14 @@ def load_generator(
     Args:
         path: the file, or a folder of BigGAN-PyTorch or pytorch-pretrained-biggan. Averaged weights (EMA) are taken
             where it holds them; `origin` and a line in the log "minegan_fast" (INFO) say so. `D.pth` of BigGAN-PyTorch
-            is the critic alone, and refused here though a generator may lie beside it; `load_discriminator` finds
-            the critic beside a generator's file. `origin` names the file that was read. Or the `Contents` of such a
-            file: a program that takes both networks from it reads it once.
+            is the critic alone, and is refused here even if a generator lies beside it; `load_discriminator` finds the
+            critic beside a generator's file. `origin` names the file that was read. In a path's place this takes the
+            `Contents` that `files.reading.read` made of one, so that a file of both networks is read once.
         family: "biggan" (also BigGAN-deep), "pgan", "stylegan", "stylegan2", or None to tell by the keys.
         strict: every tensor of the network must be in the file and the other way round. False: what fits is loaded,
             the rest of the network has the values it is built with (seed 0), and a warning names what did not fit.
-        resolution: of a StyleGAN or Progressive GAN, whose public files hold a network of every lower resolution too,
-            and a StyleGAN's those above, untrained; None: the highest that was trained.
+        resolution: for a StyleGAN or Progressive GAN. Their public files also hold a network of every lower resolution,
+            and those of StyleGAN untrained ones of higher resolutions. None: the highest that was trained.
 
     Returns the network in eval mode on the CPU, with an `Origin` as its attribute `origin`. Half-precision weights
     become float32. Noise buffers that a file leaves out are drawn from a fixed seed. The global random state is left
@@ -151,7 +151,7 @@ def load_generator(
 def load_discriminator(
     path: str | Path | Contents, family: str | None = None, strict: bool = True, resolution: int | None = None
 ) -> nn.Module:
-    """The discriminator in a file. As `load_generator`."""
+    """The discriminator in a file. Arguments, result and errors are as in `load_generator`."""
     return load_network(read(path), "discriminator", family, strict, resolution)
 
 
@@ -177,9 +177,9 @@ def _on_cpu(model: nn.Module) -> dict[str, Tensor]:
 def load_network(
     contents: Contents, role: str, family: str | None, strict: bool, resolution: int | None = None
 ) -> nn.Module:
-    """`load_generator` and `load_discriminator`, of what was read of a file."""
+    """What `load_generator` and `load_discriminator` do, for either role."""
     model = _filled(written_network(contents, role, family, resolution), strict)
-    # Only a choice that was made for the user is worth a line.
+    # Only a choice between several networks, made for the user, is worth a line.
     level = logging.INFO if model.origin.passed_over else logging.DEBUG
     _log.log(level, "%s: %s", type(model).__name__, model.origin)
     return model.eval()
@@ -187,7 +187,7 @@ def load_network(
 
 @dataclass(frozen=True)
 class Written:
-    """A network as a file has it: what to build, and its tensors under the names of what is built."""
+    """A network as a file has it: what to build, and the file's tensors under the names of the network's own."""
 
     model: type[nn.Module]
     config: dict
@@ -196,7 +196,7 @@ class Written:
     optional: str | None = None
 
     def on_meta(self) -> nn.Module:
-        """The network without memory: nothing is allocated before the sizes are known to fit the file, and no random
+        """The network without memory. So nothing is allocated before the sizes are known to fit the file, and no random
         number is drawn."""
         try:
             with torch.device("meta"):
@@ -220,7 +220,7 @@ class Written:
 
 
 def described_modules(contents: Contents) -> dict[str, dict]:
-    """{role: {"family", "config", "source"}} of a file of this project, empty for others."""
+    """{role: {"family", "config", "source"}} of a file of this project; empty for other files."""
     try:
         modules = json.loads(contents.metadata.get("modules", "{}"))
         return {

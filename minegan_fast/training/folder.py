@@ -28,8 +28,12 @@ RESULTS = ("best", "last", "mined")
 
 
 class RunFolder:
-    """`config.json`, `history.jsonl`, `losses.png`, `selection.safetensors`, `samples/`, `snapshots/`, `events/`, and
-    the results, each with generator, miner and delta: `last/`, `best/` by held-out KID, `mined/` after stage 1."""
+    """The paths in a run's folder.
+
+    It holds `config.json`, `history.jsonl`, `losses.png`, `selection.safetensors`, `samples/`, `snapshots/`, `events/`,
+    and three results, each with generator, miner and delta: `last/`, `best/` by held-out KID, and `mined/`, which is
+    the state after stage 1.
+    """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -43,7 +47,7 @@ class RunFolder:
         self.last, self.best, self.mined = self.path / "last", self.path / "best", self.path / "mined"
 
     def create(self) -> None:
-        """Makes the folders. ValueError where a file is in the place, or nothing may be written."""
+        """Makes the folders. ValueError: a file is in the place of one, or nothing may be written there."""
         try:
             for folder in (self.path, self.samples, self.snapshots, self.last, self.best, self.mined):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -58,15 +62,17 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keeps other runs out of the folder while it lasts, without a file in it; ValueError where one is at work.
+        """Keeps other runs out of the folder during the block, without a file in it. ValueError: one is at work there.
 
-        The lock goes with the process, however that ends. Windows and some network file systems have no such lock:
-        there a run that has no snapshot yet is not noticed by another one.
+        The lock ends with the process, however that ends. Windows and some network file systems have no such lock:
+        there a run does not notice another one that has no snapshot yet.
         """
-        held = os.open(self.path, os.O_RDONLY) if fcntl else None
+        if fcntl is None:
+            yield
+            return
+        held = os.open(self.path, os.O_RDONLY)
         try:
-            if fcntl:
-                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(held)
             raise ValueError(
@@ -77,12 +83,11 @@ class RunFolder:
         try:
             yield
         finally:
-            if fcntl:
-                os.close(held)
+            os.close(held)
 
     @contextmanager
     def claimed(self, config: TransferConfig, resume: bool) -> Iterator[None]:
-        """Makes the folder this run's: created, locked while it lasts, and with the run's configuration in it.
+        """Makes the folder this run's during the block: it exists, is locked, and holds the run's configuration.
 
         ValueError: as in `create`, `locked` and `check`.
         """
@@ -94,7 +99,7 @@ class RunFolder:
             yield
 
     def check(self, config: TransferConfig, resume: bool) -> None:
-        """ValueError where there is a run already, which is not to go on (`resume`) or has other settings."""
+        """ValueError: the folder holds a run, and that is not to be resumed, or has other settings."""
         if not self.config.is_file() or not self.holds_run():
             return
         if not resume:
@@ -109,8 +114,10 @@ class RunFolder:
             )
 
     def holds_run(self) -> bool:
-        """Whether there is something to go on from, or to lose: a snapshot, or steps in the history. What a run that
-        was refused or failed before its first snapshot has left is neither."""
+        """Whether there is something to go on from, or to lose: a snapshot, or steps in the history.
+
+        The files of a run that was refused, or failed before its first snapshot, are neither.
+        """
         return self.newest() is not None or any(row["step"] > 0 for row in self.read_history())
 
     def save_snapshot(self, step: int, state: dict, keep: int) -> None:
@@ -137,7 +144,7 @@ class RunFolder:
         return (self._numbered() or [None])[-1]
 
     def kept(self) -> str:
-        """What an error says of what is safe."""
+        """What an error message says about the work that is safe."""
         newest = self.newest()
         return f"the last good snapshot is {newest}" if newest else "there is no snapshot yet"
 
@@ -162,7 +169,7 @@ class RunFolder:
             leftover.unlink(missing_ok=True)
 
     def copy_last(self, to: Path) -> None:
-        """Makes another result what `last/` is, file by file."""
+        """Gives another result the files of `last/`, one by one."""
         for source in self.last.iterdir():
             with atomic_path(to / source.name) as temporary:
                 shutil.copyfile(source, temporary)

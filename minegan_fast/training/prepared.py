@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from ..files.reading import Contents
 from .config import TransferConfig
 from .estimate import estimate_memory
 from .evaluation import choose_features, judge_name
@@ -103,8 +104,12 @@ class Prepared:
 
         needed: whether a critic trains that is to be read or built here.
         """
-        source, given = checkpoints.open(single(materials.source)), materials.critic
-        critic = checkpoints.open(given) if given is not None and needed else None
+
+        def opened(network) -> Contents | nn.Module:
+            return network if isinstance(network, nn.Module) else checkpoints.open(network)
+
+        source, given = opened(single(materials.source)), materials.critic
+        critic = opened(given) if given is not None and needed else None
         networks = open_networks(source, critic, self.config, needed)
         judging = networks.critic if networks.pretrained else None
         by_loss = self.config.kernel and materials.loss_features == "critic"
@@ -112,7 +117,7 @@ class Prepared:
             if given is None:
                 judging = source_critic(source, networks.generator)[0]
             else:
-                judging = open_critic(checkpoints.open(given), networks.generator)
+                judging = open_critic(opened(given), networks.generator)
         checkpoints.clear()  # the networks have the weights, and the run needs the memory
         return networks, judging
 

@@ -41,9 +41,9 @@ def transfer(
 ) -> TransferResult:
     """Adapts a pretrained GAN to a few images: mining, then finetuning of the neurons that matter.
 
-    Of a class-conditional source the class is mined too, in the space of its class embeddings; a critic judges
-    without labels. In both stages the generator runs in eval mode: its batch-norm statistics and spectral-norm vectors
-    stay the source's, of which a few images would tell little.
+    In a class-conditional source the class is mined too, in the space of its class embeddings; a critic judges without
+    labels. In both stages the generator runs in eval mode: its batch-norm statistics and spectral-norm vectors stay the
+    source's, because a few images would give poor ones.
 
     Settings that are None follow the loss and the method (`methods.py`; the help of `minegan-fast transfer` names
     them).
@@ -52,13 +52,13 @@ def transfer(
         source: a checkpoint's path, or a generator module with `latent_dim` and `resolution` (copied, not changed). One
             with `num_classes` > 0 takes (z, class embedding) and has `class_embeddings()` [num_classes, class_dim].
         images: a folder, or a tensor [N, C, R, R], float in [-1, 1] or uint8.
-        out: the run's folder. One that holds a run is refused unless `resume`; what a run left that ended before its
-            first snapshot is no run, and a new one takes its place. A folder that another process is writing to is
-            refused also before that one's first snapshot, where the file system has locks.
+        out: the run's folder. A folder that holds a run is refused unless `resume`. A run that ended before its first
+            snapshot does not count, and a new one takes its place. Where the file system has locks, a folder that
+            another process is writing to is refused even before that process's first snapshot.
         critic: for an adversarial loss. A path or a module, whose frozen parameters stay frozen; "features": small
             heads on the network of `loss_features`. None takes the source file's discriminator, or a new one, which
             first trains alone (`critic_warmup`).
-        mining_steps: stage 1, the generator frozen. finetune_steps: stage 2. Steps count from 0.
+        mining_steps: steps of stage 1, with the generator frozen. finetune_steps: of stage 2. Steps count from 0.
         density: fraction of the generator's parameters (`budget`: of its neurons) that train in stage 2.
         batch: images a step, of all processes together.
         lr: the critic's learning rate; the generator's is half of it, the miner's twice, under "mmd" the same and at
@@ -72,8 +72,8 @@ def transfer(
         snapshot_every: steps between snapshots; there is one after mining and one at the end too.
         metrics: of "fid", "kid", "kmmd", "mv", "diversity", at every snapshot.
         features: for the metrics: None (the source critic's), "critic", "pixels", "digits", a TorchScript file or one
-            of Inception's weights, a module or a `metrics.FeatureExtractor`. Numbers judged by the network that trained
-            the run say so.
+            of Inception's weights, a module or a `metrics.FeatureExtractor`. The result says so where the network that
+            judges also trained the run.
         loss_features: what "mmd" compares: an image network as a module (differentiable, images in [-1, 1]; copied and
             frozen), a `metrics.FeatureExtractor`, a file that this reads, "critic" (the source's own), "digits", or a
             `LossFeatures` with taps of your choice.
@@ -94,11 +94,11 @@ def transfer(
 
     On several processes (`torchrun`, or torch.distributed initialised by the caller) every process calls this with the
     same arguments and sees the same files, computes its part of each batch, and gets the same result; the first one
-    writes. Steps are those of one process but for rounding and for what is computed across a batch: StyleGAN2's
+    writes. The steps are those of one process, but for rounding and for what is computed across a batch: StyleGAN2's
     minibatch standard deviation where its groups do not divide among the processes, batch norm, and a hundredth of the
     length that path length compares with. A run may be resumed on another number of processes.
 
-    Raises: ValueError/FileNotFoundError for input that cannot be used, DoesNotFit where memory would not do,
+    Raises: ValueError/FileNotFoundError for input that cannot be used, DoesNotFit where the memory does not suffice,
     TrainingDiverged for NaN losses (the last good snapshot stays), RuntimeError for a full disk.
     """
     checkpoints = Checkpoints()
@@ -108,7 +108,7 @@ def transfer(
         density=density, batch=batch, lr=lr, loss=loss, device=device, seed=seed, snapshot_every=snapshot_every,
         metrics=metrics, features=features, loss_features=loss_features, **settings,
     )  # fmt: skip
-    # A path or a name as the configuration has it, so that the same network is known for the same; else the object.
+    # Paths and names as the configuration spells them, by which a network is known again; objects as they are.
     materials = Materials(
         source,
         images,
@@ -168,7 +168,7 @@ def _prepared(config: TransferConfig, materials: Materials, checkpoints: Checkpo
 
 
 def _name(thing) -> str | None:
-    """A path as the configuration keeps it: in full, so that a run may go on from any folder. None for a module."""
+    """A path as the configuration keeps it: in full, so that a run can go on from any folder. None for a module."""
     if isinstance(thing, (list, tuple)) and len(thing) == 1:
         thing = thing[0]
     return str(Path(thing).resolve()) if isinstance(thing, (str, Path)) else None

@@ -11,7 +11,7 @@ from ..models import has_discriminator, load_discriminator, load_generator
 from .config import TransferConfig, load_config
 from .evaluation import MEASURES, choose_features, generate, judge_name, measure
 from .folder import RESULTS, RunFolder
-from .generators import image_channels
+from .generators import as_generator, image_channels
 from .images import load_images
 from .miners import new_mined
 from .sources import Checkpoints, choose_device
@@ -25,10 +25,11 @@ def open_result(
     miner=None,
     checkpoints: Checkpoints | None = None,
 ) -> Mined:
-    """The sampler in a run's folder; of a delta file over its `source`, with `miner` or the one beside it; or of a
-    checkpoint with a miner: a training file of the original MineGAN (for BigGAN the folder with G.pth and M.pth), or
-    any checkpoint with `miner`.
+    """The sampler of a result.
 
+    path: a run's folder; a delta file, which needs its `source` and takes `miner` or the miner's file beside it; or a
+        checkpoint with a miner: a training file of the original MineGAN (for BigGAN the folder with G.pth and M.pth),
+        or any checkpoint with `miner`.
     checkpoints: reads the files, and keeps what it read for the caller.
 
     ValueError/FileNotFoundError: no run there, none of that name, a delta without its source, no miner.
@@ -40,9 +41,11 @@ def open_result(
         generator = load_generator(checkpoints.open(source))
         load_delta(generator, path)
         beside = path.with_name("miner.safetensors")
-        # without one the miners are those before the first step
+        # Without a miner's file the miners are those before the first step.
         found = miner or beside.exists()
-        mined = load_mined(miner or beside, generator) if found else new_mined(TransferConfig(), generator)
+        mined = (
+            load_mined(miner or beside, generator) if found else new_mined(TransferConfig(), as_generator(generator))
+        )
     elif path.is_file() or any(path.glob("M*.pth")):
         mined = _with_miner(path, miner, checkpoints)
     else:
@@ -70,11 +73,11 @@ def _with_miner(path: Path, miner, checkpoints: Checkpoints) -> Mined:
 def evaluate_result(path, which, device, source, miner, images, samples: int, features, seed: int) -> dict:
     """Metrics of an adapted GAN against a folder: {"metrics": {...}, "generated", "real", "features", "seed", "notes"}.
 
-    notes: what the metrics warn of, x being the generated images and y the real ones.
+    notes: the warnings of the metrics, in which x are the generated images and y the real ones.
     """
     checkpoints = Checkpoints()
     sampler = open_result(path, which, device, source, miner, checkpoints)
-    generator = sampler.generator
+    generator = as_generator(sampler.generator)
     real = load_images(images, generator.resolution, image_channels(generator)).images
     critic = config = None
     if RunFolder(path).config.is_file():

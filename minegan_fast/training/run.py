@@ -4,10 +4,11 @@ import errno
 import json
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from .randomness import derived_seed, keep_and_set_random_state, keep_random_sta
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 VERSION = 3  # of the snapshots
 COLLAPSED = 1 / 3  # of the real images' diversity
-LATENTS = 1024  # that are measured
+LATENTS = 1024  # how many mined latents are measured
 ASTRAY = 0.1  # how far the mean of |z|²/d may be from 1
 
 
@@ -38,9 +39,13 @@ class TrainingDiverged(RuntimeError):  # noqa: N818
 class TransferResult:
     """What a run gives back.
 
-    mined: generator and miners, averaged weights of the best snapshot by held-out KID, or of the last where nothing is
-    held out. step: the step they are of. history: rows of history.jsonl. metrics: those of that step, on the features
-    that `judge` names; it says so where they trained the run too. folder: where all of it is.
+    mined: generator and miners with the averaged weights of the best snapshot by held-out KID, or of the last snapshot
+        where nothing is held out.
+    step: the step of that snapshot.
+    history: the rows of history.jsonl.
+    metrics: of that snapshot, on the features that `judge` names.
+    folder: where all of it is.
+    judge: the features' name, which says so where they trained the run too.
     """
 
     mined: Mined
@@ -57,7 +62,7 @@ class TransferResult:
     @property
     def miner(self) -> Miner:
         """The miner of z or w; of a conditional source, `mined.class_miner` gives the class embeddings."""
-        return self.mined.miner
+        return cast(Miner, self.mined.miner)
 
     def sample(self, n: int, seed: int = 0) -> Tensor:
         """n images [n, C, R, R] in [-1, 1] on the CPU; the same for the same seed."""
@@ -110,7 +115,8 @@ class Run:
         self.history: list[dict] = []
         self.warned: set[str] = set()
         with self.processes.together():
-            self.real = prepared.features(prepared.reference) if self.processes.first else None
+            # The first process alone measures.
+            self.real = prepared.features(prepared.reference) if self.processes.first else torch.empty(0)
             restored = folder.load_snapshot() if resume else None
             if restored:
                 self._restore(*restored)
@@ -139,7 +145,6 @@ class Run:
                 self.progress.stage("mining", config.mining_steps, first=0)
                 self._steps(config.mining_steps)
             if config.finetune_steps and self.trainer.finetuner is None:
-                self.trainer.begin_finetuning()
                 self._select()
             self.progress.stage("finetuning", config.finetune_steps, first=config.mining_steps)
             self._steps(config.total_steps)
@@ -150,10 +155,13 @@ class Run:
 
     def _select(self) -> None:
         self.progress.log("scoring the neurons on the target")
-        self.trainer.select()
-        selection = self.trainer.finetuner.selection
+        finetuner, selection = self.trainer.select()
         self.processes.from_first(lambda: selection.save(self.folder.selection))
-        self.progress.log(self._selected())
+        trained = sum(p.numel() for p in finetuner.parameters())
+        total = sum(p.numel() for p in self.prepared.generator.parameters())
+        self.progress.log(
+            f"{selection.density:.1%} of the neurons are selected: {trained / total:.1%} of the parameters train"
+        )
 
     def _steps(self, until: int) -> None:
         config, started = self.config, time.monotonic()
@@ -182,13 +190,6 @@ class Run:
     def _last_stage(self) -> str:
         return "finetuning" if self.config.finetune_steps else "mining"
 
-    def _selected(self) -> str:
-        finetuner = self.trainer.finetuner
-        trained = sum(p.numel() for p in finetuner.parameters())
-        total = sum(p.numel() for p in self.prepared.generator.parameters())
-        share = finetuner.selection.density
-        return f"{share:.1%} of the neurons are selected: {trained / total:.1%} of the parameters train"
-
     def _stop_if_diverged(self) -> None:
         if not self.trainer.finite:
             raise TrainingDiverged(
@@ -196,20 +197,24 @@ class Run:
                 "Try a smaller lr, a larger r1_gamma, or precision fp32, in a new folder"
             )
 
-    def _record(self, values: dict[str, float]) -> None:
+    def _record(self, values: Mapping[str, float | str]) -> None:
         row = {"step": self.step, "stage": self.stage, **values}
         self.history.append(row)
         if self.processes.first:
             self.log.write(json.dumps(row) + "\n")
             self.log.flush()
-            self.events.scalars(self.step, {k: v for k, v in values.items() if k not in ("seconds", "judge")})
+            curves = {k: v for k, v in values.items() if k != "seconds" and not isinstance(v, str)}
+            self.events.scalars(self.step, curves)
 
     def _snapshot(self) -> None:
         self.best_kid, self.best_step, self.waited = self.processes.from_first(self._write_snapshot)
 
     def _write_snapshot(self) -> tuple[float, int, int]:
-        """Measures, writes the results, and the snapshot last: a kill in between repeats the steps since the last.
-        Returns what decides how the run goes on: the best KID, its step, and the snapshots since."""
+        """Measures, writes the results, and writes the snapshot last, so that a run that was killed in between repeats
+        the steps since the last snapshot.
+
+        Returns what decides how the run goes on: the best KID, its step, and the number of snapshots since.
+        """
         config, folder, sampler = self.config, self.folder, self.trainer.result()
         fake = generate(sampler, config.eval_samples, config.seed)
         names = dict.fromkeys((*config.metrics, "kid"))
@@ -238,8 +243,10 @@ class Run:
         return self.best_kid, self.best_step, self.waited
 
     def _health(self, sampler: Mined, features: Tensor) -> dict[str, float]:
-        """How diverse the images are, in units of the real ones, and how far the mined latents are from their prior;
-        what is out of bounds is logged."""
+        """How diverse the images are, in units of the real ones, and how far the mined latents are from their prior.
+
+        Logs what is out of bounds.
+        """
         values = {"spread": diversity(features) / max(diversity(self.real), 1e-12)}
         if values["spread"] < COLLAPSED:
             self._warn(
@@ -265,13 +272,13 @@ class Run:
         return values
 
     def _warn(self, kind: str, message: str) -> None:
-        """Once of each kind; the history has the numbers of every snapshot."""
+        """Logs one message of each kind; the history has the numbers of every snapshot."""
         if kind not in self.warned:
             self.warned.add(kind)
             self.progress.log(message)
 
     def _shown(self, values: dict[str, float]) -> dict[str, float]:
-        """What the progress line has of a snapshot; a number that the training network judged is marked."""
+        """The numbers of a snapshot that the progress line shows; "*" marks those that the training network judged."""
         mark = "*" if self.prepared.judge != self.prepared.features.name else ""
         names = dict.fromkeys((*self.config.metrics, "kid", "spread"))
         shown = {name + mark: values[name] for name in names if name in values}

@@ -28,13 +28,11 @@ class Checkpoints:
     def __init__(self):
         self._contents: dict[Path, Contents] = {}
 
-    def open(self, network: str | Path | nn.Module) -> Contents | nn.Module:
-        """The contents of a file; a module is given back. Errors as in `files.reading.read`."""
-        if isinstance(network, nn.Module):
-            return network
-        key = Path(network).resolve()
+    def open(self, path: str | Path) -> Contents:
+        """What the file holds. Errors as in `files.reading.read`."""
+        key = Path(path).resolve()
         if key not in self._contents:
-            self._contents[key] = read(network)
+            self._contents[key] = read(path)
         return self._contents[key]
 
     def clear(self) -> None:
@@ -54,7 +52,7 @@ def single(source):
 class Networks:
     """A generator and the critic that judges it, None where none is needed.
 
-    pretrained: whether the critic came with the source or was given. notes: what a user should know of the choice.
+    pretrained: whether the critic came with the source or was given. notes: what a user should know about the choice.
     """
 
     generator: Generator
