@@ -1,6 +1,5 @@
 // Table of contents: every native function, its equation and its shapes. Pointers are raw and unchecked: the launchers
-// in minegan_fast/ops/ have checked shapes, dtypes, devices and strides. All tensors of a call have the dtype given
-// first.
+// in minegan_fast/ops/ have checked shapes, dtypes, devices and strides. All tensors have the call's first dtype.
 #pragma once
 
 #include <cstdint>
@@ -17,8 +16,8 @@ struct Axis {
 // ---- bias_act ----
 // Side of the kink s = y where given, else x + b. a(v) = v where s > 0, else slope v.
 //   out[o, c, i] = a(x[o, c, i] + b[c]) gain
-// b [C] and y [outer, C, inner] may be null. Without y it is the layer's forward, with y its second order (x, b = ddx,
-// ddb).
+// b [C] and y [outer, C, inner] may be null. Without y it is the layer's forward. With y it is its second order, and x
+// and b are ddx and ddb.
 void bias_act_cpu(DType, const void* x, const void* b, const void* y, void* out, Axis, double slope, double gain,
                   int threads);
 
@@ -112,8 +111,7 @@ struct Convolution {
   int64_t y_channel() const { return positions[0] * positions[1] * positions[2]; }
 };
 
-// With the sums of products below in float, those of blocks in double, in an order that depends on the shape and the
-// instruction set alone, not on the number of threads:
+// With sums in float, in an order that depends on the shape and the instruction set alone, not on how many threads:
 //   dW[r, c, d] = sum over b, p of gy[b, r, p] x[b, c of r's group, p stride + d dilation - padding]
 //   transposed:   sum over b, q of gy[b, r, q stride + d dilation - padding] x[b, c, q]
 // x [B, groups C, *size], gy [B, k, *positions], dW [k, C, *kernel]; row r is of group r / (k / groups).

@@ -17,6 +17,7 @@ _TYPES = {
 }
 
 
+# Triton's own quotient and root of float32 are approximate on a GPU; these round as C++ does.
 @triton.jit
 def _divide(a, b):
     return a / b if a.dtype == tl.float64 else tl.div_rn(a, b)
@@ -29,6 +30,7 @@ def _sqrt(a):
 
 @triton.jit
 def _number(x):
+    """A number of the launch as a tensor, which it is not in Triton's interpreter."""
     return tl.full((), x, tl.float64)
 
 
@@ -51,11 +53,14 @@ def _item(
     decay, momentum, average, T: tl.constexpr, D: tl.constexpr, RULE: tl.constexpr, HAS_AVERAGE: tl.constexpr,
     CHUNK: tl.constexpr, PACK: tl.constexpr,
 ):  # fmt: skip
+    """Steps the elements of an item and moves their averages; grad is the gradient's address, or 0."""
     HAS_AGE: tl.constexpr = (RULE == "adam") | (RULE == "adamw")
     length = tl.load(words + LENGTH).to(tl.int32)
     first = part * CHUNK
+    # Several rows are one run of memory in the leaf. A row longer than an item comes in parts, which begin at first.
     count = rows * length if rows > 1 else tl.minimum(length - first, CHUNK)
     base = row.to(tl.int64) * length + first
+    # The compiler moves 16 bytes at a time only where it is told that addresses and masks change once a pack.
     if PACK > 1:
         count, base, length = tl.multiple_of(count, PACK), tl.multiple_of(base, PACK), tl.multiple_of(length, PACK)
     offsets = tl.arange(0, CHUNK)
@@ -79,6 +84,7 @@ def _item(
             g = g + decay * w
         if HAS_AGE:
             step = tl.load(words + STEP).to(tl.pointer_type(tl.float32)) + row
+            # The corrections are in float64, which is slow: a single row has them computed once, not for each element.
             if rows > 1:
                 size, root = _age(tl.load(step + local, mask, other=0.0) + 1, lr, log_beta1, log_beta2, T)
             else:
@@ -87,6 +93,7 @@ def _item(
             mean = _pointer(words, MEAN, T, PACK) + base + offsets
             square = _pointer(words, SQUARE, T, PACK) + base + offsets
             m, v = tl.load(mean, mask, other=0.0), tl.load(square, mask, other=0.0)
+            # torch.lerp, which starts from the side that is nearer to the result; mean_weight is that side's.
             m = tl.where(low, m, g) + mean_weight * (g - m)
             v = beta2 * v + square_weight * g * g
             tl.store(mean, m, mask)
@@ -100,6 +107,7 @@ def _item(
         else:
             w = w - lr.to(T) * g
         tl.store(leaf, w, mask)
+        # Element `column` of a row lies at the place in the dense weight that csrc/ops.h gives for it.
         dense = tl.load(words + DENSE)
         if dense != 0:
             inner, inner_stride = tl.load(words + INNER).to(tl.int32), tl.load(words + INNER_STRIDE)
@@ -116,13 +124,13 @@ def _item(
                 to = tl.multiple_of(to, PACK * D.primitive_bitwidth // 8)
             tl.store(to + target, w.to(D), mask)
         if HAS_AGE:
-            # Every thread has read the ages before one of them is advanced; of the programs that share a row, the last.
+            # Every thread must have read the ages before one of them is advanced.
             tl.debug_barrier()
             parts = tl.cdiv(length, CHUNK)
             if parts == 1:
                 own = offsets < rows
                 tl.store(step + offsets, tl.load(step + offsets, own, other=0.0) + 1, own)
-            else:
+            else:  # the last of the programs that share the row advances its age
                 ticket = tl.load(words + TICKETS).to(tl.pointer_type(tl.int32)) + row
                 if tl.atomic_add(ticket, 1, sem="acq_rel") == parts - 1:
                     tl.store(ticket, 0)
@@ -168,6 +176,7 @@ def row_update_kernel(
             rate = tl.load(lr_ptr).to(tl.float64)
         else:
             rate = _number(lr)
+        # Factors are computed in float64 and then rounded, as PyTorch does with Python's numbers.
         unscale = (1 / tl.load(scale_ptr).to(tl.float64)).to(tl.float32).to(T)
         mean_weight = (1 - _number(beta1)).to(T)
         low = mean_weight < 0.5
