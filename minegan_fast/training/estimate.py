@@ -149,7 +149,10 @@ def available_memory(device: torch.device) -> int:
 
 
 def estimate_seconds(trainer: Trainer, steps: int = 3) -> tuple[float, float]:
-    """Measured seconds of a mining step and of a finetuning step. This trains `trainer`: give one to throw away."""
+    """Measured seconds of a mining step and of a finetuning step; 0 for a stage without steps.
+
+    This trains `trainer`: give one to throw away.
+    """
     config = trainer.config
     trainer.alone = range(0)
 
@@ -162,10 +165,10 @@ def estimate_seconds(trainer: Trainer, steps: int = 3) -> tuple[float, float]:
         trainer.finite.item()  # waits for a GPU
         return (time.perf_counter() - start) / steps
 
-    mining = timed(1)
+    # A stage that takes no steps may have nothing to train, or no loss.
+    mining = timed(1) if config.mining_steps else 0.0
     if config.finetune_steps == 0:
         return mining, 0.0
-    trainer.begin_finetuning()
     trainer.select()
     return mining, timed(1)
 

@@ -149,6 +149,21 @@ def test_dry_run_estimates_and_writes_nothing(run_settings, tmp_path):
     assert not run_settings["out"].exists()
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "transfergan", "mining_steps": None},
+        {"mining_steps": 0, "mining_loss": "mmd", "finetune_loss": "hinge"},
+        {"method": "mined", "finetune_steps": None},
+    ],
+    ids=str,
+)
+def test_dry_run_of_one_stage(run_settings, settings):
+    settings = {k: v for k, v in run_settings.items() if k not in ("out", "progress")} | settings
+    _, mining, finetuning = dry_run(TransferConfig(**settings))
+    assert (mining > 0, finetuning > 0) == ((True, False) if settings.get("method") == "mined" else (False, True))
+
+
 def test_evaluate(run_settings, tiny):
     mf.transfer(**run_settings)
     report = evaluate_result(
