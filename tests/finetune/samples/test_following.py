@@ -11,6 +11,7 @@ from minegan_fast.finetune.samples import uses
 from minegan_fast.models import StyleGAN2Discriminator, StyleGAN2Generator
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_batch_is_its_samples(name, reduction):
@@ -20,6 +21,7 @@ def test_a_batch_is_its_samples(name, reduction):
     assert_equal(scores, one_by_one(make(name), batches))
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_samples_of_a_batch_agree_as_they_do_alone(name):
     batches = [data(4), data(3, seed=2)]

@@ -7,7 +7,7 @@ import gc
 import pytest
 import torch
 from one_by_one import assert_equal, loss_of, one_by_one, scored
-from sample_networks import Attention, Tied, build, data
+from sample_networks import Attention, Fails, Tied, build, data
 from scored_networks import NETWORKS, make
 from torch import nn
 from torch.nn import functional as F
@@ -86,6 +86,7 @@ def test_other_layers_are_right_or_named(make, named):
         assert_equal(scores, one_by_one(net, [x]), but=touched)
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 def test_a_batch_of_one_is_the_gradient_of_the_pass():
     for name in NETWORKS:
         net, pieces = make(name), data(3).split(1)
@@ -206,15 +207,6 @@ def test_layers_turned_off_and_passes_of_some_parameters():
 
 
 def test_a_pass_that_fails_adds_nothing():
-    class Fails(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx, g):
-            raise KeyError("stop")
-
     net = make("linear")
     ft = SparseFinetuner(net)
     with ft.scoring():
