@@ -7,6 +7,7 @@ from torch import Tensor
 
 
 def active(group) -> bool:
+    """Whether the group, or the default one for None, has more than this process."""
     dist = torch.distributed
     return dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
 

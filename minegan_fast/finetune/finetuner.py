@@ -202,9 +202,9 @@ class SparseFinetuner(UnscalingOptimizer):
             raise RuntimeError("select() inside scoring(): leave the block first, its evidence is complete then")
         self._finish_movement()
         if selection is None:
-            if active(self.process_group) and not self.evidence_used:
-                self.evidence.reduce(self.process_group)
             several = active(self.process_group)
+            if several and not self.evidence_used:
+                self.evidence.reduce(self.process_group)
             scores = distributed.agree(self.scores(), self.process_group) if several else self.evidence.scores()
             try:
                 selection = choose(scores, self.layers, self.density, self.budget, self.scope, self.policy)

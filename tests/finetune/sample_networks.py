@@ -15,6 +15,18 @@ CUDA = pytest.param(
 )
 
 
+class Fails(torch.autograd.Function):
+    """A backward that ends the pass."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        raise KeyError("stop")
+
+
 class EqualLinear(nn.Module):
     """Equalised learning rate: the weight is scaled where it is used."""
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from one_by_one import loss_of
-from sample_networks import build, data
+from sample_networks import Fails, build, data
 from torch import nn
 
 from minegan_fast.finetune import SparseFinetuner
@@ -141,15 +141,6 @@ def test_scores_that_are_not_finite_are_named(criterion, of):
 
 @pytest.mark.parametrize("criterion", ["agreement", "contrast", "gradient"])
 def test_a_pass_that_fails_adds_nothing(criterion, monkeypatch):
-    class Fails(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx, g):
-            raise KeyError("stop")
-
     monkeypatch.setattr("minegan_fast.finetune.samples.passes.PENDING_BYTES", 1)
     net = build("mlp")
     ft = SparseFinetuner(net, criterion=criterion)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..._torch import transforms_active
-from ...layers.bilinear import Linear, functions_of, layer_by_rows, scaled_layer_by_rows
+from ...layers.bilinear import Conv, Linear, functions_of, layer_by_rows, scaled_layer_by_rows
 from .expressions import Expression, expression_of
 
 
@@ -65,9 +65,9 @@ def _layer(input, weight, bias, ndim: int):
         return NotImplemented
 
     def call(op, x):
-        if op.channel == 1 and op.transposed and op.groups != 1:
+        if isinstance(op, Conv) and op.transposed and op.groups != 1:
             return NotImplemented
-        return _run(op, differentiable(x, e) if op.channel != 1 else x, e, bias)
+        return _run(op, differentiable(x, e), e, bias)
 
     return call
 
