@@ -287,12 +287,13 @@ class SparseFinetuner(UnscalingOptimizer):
         return loss
 
     def _settle(self):
-        """Takes the gradients as others have left them; RuntimeError where a weight was replaced."""
+        """Takes the gradients as others have left them; RuntimeError where a weight was replaced or left the model."""
         links = [p.link for group in self.own_groups for p in group["params"]]
         with PastSubclasses():
             if not all(link.in_place() for link in links):
                 for link in links:
                     link.reclaim()
+            self.held.check_modules(links)
             for link in links:
                 if link.gradient.whole is not None or own_grad(link.weight) is not None:
                     link.gradient.settle()
@@ -371,7 +372,9 @@ class SparseFinetuner(UnscalingOptimizer):
             return super().zero_grad(set_to_none)
         for group in self.own_groups:
             for leaf in group["params"]:
-                leaf.link.reclaim()
+                new = leaf.link.replacement()
+                if new is not None:  # until the step: the graph of a loss may lead to it
+                    new.grad = None
                 leaf.link.gradient.write(None)
         for group in self.added_groups:
             for p in group["params"]:
