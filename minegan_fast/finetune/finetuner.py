@@ -44,6 +44,10 @@ class SparseFinetuner(UnscalingOptimizer):
     they stay float32 through `model.half()` and `model.float()`. A CUDA graph can hold forward, backward and `step()`:
     give lr as a tensor on the GPU, take a step before the capture and keep the gradients' memory.
 
+    A script that resumes has to save `state_dict()` beside the model's and to load both. The model's own state dict
+    names no neurons: where it alone comes back, the first `score_steps` steps score and select anew, and other neurons
+    may train than before. No warning can say so, since weights that were adapted halfway load as those of a source do.
+
     Args:
         model: any nn.Module; a wrapper of DataParallel, DDP or torch.compile is looked through.
         lr, betas, eps, weight_decay, momentum: of the optimizer; "adam" | "adamw" | "sgd", equal to torch.optim's.
