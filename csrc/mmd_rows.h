@@ -53,6 +53,7 @@ struct RowLoop {
     const float *p = tile.p + r * stride, *hp = tile.hp ? tile.hp + r * stride : nullptr;
     float *t_row = tile.t + r * tile.columns, *s_row = order == 2 ? tile.s + r * tile.columns : nullptr;
     const float offset = tile.op[r], slope = order == 2 ? tile.hop[r] : 0;
+    const float norm = kernel == Kernel::energy ? std::sqrt(offset) : 0;
     const float weight = float(tile.weight), a_weight = squared ? 2 * weight : weight,
                 b_weight = squared ? 4 * weight : weight;
     const int64_t start = tile.diagonal ? r + 1 : 0;
@@ -65,7 +66,13 @@ struct RowLoop {
       for (int l = 0; l < n; ++l) t[l] = t_row[first + l];
       if (order == 2)
         for (int l = 0; l < n; ++l) s[l] = s_row[first + l];
-      float limit[lanes] = {};
+      float limit[lanes] = {}, norms[lanes] = {};
+      if (kernel == Kernel::energy)
+        for (int l = 0; l < n; ++l) {
+          const float other = std::sqrt(tile.oq[first + l]);
+          norms[l] = norm + other;
+          f[l] = 2 * (norm * other + t[l]);
+        }
       if (kernel != Kernel::laplacian) {
         for (int l = 0; l < n; ++l) limit[l] = offset + tile.oq[first + l];
         for (int l = 0; l < lanes; ++l) t[l] = limit[l] + (squared ? -2 : 1) * t[l];
@@ -80,6 +87,7 @@ struct RowLoop {
             if (t[l] < kClose * limit[l]) {
               const float* q = tile.q + (first + l) * stride;
               t[l] = dot_of_differences(p, q, p, q, D);
+              if (kernel == Kernel::energy) f[l] = (norms[l] - std::sqrt(t[l])) * (norms[l] + std::sqrt(t[l]));
               if (order == 2) s[l] = dot_of_differences(p, q, hp, tile.hq + (first + l) * stride, D);
             }
       }
@@ -94,7 +102,8 @@ struct RowLoop {
       } else if (kernel == Kernel::energy) {
         for (int l = 0; l < lanes; ++l) {
           const float root = std::sqrt(t[l]), inverse = t[l] > 0 ? 1 / root : 0.0f;
-          f[l] = -root;
+          const float sum = norms[l] + root;
+          f[l] = sum > 0 ? f[l] / sum : sum;
           f1[l] = -0.5f * inverse;
           f2[l] = 0.25f * inverse * inverse * inverse;
         }

@@ -202,7 +202,7 @@ enum class Kernel : int { gaussian, laplacian, polynomial, energy };  // KERNELS
 //   gaussian     u = op + oq - 2 <p, q>   v = hop + hoq - s    f(u) = sum of exp(c u)
 //   laplacian    u = |p - q|_1            v = s                f(u) = sum of exp(c u)
 //   polynomial   u = op + oq + <p, q>     v = hop + hoq + s    f(u) = (b + c u)^3 - b^3
-//   energy       u = op + oq - 2 <p, q>   v = hop + hoq - s    f(u) = -sqrt(u)
+//   energy       u = op + oq - 2 <p, q>   v = hop + hoq - s    f(u) = sqrt(op) + sqrt(oq) - sqrt(u)
 // `numbers` are the c; of polynomial c, b. squarings[n] > 0: exp(c[n] u) is exp(c[n - 1] u) squared so often.
 //   totals[i] = sum over j of weight f(u)              j > i alone with `diagonal`
 //   order -1    t = weight f(u)

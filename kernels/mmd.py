@@ -72,10 +72,13 @@ def mmd_tile_kernel(
             t = tl.zeros((BM, BN), tl.float32)
             if EXACT:
                 columns_at = j.to(tl.int64)[None, :] * D
+                products = tl.zeros((BM, BN), tl.float32)
                 for d in range(D):
                     p = tl.load(p_ptr + rows_at + d, (i < rows)[:, None], other=0.0)
                     q = tl.load(q_ptr + columns_at + d, (j < columns)[None, :], other=0.0)
                     t += (p - q) * (p - q)
+                    if (KERNEL == "energy") & (ORDER < 2):
+                        products += p * q
                     if ORDER == 2:
                         hp = tl.load(hp_ptr + rows_at + d, (i < rows)[:, None], other=0.0)
                         hq = tl.load(hq_ptr + columns_at + d, (j < columns)[None, :], other=0.0)
@@ -92,11 +95,14 @@ def mmd_tile_kernel(
                         hq = tl.load(hq_ptr + columns_at + d, in_q, other=0.0)
                         s = tl.dot(p, tl.trans(hq), s, input_precision=PRECISION)
                         s = tl.dot(hp, tl.trans(q), s, input_precision=PRECISION)
+            if (KERNEL == "energy") | (not EXACT):
                 offset_p, offset_q = (
                     tl.load(op_ptr + i, i < rows, other=0.0),
                     tl.load(oq_ptr + j, j < columns, other=0.0),
                 )
                 limit = offset_p[:, None] + offset_q[None, :]
+            if not EXACT:
+                products = t
                 t = limit - 2 * t if SQUARED else limit + t
                 if ORDER == 2:
                     slope_p = tl.load(op_ptr + op_stride + i, i < rows, other=0.0)
@@ -113,7 +119,12 @@ def mmd_tile_kernel(
             f2 = 6 * c * c * (b + e)
         elif KERNEL == "energy":
             inverse = tl.where(t > 0, tl.rsqrt(t), 0.0)
-            f = -t * inverse
+            if ORDER < 2:
+                norm_p, norm_q = tl.sqrt(offset_p)[:, None], tl.sqrt(offset_q)[None, :]
+                norms, root = norm_p + norm_q, t * inverse
+                f = tl.where(norms + root > 0, 2 * (norm_p * norm_q + products) / (norms + root), norms)
+                if EXACT:
+                    f = tl.where(t < _CLOSE * limit, norms - root, f)
             f1 = -0.5 * inverse
             f2 = 0.25 * inverse * inverse * inverse
         else:
@@ -147,7 +158,8 @@ def blocks(kernel: str, order: int, exact: bool, capability: int) -> dict[str, i
     if kernel == "laplacian":
         return {"BM": 64, "BN": 64, "BK": 16, "num_warps": 4, "num_stages": 1}
     BM, BN = (64, 64) if order == 2 else (128, 128)
-    if capability < 9:  # products take registers that later GPUs do not need for them
+    # Products take registers that later GPUs do not need for them; so do energy's sum and slope together.
+    if capability < 9 or (kernel == "energy" and order == 1):
         BN //= 2
     if exact:
         return {"BM": BM // 2, "BN": BN // 2, "BK": 1, "num_warps": 4, "num_stages": 1, "maxnreg": 255}

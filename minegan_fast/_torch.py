@@ -96,6 +96,7 @@ def saved_tensors_are_hooked() -> bool:
 
 CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS = _ConvNd, _ConvTransposeNd
 
+own_modules = operator.attrgetter("_modules")
 own_parameters = operator.attrgetter("_parameters")
 """The dictionary in which a module keeps its own parameters; what is put there is its parameter, without a check."""
 

@@ -59,6 +59,11 @@ def save_delta(held: Held, added: set[int], values: nn.Module, path: str | os.Pa
         tensors[f"{layer}:rows"] = rows
         layers[layer] = members
         for name, axis in members:
+            if name not in values_of:
+                raise RuntimeError(
+                    f"{name!r} is not in the model any more, which was changed since the selection: undo the change, "
+                    "or release() the model and save it as a whole"
+                )
             value = values_of[name]
             tensors[name] = compact(value.detach(), axis, rows.to(value.device))
 

@@ -44,6 +44,10 @@ class SparseFinetuner(UnscalingOptimizer):
     they stay float32 through `model.half()` and `model.float()`. A CUDA graph can hold forward, backward and `step()`:
     give lr as a tensor on the GPU, take a step before the capture and keep the gradients' memory.
 
+    A script that resumes has to save `state_dict()` beside the model's and to load both. The model's own state dict
+    names no neurons: where it alone comes back, the first `score_steps` steps score and select anew, and other neurons
+    may train than before. No warning can say so, since weights that were adapted halfway load as those of a source do.
+
     Args:
         model: any nn.Module; a wrapper of DataParallel, DDP or torch.compile is looked through.
         lr, betas, eps, weight_decay, momentum: of the optimizer; "adam" | "adamw" | "sgd", equal to torch.optim's.
@@ -287,12 +291,13 @@ class SparseFinetuner(UnscalingOptimizer):
         return loss
 
     def _settle(self):
-        """Takes the gradients as others have left them; RuntimeError where a weight was replaced."""
+        """Takes the gradients as others have left them; RuntimeError where a weight was replaced or left the model."""
         links = [p.link for group in self.own_groups for p in group["params"]]
         with PastSubclasses():
             if not all(link.in_place() for link in links):
                 for link in links:
                     link.reclaim()
+            self.held.check_modules(links)
             for link in links:
                 if link.gradient.whole is not None or own_grad(link.weight) is not None:
                     link.gradient.settle()
@@ -371,7 +376,9 @@ class SparseFinetuner(UnscalingOptimizer):
             return super().zero_grad(set_to_none)
         for group in self.own_groups:
             for leaf in group["params"]:
-                leaf.link.reclaim()
+                new = leaf.link.replacement()
+                if new is not None:  # until the step: the graph of a loss may lead to it
+                    new.grad = None
                 leaf.link.gradient.write(None)
         for group in self.added_groups:
             for p in group["params"]:

@@ -59,10 +59,15 @@ def _critic_input(critic, x: Tensor, name: str) -> Tensor:
     return x.detach()
 
 
+def _normal(x: Tensor) -> Tensor:
+    """x as autograd takes it, also where it was made in inference mode."""
+    return x.clone() if x.is_inference() else x
+
+
 def _scores(critic, x: Tensor, condition) -> Tensor:
     """critic(x, condition), [B] or [B, 1]."""
     others = () if condition is None else condition if isinstance(condition, tuple) else (condition,)
-    others = [c.to(x.dtype) if isinstance(c, Tensor) and c.dtype in HALF else c for c in others]
+    others = [_normal(c.to(x.dtype) if c.dtype in HALF else c) if isinstance(c, Tensor) else c for c in others]
     try:
         with second_order():
             score = critic(x, *others)
@@ -101,8 +106,8 @@ def _penalty_of(critic, x: Tensor, condition, center=0.0, squared: bool = False)
         )
     refuse_transforms("a penalty on a gradient")
     create_graph = torch.is_grad_enabled()
-    with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
-        x.requires_grad_()
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+        x = _normal(x).requires_grad_()
         score = _scores(critic, x, condition)
         gradient = None
         if score.requires_grad:

@@ -7,11 +7,20 @@ Source: Gretton et al., "A Kernel Two-Sample Test", JMLR 13, 2012, Lemma 6.
 
     gaussian      k(a, b) = exp(-|a - b|_2^2 / (2 sigma^2))        f(t) = sum of exp(c t),       t = |a - b|_2^2
     laplacian     k(a, b) = exp(-|a - b|_1 / sigma)                f(t) = sum of exp(c t),       t = |a - b|_1
-    energy        k(a, b) = -|a - b|_2                             f(t) = -sqrt(t),              t = |a - b|_2^2
+    energy        k(a, b) = -|a - b|_2                             f(t) = |a'| + |b'| - sqrt(t), t = |a - b|_2^2
     polynomial    k(a, b) = (a.b / D + 1)^3                        f(t) = (b + c t)^3 - b^3,     t = a.b - |m|^2
 
-Samples are centred at m, their pooled mean: distances do not see a common shift, rounding does. A product with m added
-back is t = <a - m, b - m> + <a - m, m> + <b - m, m>, with b = 1 + |m|^2 / D; the constant b^3 cancels in the end.
+Samples are centred at m, which lies amid them also where some points are far: distances do not see a common shift,
+rounding does. A product with m added back is t = <a - m, b - m> + <a - m, m> + <b - m, m>, with b = 1 + |m|^2 / D; the
+constant b^3 cancels in the end.
+
+With a' = a - m, the norms in the energy kernel's f (Sejdinovic et al., "Equivalence of distance-based and RKHS-based
+statistics in hypothesis testing", 2013) cancel in the end too. They leave of a pair what its nearer point accounts for,
+
+    |a'| + |b'| - |a - b| = 2 (|a'| |b'| + <a', b'>) / (|a'| + |b'| + |a - b|) <= 2 min(|a'|, |b'|),
+
+so that the roundings of a far point's large distances do not outweigh what is between the others. The biased sum lacks
+the pairs i = j, whose share of the norms is added.
 
 With z = [x; y], and w the weight of a pair, which depends on the samples that its two belong to, all of it is a sum of
 w f(t) over the pairs i < j. It is made in tiles of rows p and columns q of z, whose matrices are all that is ever held:
@@ -42,6 +51,7 @@ __all__ = ["mmd2"]
 KERNELS = ("gaussian", "laplacian", "polynomial", "energy")  # Kernel in csrc/ops.h
 _TILE = {"cpu": (512, 2048), "cuda": (2048, 8192)}  # rows, at least as many columns
 _ALL = 1 << 40
+_PARTS = 15
 
 
 class Plan(NamedTuple):
@@ -61,7 +71,7 @@ class Plan(NamedTuple):
 
 
 def derivatives(kernel: str, numbers: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """f, f' and f'' at t."""
+    """f, f' and f'' at t; energy's f without the norms."""
     if kernel == "polynomial":
         c, b = numbers
         e = c * t
@@ -90,7 +100,8 @@ def mmd_tile(
     diagonal: bool,
     order: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The sum of w f over a tile [r, c] (0-d, float64), A and B, which are empty below order 1 and 2.
+    """The sum of w f over a tile [r, c] (0-d, float64), A and B, which are empty below order 1 and 2. At order 2 the
+    sum has no meaning.
 
     p [r, D] and hp are rows, q [c, D] and hq columns, op [2, r] and oq [2, c] what `_offsets` says, of one dtype; rows
     are contiguous. numbers are float64. `diagonal`: p are the first of q, and only the pairs i < j count. Order -1
@@ -105,7 +116,10 @@ def mmd_tile(
         t = torch.addmm(b.square().sum(1), a, b.T, alpha=-2) + a.square().sum(1, keepdim=True)
     else:  # whose derivatives divide by the distance
         t = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist").square()
-    f, first, second = (weight * (d.triu(1) if diagonal else d) for d in derivatives(kernel, numbers, t))
+    f, first, second = derivatives(kernel, numbers, t)
+    if kernel == "energy":
+        f = op[0].sqrt().double()[:, None] + oq[0].sqrt().double() + f
+    f, first, second = (weight * (d.triu(1) if diagonal else d) for d in (f, first, second))
     A = B = p.new_empty(0, 0)
     if order == -1:
         A = f.to(p.dtype)
@@ -164,6 +178,8 @@ def sum_and_slope(
         sizes = _ALL, _ALL  # one launch, which holds no tile
     with torch.autocast(z.device.type, enabled=False):
         offsets = _offsets(z, h, plan)
+        if plan.kernel == "energy":
+            total -= _norms_of_pairs(offsets[0], N, plan.weights)
         for r, c, weight, diagonal in tiles(N, len(z), plan.weights, *sizes):
             sides = wanted[r.start >= N], wanted[c.start >= N]
             this = order if any(sides) else 0
@@ -180,6 +196,13 @@ def sum_and_slope(
             if this and sides[1]:
                 _add_slopes(slope[c], plan, A.T, B.T, z[c], z[r], hc, hr, backend)
     return total, slope
+
+
+def _norms_of_pairs(squares: Tensor, N: int, weights: Sequence[float]) -> Tensor:
+    """The sum of w (|p| + |q|) over all pairs, for the squared norms [n] of all points: of the unbiased, 0."""
+    within_x, within_y, across = weights
+    x, y = squares.sqrt().double().split((N, M := len(squares) - N))
+    return (within_x * (N - 1) + across * M) * x.sum() + (within_y * (M - 1) + across * N) * y.sum()
 
 
 def _add_slopes(out: Tensor, plan: Plan, A, B, p, q, hp, hq, backend: str | None) -> None:
@@ -241,8 +264,13 @@ def _pooled(x: Tensor, y: Tensor, center: Tensor | None) -> Tensor:
 
 
 def _center(x: Tensor, y: Tensor) -> Tensor:
-    """The pooled mean."""
-    return (x.detach().sum(0) + y.detach().sum(0)) / (len(x) + len(y))
+    """A point amid both samples: along each axis the median of means over every _PARTS-th row, of which a few far
+    points move only some."""
+    z = torch.cat([x.detach(), y.detach()])
+    parts = min(len(z), _PARTS)
+    means = z[: len(z) // parts * parts].unflatten(0, (-1, parts)).mean(0)
+    # On a GPU the median with its indices is not deterministic.
+    return means.sort(0).values[parts // 2] if z.is_cuda else means.median(0).values
 
 
 def check_bandwidths(bandwidth, name: str = "bandwidth") -> list[float]:
@@ -313,9 +341,11 @@ def mmd2(
         and with 10 bits of mantissa; the gradient's products follow PyTorch's own setting.
 
     Returns a scalar: float64 for float64 inputs, else float32. Pairs of float32, and of bfloat16 and float16 converted
-    to it, are computed in float32 and summed in float64: |error| <= 1e-8 + 1e-3 |value|. Differentiable twice in x and
-    y; distance kernels have subgradient 0 at coincident points. The matrix of pairs is never held: memory beyond a few
-    copies of x and y is that of some tiles, and a sample that needs no gradient costs none.
+    to it, are computed in float32 and summed in float64: |error| <= 1e-8 + 1e-3 |value|. Of the energy distance this
+    holds beside one point that is 1e7 times as far away as the others lie apart, and beside several 1e4 times as far.
+    Differentiable twice in x and y; distance kernels have subgradient 0 at coincident points. The matrix of pairs is
+    never held: memory beyond a few copies of x and y is that of some tiles, and a sample that needs no gradient costs
+    none.
 
     Raises TypeError for features that are not floating point; ValueError for shapes, devices, kernel
     or bandwidth that do not fit, too few samples, NaN or inf, with the row, and values that overflow;

@@ -147,6 +147,38 @@ def test_steps_without_a_gradient_do_not_count():
     assert ft.selection is None
 
 
+@pytest.mark.parametrize("when", ["while scoring", "while training"])
+def test_a_resumed_script_needs_both_state_dicts(when):
+    """Weights alone name no neurons: without the optimizer's state the run scores and selects anew."""
+
+    def run(net, ft, steps):
+        for step in steps:
+            ft.zero_grad()
+            net(data(seed=step)).square().mean().backward()
+            ft.step()
+
+    def begun():
+        net = build("resnet")
+        return net, SparseFinetuner(net, lr=1e-2, density=0.3, score_steps=3)
+
+    whole, ft = begun()
+    run(whole, ft, range(8))
+    cut = {"while scoring": 2, "while training": 5}[when]
+    net, first = begun()
+    run(net, first, range(cut))
+    saved, state = copy.deepcopy(net.state_dict()), copy.deepcopy(first.state_dict())
+    results = []
+    for with_state in (True, False):
+        net, again = begun()
+        net.load_state_dict(saved)
+        if with_state:
+            again.load_state_dict(state)
+        assert (again.selection is not None) == (with_state and cut >= 3)
+        run(net, again, range(cut, 8))
+        results.append(all(torch.equal(p, q) for p, q in zip(net.parameters(), whole.parameters(), strict=True)))
+    assert results == [True, False]
+
+
 def test_closure():
     net = build("mlp")
     ft = SparseFinetuner(net, lr=1e-3, density=0.5, score_steps=1)

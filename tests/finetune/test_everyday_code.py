@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import warnings
 
 import numpy as np
 import pytest
@@ -368,25 +367,3 @@ def test_a_delta_comes_off_in_another_precision(tmp_path, change):
     getattr(net, change)()
     mf.unload_delta(net)
     assert same(net, getattr(copy.deepcopy(base), change)())
-
-
-def test_inference_mode():
-    torch.manual_seed(0)
-    networks = [
-        mf.models.StyleGAN2Generator(32, latent_dim=16, channel_base=256, channel_max=16),
-        mf.models.StyleGANGenerator(32, latent_dim=16, channel_base=256, channel_max=16),
-        mf.models.PGANGenerator(32, latent_dim=16, channel_base=256, channel_max=16),
-    ]
-    for net in networks:
-        net.eval()
-        z = torch.randn(2, 16)
-        torch.manual_seed(1)
-        with torch.inference_mode():
-            images = net(z)
-        torch.manual_seed(1)
-        with torch.no_grad():
-            assert torch.equal(images, net(z))
-        ft = SparseFinetuner(net, criterion="random")
-        ft.select()
-        with torch.inference_mode(), warnings.catch_warnings():
-            net(z)

@@ -97,6 +97,8 @@ VALUES = {
 @pytest.mark.parametrize("name", VALUES)
 def test_a_write_over_parameters_acts_once(name):
     net, ft = held()
+    backward(net, ft)
+    ft.step()
     before = {n: p.detach().clone() for n, p in net.named_parameters()}
     for p in net.parameters():
         VALUES[name](p)
@@ -107,6 +109,29 @@ def test_a_write_over_parameters_acts_once(name):
     backward(net, ft)
     ft.step()
     assert torch.equal(net[1].weight[0], before["1.weight"][0] * 0.5)
+    assert not torch.equal(net[1].weight[1], before["1.weight"][1] * 0.5)
+    assert torch.equal(net[1].weight[[1, 3]], ft.parameters()[0])  # also where it lies elsewhere than it did
+
+
+def test_a_gradient_of_a_parameter_in_a_weights_place_is_not_lost():
+    """Whether gradients are cleared before the forward or after it."""
+    losses = []
+    for late in (False, True):
+        net, ft = held(lr=0.1)
+        net.load_state_dict({n: v.clone() for n, v in build("mlp", seed=5).state_dict().items()}, assign=True)
+        for _ in range(2):
+            if late:
+                loss = net(data()).square().mean()
+                ft.zero_grad()
+            else:
+                ft.zero_grad()
+                loss = net(data()).square().mean()
+            loss.backward()
+            assert all(p.grad is not None for p in ft.parameters())
+            ft.step()
+        losses.append(net(data()).square().mean().item())
+    assert losses[0] == losses[1]
+    assert hasattr(net[1].weight, "link")
 
 
 def test_a_regulariser_over_parameters_counts_each_row_once():

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from ..._torch import own_parameters
+from ..._torch import own_modules, own_parameters
 from ..hashing import fingerprint, row_hashes
 from ..neurons import NeuronGroup, compact
 from ..selection import Selection
@@ -49,6 +49,7 @@ class Held:
         self.base: str | None = None
         self.ever: dict[str, Tensor] = {}
         self.hashes: dict[str, tuple[Tensor, Tensor]] = {}
+        self.tree: list[tuple[dict, str, nn.Module]] = []  # the modules' places in the model, at the last look
 
     def begin(self):
         """Takes the fingerprint of the base: call it before anything trains."""
@@ -83,7 +84,7 @@ class Held:
                 link.places = places[id(m.parameter)]
                 before = m.parameter if old is None else old.leaf
                 changes.append((before, None if old is None else old.rows, link.leaf))
-        self.selection = selection
+        self.selection, self.tree = selection, _tree(self.model)
         for name, rows in selection.rows.items():
             self.ever.setdefault(name, torch.zeros(selection.sizes[name][0], dtype=torch.bool, device="cpu"))[rows] = (
                 True
@@ -103,6 +104,20 @@ class Held:
             if link is not None and link.leaf is not None:
                 frozen[link.rows.cpu()] = False
             self.hashes[name] = values, frozen
+
+    def check_modules(self, links: list[Link]):
+        """Raises RuntimeError where a module left the model together with a weight whose rows train."""
+        if all(children.get(name) is child for children, name, child in self.tree):
+            return
+        listed = {id(own_parameters(module)) for module in self.model.modules()}
+        for link in links:
+            if not all(id(parameters) in listed for parameters, _ in link.places):
+                raise RuntimeError(
+                    f"{link.places[0][1]!r} of shape {list(link.weight.shape)} left the model while its rows train "
+                    "(its module was replaced, or a parametrization removed): release() the model first and build a "
+                    "new SparseFinetuner on what it has become"
+                )
+        self.tree = _tree(self.model)
 
     def verify(self):
         """Raises FrozenNeuronsChanged if a frozen row has another hash than at the selection."""
@@ -143,6 +158,11 @@ class Held:
             if isinstance(parameter, HeldWeight):
                 loosen(parameter)
         ddp.changed(self.model)
+
+
+def _tree(model: nn.Module) -> list[tuple[dict, str, nn.Module]]:
+    """Every module below the model: the dictionary that lists it, as what, and itself."""
+    return [(own_modules(m), name, child) for m in model.modules() for name, child in own_modules(m).items()]
 
 
 def _places(model: nn.Module) -> dict[int, list[tuple[dict, str]]]:

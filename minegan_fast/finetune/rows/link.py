@@ -163,6 +163,7 @@ class Link:
 
     @torch.no_grad()
     def _reconcile(self, weight_changed: bool, leaf_changed: bool):
+        Link.accesses += 1  # what was written may lie elsewhere now, as after set_(): the next step looks
         with PastSubclasses():
             current = compact(self.weight, self.axis, self.rows)
             if current.device != self.leaf.device or master_dtype(current.dtype) != self.leaf.dtype:
@@ -234,20 +235,27 @@ class Link:
                 return False
         return weight.__dict__.get("link") is self
 
-    def reclaim(self):
-        """Where the modules hold another parameter in the weight's place, as after `load_state_dict(assign=True)`:
-        takes its values and gradient over, and puts the weight back. RuntimeError where it is none that fits."""
+    def replacement(self) -> nn.Parameter | None:
+        """The parameter that the modules hold in the weight's place, as after `load_state_dict(assign=True)`; None
+        where that is the weight. RuntimeError where it is none that fits."""
         if self.in_place():
-            return
+            return None
         found = {id(d.get(n)): d.get(n) for d, n in self.places}
         (new, *others) = found.values()
         fits = not others and type(new) is nn.Parameter and new.shape == self.weight.shape
         if not fits or self.weight.__dict__.get("link") is not self or not new.is_floating_point():
             raise RuntimeError(
                 f"{self.places[0][1]!r} of shape {list(self.weight.shape)} was replaced by another parameter while its "
-                "rows train (an assignment, swapped parameters, fully_shard): write into the weight instead, or "
-                "release() the model first and select anew"
+                "rows train (an assignment, swapped parameters, a parametrization, pruning, fully_shard): write into "
+                "the weight instead, or release() the model first and build a new SparseFinetuner on what it has become"
             )
+        return new
+
+    def reclaim(self):
+        """Takes values and gradient of the `replacement` over, and puts the weight back."""
+        new = self.replacement()
+        if new is None:
+            return
         self.set_weight(new.data)
         if new.grad is not None:
             self.gradient.write(new.grad)

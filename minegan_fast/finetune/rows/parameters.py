@@ -12,6 +12,7 @@ After a step the rows are written through to the weight, which the forward reads
 """
 
 import functools
+import sys
 
 import torch
 from torch import nn
@@ -54,7 +55,9 @@ class LeafParameter(nn.Parameter):
     @property
     def grad(self):
         if not is_in_torch_dispatch_mode():  # the compiler looks at it too
-            self.link.reclaim()
+            new = self.link.replacement()
+            if new is not None and new.grad is not None:  # else its gradient may be under way
+                self.link.reclaim()
             self.link.gradient.settle()
         return own_grad(self)
 
@@ -262,6 +265,11 @@ def _same(view):
 
 
 def _detach(p):
+    if sys._getframe(2).f_code is nn.Parameter.__new__.__code__:
+        raise RuntimeError(
+            "a weight that trains by rows was made a parameter once more, as by a parametrization: give "
+            "nn.Parameter(weight.detach()), or release() the model first"
+        )
     p.link.sync()
     return torch.Tensor.detach(p)
 
