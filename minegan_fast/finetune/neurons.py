@@ -148,7 +148,7 @@ def find_layers(model: nn.Module) -> list[NeuronGroup]:
     for layer in layers:
         for m in layer.members:
             for name in aliases.get(id(m.parameter), ()):
-                axis = row_axis(modules[owner(name)[0]], owner(name)[1], m.parameter)
+                axis = row_axis(model.get_submodule(owner(name)[0]), owner(name)[1], m.parameter)
                 if axis != m.axis and m.name not in declared:
                     layer.conflict = (
                         f"{m.name!r} has its neurons along axis {m.axis}, and as {name!r} along axis {axis}: what "

@@ -105,6 +105,12 @@ def test_a_shared_tensor_counts_once_under_its_first_name():
     assert not any(m == ("head.weight", 0) for members in layers.values() for m in members)
 
 
+def test_a_shared_module_counts_once_under_its_first_name():
+    block = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(3, 3)), nn.Tanh())
+    weight = "a.0.parametrizations.weight.original"
+    assert described(nn.ModuleDict({"a": block, "b": block})) == {weight: [(weight, 0), ("a.0.bias", 0)]}
+
+
 def test_what_was_not_trainable_is_no_candidate():
     net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
     net[0].requires_grad_(False)

@@ -137,16 +137,19 @@ def _embedding(input, weight, padding_idx=None, max_norm=None, norm_type=2.0, sc
     e = expression_of(weight)
     if e is None or e.trained is None or e.weight.ndim != 2:
         return NotImplemented
-    if padding_idx is not None or max_norm is not None or scale_grad_by_freq or sparse:
+    if max_norm is not None or scale_grad_by_freq or sparse:
         return NotImplemented
     for link in e.links:
         link.row_uses.add("embedding")
     y = F.embedding(input, e.weight)
     if e.axis == 1:
-        y = y.index_copy(-1, e.rows, F.embedding(input, e.trained).to(y.dtype))
+        y = y.index_copy(-1, e.rows, F.embedding(input, e.trained, padding_idx).to(y.dtype))
     else:
         places = torch.full((len(e.weight),), -1, device=input.device)
-        places = places.index_copy(0, e.rows, torch.arange(len(e.rows), device=input.device))[input]
+        places = places.index_copy(0, e.rows, torch.arange(len(e.rows), device=input.device))
+        if padding_idx is not None:
+            places[padding_idx] = -1  # the row of padding gets no gradient
+        places = places[input]
         trained = F.embedding(places.clamp(min=0), e.trained).to(y.dtype)
         y = torch.where((places >= 0).unsqueeze(-1), trained, y)
     return y if e.factor is None else y * e.factor.to(y.dtype)

@@ -195,12 +195,12 @@ def test_a_sparse_gradient_is_an_error():
 class Table(nn.Module):
     """LeafParameter of a table, as they are or transposed, so that its neurons are the columns."""
 
-    def __init__(self, transposed):
+    def __init__(self, transposed, padding=None):
         super().__init__()
-        self.weight, self.transposed = nn.Parameter(torch.randn(6, 7)), transposed
+        self.weight, self.transposed, self.padding = nn.Parameter(torch.randn(6, 7)), transposed, padding
 
     def forward(self, labels):
-        return F.embedding(labels, self.weight.t() if self.transposed else self.weight * 2)
+        return F.embedding(labels, self.weight.t() if self.transposed else self.weight * 2, self.padding)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -238,15 +238,18 @@ def test_an_embedding_in_half_precision_stays_in_it(transposed):
     torch.testing.assert_close(grad, taken(plain.weight.grad, module.weight).float(), rtol=2**-7, atol=0)
 
 
-def test_an_embedding_with_a_padding_row_takes_the_dense_way_and_is_right():
-    plain = nn.Embedding(6, 3, padding_idx=1)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("padding", [1, 2, -2])
+def test_the_padding_row_of_an_embedding_gets_no_gradient(padding, transposed):
+    plain = Table(transposed, padding).double()
     module = copy.deepcopy(plain)
     ft = SparseFinetuner(module)
     ft.select({"weight": [1, 4]})
     for net in (plain, module):
-        net(torch.tensor([1, 4, 4])).square().sum().backward()
+        net(torch.tensor([[1, 4, 4], [2, 3, 0]])).square().sum().backward()
     assert_close(module.weight.link.leaf.grad, taken(plain.weight.grad, module.weight))
-    assert module.weight.link.dense_uses
+    assert module.weight.link.row_uses == {"embedding"}
+    assert not module.weight.link.dense_uses
 
 
 def test_stylegan2_with_all_penalties_trains_as_dense():
