@@ -133,7 +133,8 @@ def mmd_tile_kernel(
                 c = tl.load(numbers_ptr + n).to(tl.float32)
                 if SQUARINGS[n] == 0:
                     e = tl.exp(c * t)
-                for _ in tl.static_range(SQUARINGS[n]):
+                # In Triton 3.4 an element of a constexpr tuple is no constexpr.
+                for _ in tl.static_range(tl.constexpr(SQUARINGS[n])):
                     e = e * e
                 f += e
                 if ORDER >= 1:
