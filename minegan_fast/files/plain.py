@@ -1,5 +1,7 @@
 """From what a pickle says to plain data: arrays become tensors, a pickled network what tensors it holds, by name."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -9,7 +11,7 @@ from .pickle_names import Array, DamagedError, Thing
 MOST_MODULES = 100_000  # a module that is a part of itself many times over would make endless names
 
 
-def plain(value, known: dict | None = None):
+def plain(value: Any, known: dict | None = None) -> Any:
     """The tree with arrays as tensors, and networks as what tensors they hold under their dotted names."""
     known = {} if known is None else known
     if id(value) in known:

@@ -14,6 +14,7 @@ A gradient that is not there (None) stays so, and costs nothing.
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -38,26 +39,26 @@ class Linear:
     channel = -1
     axis = 0
 
-    def forward(self, x, weight, bias):
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         y = F.linear(x.reshape(-1, x.shape[-1]), weight, bias)
         return y if x.ndim == 2 else without_view(y, (*x.shape[:-1], len(weight)))
 
-    def input_gradient(self, gy, weight, shape, like):
+    def input_gradient(self, gy: Tensor, weight: Tensor, shape: Sequence[int], like: Tensor | None) -> Tensor:
         return without_view(gy.reshape(-1, gy.shape[-1]) @ weight, shape)
 
-    def weight_gradient(self, x, gy, weight):
+    def weight_gradient(self, x: Tensor, gy: Tensor, weight: Tensor) -> Tensor:
         return gy.reshape(-1, gy.shape[-1]).mT @ x.reshape(-1, x.shape[-1])
 
-    def row_gradient(self, x, gy, weight, rows):
+    def row_gradient(self, x: Tensor, gy: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
         return row_gradient(x, gy)
 
-    def sample_gradients(self, x, gy, weight):
+    def sample_gradients(self, x: Tensor, gy: Tensor, weight: Tensor) -> Tensor:
         return gy.reshape(len(x), -1, weight.shape[0]).mT @ x.reshape(len(x), -1, weight.shape[1])
 
-    def geometry(self, weight):
+    def geometry(self, weight: Tensor) -> tuple[()]:
         return ()
 
-    def as_torch(self, x, weight, bias):
+    def as_torch(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
 
 
@@ -74,36 +75,36 @@ class Conv:
     channel = 1
 
     @property
-    def name(self):
+    def name(self) -> str:
         return f"conv{'_transpose' if self.transposed else ''}{len(self.stride)}d"
 
     @property
-    def axis(self):
+    def axis(self) -> int:
         return 1 if self.transposed else 0
 
     @property
     def _arguments(self):
         return self.stride, self.padding, self.dilation, self.transposed, self.output_padding, self.groups
 
-    def forward(self, x, weight, bias):
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self == _UPSAMPLING and bias is None:
             return transposed_forward(x, weight)
         return convolution(x, weight, bias, *self._arguments)
 
-    def input_gradient(self, gy, weight, shape, like):
+    def input_gradient(self, gy: Tensor, weight: Tensor, shape: Sequence[int], like: Tensor | None) -> Tensor:
         if like is None:
             like = _shaped(gy, shape)
         return convolution_backward(gy, like, weight, None, *self._arguments, (True, False, False))[0]
 
-    def weight_gradient(self, x, gy, weight):
+    def weight_gradient(self, x: Tensor, gy: Tensor, weight: Tensor) -> Tensor:
         return convolution_backward(gy, x, weight, None, *self._arguments, (False, True, False))[1]
 
-    def row_gradient(self, x, gy, weight, rows):
+    def row_gradient(self, x: Tensor, gy: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
         group = None if self.groups == 1 else rows // (weight.shape[0] // self.groups)
         geometry = tuple(weight.shape[2:]), self.stride, self.padding, self.dilation, self.transposed, self.groups
         return row_gradient(x, gy, *geometry, group)
 
-    def sample_gradients(self, x, gy, weight):
+    def sample_gradients(self, x: Tensor, gy: Tensor, weight: Tensor) -> Tensor:
         # The samples become groups of one convolution, whose weight is one of each: only its shape is read.
         B = len(x)
         many = x.new_empty(()).expand(B * weight.shape[0], *weight.shape[1:])
@@ -111,10 +112,10 @@ class Conv:
         arguments = (*self._arguments[:-1], B * self.groups)
         return convolution_backward(gy, x, many, None, *arguments, (False, True, False))[1].view(B, *weight.shape)
 
-    def geometry(self, weight):
+    def geometry(self, weight: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], bool]:
         return tuple(weight.shape[2:]), self.stride, self.transposed
 
-    def as_torch(self, x, weight, bias):
+    def as_torch(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return torch.convolution(x, weight, bias, *self._arguments)
 
 
@@ -280,7 +281,9 @@ def layer_by_rows(
     return _Layer.apply(x, trained, bias, bias_trained, weight, rows, bias_rows, op)
 
 
-def scaled_layer_by_rows(op, x: Tensor, trained: Tensor, factor: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
+def scaled_layer_by_rows(
+    op: Linear | Conv, x: Tensor, trained: Tensor, factor: Tensor, weight: Tensor, rows: Tensor
+) -> Tensor:
     """op(x, factor * weight) for a 0-d factor, differentiable in x, in the rows and in the factor."""
     return _ScaledLayer.apply(x, trained, factor, weight, rows, op)
 
@@ -290,13 +293,24 @@ def _tuple(value, n: int) -> tuple[int, ...]:
     return value * n if len(value) == 1 else value
 
 
-def convolve(
-    call: Callable, input: Tensor, kernel: Sequence[int], stride=1, padding=0, dilation=1, groups: int = 1,
-    output_padding=None,
-):  # fmt: skip
-    """call(op, x) with the arguments of torch's convolution functions made an op, x a batch; NotImplemented for others.
+Sizes: TypeAlias = int | Sequence[int]  # one number, or one for each axis
 
-    output_padding: of a transposed convolution; None for one that is not.
+
+def convolve(
+    call: Callable[[Conv, Tensor], Any],
+    input: Tensor,
+    kernel: Sequence[int],
+    stride: Sizes = 1,
+    padding: Sizes | str = 0,
+    dilation: Sizes = 1,
+    groups: int = 1,
+    output_padding: Sizes | None = None,
+) -> Any:
+    """call(op, x) for the arguments of one of torch's convolution functions, with x a batch.
+
+    output_padding: that of a transposed convolution; None for one that is not transposed.
+
+    Returns NotImplemented for an input of another number of axes, and where `call` does.
     """
     n = len(kernel)
     if input.ndim == n + 1:

@@ -74,7 +74,11 @@ def _penalty_of(critic, x: Tensor, center: float = 0.0, squared: bool = False) -
 
 
 def gradient_penalty(
-    critic, real: Tensor, fake: Tensor, center: float = 1.0, generator: torch.Generator | None = None
+    critic: Callable[[Tensor], Tensor],
+    real: Tensor,
+    fake: Tensor,
+    center: float = 1.0,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """mean((|grad D(x^)|_2 - center)^2) with x^ = interpolate(real, fake); center 1: WGAN-GP, 0: zero-centred.
 
@@ -92,7 +96,11 @@ def gradient_penalty(
 
 
 def dragan_penalty(
-    critic, real: Tensor, center: float = 1.0, scale: float = 0.5, generator: torch.Generator | None = None
+    critic: Callable[[Tensor], Tensor],
+    real: Tensor,
+    center: float = 1.0,
+    scale: float = 0.5,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """mean((|grad D(x^)|_2 - center)^2) around the real images (Kodali et al. 2017).
 
@@ -106,7 +114,7 @@ def dragan_penalty(
                                            generator=generator), center)  # fmt: skip
 
 
-def r1_penalty(critic, real: Tensor) -> Tensor:
+def r1_penalty(critic: Callable[[Tensor], Tensor], real: Tensor) -> Tensor:
     """mean(|grad D(x)|_2^2), without the 1/2 of the paper: R1 for real images, R2 for fakes.
 
     critic: images [B, ...] -> scores [B] or [B, 1]. real: [B, ...], detached. Returns a scalar; dtypes, autocast and
@@ -116,7 +124,11 @@ def r1_penalty(critic, real: Tensor) -> Tensor:
 
 
 def path_length_penalty(
-    images: Tensor, latents: Tensor, mean=0.0, decay: float = 0.01, generator: torch.Generator | None = None
+    images: Tensor,
+    latents: Tensor,
+    mean: float | Tensor = 0.0,
+    decay: float = 0.01,
+    generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """mean((lengths - a)^2), lengths_i = |J_i^T n_i|_2 with n = N(0, I) / sqrt(H W), a the lengths' running mean.
 
@@ -170,7 +182,7 @@ class LazyPenalty:
             raise ValueError(f"weight must be finite and at least 0, got {weight}")
         self.penalty, self.every, self.weight = penalty, every, weight
 
-    def __call__(self, step: int, critic, real: Tensor, *args, **kwargs) -> Tensor:
+    def __call__(self, step: int, critic: Callable[[Tensor], Tensor], real: Tensor, *args, **kwargs) -> Tensor:
         """every * weight * penalty(critic, real, ...) where `every` divides step, else a zero without a graph, of the
         penalty's dtype on real's device."""
         if step % self.every or not self.weight:

@@ -10,7 +10,7 @@ Of gx PyTorch says that its derivative by x is a tensor of zeros. It travels thr
 of an input gradient and a weight gradient a layer. Here it is None, and what gets None computes nothing.
 """
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from .._torch import (
     avg_pool2d,
     avg_pool2d_backward,
+    is_tracing,
     leaky_relu_backward,
     saved_tensors_are_hooked,
     threshold_backward,
@@ -201,12 +202,12 @@ def _may_replace() -> bool:
         torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and not transforms_active()
-        and not torch.jit.is_tracing()
+        and not is_tracing()
         and not saved_tensors_are_hooked()
     )
 
 
-def second_order():
+def second_order() -> AbstractContextManager[object]:
     """Inside this context a network is run for a loss that depends on its gradient; values are as outside.
 
     Weights get the gradients that they would get outside, to rounding, any number of times; a parameter on which the

@@ -3,16 +3,24 @@
 import contextlib
 import statistics
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
-from ._inputs import as_features, as_pair
+from ._inputs import Array, as_features, as_pair
 from .kernel import kid
 from .manifold import precision_recall
 
 
 def bootstrap(
-    metric, x, y=None, samples: int = 200, seed: int = 0, level: float = 0.95, method: str = "percentile"
+    metric: Callable[..., Any],
+    x: Array,
+    y: Array | None = None,
+    samples: int = 200,
+    seed: int = 0,
+    level: float = 0.95,
+    method: str = "percentile",
 ) -> tuple[float, float]:
     """Confidence interval (low, high) of metric(x, y), or of metric(x) where y is None.
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ._inputs import as_tensor
+from ._inputs import Array, as_tensor
 
 _LIMIT = 16.0  # beyond it a float image is in [0, 255], not an unclamped generator's
 
@@ -26,7 +26,12 @@ class IntraClusterDiversity(NamedTuple):
 
 
 def intra_cluster_diversity(
-    images, targets, distance: Callable, batch: int = 64, pairs: int | None = 1000, seed: int = 0
+    images: Array,
+    targets: Array,
+    distance: Callable[[Tensor, Tensor], Tensor],
+    batch: int = 64,
+    pairs: int | None = 1000,
+    seed: int = 0,
 ) -> IntraClusterDiversity:
     """Mean pairwise distance of generated images within clusters around the target images: intra-cluster LPIPS.
 

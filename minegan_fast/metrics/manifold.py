@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor
 
-from ._inputs import as_pair, warn_of_few
+from ._inputs import Array, as_pair, warn_of_few
 from ._points import Points, distances
 
 FEW = 100  # the standard error of a fraction is up to 0.05
 
 
-def precision_recall(x, y, k: int = 3) -> tuple[float, float]:
+def precision_recall(x: Array, y: Array, k: int = 3) -> tuple[float, float]:
     """Improved precision and recall: (precision, recall), each in [0, 1].
 
     precision: the fraction of the fakes that lie in the reals' manifold; recall: the fraction of the reals that lie in

@@ -1,9 +1,11 @@
 """Metrics of features that come batch by batch: update, compute, reset."""
 
+from typing import Any, TypeVar
+
 import torch
 from torch import Tensor
 
-from ._inputs import as_features
+from ._inputs import Array, as_features
 from .frechet import FeatureStatistics, Normal, frechet_distance
 from .kernel import kid, kmmd
 from .manifold import precision_recall
@@ -93,6 +95,9 @@ class _Variance:
         return {"count": self.count, "mean": self.mean, "squares": self.squares}
 
 
+S = TypeVar("S", bound="_Streaming")
+
+
 class _Streaming:
     """What all have in common; `update` documents the rules.
 
@@ -112,9 +117,10 @@ class _Streaming:
     @property
     def counts(self) -> tuple[int, int]:
         """Fake and real samples seen."""
-        return tuple(self._samples[side].count if side in self._samples else 0 for side in ("fake", "real"))
+        fake, real = (self._samples[side].count if side in self._samples else 0 for side in ("fake", "real"))
+        return fake, real
 
-    def update(self, features, real: bool) -> None:
+    def update(self, features: Array, real: bool) -> None:
         """Adds a batch: features [B >= 1, D] of reals (real=True) or of fakes, tensor or array.
 
         The first batch of either fixes D, dtype (float64, or float32 for all else) and device; ValueError for a batch
@@ -148,7 +154,7 @@ class _Streaming:
             raise ValueError(f"{type(self).__name__} has seen {seen} samples, it needs at least {least}{each}")
         return [self._samples[side] for side in self._sides]
 
-    def merge(self, other) -> None:
+    def merge(self, other: "_Streaming") -> None:
         """Adds what another of the same class has seen, of another process, say."""
         if type(other) is not type(self):
             raise TypeError(f"{type(self).__name__} cannot merge {type(other).__name__}")
@@ -162,7 +168,7 @@ class _Streaming:
         self._samples = {side: sample for side, sample in self._samples.items() if keep_real and side == "real"}
         self._kind = self._kind if self._samples else None
 
-    def to(self, device):
+    def to(self: S, device: str | torch.device) -> S:
         """Moves what is kept to a device, in place; returns itself. Later batches must be there."""
         self.load_state_dict(_moved(self.state_dict(), device))
         return self
@@ -170,7 +176,7 @@ class _Streaming:
     def state_dict(self) -> dict:
         """Tensors, numbers and strings that `torch.save` writes and `torch.load(weights_only=True)` reads; not the
         options of the class."""
-        state = {"metric": type(self).__name__}
+        state: dict[str, Any] = {"metric": type(self).__name__}
         if self._kind is not None:
             D, dtype, device = self._kind
             state["like"] = torch.empty(0, D, dtype=dtype, device=device)
@@ -263,7 +269,7 @@ class MeanVariance(_Streaming):
     _sample = _Variance
     _sides = ("fake",)
 
-    def update(self, features, real: bool = False) -> None:
+    def update(self, features: Array, real: bool = False) -> None:
         """Adds a batch, features [B >= 1, D]; reals are checked, as every metric checks them, and not counted."""
         super().update(features, real)
 

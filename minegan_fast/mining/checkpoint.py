@@ -18,8 +18,8 @@ def save_miner(path: str | Path, miner: Miner | Mined) -> None:
     """Writes a miner as safetensors, with its constructor's arguments in the metadata; of a `Mined` all but the
     generator: miner, class miner, learned constant, where they act and the prior."""
     mined = miner if isinstance(miner, Mined) else None
-    miner = mined.miner if mined else miner
-    tensors, metadata = miner.state_dict(), {"format": FORMAT, "config": json.dumps(miner.config)}
+    of_latent = miner if mined is None else mined.miner
+    tensors, metadata = of_latent.state_dict(), {"format": FORMAT, "config": json.dumps(of_latent.config)}
     if mined:
         metadata |= {"place": mined.place, "prior": mined.prior}
         if mined.class_miner is not None:

@@ -2,11 +2,12 @@
 
 import copy
 import itertools
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from .prior import Whitening, check_prior, latent_statistics, prior_penalty, project
+from .prior import Mapped, Whitening, check_prior, latent_statistics, prior_penalty, project
 
 PLACES = ("z", "w")
 
@@ -89,7 +90,7 @@ class Mined(nn.Module):
     def latents(self, u: Tensor) -> Tensor:
         """What the generator gets for u: z [B, latent_dim] after the projection, or w [B, style_dim]; no class."""
         if self.place == "w":
-            return self.miner(self.generator.mapping(u))
+            return self.miner(cast(Mapped, self.generator).mapping(u))
         return project(self.miner(u), self.prior)
 
     def images(self, latents: Tensor, u: Tensor, **keywords) -> Tensor:

@@ -28,6 +28,9 @@ def conv2d(cin: int, cout: int, kernel: int, eps: float, bias: bool = True) -> n
 class StandingNorm(nn.Module):
     """Normalisation of x [B, C, H, W] by the statistics stored for a truncation."""
 
+    running_means: Tensor
+    running_vars: Tensor
+
     def __init__(self, channels: int, steps: int, eps: float):
         super().__init__()
         self.eps = eps
@@ -41,9 +44,11 @@ class StandingNorm(nn.Module):
         low = int(low)
         if share == 0:
             return self.running_means[low], self.running_vars[low]
-        # Between two steps the project gives the lower one the share of the upper; so its images are had.
+        # Between two steps the project weighs the lower step with the share of the upper one. Only the same mistake
+        # gives the same images.
         high = min(low + 1, last)
-        return tuple(t[low] * share + t[high] * (1 - share) for t in (self.running_means, self.running_vars))
+        mean, var = (t[low] * share + t[high] * (1 - share) for t in (self.running_means, self.running_vars))
+        return mean, var
 
     def normalise(self, x: Tensor, truncation: float) -> Tensor:
         if self.collect is not None:
@@ -133,7 +138,9 @@ class DeepBlock(nn.Module):
 class DeepLayers(nn.Module):
     """c [B, condition] -> images."""
 
-    def __init__(self, channels: list[int], attention: list[int], condition: int, image_channels: int, steps, eps):
+    def __init__(
+        self, channels: list[int], attention: list[int], condition: int, image_channels: int, steps: int, eps: float
+    ):
         super().__init__()
         self.image_channels = image_channels
         self.gen_z = TorchSpectralLinear(condition, 16 * channels[0], eps=eps)
@@ -226,7 +233,7 @@ class BigGANDeepGenerator(ConditionalGenerator):
         return self.generator(torch.cat((z, c.to(z.dtype)), 1), truncation)
 
     @torch.no_grad()
-    def standing_statistics(self, inputs: Iterable[tuple[Tensor, Tensor]]):
+    def standing_statistics(self, inputs: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Takes the stored statistics anew, for weights that have moved: for every row, the mean over batches (z, y) of
         truncation 1, z scaled by the row's truncation."""
         inputs = list(inputs)

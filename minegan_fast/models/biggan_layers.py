@@ -1,11 +1,12 @@
 """What BigGAN and BigGAN-deep share: channel tables, class embeddings, batch norm, attention, initial weights."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .network import Network
 from .spectral_norm import SpectralConv2d, SpectralLinear
 
 # Channels in units of the width: of the 4 x 4 map, and after each doubling of the size.
@@ -46,9 +47,12 @@ def checked_labels(y: Tensor, classes: int) -> Tensor:
     return y.long()
 
 
-class ConditionalGenerator(nn.Module):
+class ConditionalGenerator(Network):
     """What generators of z and classes have in common: their sizes, which `config` holds with all arguments of the
     constructor, and the checks of what they are given."""
+
+    latent_dim: int
+    class_dim: int
 
     def __init__(
         self,
@@ -80,7 +84,7 @@ class ConditionalGenerator(nn.Module):
         self.resolution, self.latent_dim, self.class_dim = resolution, latent_dim, class_dim
         self.num_classes, self.image_channels = num_classes, image_channels
 
-    def class_vectors(self, z: Tensor, y: Tensor | None, table) -> Tensor:
+    def class_vectors(self, z: Tensor, y: Tensor | None, table: Callable[[Tensor], Tensor]) -> Tensor:
         """y where it is embeddings [B, class_dim], `table(y)` where it is labels [B]. ValueError: z or y of another
         shape."""
         if z.ndim != 2 or z.shape[1] != self.latent_dim:
@@ -109,13 +113,13 @@ def linear(cin: int, cout: int, eps: float | None, bias: bool = True) -> nn.Line
     return nn.Linear(cin, cout, bias) if eps is None else SpectralLinear(cin, cout, bias, eps=eps)
 
 
-def initialise(model: nn.Module):
+def initialise(model: nn.Module) -> None:
     """Orthogonal weights, biases of zero."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Linear | nn.Embedding):
             nn.init.orthogonal_(module.weight)
-            if getattr(module, "bias", None) is not None:
-                nn.init.zeros_(module.bias)
+            if isinstance(bias := getattr(module, "bias", None), Tensor):
+                nn.init.zeros_(bias)
 
 
 class ClassTable(nn.Embedding):
@@ -127,6 +131,9 @@ class ClassTable(nn.Embedding):
 
 class BatchNorm(nn.Module):
     """Normalisation by the batch in train mode, which moves the stored statistics, and by these in eval mode."""
+
+    stored_mean: Tensor
+    stored_var: Tensor
 
     def __init__(self, channels: int, eps: float):
         super().__init__()
@@ -144,9 +151,10 @@ class ConditionalBatchNorm(BatchNorm):
 
     def __init__(self, channels: int, condition: int, eps: float, sn_eps: float | None, shared: bool):
         super().__init__(channels, eps)
-        for name in ("gain", "bias"):
-            table = linear(condition, channels, sn_eps, bias=False) if shared else ClassTable(condition, channels)
-            setattr(self, name, table)
+        self.gain, self.bias = (
+            linear(condition, channels, sn_eps, bias=False) if shared else ClassTable(condition, channels)
+            for _ in range(2)
+        )
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         y = self.normalise(x)

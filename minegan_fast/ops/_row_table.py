@@ -28,15 +28,16 @@ class RowTensor:
     rows: Tensor | None = None
     axis: int = 0
 
-    def write(self):
+    def write(self) -> None:
         """Writes the leaf through to the dense weight."""
-        if self.dense is not None:
+        if self.dense is not None and self.rows is not None:
             write_rows(self.dense, self.axis, self.rows, self.leaf)
 
 
-def write_rows(weight: Tensor, axis: int, rows: Tensor | None, values: Tensor):
-    """Writes values [k, ...] into the slices `rows` of weight along `axis`, rounded to its dtype; a 0-d weight is one
-    slice."""
+def write_rows(weight: Tensor, axis: int, rows: Tensor, values: Tensor) -> None:
+    """Writes values [k, ...] into the slices `rows` of weight along `axis`, rounded to the weight's dtype.
+
+    A 0-d weight is one slice, and rows are not looked at."""
     values = values.to(weight.device, weight.dtype)
     if weight.ndim == 0:
         weight.copy_(values.reshape(()))
@@ -53,12 +54,13 @@ class Table:
 
     def __init__(self, rule: str, tensors: list[RowTensor], flat: bool):
         self.rule, self.tensors, self.flat = rule, tensors, flat
+        self.grads: Sequence[Tensor | None] = ()
         self.device, self.dtype = tensors[0].leaf.device, tensors[0].leaf.dtype
         if not flat:
             return
         self.dense_dtype = self.dtype if tensors[0].dense is None else tensors[0].dense.dtype
         self.contiguous = all(t.leaf.is_contiguous() for t in tensors)
-        self.addresses, self.grads, self.indirect, self.on_device = None, None, [], None
+        self.addresses, self.indirect, self.on_device = None, [], None
         self.rows = [None if t.rows is None else t.rows.to(self.device).contiguous() for t in tensors]
         words = []
         for t, rows in zip(tensors, self.rows, strict=True):
@@ -82,7 +84,7 @@ class Table:
             )
         self.words = torch.tensor(words, dtype=torch.int64).reshape(-1, _WORDS)
 
-    def take(self, grads: Sequence[Tensor | None]):
+    def take(self, grads: Sequence[Tensor | None]) -> None:
         """Makes `grads` the gradients of this step; what does not lie as its leaf does is copied."""
         self.grads = grads
         if not self.flat:
@@ -91,9 +93,7 @@ class Table:
         try:
             addresses = [0 if g is None else g.data_ptr() for g in grads]
             known = addresses == self.addresses and self.contiguous
-            if known and all(
-                map(Tensor.is_contiguous, grads if all(addresses) else [g for g in grads if g is not None])
-            ):
+            if known and all(map(Tensor.is_contiguous, [g for g in grads if g is not None])):
                 return
         except (RuntimeError, AttributeError):  # a sparse tensor, or none at all: named below
             pass
@@ -106,7 +106,7 @@ class Table:
                 self.on_device["grads"].copy_(_pinned(torch.tensor(addresses)), non_blocking=True)
             self.addresses = addresses
 
-    def write_indirect(self):
+    def write_indirect(self) -> None:
         for t in self.indirect:
             t.write()
 
@@ -136,16 +136,16 @@ class Table:
         return self.on_device
 
 
-def check(t: RowTensor):
+def check(t: RowTensor) -> None:
     """TypeError, ValueError where the parts of a tensor do not fit each other."""
     leaf, dense, rows = t.leaf, t.dense, t.rows
     if not leaf.is_floating_point() or leaf.layout != torch.strided:
         raise TypeError(f"a leaf must be a dense floating-point tensor, got {leaf.dtype}, {leaf.layout}")
     if overlaps_itself(leaf):
         raise ValueError("elements of a leaf share memory (an expanded tensor?); give it memory of its own: clone() it")
-    if (dense is None) != (rows is None):
-        raise ValueError("dense and rows belong together: give both or neither")
-    if dense is None:
+    if dense is None or rows is None:
+        if dense is not rows:
+            raise ValueError("dense and rows belong together: give both or neither")
         return
     if dense.dtype != leaf.dtype and (leaf.dtype, dense.dtype) not in _MASTERS:
         raise TypeError(
@@ -169,7 +169,7 @@ def check(t: RowTensor):
 _MASTERS = {(torch.float32, torch.bfloat16), (torch.float32, torch.float16)}
 
 
-def check_grads(tensors: list[RowTensor], grads: Sequence[Tensor | None]):
+def check_grads(tensors: list[RowTensor], grads: Sequence[Tensor | None]) -> None:
     for t, g in zip(tensors, grads, strict=True):
         if g is None:
             continue
@@ -183,7 +183,7 @@ def check_grads(tensors: list[RowTensor], grads: Sequence[Tensor | None]):
             )
 
 
-def refuse_capture(tensors: list[Tensor]):
+def refuse_capture(tensors: list[Tensor]) -> None:
     if any(t.is_cuda for t in tensors[:1]) and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "memory that row_update works on has moved, which a CUDA graph under capture cannot follow; take one step "
@@ -203,7 +203,7 @@ def _alike(leaf: Tensor, tensor: Tensor) -> Tensor:
     return torch.empty_like(leaf).copy_(tensor)
 
 
-def fill_state(t: RowTensor, rule: str, ema: bool):
+def fill_state(t: RowTensor, rule: str, ema: bool) -> None:
     names = {"sgd": (), "momentum": ("momentum_buffer",)}.get(rule, ("exp_avg", "exp_avg_sq"))
     leaf, state = t.leaf.detach(), t.state
     for name in (*names, *(("ema",) if ema else ())):

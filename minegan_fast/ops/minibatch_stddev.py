@@ -20,6 +20,7 @@ from torch.autograd import Function
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from ._op import DTYPE_CODES, Op, forced_backend, memory_format
+from .checks import check_tensor
 
 _EPS = 1e-8
 
@@ -169,9 +170,7 @@ def minibatch_stddev(x: Tensor, group: int | None = 4, features: int = 1) -> Ten
     """
     if has_torch_function_unary(x):
         return handle_torch_function(minibatch_stddev, (x,), x, group=group, features=features)
-    if not isinstance(x, Tensor) or x.dtype not in DTYPE_CODES:
-        kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"x must be a float32, float64, bfloat16 or float16 tensor, got {kind}")
+    check_tensor(x, "x")
     if x.dim() != 4:
         raise ValueError(f"x must have shape [B, C, H, W], got {list(x.shape)}")
     B, C = x.shape[:2]

@@ -26,7 +26,7 @@ gradient, hess its derivative along a cotangent h of it.
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -71,7 +71,9 @@ def derivatives(kernel: str, numbers: Tensor, t: Tensor) -> tuple[Tensor, Tensor
         inverse = torch.where(t > 0, 1 / root, 0.0)  # no force between points that coincide
         return -root, -inverse / 2, inverse**3 / 4
     terms = [torch.exp(c * t) for c in numbers]
-    return tuple(sum(c**k * e for c, e in zip(numbers, terms, strict=True)) for k in range(3))
+    zero = t.new_zeros(())
+    f, first, second = (sum((c**k * e for c, e in zip(numbers, terms, strict=True)), zero) for k in range(3))
+    return f, first, second
 
 
 @Op
@@ -111,7 +113,7 @@ def mmd_tile(
         A = f.to(p.dtype)
     if order >= 1:
         A = (first * (2 if kernel in ("gaussian", "energy") else 1)).to(p.dtype)
-    if order == 2:
+    if order == 2 and hp is not None and hq is not None:
         u, v = hp.double(), hq.double()
         if kernel == "laplacian":
             along = manhattan_slopes.reference(a, b, u, v)
@@ -151,13 +153,14 @@ def tiles(N: int, n: int, weights: Sequence[float], rows: int, columns: int) -> 
 
 def sum_and_slope(
     z: Tensor, N: int, plan: Plan, h: Tensor | None, order: int, wanted: tuple[bool, bool], backend: str | None
-) -> tuple[Tensor, Tensor | None]:
-    """The sum of w f over all pairs (0-d, float64) and for order 1 its gradient by z, for order 2 that along h.
+) -> tuple[Tensor, Tensor]:
+    """The sum of w f over all pairs (0-d, float64), and a slope shaped as z, which is empty for order 0.
 
-    wanted: whether x's rows of it are, and y's; the others are not computed and undefined.
+    order: 0 for no slope; 1 for the gradient of the sum by z; 2 for the derivative of that gradient along h.
+    wanted: whether the slope's rows of x are wanted, and those of y; rows that are not wanted are 0.
     """
     total = torch.zeros((), dtype=torch.float64, device=z.device)
-    slope = torch.zeros_like(z) if order else None
+    slope = torch.zeros_like(z) if order else z.new_empty(0, 0)
     sizes = _TILE["cuda" if z.is_cuda else "cpu"]
     fused = z.is_cuda and backend in (None, "triton") and mmd_tile.lacks("triton", "cuda", z.dtype) is None
     if fused and order == 0 and plan.kernel != "laplacian":
@@ -169,7 +172,7 @@ def sum_and_slope(
             this = order if any(sides) else 0
             if order == 2 and not this:
                 continue
-            hr, hc = (h[r], h[c]) if this == 2 else (None, None)
+            hr, hc = (None, None) if h is None else (h[r], h[c])
             f, A, B = mmd_tile(
                 z[r], z[c], hr, hc, offsets[:, r], offsets[:, c], plan.numbers, plan.squarings, plan.kernel,
                 plan.precision, weight, diagonal, this, backend=backend,
@@ -244,10 +247,11 @@ def _center(x: Tensor, y: Tensor) -> Tensor:
     return (x.detach().sum(0) + y.detach().sum(0)) / (len(x) + len(y))
 
 
-def check_bandwidths(bandwidth, name: str = "bandwidth") -> list[float]:
+def check_bandwidths(bandwidth: float | Tensor | Iterable[float], name: str = "bandwidth") -> list[float]:
     if isinstance(bandwidth, Tensor) and bandwidth.requires_grad:
         raise ValueError(f"{name} gets no gradient: give bandwidth.detach()")
-    values = bandwidth.tolist() if hasattr(bandwidth, "tolist") else bandwidth
+    tolist = getattr(bandwidth, "tolist", None)  # of a tensor or an array
+    values: Any = bandwidth if tolist is None else tolist()
     values = [] if isinstance(values, str) else values
     try:
         values = [float(s) for s in (values if isinstance(values, Iterable) else [values])]
@@ -261,20 +265,33 @@ def check_bandwidths(bandwidth, name: str = "bandwidth") -> list[float]:
 
 
 def plan_of(
-    kernel: str, bandwidths: Sequence[float], x: Tensor, y: Tensor, N: int, M: int, unbiased: bool, precision="tf32x3"
+    kernel: str,
+    bandwidths: Sequence[float],
+    x: Tensor,
+    y: Tensor,
+    N: int,
+    M: int,
+    unbiased: bool,
+    precision: str = "tf32x3",
 ) -> Plan:
     """What is summed over the pairs i < j of N rows of x and M of y; bandwidths is empty for polynomial and energy."""
     center = _center(x, y)
     # Widest first: where the next is a power of two narrower, a native kernel squares instead of taking exp again.
-    scale = {"gaussian": lambda s: -0.5 / s**2, "laplacian": lambda s: -1 / s}.get(kernel)
-    values = [scale(s) for s in sorted(bandwidths, reverse=True)] or [1 / x.shape[1]]
+    widest_first = sorted(bandwidths, reverse=True)
+    if kernel == "gaussian":
+        values = [-0.5 / s**2 for s in widest_first]
+    elif kernel == "laplacian":
+        values = [-1 / s for s in widest_first]
+    else:
+        values = [1 / x.shape[1]]
     numbers = torch.tensor(values, dtype=torch.float64, device=x.device)
     if kernel == "polynomial":
         m = center.double()
         numbers = torch.cat([numbers, 1 + (m @ m)[None] / x.shape[1]])
     share = 1 / max(1, len(bandwidths))
-    within = [2 * share / (n * max(1, n - 1) if unbiased else n * n) for n in (N, M)]
-    return Plan(kernel, numbers, squarings(values), (*within, -2 * share / (N * M)), center, precision)
+    within_x, within_y = (2 * share / (n * max(1, n - 1) if unbiased else n * n) for n in (N, M))
+    weights = within_x, within_y, -2 * share / (N * M)
+    return Plan(kernel, numbers, squarings(values), weights, center, precision)
 
 
 def squarings(numbers: Sequence[float]) -> list[int]:
@@ -291,7 +308,7 @@ def mmd2(
     x: Tensor,
     y: Tensor,
     kernel: str = "gaussian",
-    bandwidth=None,
+    bandwidth: float | Tensor | Iterable[float] | None = None,
     unbiased: bool = True,
     validate: bool = True,
     input_precision: str = "tf32x3",

@@ -129,7 +129,7 @@ class _Gradient(Function):
     def backward(ctx, h):
         target, wanted, backend = ctx.args
         centers, ys, along = (t.split(target.sizes, -1) for t in (target.center, target.y, h))
-        second = [None] * len(wanted)
+        second: list[Tensor | None] = [None] * len(wanted)
         for g, x in enumerate(ctx.saved_tensors):
             if wanted[g]:
                 z, hz = torch.cat([x - centers[g], ys[g]]), torch.cat([along[g], torch.zeros_like(ys[g])])
@@ -153,7 +153,12 @@ class MmdTarget:
     do not fit, NaN or inf, and fewer than 2 samples for the unbiased distance.
     """
 
-    def __init__(self, groups: Sequence[Tensor], bandwidths, unbiased: bool = True):
+    def __init__(
+        self,
+        groups: Sequence[Tensor],
+        bandwidths: float | Iterable[float | Tensor | Iterable[float]],
+        unbiased: bool = True,
+    ):
         groups = _check_groups(groups, "groups")
         if isinstance(bandwidths, (int, float)):
             bandwidths = [bandwidths] * len(groups)

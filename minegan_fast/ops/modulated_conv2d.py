@@ -26,6 +26,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from .._torch import version_of
 from ._op import DTYPE_CODES, Op, forced_backend
 from .bias_act import _dense, _laid_out_like
+from .checks import check_beside
 from .noise_bias_act import addresses, check, noise_bias_act, planes, wide
 from .transposed_conv2d import transposed_conv2d
 from .upfirdn2d import upfirdn2d
@@ -152,11 +153,7 @@ def modulated_conv2d(
         return handle_torch_function(modulated_conv2d, (x, style), x, weight, style, **options)
     check(x, None, None, None, None, act, alpha, gain, "x")
     for name, tensor in (("weight", weight), ("style", style)):
-        if not isinstance(tensor, Tensor) or tensor.dtype not in DTYPE_CODES:
-            kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise TypeError(f"{name} must be a float32, float64, bfloat16 or float16 tensor, got {kind}")
-        if tensor.device != x.device:
-            raise ValueError(f"{name} must be on the device of x, {x.device}, got {tensor.device}")
+        check_beside(tensor, name, x, "x")
     if weight.dim() != 4 or weight.shape[1] != x.shape[1] or weight.shape[2] != weight.shape[3]:
         raise ValueError(f"weight must have shape [O, {x.shape[1]}, k, k], got {list(weight.shape)}")
     if weight.shape[2] % 2 == 0:
@@ -179,7 +176,7 @@ def modulated_conv2d(
         d = None
         if demodulate:  # Squares overflow float16, and bfloat16 has too few digits for their sum.
             d = torch.rsqrt(F.linear(s.square(), weight.to(s.dtype).square().sum((2, 3))) + eps)
-        if down:
+        if down and kernel is not None:
             before, after = (n + size - 2) // 2, (n + size - 3) // 2
             x = upfirdn2d(x, kernel, padding=(before, after, before, after))
         x = _dense(x)
@@ -190,7 +187,7 @@ def modulated_conv2d(
                 y = transposed_conv2d(xs, w.transpose(0, 1))
             else:
                 y = F.conv2d(xs, w, stride=2 if down else 1, padding=0 if down else size // 2)
-        if up:
+        if up and kernel is not None:
             before, after = (n - size) // 2 + 1, (n - size - 1) // 2 + 1
             y = upfirdn2d(y, kernel, padding=(before, after, before, after))
         return noise_bias_act(y, d, noise, strength, bias, act=act, alpha=alpha, gain=gain)

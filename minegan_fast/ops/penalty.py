@@ -12,6 +12,8 @@ m is a running mean, or the center with decay 0. Its second order is the referen
 layers/penalties.py.
 """
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 from torch.autograd import Function
@@ -89,8 +91,15 @@ class _Penalty(Function):
         return dg, *[None] * (2 + len(ctx.args))
 
 
-def penalty_on(g: Tensor, mean: Tensor | None = None, center=0.0, decay=0.0, parts=1, squared=False):
-    """P, r and a; the last two without a graph."""
+def penalty_on(
+    g: Tensor,
+    mean: Tensor | None = None,
+    center: float = 0.0,
+    decay: float = 0.0,
+    parts: int = 1,
+    squared: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """P, r and a of the equations above; the last two have no graph."""
     return _Penalty.apply(g, mean, float(center), float(decay), parts, squared, forced_backend())
 
 
@@ -120,8 +129,12 @@ def check_images(x: Tensor, name: str) -> None:
         raise ValueError(f"{name} must be a batch [B, ...] with at least one element, got {list(x.shape)}")
 
 
-def random_like(draw, shape, like: Tensor, generator) -> Tensor:
-    """Random numbers of at least float32, drawn where the generator lives."""
+def random_like(
+    draw: Callable[..., Tensor], shape: Sequence[int], like: Tensor, generator: torch.Generator | None
+) -> Tensor:
+    """Random numbers by `draw` (torch.rand or torch.randn), in float32 or wider, on the device of `like`.
+
+    They are drawn on the generator's device, where it has one."""
     device = like.device if generator is None else generator.device
     return draw(shape, generator=generator, device=device, dtype=wide_dtype(like.dtype)).to(like.device)
 
@@ -132,7 +145,12 @@ def _norm(squares: Tensor) -> Tensor:
     return torch.where(positive, torch.where(positive, squares, 1.0).sqrt(), 0.0)
 
 
-def interpolate(real: Tensor, fake: Tensor, alpha=None, generator: torch.Generator | None = None) -> Tensor:
+def interpolate(
+    real: Tensor,
+    fake: Tensor,
+    alpha: float | Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
     """alpha * real + (1 - alpha) * fake, one alpha a sample.
 
     real, fake: [B, ...] of the same shape, floating dtype and device.

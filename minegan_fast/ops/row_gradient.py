@@ -25,7 +25,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .._torch import convolution_backward
-from ._op import DTYPE_CODES, Op, forced_backend
+from ._op import Op, forced_backend
+from .checks import check_tensor
 
 
 @Op
@@ -116,10 +117,8 @@ def row_gradient(
         TypeError, ValueError: an argument is not as said above; the message names it.
         RuntimeError: a backend is forced (`use_backend`, MINEGAN_BACKEND) that is missing here or takes no such tensor.
     """
-    for name, tensor in (("x", x), ("gy", gy)):
-        if not isinstance(tensor, Tensor) or tensor.dtype not in DTYPE_CODES:
-            kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise TypeError(f"{name} must be a float32, float64, bfloat16 or float16 tensor, got {kind}")
+    check_tensor(x, "x")
+    check_tensor(gy, "gy")
     if gy.dtype != x.dtype or gy.device != x.device:
         raise TypeError(
             f"gy must have x's dtype and device, {x.dtype} on {x.device}, got {gy.dtype} on {gy.device}; "

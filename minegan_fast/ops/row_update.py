@@ -22,13 +22,12 @@ import math
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from .._torch import PastSubclasses
-from ._op import DTYPE_CODES, Op, device_and_stream
+from ._op import DTYPE_CODES, device_and_stream, mutating
 from ._row_table import RowTensor, Table, check, fill_state, flat_rows, refuse_capture
 
 OPTIMIZERS = ("adam", "adamw", "sgd")
@@ -104,7 +103,7 @@ class RowUpdate:
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
         moved: bool | None = None,
-    ):
+    ) -> None:
         """Steps every tensor by its gradient; those with None only have their average moved.
 
         grads: one for each tensor, of its leaf's shape; read, never written. grad_scale, found_inf: one-element tensors
@@ -126,7 +125,7 @@ class RowUpdate:
                 try:
                     row_update(table, hyper, _on(grad_scale, table.device), _on(found_inf, table.device))
                 finally:
-                    table.grads = None
+                    table.grads = ()
             written = self.held
             if any(g is None for g in grads):
                 written = [
@@ -136,7 +135,7 @@ class RowUpdate:
             torch.autograd.graph.increment_version(written)
 
 
-@partial(Op, mutates=True)
+@mutating
 def row_update(table: Table, hyper: Hyperparameters, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
     if found_inf is not None and found_inf.item():
         return
@@ -180,7 +179,7 @@ def _step(rule: str, t: RowTensor, grad: Tensor, hyper: Hyperparameters):
 
 
 @torch.no_grad()
-def dense_step(optimizer: str, tensor: RowTensor, grad: Tensor, hyper: Hyperparameters):
+def dense_step(optimizer: str, tensor: RowTensor, grad: Tensor, hyper: Hyperparameters) -> None:
     """One step of one tensor without a plan, by the reference; makes the state that is missing."""
     rule = "momentum" if optimizer == "sgd" and hyper.momentum else optimizer
     fill_state(tensor, rule, False)

@@ -63,9 +63,9 @@ class Found:
     passed_over: tuple[str, ...] = ()
 
 
-def families(name: str | None) -> tuple[str, ...] | None:
+def families(name: str) -> tuple[str, ...]:
     """The families that a user means by `name`: "biggan" is either of the BigGANs."""
-    return None if name is None else ("biggan", "biggan_deep") if name == "biggan" else (name,)
+    return ("biggan", "biggan_deep") if name == "biggan" else (name,)
 
 
 def find(data: Mapping, role: str) -> Found | None:
