@@ -7,8 +7,8 @@
 L, I and G are bilinear with <L(x, W), gy> = <x, I(gy, W)> = <W, G(x, gy)>, so the table closes. PyTorch's own double
 backward of a convolution writes G(hx, gy) as a convolution whose kernel has the size of an image, at twice its cost.
 
-Where only some rows of W train, `trained`, their gradient is `row_gradient`'s, and G of the other rows is not computed.
-A gradient that is not there (None) stays so, and costs nothing.
+Where only some rows of W train (`trained`), `row_gradient` gives their gradient, and G of the other rows is not
+computed. A gradient that is None stays None and costs nothing.
 """
 
 from collections.abc import Callable, Sequence
@@ -105,7 +105,7 @@ class Conv:
         return row_gradient(x, gy, *geometry, group)
 
     def sample_gradients(self, x: Tensor, gy: Tensor, weight: Tensor) -> Tensor:
-        # The samples become groups of one convolution, whose weight is one of each: only its shape is read.
+        # The samples become the groups of one convolution, which has a weight for each of them. Only its shape is read.
         B = len(x)
         many = x.new_empty(()).expand(B * weight.shape[0], *weight.shape[1:])
         x, gy = (t.reshape(1, -1, *t.shape[2:]) for t in (x, gy))
@@ -123,7 +123,10 @@ _UPSAMPLING = Conv((2, 2), (0, 0), (1, 1), 1, True, (0, 0))
 
 
 def _shaped(gy: Tensor, shape: Sequence[int]) -> Tensor:
-    """A tensor of which only shape and layout, which is gy's, are read; without memory where nobody makes it dense."""
+    """A tensor of that shape and of gy's layout, of which nothing else is read.
+
+    On a GPU it is one element, expanded, unless gy is channels-last; elsewhere the backward would make it dense.
+    """
     last = gy.dim() == 4 and not gy.is_contiguous() and gy.is_contiguous(memory_format=torch.channels_last)
     if gy.is_cuda and not last:
         return gy.new_empty(1).expand(shape)
@@ -132,7 +135,7 @@ def _shaped(gy: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def _exactly(x: Tensor):
-    """What is in x's dtype stays so, where a backward runs under autocast."""
+    """A context without autocast. A backward may run under autocast, and its tensors must keep their dtypes."""
     kind = x.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
@@ -142,7 +145,7 @@ def _selected(gy: Tensor, rows: Tensor | None, axis: int) -> Tensor:
 
 
 def _gradient_of_rows(op, x, gy, trained, weight, rows) -> Tensor:
-    """dW of the rows, along the weight's own axis; of all without a `weight`."""
+    """dW of the rows, along the weight's own axis. Where `weight` is None `trained` is the whole weight."""
     if weight is None:
         return _WeightGradient.apply(x, gy, trained.detach(), op)
     n = weight.shape[op.axis]
@@ -177,7 +180,7 @@ class _Layer(Function):
         if gy is not None and wants[1]:
             gtrained = _gradient_of_rows(op, x, gy, trained, weight, rows)
         if wants[2] or wants[3]:
-            if gy is None:  # as PyTorch's layers say it of a bias that a penalty does not depend on
+            if gy is None:  # PyTorch gives zeros, not None, to a bias that a penalty does not depend on; so do we
                 size, dtype = ctx.biases
                 total = (trained if weight is None else weight).new_zeros(size, dtype=dtype)
             else:
@@ -208,7 +211,7 @@ class _InputGradient(Function):
 
 
 class _WeightGradient(Function):
-    """`weight` has the shape and layout of the result."""
+    """G. Of `weight` only the shape and the layout are read, which are those of the result."""
 
     @staticmethod
     def forward(ctx, x, gy, weight, op):
@@ -326,7 +329,7 @@ def convolve(
         if any(s != 1 for s in stride):
             return NotImplemented
         padding = [t // 2 for t in total]
-        if any(t % 2 for t in total):  # the longer side is behind
+        if any(t % 2 for t in total):  # PyTorch pads one more behind than in front
             input = F.pad(input, [extra for t in reversed(total) for extra in (0, t % 2)])
     transposed = output_padding is not None
     output_padding = _tuple(output_padding if transposed else 0, n)

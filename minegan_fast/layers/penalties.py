@@ -105,8 +105,8 @@ def dragan_penalty(
     """mean((|grad D(x^)|_2 - center)^2) around the real images (Kodali et al. 2017).
 
     x^_i = real_i + alpha_i scale std(real) u_i: alpha_i of U[0, 1), one a sample; u_i of U[0, 1), one an element; std
-    (that of a population) over all elements of the batch. So the authors' code has it; the paper writes the noise as
-    normal. critic, real, generator, result and errors as in `gradient_penalty`.
+    (that of a population) over all elements of the batch. The authors' code draws uniform noise; the paper writes
+    normal noise. critic, real, generator, result and errors as in `gradient_penalty`.
     """
     real = _critic_input(critic, real, "real")
     noise = random_like(torch.rand, real.shape, real, generator).to(real.dtype)

@@ -52,7 +52,7 @@ def bootstrap(
         raise ValueError(f"the jackknife says nothing of {metric.__name__}: use percentile, or mmd2 instead of kid")
     value = _number(metric(*parts))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of every resample what has just been said of the sample
+        warnings.simplefilter("ignore", UserWarning)  # every resample would repeat what the sample has just warned of
         if method == "percentile":
             return _percentile(metric, parts, samples, seed, level)
         variance = sum(_variance(metric, parts, side) for side in range(len(parts)))
@@ -62,7 +62,7 @@ def bootstrap(
 
 @contextlib.contextmanager
 def _of(part: str):
-    """Says of an error that not the samples given, but others made from them are meant."""
+    """Adds to an error that it is about a part of the given samples, or about others that were drawn from them."""
     try:
         yield
     except ValueError as error:
@@ -86,7 +86,7 @@ def _percentile(metric, parts, samples: int, seed: int, level: float) -> tuple[f
 
 
 def _variance(metric, parts, side: int) -> float:
-    """Of the metric, as far as the sample of one side makes it."""
+    """The jackknife's share of the metric's variance that comes from the sample of one side."""
     z = parts[side]
     n = len(z)
     with _of("the samples with one left out"):

@@ -144,7 +144,7 @@ def load_network(
 ) -> Network:
     """`load_generator` and `load_discriminator`, of what was read of a file."""
     model = _filled(written_network(contents, role, family, resolution), strict)
-    # Only a choice that was made for the user is worth a line.
+    # Only where a choice was made for the user does the log say so at the level INFO.
     level = logging.INFO if model.origin.passed_over else logging.DEBUG
     _log.log(level, "%s: %s", type(model).__name__, model.origin)
     return model.eval()
@@ -152,7 +152,7 @@ def load_network(
 
 @dataclass(frozen=True)
 class Written:
-    """A network as a file has it: what to build, and its tensors under the names of what is built."""
+    """A network as a file holds it: the class to build, its arguments, and its tensors under that class's names."""
 
     model: type[Network]
     config: dict

@@ -53,7 +53,7 @@ class PixelNorm(nn.Module):
 
 
 def mean_2x2(x: Tensor, stride: int = 2, padding: int = 0) -> Tensor:
-    """Average pooling, whose native CPU code is many times slower."""
+    """Average pooling by `upfirdn2d`: PyTorch's own code for a CPU is many times slower."""
     return upfirdn2d(x, x.new_ones(2), down=stride, padding=padding, gain=0.25)
 
 

@@ -17,9 +17,12 @@ _WORDS = 16  # of RowTensor in csrc/ops.h
 class RowTensor:
     """One parameter of a `RowUpdate`.
 
-    leaf: [k, ...], what trains; dense: the weight that it is rows of, None for a parameter that trains as a whole.
-    rows: int64 [k], distinct, along `axis` of dense. state: where "step" (float32 [k]), "exp_avg", "exp_avg_sq",
-    "momentum_buffer" and "ema" are, or are put, as far as the optimizer has them.
+    leaf: the values that train, [k, ...].
+    state: holds "step" (float32 [k]), "exp_avg", "exp_avg_sq", "momentum_buffer" and "ema", as far as the optimizer has
+        them; those that are missing are put there.
+    dense: the weight whose rows the leaf holds; None for a parameter that trains as a whole.
+    rows: which rows of dense they are, int64 [k], distinct; None where dense is.
+    axis: the axis of dense along which its rows lie.
     """
 
     leaf: Tensor
@@ -85,17 +88,18 @@ class Table:
         self.words = torch.tensor(words, dtype=torch.int64).reshape(-1, _WORDS)
 
     def take(self, grads: Sequence[Tensor | None]) -> None:
-        """Makes `grads` the gradients of this step; what does not lie as its leaf does is copied."""
+        """Makes `grads` the gradients of this step. One whose layout in memory is not its leaf's is copied."""
         self.grads = grads
         if not self.flat:
             check_grads(self.tensors, grads)
             return
         try:
+            # Most steps find their gradients where those of the step before were, and have nothing to check or copy.
             addresses = [0 if g is None else g.data_ptr() for g in grads]
             known = addresses == self.addresses and self.contiguous
             if known and all(map(Tensor.is_contiguous, [g for g in grads if g is not None])):
                 return
-        except (RuntimeError, AttributeError):  # a sparse tensor, or none at all: named below
+        except (RuntimeError, AttributeError):  # of a sparse tensor, or no tensor at all: check_grads names it
             pass
         check_grads(self.tensors, grads)
         self.grads = [g if g is None else _alike(t.leaf, g) for t, g in zip(self.tensors, grads, strict=True)]
@@ -137,7 +141,7 @@ class Table:
 
 
 def check(t: RowTensor) -> None:
-    """TypeError, ValueError where the parts of a tensor do not fit each other."""
+    """TypeError or ValueError where leaf, dense weight, rows and axis do not fit each other."""
     leaf, dense, rows = t.leaf, t.dense, t.rows
     if not leaf.is_floating_point() or leaf.layout != torch.strided:
         raise TypeError(f"a leaf must be a dense floating-point tensor, got {leaf.dtype}, {leaf.layout}")
@@ -246,8 +250,11 @@ def flat_rows(leaf: Tensor) -> bool:
 
 
 def _place(leaf: Tensor, dense: Tensor, axis: int) -> tuple[int, int, int, int] | None:
-    """(row_stride, outer_stride, inner, inner_stride): element j of a row, counted in the leaf's memory, is at
-    row row_stride + j // inner outer_stride + j % inner inner_stride in `dense`. None where it is not so simple."""
+    """(row_stride, outer_stride, inner, inner_stride), by which a kernel finds an element of the leaf in `dense`.
+
+    Element j of a row, counted in the leaf's memory, is at row * row_stride + j // inner * outer_stride + j % inner *
+    inner_stride. None where four numbers cannot say it.
+    """
     if dense.ndim == 0:
         return 1, 0, 1, 1
     moved, blocks = dense.movedim(axis, 0), []

@@ -141,7 +141,7 @@ class _MinibatchStddevDoubleBackward(Function):
     def backward(ctx, *cotangents):
         again = torch.is_grad_enabled()
         with torch.enable_grad():
-            # Views: dy may depend on x, and what x does through dy is not asked for here.
+            # Views, because dy may depend on x, and the gradient by x through dy is not asked for here.
             tensors = [t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in ctx.saved_tensors]
             results = minibatch_stddev_double_backward.reference(*tensors, *ctx.args[:2])
             gradients = torch.autograd.grad(results, tensors, cotangents, create_graph=again)
@@ -180,7 +180,7 @@ def minibatch_stddev(x: Tensor, group: int | None = 4, features: int = 1) -> Ten
         raise ValueError(f"features must be a divisor of x's {C} channels, got {features!r}")
     most = max(B if group is None else min(group, B), 1)
     size = next(g for g in range(most, 0, -1) if B % g == 0)
-    # Before the Function: a copy made within it would be saved without its history, which higher orders need.
+    # x is laid out here, because a copy made within the Function would lack the history that higher orders need.
     return _MinibatchStddev.apply(_laid_out_as(x, x), size, features, forced_backend())
 
 

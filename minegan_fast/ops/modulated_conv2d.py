@@ -84,7 +84,10 @@ class _Backward(Function):
 
 
 def _keeping_factors(x: Tensor, s: Tensor, xs: Tensor):
-    """Inside, what autograd would save of xs = s x becomes x and s, which are kept anyway; xs is made again for use."""
+    """A context in which autograd does not save xs = s x. A backward that needs xs computes it again of x and s.
+
+    `_Modulate` keeps x and s anyway. xs itself would be one more copy of the activations in each layer.
+    """
     if torch.compiler.is_compiling() or type(xs) is not Tensor or not torch.is_grad_enabled():
         return nullcontext()
     x, s, backend, version = x.detach(), s.detach(), forced_backend(), version_of(x)
@@ -147,7 +150,8 @@ def modulated_conv2d(
         TypeError, ValueError: an argument is not as said above; the message names it.
         RuntimeError: a backend is forced (`use_backend`, MINEGAN_BACKEND) that is missing here or takes no such tensor.
     """
-    if has_torch_function_variadic(x, style):  # any other tensor is given as it is to functions that ask it themselves
+    # Of other tensors, such as a held weight, the functions of torch below ask the subclass themselves.
+    if has_torch_function_variadic(x, style):
         options = {"demodulate": demodulate, "up": up, "down": down, "kernel": kernel, "scale": scale, "eps": eps}
         options |= {"noise": noise, "strength": strength, "bias": bias, "act": act, "alpha": alpha, "gain": gain}
         return handle_torch_function(modulated_conv2d, (x, style), x, weight, style, **options)

@@ -65,7 +65,7 @@ def noise_bias_act_backward(
 def noise_bias_act_double_backward(
     hc: Tensor, gy: Tensor, y: Tensor, n: Tensor | None, k: Tensor, slope: float, gain: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """k [4, B, C]: d, e, f, h of m (d hc + e y / m + f n + h). Gives that, e gy and the sum of m gy hc."""
+    """m (d hc + e y / m + f n + h), e gy, and the sum of m gy hc; k [4, B, C] holds d, e, f and h."""
     d, e, f, h = _each(k)
     m = _factor(y, k, slope, gain)
     hc, g = hc.to(k.dtype), gy.to(k.dtype)
@@ -158,7 +158,8 @@ def noise_bias_act(
     f = c.new_zeros(size, dtype=kind) if strength is None else strength.to(kind).reshape(-1, 1).expand(size)
     n = noise if noise is None else noise.to(kind)
     slope = 1.0 if act == "linear" else float(alpha)
-    if n is not None and n.requires_grad and torch.is_grad_enabled():  # maps that are searched for, as projectors do
+    # A projector searches for noise maps. Their gradient is PyTorch's own, through the reference.
+    if n is not None and n.requires_grad and torch.is_grad_enabled():
         return noise_bias_act_forward.reference(c, n, torch.stack((d, f, h)), slope, float(gain))
     n = n if n is None else n.contiguous()
     return _NoiseBiasAct.apply(c, n, d, f, h, slope, float(gain), forced_backend())

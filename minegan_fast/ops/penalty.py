@@ -189,7 +189,7 @@ def interpolate(
 
 
 def _draws_in_a_kernel(real: Tensor, fake: Tensor, generator: torch.Generator | None) -> bool:
-    """Whether one kernel may draw and interpolate: outside of CUDA graphs, whose replays must draw anew."""
+    """Whether one kernel may draw and interpolate. Within a CUDA graph it may not: each replay has to draw anew."""
     return (
         real.is_cuda
         and (generator is None or generator.device.type == "cuda")
@@ -202,7 +202,7 @@ def _draws_in_a_kernel(real: Tensor, fake: Tensor, generator: torch.Generator | 
 
 
 def _next_draw(device: torch.device, generator: torch.Generator | None) -> tuple[int, int]:
-    """The generator's seed and offset, which moves on as for one draw."""
+    """The generator's seed and offset. The offset then moves on as one draw of torch's moves it."""
     generator = generator or torch.cuda.default_generators[device.index]
     seed, offset = generator.initial_seed(), generator.get_offset()
     generator.set_offset(offset + 4)

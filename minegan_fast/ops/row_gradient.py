@@ -41,7 +41,8 @@ def row_gradient_convolution(
     groups: int,
     choose: bool,
 ) -> Tensor:
-    """`groups` is 1 or k: then x holds k times the channels that one neuron sees. `choose`: by the cross-over table."""
+    """groups: 1, or k, where x holds k times the channels that one neuron sees. choose: whether the cross-over table
+    decides between our kernel and the library's."""
     if x.numel() == 0 or gy.numel() == 0:
         return x.new_zeros(_weight_shape(x, gy, kernel, groups))
     # The gradient of a transposed convolution is that of a convolution with its operands exchanged.
@@ -218,7 +219,7 @@ def dense_is_faster(
 
 
 def _library_is_faster(processor: str, x: Tensor, gy: Tensor, kernel, stride, transposed: bool, groups: int) -> bool:
-    """Of the layouts only the dense one was measured, and no groups."""
+    """By the cross-over table. Only a contiguous x and a single group were measured, so all else is the library's."""
     if groups > 1 or not x.is_contiguous():
         return True
     name = geometry_name(kernel, stride, transposed)
