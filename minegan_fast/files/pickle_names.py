@@ -51,7 +51,7 @@ DANGEROUS = frozenset((
     "webbrowser", "xmlrpc", "zipimport",
 ))
 # fmt: on
-ORDERS: dict[str, Literal["<", ">", "="]] = {"<": "<", ">": ">", "=": "=", "|": "="}  # | of single bytes: any order
+ORDERS: dict[str, Literal["<", ">", "="]] = {"<": "<", ">": ">", "=": "=", "|": "="}  # | is for single bytes
 BUILTINS = ("builtins", "__builtin__", "__builtins__")
 INERT_BUILTINS = frozenset(("int", "long", "float", "bool", "str", "unicode", "object", "slice", "range", "xrange"))
 
@@ -102,7 +102,7 @@ def _dtype(code, align=False, copy=False) -> DType | Thing:
 
 
 def array_of(data: Any, dtype: Any, shape: Any, order: Literal["C", "F"] = "C") -> np.ndarray | None:
-    """None for an array of objects, which no weight is."""
+    """The array of that data; None where it holds objects, which no weight does."""
     if not isinstance(dtype, DType):
         return None
     data = data.encode("latin-1") if isinstance(data, str) else data  # written by Python 2
@@ -184,7 +184,7 @@ def _device(kind, index=None) -> str:
 
 
 def check_keys(values: Iterable) -> None:
-    """A tuple of tuples of tuples can take longer to hash than there is time, in a file of a few bytes."""
+    """DamagedError for a nested key: a few bytes can make a tuple of tuples whose hash takes forever."""
     flat = (int, float, complex, str, bytes, bool, type(None), Thing, Tensor, torch.dtype)
     for value in values:
         parts = value if isinstance(value, (tuple, frozenset)) else (value,)

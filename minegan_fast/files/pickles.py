@@ -39,7 +39,7 @@ class Unpickler:
         self.stack, self.marks, self.memo = [], [], {}
 
     def load(self) -> Any:
-        """The object. RefusedError, DamagedError."""
+        """The object that the pickle holds. Raises RefusedError or DamagedError."""
         try:
             for opcode, argument, _ in pickletools.genops(self.file):
                 if opcode.name == "STOP":
@@ -176,7 +176,7 @@ def _made(made, arguments):
 
 
 def _build(target, state) -> None:
-    """What a file has to say of an object after it was made."""
+    """Gives an object that was made the state that the file holds for it."""
     if isinstance(target, Array):
         _, shape, dtype, fortran, data = state
         target.value = array_of(data, dtype, shape, "F" if fortran else "C")

@@ -235,7 +235,7 @@ class _WeightGradient(Function):
 
 
 class _ScaledLayer(Function):
-    """f · layer(x, W) with a factor f of all rows: its gradient ⟨dy, layer(x, W)⟩ = ⟨Wᵀ dy, x⟩ needs no output kept."""
+    """f · layer(x, W) with one factor f. Its gradient ⟨dy, layer(x, W)⟩ = ⟨Wᵀ dy, x⟩ needs no saved output."""
 
     @staticmethod
     def forward(ctx, x, trained, factor, weight, rows, op):

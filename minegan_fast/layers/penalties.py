@@ -28,7 +28,7 @@ from .second_order import second_order
 
 
 def _modules_of(critic) -> list[nn.Module]:
-    """A critic that is a module; the modules that a function or a partial one calls, as far as its variables show."""
+    """The critic where it is a module, else the modules that a function's variables or a partial's arguments show."""
     if isinstance(critic, nn.Module):
         return [critic]
     if isinstance(critic, functools.partial):

@@ -245,7 +245,7 @@ class FeatureExtractor:
         return x if x.dtype == torch.uint8 else x.to(dtype)
 
     def anchor(self, images: Tensor) -> Tensor:
-        """A tensor of the network's dtype on its device: its first of floating point, else float32 where images are."""
+        """A tensor of the network's dtype and device: its first one of floats, else a float32 one beside images."""
         tensors = chain(self.module.parameters(), self.module.buffers())
         return next((t for t in tensors if t.is_floating_point()), images.new_empty(0, dtype=torch.float32))
 

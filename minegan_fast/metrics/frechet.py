@@ -14,7 +14,7 @@ from ..files.atomic import atomic_path
 from ._inputs import Array, as_features, as_tensor
 
 _ASYMMETRY = 1e-5  # of the largest entry; files made in float32 have about 1e-7
-_NEGATIVE = 1e-3  # of the largest eigenvalue: beyond it no rounding
+_NEGATIVE = 1e-3  # of the largest eigenvalue; rounding makes no eigenvalue more negative than that
 
 
 class Normal(NamedTuple):
@@ -66,7 +66,7 @@ class FeatureStatistics:
 
     @classmethod
     def of(cls, x: Array) -> "FeatureStatistics":
-        """Of features x [N >= 2, D]."""
+        """The statistics of features x [N >= 2, D]."""
         return cls.of_normal(normal_of(x, "x"))
 
     @classmethod
@@ -75,7 +75,7 @@ class FeatureStatistics:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "FeatureStatistics":
-        """From an .npz file with `mu` and `sigma`, as pytorch-fid writes it, and `count` where `save` wrote it.
+        """Reads an .npz file with `mu` and `sigma`, as pytorch-fid writes it, and `count` where `save` wrote it.
 
         Such numbers mean something only against features of the very network and image range that made the file.
         ValueError where the file holds anything else; a pickle within is never opened.
@@ -95,7 +95,7 @@ class FeatureStatistics:
                 raise ValueError(f"{path}: {error}") from error
 
     def save(self, path: str | os.PathLike) -> None:
-        """To an .npz file that `load` and pytorch-fid read: `mu`, `sigma`, and `count` where it is known."""
+        """Writes an .npz file that `load` and pytorch-fid read: `mu`, `sigma`, and `count` where it is known."""
         mu, sigma = self.mean.cpu().numpy(), self.covariance.cpu().numpy()
         with atomic_path(path) as temporary, open(temporary, "wb") as file:
             if self.count is None:
@@ -112,7 +112,7 @@ class FeatureStatistics:
             raise ValueError(
                 f"covariance has eigenvalues from {float(values[0]):.4g} to {float(values[-1]):.4g}: it is not one"
             )
-        # What rounding made of eigenvalues that are 0 would count with its root.
+        # Rounding turns eigenvalues of 0 into small numbers, whose roots would count.
         D = len(values)
         values = torch.where(values > D * torch.finfo(values.dtype).eps * values[-1], values, 0.0)
         rank = D if self.count is None else min(D, self.count - 1)

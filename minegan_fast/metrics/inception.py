@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 CLASSES = {1000: "torchvision", 1008: "fid"}  # the rows of fc.weight tell the weights apart
-SMALLEST = 75  # a smaller image leaves nothing for the last convolutions
+SMALLEST = 75  # of a smaller image nothing is left for the last convolutions
 _UNUSED = ("AuxLogits.", "fc.")
 _COUNTER = ".num_batches_tracked"
 

@@ -60,7 +60,7 @@ def kid(
 
 
 def _draw(N: int, M: int, subsets: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
-    """[subsets, size] of each, drawn in turn."""
+    """Rows of x and of y, [subsets, size] each. Each subset draws those of x and then those of y."""
     random = np.random.RandomState(seed)
     drawn = [[random.choice(n, size, replace=False) for n in (N, M)] for _ in range(subsets)]
     rows, columns = (torch.from_numpy(np.stack(part)) for part in zip(*drawn, strict=True))

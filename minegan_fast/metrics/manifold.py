@@ -40,7 +40,7 @@ def precision_recall(x: Array, y: Array, k: int = 3) -> tuple[float, float]:
 
 
 def _radii(points: Points, k: int) -> Tensor:
-    """[N]: the distance of each to its k-th nearest other."""
+    """[N]: the distance of each point to the k-th nearest of the others."""
     radii = []
     for rows in points.slices(points):
         z, index = points.z[rows], torch.arange(rows.start, rows.stop, device=points.z.device)[:, None]
@@ -58,7 +58,7 @@ def _radii(points: Points, k: int) -> Tensor:
 
 
 def _inside(points: Points, other: Points, radii: Tensor) -> Tensor:
-    """[N] bool: whether each lies in some ball around the other sample's."""
+    """[N] bool: whether each point lies in a ball around some point of the other sample."""
     result = []
     for rows in points.slices(other):
         squares, bound = points.squares(rows, other)

@@ -12,7 +12,7 @@ from .manifold import precision_recall
 
 
 class _Rows:
-    """A sample, kept."""
+    """A sample of which all rows are kept."""
 
     def __init__(self, count: int, rows: Tensor):
         self.count, self.parts = count, [rows]
@@ -99,7 +99,7 @@ S = TypeVar("S", bound="_Streaming")
 
 
 class _Streaming:
-    """What all have in common; `update` documents the rules.
+    """What the metrics below have in common. `update` says what a batch must be.
 
     samples: {"fake": ..., "real": ...}, those of which there is anything. kind: D, dtype and device of every batch.
     """
@@ -155,7 +155,7 @@ class _Streaming:
         return [self._samples[side] for side in self._sides]
 
     def merge(self, other: "_Streaming") -> None:
-        """Adds what another of the same class has seen, of another process, say."""
+        """Adds what another of the same class has seen, for example in another process."""
         if type(other) is not type(self):
             raise TypeError(f"{type(self).__name__} cannot merge {type(other).__name__}")
         if other._kind is not None:
@@ -164,7 +164,7 @@ class _Streaming:
             self._add(side, self._sample(**sample.state()))
 
     def reset(self, keep_real: bool = False) -> None:
-        """Forgets all samples, or with keep_real the fakes only, as a training run wants whose reals stay the same."""
+        """Forgets all samples. With keep_real it keeps the reals, for a training run whose reals stay the same."""
         self._samples = {side: sample for side, sample in self._samples.items() if keep_real and side == "real"}
         self._kind = self._kind if self._samples else None
 
@@ -216,7 +216,7 @@ class FID(_Streaming):
         return frechet_distance(fake.normal(), real.normal(), ("fake", "real"))
 
     def statistics(self, real: bool) -> FeatureStatistics:
-        """Of the reals or the fakes seen, to be saved or compared with others; ValueError before 2 samples."""
+        """The statistics of the reals or of the fakes seen, to save or to compare; ValueError before 2 samples."""
         side = "real" if real else "fake"
         count = self.counts[real]
         if count < 2:

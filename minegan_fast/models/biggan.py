@@ -58,7 +58,7 @@ class GBlock(nn.Module):
         self.shared = shared
 
     def neuron_parameters(self) -> list:
-        """bn2 scales and shifts what conv1 gives. What bn1 scales is a sum of several layers': neurons of their own."""
+        """bn2 scales and shifts the output of conv1. bn1 scales a sum of several layers, so its neurons are its own."""
         axis = 0 if self.shared else 1
         first, second = ([(f"{bn}.{p}.weight", axis) for p in ("gain", "bias")] for bn in ("bn1", "bn2"))
         return [first, [("conv1.weight", 0), ("conv1.bias", 0), *second]]
@@ -163,7 +163,7 @@ class BigGANGenerator(ConditionalGenerator):
         try:
             for i, (z, y) in enumerate(inputs):
                 for norm in norms:
-                    norm.training = True  # not its spectrally normalised layers
+                    norm.training = True  # of the norm alone: its spectrally normalised layers stay in eval mode
                     norm.momentum = 1 / (i + 1)
                 self(z, y)
         finally:
@@ -260,5 +260,5 @@ class BigGANDiscriminator(Network):
 
 
 def discriminator_size(resolution: int, block: int) -> int:
-    """Of the feature map behind a block, as BigGAN-PyTorch counts."""
+    """The size of the feature map behind a block, as BigGAN-PyTorch counts it."""
     return 16 if resolution == 32 else max(resolution >> (block + 1), 4)

@@ -121,7 +121,7 @@ class DeepBlock(nn.Module):
         self.conv_3 = conv2d(inner, cout, 1, eps)
 
     def neuron_parameters(self) -> list:
-        """A norm scales and shifts the convolution in front of it; what bn_0 scales is a sum of several layers'."""
+        """A norm scales and shifts the convolution in front of it. bn_0 scales a sum of several layers."""
         norms = [[(f"bn_{i}.{p}.weight_orig", 0) for p in ("scale", "offset")] for i in range(4)]
         convs = [[(f"conv_{i}.weight_orig", 0), (f"conv_{i}.bias", 0)] for i in range(3)]
         return [norms[0], *(conv + norm for conv, norm in zip(convs, norms[1:], strict=True))]
@@ -151,7 +151,7 @@ class DeepLayers(nn.Module):
             if 8 << i in attention:
                 self.layers.append(SelfAttention(cout, eps))
         self.bn = OutputNorm(channels[-1], steps, eps)
-        # As many outputs as inputs, of which the first ones are the image: so the public files have it.
+        # In the public files it has as many outputs as inputs, and the first outputs are the image.
         self.conv_to_rgb = conv2d(channels[-1], channels[-1], 3, eps)
 
     def forward(self, c: Tensor, truncation: float) -> Tensor:
@@ -234,8 +234,10 @@ class BigGANDeepGenerator(ConditionalGenerator):
 
     @torch.no_grad()
     def standing_statistics(self, inputs: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Takes the stored statistics anew, for weights that have moved: for every row, the mean over batches (z, y) of
-        truncation 1, z scaled by the row's truncation."""
+        """Replaces the stored statistics, which do not fit weights that have moved.
+
+        Each row becomes the mean over the batches (z, y), whose z is of truncation 1 and is scaled by the row's.
+        """
         inputs = list(inputs)
         norms = [module for module in self.modules() if isinstance(module, StandingNorm)]
         modes = {module: module.training for module in self.modules()}

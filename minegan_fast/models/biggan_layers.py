@@ -39,7 +39,7 @@ def checked(arguments: dict, *names: str) -> dict:
 def checked_labels(y: Tensor, classes: int) -> Tensor:
     if y.ndim != 1 or y.is_floating_point():
         raise ValueError(f"labels must be integers of shape [B], got {y.dtype} {list(y.shape)}")
-    # On a GPU this would wait for the device, which reports it itself.
+    # On a GPU the check would wait for the device, whose own kernel reports a wrong label.
     if y.device.type == "cpu" and not torch.compiler.is_compiling() and y.numel():
         low, high = int(y.min()), int(y.max())
         if low < 0 or high >= classes:
@@ -103,7 +103,7 @@ class ConditionalGenerator(Network):
 
 
 def conv2d(cin: int, cout: int, kernel: int, eps: float | None, bias: bool = True) -> nn.Conv2d:
-    """Spectrally normalised with that eps, plain with None; the size stays."""
+    """A convolution that keeps the size, spectrally normalised with that eps, or plain where eps is None."""
     if eps is None:
         return nn.Conv2d(cin, cout, kernel, padding=kernel // 2, bias=bias)
     return SpectralConv2d(cin, cout, kernel, padding=kernel // 2, bias=bias, eps=eps)
@@ -114,7 +114,7 @@ def linear(cin: int, cout: int, eps: float | None, bias: bool = True) -> nn.Line
 
 
 def initialise(model: nn.Module) -> None:
-    """Orthogonal weights, biases of zero."""
+    """Makes the weights orthogonal and the biases 0."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Linear | nn.Embedding):
             nn.init.orthogonal_(module.weight)
@@ -123,14 +123,14 @@ def initialise(model: nn.Module) -> None:
 
 
 class ClassTable(nn.Embedding):
-    """A row for every class: of labels [B], or the mixture that weights [B, classes] name."""
+    """A row for every class: of labels [B] their rows, of weights [B, classes] the mixtures of all rows."""
 
     def forward(self, y: Tensor) -> Tensor:
         return F.linear(y.to(self.weight.dtype), self.weight.t()) if y.is_floating_point() else super().forward(y)
 
 
 class BatchNorm(nn.Module):
-    """Normalisation by the batch in train mode, which moves the stored statistics, and by these in eval mode."""
+    """In train mode it normalises by the batch and moves the stored statistics; in eval mode it normalises by those."""
 
     stored_mean: Tensor
     stored_var: Tensor
@@ -175,7 +175,7 @@ class OutputBatchNorm(BatchNorm):
 
 def attend(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
     """For every pixel of theta [B, K, H, W], the mean of g over the pixels of phi's size, weighed by softmax(θ·φ)."""
-    # Written out: the fused attention of PyTorch cannot be differentiated twice.
+    # It is written out because PyTorch's fused attention cannot be differentiated twice.
     weights = torch.bmm(theta.flatten(2).transpose(1, 2), phi.flatten(2)).softmax(-1)
     return torch.bmm(g.flatten(2), weights.transpose(1, 2)).unflatten(2, theta.shape[2:])
 

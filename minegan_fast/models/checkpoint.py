@@ -116,7 +116,7 @@ def load_generator(
 def load_discriminator(
     path: str | Path, family: str | None = None, strict: bool = True, resolution: int | None = None
 ) -> Network:
-    """The discriminator in a file. As `load_generator`."""
+    """The discriminator in a file; arguments, result and errors are those of `load_generator`."""
     return load_network(read(path), "discriminator", family, strict, resolution)
 
 
@@ -126,7 +126,7 @@ def has_discriminator(path: str | Path) -> bool:
 
 
 def writable(path: str | Path) -> Path:
-    """The path, where a file can be written there. OSError: it cannot."""
+    """The path. OSError where no file can be written there."""
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path} cannot be written: there is no folder {path.parent}; make it first")
@@ -260,7 +260,7 @@ def _check_resolution(what: str, config: dict, wanted: int | None) -> None:
 
 
 def _filled(written: Written, strict: bool) -> Network:
-    """The network with the tensors of the file in CPU memory of its own."""
+    """The network, in CPU memory of its own, with the tensors of the file."""
     model, origin = written.on_meta(), written.origin
     own = model.state_dict()
     missing, extra, wrong = written.differences(own)

@@ -166,7 +166,7 @@ def _miner(state: Mapping) -> str | None:
 
 
 def _kind(key: str, value) -> str:
-    """In a few words, what lies beside the networks."""
+    """What a part of the file is that lies beside the networks, in a few words."""
     if isinstance(value, Tensor):
         return f"tensor {list(value.shape)}"
     if isinstance(value, Mapping):

@@ -75,8 +75,8 @@ class ModulatedConv2d(nn.Module):
         self.blur = Blur(padding=1, gain=4.0) if upsample else None
 
     def _apply(self, fn, recurse=True):
-        # `to(memory_format=torch.channels_last)`, on this module or one around it, asks that of every 5-D tensor too,
-        # which have no such format. Flat, the weight goes where the others go and keeps its own.
+        # `to(memory_format=torch.channels_last)`, on this module or one around it, asks for that format of each tensor
+        # of 4 or 5 axes, and one of 5 has no such format. So the weight moves as a flat tensor and keeps its layout.
         return super()._apply(lambda t: fn(t.flatten()).view(t.shape) if t.ndim == 5 else fn(t), recurse)
 
     def forward(self, x: Tensor, style: Tensor, **epilogue) -> Tensor:
@@ -295,7 +295,7 @@ class ConvLayer(nn.Sequential):
     """[blur,] convolution [, bias and leaky ReLU]; `downsample` halves the size."""
 
     def __init__(self, cin: int, cout: int, kernel: int, downsample: bool = False, activate: bool = True):
-        # A convolution of single pixels needs no pixel that it would leave out.
+        # A 1x1 convolution of stride 2 reads every second pixel alone: so the filter computes no other.
         single = kernel == 1
         before = [Downsample() if single else Blur(padding=(kernel + 1) // 2)] if downsample else []
         stride, padding = (1 if single else 2, 0) if downsample else (1, kernel // 2)
