@@ -68,9 +68,9 @@ PYBIND11_MODULE(_C, m) {
 
   m.def(
       "row_score_cpu",
-      [](int dtype, Address table, int64_t entries, Address out, int kind, double factor, int threads) {
-        minegan::row_score_cpu(DType(dtype), (const int64_t*)at(table), entries, (double*)at(out), kind, factor,
-                               threads);
+      [](int dtype, int kind, Address table, int64_t entries, Address out, double factor, int threads) {
+        minegan::row_score_cpu(DType(dtype), minegan::Kind(kind), (const minegan::ScoredRows*)at(table), entries,
+                               (double*)at(out), factor, threads);
       },
       no_gil);
 
@@ -234,7 +234,7 @@ PYBIND11_MODULE(_C, m) {
                                     int64_t(squarings.size()),
                                     weight,
                                     diagonal};
-        minegan::mmd_tile_cpu(tile, kernel, order, threads);
+        minegan::mmd_tile_cpu(tile, minegan::Kernel(kernel), order, threads);
       },
       no_gil);
   m.def(

@@ -36,8 +36,7 @@
 
 namespace minegan {
 
-// The numbers are those of `_DTYPES` in minegan_fast/ops/_op.py.
-enum class DType : int { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3 };
+enum class DType : int { float32, float64, bfloat16, float16 };  // DTYPE_CODES in minegan_fast/ops/_op.py
 
 template <class To, class From>
 MINEGAN_HD To bits(From from) {

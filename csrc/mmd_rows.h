@@ -9,8 +9,6 @@
 namespace minegan {
 namespace {
 
-enum Kernel : int { kGaussian = 0, kLaplacian = 1, kEnergy = 2, kPolynomial = 3 };
-
 constexpr int kLanes = 128;           // columns that are worked on together, where a row is long
 constexpr int64_t kAlone = 1 << 15;   // below this many pairs a second thread costs more to start than it gives
 constexpr float kClose = 1.0f / 256;  // |p - q|² below this part of |p|² + |q|² is taken from differences: products
@@ -47,10 +45,10 @@ MINEGAN_INLINE float dot_of_differences(const float* a, const float* b, const fl
 }
 
 // In place: t becomes A (or w f, for order -1), s becomes B. Returns the sum of f.
-template <int kernel, int order, int lanes = kLanes>
+template <Kernel kernel, int order, int lanes = kLanes>
 struct RowLoop {
   static MINEGAN_INLINE double run(const MmdTile& tile, int64_t r) {
-    constexpr bool squared = kernel == kGaussian || kernel == kEnergy;
+    constexpr bool squared = kernel == Kernel::gaussian || kernel == Kernel::energy;
     const int64_t D = tile.D, stride = tile.stride;
     const float *p = tile.p + r * stride, *hp = tile.hp ? tile.hp + r * stride : nullptr;
     float *t_row = tile.t + r * tile.columns, *s_row = order == 2 ? tile.s + r * tile.columns : nullptr;
@@ -68,7 +66,7 @@ struct RowLoop {
       if (order == 2)
         for (int l = 0; l < n; ++l) s[l] = s_row[first + l];
       float limit[lanes] = {};
-      if (kernel != kLaplacian) {
+      if (kernel != Kernel::laplacian) {
         for (int l = 0; l < n; ++l) limit[l] = offset + tile.oq[first + l];
         for (int l = 0; l < lanes; ++l) t[l] = limit[l] + (squared ? -2 : 1) * t[l];
         if (order == 2)
@@ -85,7 +83,7 @@ struct RowLoop {
               if (order == 2) s[l] = dot_of_differences(p, q, hp, tile.hq + (first + l) * stride, D);
             }
       }
-      if (kernel == kPolynomial) {
+      if (kernel == Kernel::polynomial) {
         const float c = float(tile.numbers[0]), b = float(tile.numbers[1]);
         for (int l = 0; l < lanes; ++l) {
           const float e = c * t[l];
@@ -93,7 +91,7 @@ struct RowLoop {
           f1[l] = 3 * c * (b + e) * (b + e);
           f2[l] = 6 * c * c * (b + e);
         }
-      } else if (kernel == kEnergy) {
+      } else if (kernel == Kernel::energy) {
         for (int l = 0; l < lanes; ++l) {
           const float root = std::sqrt(t[l]), inverse = t[l] > 0 ? 1 / root : 0.0f;
           f[l] = -root;

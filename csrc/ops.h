@@ -1,6 +1,5 @@
 // Table of contents: every native function, its equation and its shapes. Pointers are raw and unchecked: the launchers
-// in minegan_fast/ops/ have checked shapes, dtypes, devices and strides. All tensors of a call have the dtype given
-// first.
+// in minegan_fast/ops/ have checked shapes, dtypes, devices and strides. All tensors have the call's first dtype.
 #pragma once
 
 #include <cstdint>
@@ -17,8 +16,8 @@ struct Axis {
 // ---- bias_act ----
 // Side of the kink s = y where given, else x + b. a(v) = v where s > 0, else slope v.
 //   out[o, c, i] = a(x[o, c, i] + b[c]) gain
-// b [C] and y [outer, C, inner] may be null. Without y it is the layer's forward, with y its second order (x, b = ddx,
-// ddb).
+// b [C] and y [outer, C, inner] may be null. Without y it is the layer's forward. With y it is its second order, and x
+// and b are ddx and ddb.
 void bias_act_cpu(DType, const void* x, const void* b, const void* y, void* out, Axis, double slope, double gain,
                   int threads);
 
@@ -41,7 +40,7 @@ int64_t bias_act_backward_splits(Axis);
 // k rows of `length` elements each that are a run of memory: [k, length], in the leaf and in what lies as it does.
 // Element j of row i also is dense[rows[i] row_stride + j / inner outer_stride + j % inner inner_stride].
 // dense, average and the moments that a rule does not have may be null; without dense, rows is not read.
-// 16 words of 8 bytes: `words` in minegan_fast/ops/_row_table.py.
+// 16 words of 8 bytes: WORDS in minegan_fast/ops/_row_table.py.
 struct RowTensor {
   void *leaf, *mean, *square, *average, *dense;
   const int64_t* rows;
@@ -51,8 +50,9 @@ struct RowTensor {
   int64_t wide;  // addresses and strides allow accesses of 16 bytes, as far as the gradient's does
   int64_t reserved;
 };
+static_assert(sizeof(RowTensor) == 16 * 8, "every field is a word");
 
-enum class Rule : int { adam = 0, adamw = 1, sgd = 2, momentum = 3 };
+enum class Rule : int { adam, adamw, sgd, momentum };  // RULES in minegan_fast/ops/row_update.py
 
 struct RowStep {
   double lr, beta1, beta2, log_beta1, log_beta2, eps, decay, momentum, average;  // logarithms to the base 2
@@ -84,12 +84,21 @@ void row_update_cuda(DType, DType dense, Rule, const RowTensor* tensors, const u
 #endif
 
 // ---- row_score ----
-// For each of the table's entries [entries, 6] = (g, w, outer, C, inner, start), in double:
-//   out[start + c] += factor * sum over o, i of t(g[o, c, i], w[o, c, i]),      t = g^2 | |g| | g w   for kind 0 | 1 |
-//   2
-// g, w are addresses of [outer, C, inner]; w may be 0 but for kind 2. No two entries share an element of out. The order
-// of a sum depends on its entry's shape alone.
-void row_score_cpu(DType, const int64_t* table, int64_t entries, double* out, int kind, double factor, int threads);
+// An entry of the table of gradients, 6 words of 8 bytes: `dense_table` in minegan_fast/ops/row_score.py.
+struct ScoredRows {
+  const void *g, *w;  // [outer, C, inner]; w may be null but for Kind::product
+  Axis axis;
+  int64_t start;
+};
+static_assert(sizeof(ScoredRows) == 6 * 8, "every field is a word");
+
+enum class Kind : int { square, abs, product };  // KINDS in minegan_fast/ops/row_score.py
+
+// For each entry of the table, in double:
+//   out[start + c] += factor * sum over o, i of t(g[o, c, i], w[o, c, i])
+//   t = g^2 (square), |g| (abs), g w (product)
+// No two entries share an element of out. The order of a sum depends on its entry's shape alone.
+void row_score_cpu(DType, Kind, const ScoredRows* table, int64_t entries, double* out, double factor, int threads);
 
 // ---- row_gradient ----
 // A convolution in three dimensions; what has fewer has ones in front. Sizes that belong to x, then to gy.
@@ -102,8 +111,7 @@ struct Convolution {
   int64_t y_channel() const { return positions[0] * positions[1] * positions[2]; }
 };
 
-// With the sums of products below in float, those of blocks in double, in an order that depends on the shape and the
-// instruction set alone, not on the number of threads:
+// With sums in float, in an order that depends on the shape and the instruction set alone, not on how many threads:
 //   dW[r, c, d] = sum over b, p of gy[b, r, p] x[b, c of r's group, p stride + d dilation - padding]
 //   transposed:   sum over b, q of gy[b, r, q stride + d dilation - padding] x[b, c, q]
 // x [B, groups C, *size], gy [B, k, *positions], dW [k, C, *kernel]; row r is of group r / (k / groups).
@@ -113,8 +121,7 @@ void row_gradient_cpu(const float* x, const float* gy, float* dW, const Convolut
 // Sizes are vertical, then horizontal. x [outer, *in, inner] and y [outer, *out, inner] as they lie in memory.
 struct Resampling {
   int64_t outer, inner, in[2], out[2], kernel[2], up[2], down[2], before[2];
-  bool separable;  // the filter is kernel [k] times itself, kernel[0] = kernel[1] = k; else kernel [kernel[0],
-                   // kernel[1]]
+  bool separable;  // the filter is f [k] times itself, kernel[0] = kernel[1] = k; else f [kernel[0], kernel[1]]
   bool flip;
 };
 
@@ -188,16 +195,20 @@ void manhattan_signs_cpu(const float* A, const float* p, const float* q, float* 
                          int threads);
 
 // ---- mmd ----
-// Kernels 0 gaussian, 1 laplacian, 2 energy, 3 polynomial; c or c, b are `numbers`. t [rows, columns] comes as <p, q>,
-// and s as <p, hq> + <hp, q>; for the laplacian they are |p - q|_1 and the slopes above, for which there are no
-// offsets:
-//   u = op + oq + <p, q>,   v = hop + hoq + s;       of squares (0, 2)  u = op + oq - 2 <p, q>,   v = hop + hoq - s
-//   totals[i] = sum over j of weight f(u)                               j > i alone with `diagonal`
+enum class Kernel : int { gaussian, laplacian, polynomial, energy };  // KERNELS in minegan_fast/ops/mmd.py
+
+// t [rows, columns] comes as <p, q>, and s as <p, hq> + <hp, q>; for the laplacian they are |p - q|_1 and the slopes
+// above. u is what f is of, v its derivative along h:
+//   gaussian     u = op + oq - 2 <p, q>   v = hop + hoq - s    f(u) = sum of exp(c u)
+//   laplacian    u = |p - q|_1            v = s                f(u) = sum of exp(c u)
+//   polynomial   u = op + oq + <p, q>     v = hop + hoq + s    f(u) = (b + c u)^3 - b^3
+//   energy       u = op + oq - 2 <p, q>   v = hop + hoq - s    f(u) = -sqrt(u)
+// `numbers` are the c; of polynomial c, b. squarings[n] > 0: exp(c[n] u) is exp(c[n - 1] u) squared so often.
+//   totals[i] = sum over j of weight f(u)              j > i alone with `diagonal`
 //   order -1    t = weight f(u)
-//   order 1, 2  t = A = weight f'(u),  of squares twice that
-//   order 2     s = B = weight f''(u) v,  of squares 4 times that
-// f(u) = sum of exp(c u) | the same | -sqrt(u) | (b + c u)^3 - b^3. squarings[n] > 0: exp(c[n] u) is exp(c[n - 1] u)
-// squared so often. hp, hq, hop, hoq and s are read for order 2 alone.
+//   order 1, 2  t = A = weight f'(u)                   gaussian, energy: twice that
+//   order 2     s = B = weight f''(u) v                gaussian, energy: 4 times that
+// hp, hq, hop, hoq and s are read for order 2 alone.
 struct MmdTile {
   const float *p, *q, *hp, *hq, *op, *hop, *oq, *hoq;
   const double* numbers;
@@ -209,7 +220,7 @@ struct MmdTile {
   double weight;
   bool diagonal;
 };
-void mmd_tile_cpu(const MmdTile&, int kernel, int order, int threads);
+void mmd_tile_cpu(const MmdTile&, Kernel, int order, int threads);
 
 // ---- mmd_groups ----
 // A group of features: x [N, D] and y [M, D], norms [M] = |y|², xx [N, N] = <x, x> and xy [N, M] = <x, y>, in place.

@@ -13,6 +13,7 @@ constexpr int kLanes = 16;           // running sums of a plane: the same on eve
 constexpr int64_t kPixels = 256;     // channels last: pixels whose sum is one partial sum
 constexpr int64_t kAlone = 1 << 17;  // below this many elements a second thread costs more to start than it gives
 
+// Says of a loop that no iteration reads what another writes: a pass has too many pointers for GCC to find that out.
 #if defined(__GNUC__) && !defined(__clang__)
 #define MINEGAN_INDEPENDENT _Pragma("GCC ivdep")
 #else
@@ -33,13 +34,14 @@ struct Tensors {
   Planes shape;
   F f;
 
-  // Elements at + j, j < width, of the positions i + j or, with k and sums that run along, of one position.
+  // Elements at + j, j < width: of neighbouring positions of one channel or, `along`, of the channels of one position,
+  // whose k and sums run along.
   template <bool along>
   MINEGAN_INLINE void segment(int64_t at, int64_t width, const A* noise, const A* const* k, A* const* sums) const {
     const A n = along && noise ? *noise : A(0);
     MINEGAN_INDEPENDENT
     for (int64_t j = 0; j < width; ++j) {
-      A v[F::inputs], kj[F::coefficients], result[F::outputs], sum[F::sums + 1];
+      A v[F::inputs], kj[F::coefficients], result[F::outputs], sum[F::sums + 1];  // an array has an element at least
       for (int m = 0; m < F::inputs; ++m) v[m] = widen(in[m][at + j]);
       for (int m = 0; m < F::coefficients; ++m) kj[m] = k[m][along ? j : 0];
       f(v, along || !noise ? n : noise[j], kj, result, sum);
@@ -62,6 +64,7 @@ struct Contiguous {  // a unit is a plane
       A* sums[F::sums + 1];
       for (int m = 0; m < F::coefficients; ++m) k[m] = t.k + m * s.B * s.C + u;
       for (int m = 0; m < F::sums; ++m) sums[m] = lanes[m];
+      // The width of a whole run is a constant to the compiler, that of the rest is not.
       int64_t i = 0;
       for (; i + kLanes <= s.P; i += kLanes)
         t.template segment<false>(u * s.P + i, kLanes, noise ? noise + i : noise, k, sums);
@@ -103,6 +106,7 @@ void pass(Tensors<T, F> t, int threads) {
   if (!s.last) {
     return parallel_for(s.B * s.C, sharing, [&](int64_t begin, int64_t end) { run<Contiguous<T, F>>(&t, begin, end); });
   }
+  // Units of one sample add to the same channels: each has sums of its own, which are added up in a fixed order.
   const int64_t blocks = (s.P + kPixels - 1) / kPixels;
   A* const totals = t.sums;
   std::vector<A> partial(s.B * blocks * F::sums * s.C);

@@ -19,6 +19,7 @@ MINEGAN_HD Factors<A> factors(const RowStep& s, const float* grad_scale) {
   const double mean = 1 - s.beta1;
   Factors<A> f;
   f.low = A(mean) < A(0.5);
+  // The reciprocal is rounded to float before it is used, as torch.amp.GradScaler rounds it.
   f.unscale = grad_scale ? A(float(1 / double(*grad_scale))) : A(1);
   f.lr = A(s.lr);
   f.decay = A(s.decay);
@@ -111,6 +112,8 @@ template <Rule rule, class T, class D>
 struct StepRows {
   static MINEGAN_INLINE void run(const RowTensor* tensors, const void* const* grads, int64_t n, const RowStep* step,
                                  const Factors<T>* f, int64_t begin, int64_t end) {
+    // `begin` and `end` are counted from the first element of tensor i. `age` is that of a row's `known`-th step: rows
+    // of one age share its powers, which are computed in double.
     float known = -1;
     Age<T> age{};
     for (int64_t i = 0; i < n && end > 0; ++i) {
@@ -120,7 +123,7 @@ struct StepRows {
         const T* grad = (const T*)grads[i];
         const int64_t stop = std::min(t.count, (end + L - 1) / L);
         for (int64_t row = (std::max<int64_t>(begin, 0) + L - 1) / L, next; row < stop; row = next) {
-          // Neighbours of one age are one run of memory.
+          // Neighbouring rows of one age are stepped as one run of memory, as long as that stays in the cache.
           for (next = row + 1; next < stop && (next + 1 - row) * L <= kRun; ++next)
             if (has_age(rule) && t.step[next] != t.step[row]) break;
           if (grad && has_age(rule)) {
@@ -133,6 +136,7 @@ struct StepRows {
             if (grad) advance_run<rule>(w, grad + at, (T*)t.mean + at, (T*)t.square + at, count, *f, age);
             if (t.average) average_run((T*)t.average + at, w, count, f->average);
             if (!grad || !t.dense) continue;
+            // A single row may be longer than kRun and comes in parts; several rows are whole.
             if (next == row + 1)
               write_run<T, D>(t, row, w, at - row * L, count);
             else
@@ -195,15 +199,16 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kChunk = 1024;  // elements of a work item: CHUNK in minegan_fast/ops/_row_table.py
 
-// Elements threadIdx.x V, (threadIdx.x + kThreads) V, ... of an item that begins at element `first` of its first row.
-// A pointer read from memory could lead anywhere, for all that the compiler knows; accesses to global memory are
-// faster.
+// A pointer read from memory could lead anywhere, for all that the compiler knows; it makes faster accesses of one that
+// is said to lead to global memory.
 template <class T>
 __device__ __forceinline__ T* global(T* p) {
   __builtin_assume(__isGlobal(p));
   return p;
 }
 
+// An item begins at element `first` of its first row; a thread takes V elements of it, and the V that lie kThreads V
+// further on, and so on.
 template <Rule rule, class T, class D, int V>
 __device__ __forceinline__ void step_item(const RowTensor& t, const RowItem& item, const T* grad, const RowStep& step,
                                           const Factors<T>& f) {
@@ -266,7 +271,8 @@ __global__ void __launch_bounds__(kThreads)
   else
     step_item<rule, T, D, 1>(t, item, grad, step, f);
   if (!has_age(rule) || !grad) return;
-  // Every thread has read the ages before one of them is advanced; of the blocks that share a row, the last does it.
+  // Every thread must have read the ages before one of them is advanced. Of the blocks that share a row, the last one
+  // to take a ticket advances it; the fence keeps the reads of each block before its ticket.
   const int parts = int((t.length + kChunk - 1) / kChunk);
   __syncthreads();
   if (parts == 1) {

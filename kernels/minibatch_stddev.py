@@ -29,7 +29,10 @@ def minibatch_stddev_kernel(
     BG: tl.constexpr,
     BE: tl.constexpr,
 ):
-    """PASS 0: x -> y, 1: dy = given -> dx = out, 2: ddx = given -> ddy = y, gx = out. 0 and 2 leave sums in partial."""
+    """Of the PASS "forward" x -> y, "backward" dy = given -> dx = out, "second order" ddx = given -> ddy = y, gx = out.
+
+    The first and the last leave sums in partial.
+    """
     pid = tl.program_id(0)
     e = pid % tiles * BE + tl.arange(0, BE)[None, :]
     f = pid // tiles % features
@@ -52,11 +55,11 @@ def minibatch_stddev_kernel(
     d = tl.where(mask, wide - tl.sum(wide, 0, keep_dims=True) / count, 0.0)
     s = tl.sqrt(tl.sum(d * d, 0, keep_dims=True) / count + tl.full((1, 1), _EPS, WIDE))
     averaged = s
-    if PASS > 0:
+    if PASS != "forward":
         scale = tl.load(D_ptr + m * features + f) / ((width * pixels).to(WIDE) * count * s)
-    if PASS == 0:
+    if PASS == "forward":
         tl.store(y_ptr + above, x, mask)
-    elif PASS == 1:
+    elif PASS == "backward":
         dy = tl.load(given_ptr + above, mask, other=0.0).to(WIDE)
         tl.store(out_ptr + at, (dy + scale * d).to(out_ptr.dtype.element_ty), mask)
     else:
@@ -66,7 +69,7 @@ def minibatch_stddev_kernel(
         averaged = tl.sum(d * v, 0, keep_dims=True) / (count * s)
         gx = scale * (v - tl.sum(v, 0, keep_dims=True) / count - averaged * d / s)
         tl.store(out_ptr + at, gx.to(out_ptr.dtype.element_ty), mask)
-    if PASS != 1:
+    if PASS != "backward":
         tl.store(partial_ptr + pid, tl.sum(tl.where(e < width * pixels, averaged, 0.0)))
 
 
@@ -110,13 +113,13 @@ def tile(size: int, elements: int) -> dict[str, int]:
     return {"BG": BG, "BE": max(1, min(_TILE // BG, triton.next_power_of_2(elements)))}
 
 
-def _launch(which: int, x, given, D, y, out, size, groups, C, pixels, features, channels_last: bool) -> None:
+def _launch(which: str, x, given, D, y, out, size, groups, C, pixels, features, channels_last: bool) -> None:
     if x.numel() == 0:
         return
     blocks = tile(size, C // features * pixels)
     tiles = triton.cdiv(C // features * pixels, blocks["BE"])
     partial = None
-    if which != 1:
+    if which != "backward":
         wide = torch.promote_types(x.dtype, torch.float32)
         partial = torch.empty(groups * features * tiles, dtype=wide, device=x.device)
     shape = size, groups, C, pixels, features, tiles
@@ -131,12 +134,12 @@ def _launch(which: int, x, given, D, y, out, size, groups, C, pixels, features, 
 
 def minibatch_stddev(x, y, *shape) -> None:
     """shape: samples a group, groups, channels, pixels, features, whether channels come last."""
-    _launch(0, x, None, None, y, None, *shape)
+    _launch("forward", x, None, None, y, None, *shape)
 
 
 def minibatch_stddev_backward(dy, D, x, dx, *shape) -> None:
-    _launch(1, x, dy, D, None, dx, *shape)
+    _launch("backward", x, dy, D, None, dx, *shape)
 
 
 def minibatch_stddev_double_backward(ddx, D, x, ddy, gx, *shape) -> None:
-    _launch(2, x, ddx, D, ddy, gx, *shape)
+    _launch("second order", x, ddx, D, ddy, gx, *shape)

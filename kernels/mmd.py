@@ -4,8 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
-LAPLACIAN, ENERGY, SQUARED_KERNELS = 1, 2, (0, 2)  # of the codes in ops/mmd.py
-_CLOSE = tl.constexpr(1 / 256)  # as in csrc/mmd.cu
+SQUARED_KERNELS = ("gaussian", "energy")  # those of a squared distance
+_CLOSE = tl.constexpr(1 / 256)  # kClose in csrc/mmd_rows.h
 
 
 @triton.jit
@@ -44,7 +44,7 @@ def mmd_tile_kernel(
     Of a squared distance far below the squares products leave too few digits. A program that meets one marks its tile
     in `close` and adds nothing; four programs of half its sides then do the tile EXACT, by differences.
     """
-    SQUARED: tl.constexpr = (KERNEL == 0) | (KERNEL == 2)
+    SQUARED: tl.constexpr = (KERNEL == "gaussian") | (KERNEL == "energy")
     i = tl.program_id(0) * BM + tl.arange(0, BM)
     j = tl.program_id(1) * BN + tl.arange(0, BN)
     inside = (i < rows)[:, None] & (j < columns)[None, :]
@@ -63,7 +63,7 @@ def mmd_tile_kernel(
         if tl.load(close_ptr + (tl.program_id(0) // 2) * tl.cdiv(columns, 2 * BN) + tl.program_id(1) // 2) == 0:
             return
     if (not DIAGONAL) | (tl.program_id(1) * BN + BN > tl.program_id(0) * BM + 1):
-        if KERNEL == 1:
+        if KERNEL == "laplacian":
             t = tl.load(t_ptr + at, inside, other=0.0)
             if ORDER == 2:
                 s = tl.load(s_ptr + at, inside, other=0.0)
@@ -105,13 +105,13 @@ def mmd_tile_kernel(
                     s = along - s if SQUARED else along + s
                 if SQUARED:
                     close = tl.max((counts & (t < _CLOSE * limit)).to(tl.int32))
-        if KERNEL == 3:
+        if KERNEL == "polynomial":
             c, b = tl.load(numbers_ptr).to(tl.float32), tl.load(numbers_ptr + 1).to(tl.float32)
             e = c * t
             f = e * (3 * b * b + 3 * b * e + e * e)
             f1 = 3 * c * (b + e) * (b + e)
             f2 = 6 * c * c * (b + e)
-        elif KERNEL == 2:
+        elif KERNEL == "energy":
             inverse = tl.where(t > 0, tl.rsqrt(t), 0.0)
             f = -t * inverse
             f1 = -0.5 * inverse
@@ -142,21 +142,21 @@ def mmd_tile_kernel(
         tl.store(B_ptr + at, tl.where(counts, (4 if SQUARED else 1) * w * f2 * s, 0.0), inside)
 
 
-def blocks(kernel: int, order: int, exact: bool, capability: int) -> dict[str, int]:
+def blocks(kernel: str, order: int, exact: bool, capability: int) -> dict[str, int]:
     """As wide as the registers hold: with one sum of products, with two, and with distances from memory."""
-    if kernel == LAPLACIAN:
+    if kernel == "laplacian":
         return {"BM": 64, "BN": 64, "BK": 16, "num_warps": 4, "num_stages": 1}
     BM, BN = (64, 64) if order == 2 else (128, 128)
     if capability < 9:  # products take registers that later GPUs do not need for them
         BN //= 2
     if exact:
         return {"BM": BM // 2, "BN": BN // 2, "BK": 1, "num_warps": 4, "num_stages": 1, "maxnreg": 255}
-    BK = 16 if kernel == ENERGY and order == 1 else 32
+    BK = 16 if kernel == "energy" and order == 1 else 32
     return {"BM": BM, "BN": BN, "BK": BK, "num_warps": 8, "num_stages": 2 if order == 2 else 3}
 
 
 def mmd_tile(
-    p, q, hp, hq, op, oq, numbers, t, s, squarings, kernel: int, precision, weight, diagonal: bool, order: int
+    p, q, hp, hq, op, oq, numbers, t, s, squarings, kernel: str, precision, weight, diagonal: bool, order: int
 ):
     """(float64 whose sum is the tile's, A, B); A and B, where there are any, lie where t and s did."""
     capability = torch.cuda.get_device_capability(p.device)[0] if p.is_cuda else 9

@@ -57,6 +57,7 @@ def pairs_kernel(
     g = tl.program_id(2)
     start, D = _group(starts_ptr, g, ALIGNED)
     i = tl.program_id(1) * BM + tl.arange(0, BM)
+    # The first programs along axis 0 take x's own columns, the others y's.
     tiles = tl.cdiv(N, BN)
     own = tl.program_id(0) < tiles
     if own:
@@ -67,6 +68,7 @@ def pairs_kernel(
     columns = tl.where(own, N, M)
     j = (tl.program_id(0) - tl.where(own, 0, tiles)) * BN + tl.arange(0, BN)
 
+    # |p - q|^2 = |p|^2 + |q|^2 - 2 <p, q>: the squares are added up while p and q are here for the products.
     t = tl.zeros((BM, BN), tl.float32)
     pp = tl.zeros((BM, BK), tl.float32)
     qq = tl.zeros((BN, BK), tl.float32)
@@ -80,6 +82,7 @@ def pairs_kernel(
     limit = tl.sum(pp, 1)[:, None] + tl.sum(qq, 1)[None, :]
     t = limit - 2 * t
     inside = (i < N)[:, None] & (j < columns)[None, :]
+    # The pair of a row and itself does not count: its distance of 0 would make every tile on the diagonal exact.
     counts = inside & ((i[:, None] != j[None, :]) | (tl.program_id(0) >= tiles))
     if tl.max((counts & (t < _CLOSE * limit)).to(tl.int32)) > 0:
         rows_at, columns_at = i.to(tl.int64)[:, None] * stride, j.to(tl.int64)[None, :] * stride
@@ -89,6 +92,7 @@ def pairs_kernel(
             q = tl.load(q_ptr + columns_at + d, (j < columns)[None, :], other=0.0)
             t += (p - q) * (p - q)
 
+    # f and f' are sums over the group's bandwidths, whose numbers c lie together.
     first, last = tl.load(firsts_ptr + g), tl.load(firsts_ptr + g + 1)
     f = tl.zeros((BM, BN), tl.float32)
     f1 = tl.zeros((BM, BN), tl.float32)
@@ -97,6 +101,7 @@ def pairs_kernel(
         e = tl.exp(c * t)
         f += e
         f1 += c * e
+    # w or v of minegan_fast/ops/mmd_groups.py. n is float64, because n * n could overflow as an int32.
     n = N.to(tl.float64)
     within = n * (n - 1) if UNBIASED else n * n
     weight = tl.where(own, 1.0, -2.0) / (tl.where(own, within, n * M) * (last - first))
@@ -109,6 +114,7 @@ def pairs_kernel(
         else:
             out_ptr = B_ptr
         at = (g.to(tl.int64) * N + i)[:, None] * columns + j[None, :]
+        # A = -4 w f' and B = -2 v f': a pair within x is in the sum twice, as (i, j) and as (j, i).
         slope = (weight * tl.where(own, -4, -2)).to(tl.float32)
         tl.store(out_ptr + at, tl.where(counts, slope * f1, 0.0), inside)
 
@@ -158,7 +164,7 @@ def slopes_kernel(
     """A program takes BM rows and BD columns of a group."""
     g = tl.program_id(2)
     start, D = _group(starts_ptr, g, ALIGNED)
-    if tl.program_id(0) * BD >= D:
+    if tl.program_id(0) * BD >= D:  # the grid is that of the widest group
         return
     i = tl.program_id(1) * BM + tl.arange(0, BM)
     d = tl.program_id(0) * BD + tl.arange(0, BD)

@@ -4,23 +4,14 @@ import torch
 import triton
 import triton.language as tl
 
-from .noise_bias_act import _OPTIONS, flags, geometry, steps, store_sums, tile
+from .noise_bias_act import _OPTIONS, flags, geometry, launch, store_sums, tile
 
 
 @triton.jit
 def modulate_kernel(
-    x_ptr,
-    s_ptr,
-    y_ptr,
-    B,
-    C,
-    P,
-    channel_stride,
-    position_stride,
-    WIDE: tl.constexpr,
-    BC: tl.constexpr,
-    BP: tl.constexpr,
-):
+    x_ptr, s_ptr, y_ptr, B, C, P, channel_stride, position_stride,
+    WIDE: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
+):  # fmt: skip
     b, c, in_c, _, in_p, base, at = tile(0, B, C, P, channel_stride, position_stride, BC, BP, 1)
     y = tl.load(x_ptr + base + at, in_c & in_p).to(WIDE) * tl.load(s_ptr + b * C + c, in_c)
     tl.store(y_ptr + base + at, y.to(y_ptr.dtype.element_ty), in_c & in_p)
@@ -28,21 +19,9 @@ def modulate_kernel(
 
 @triton.jit
 def modulate_backward_kernel(
-    gy_ptr,
-    x_ptr,
-    s_ptr,
-    gx_ptr,
-    gs_ptr,
-    B,
-    C,
-    P,
-    channel_stride,
-    position_stride,
-    WIDE: tl.constexpr,
-    BC: tl.constexpr,
-    BP: tl.constexpr,
-    STEPS: tl.constexpr,
-):
+    gy_ptr, x_ptr, s_ptr, gx_ptr, gs_ptr, B, C, P, channel_stride, position_stride,
+    WIDE: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
     total = tl.zeros((BC, BP), WIDE)
     for step in range(STEPS):
         b, c, in_c, _, in_p, base, at = tile(step, B, C, P, channel_stride, position_stride, BC, BP, STEPS)
@@ -56,23 +35,10 @@ def modulate_backward_kernel(
 
 @triton.jit
 def modulate_double_backward_kernel(
-    hx_ptr,
-    gy_ptr,
-    x_ptr,
-    k_ptr,
-    dgy_ptr,
-    dx_ptr,
-    ds_ptr,
-    B,
-    C,
-    P,
-    channel_stride,
-    position_stride,
-    WIDE: tl.constexpr,
-    BC: tl.constexpr,
-    BP: tl.constexpr,
-    STEPS: tl.constexpr,
-):
+    hx_ptr, gy_ptr, x_ptr, k_ptr, dgy_ptr, dx_ptr, ds_ptr, B, C, P, channel_stride, position_stride,
+    WIDE: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """k is s, hs."""
     total = tl.zeros((BC, BP), WIDE)
     for step in range(STEPS):
         b, c, in_c, _, in_p, base, at = tile(step, B, C, P, channel_stride, position_stride, BC, BP, STEPS)
@@ -100,27 +66,9 @@ def modulate(x, s) -> torch.Tensor:
 
 def modulate_backward(gy, x, s) -> tuple[torch.Tensor, torch.Tensor]:
     gx = torch.empty_like(x)
-    if x.numel() == 0:
-        return gx, torch.zeros_like(s)
-    sizes, tile = geometry(x)
-    count, splits, programs = steps(x, tile)
-    gs = torch.empty(splits, *s.shape, dtype=s.dtype, device=s.device)
-    with torch.cuda.device_of(x):
-        modulate_backward_kernel[(programs,)](
-            gy, x, s, gx, gs, *sizes, STEPS=count, **flags(x), **tile, **_OPTIONS
-        )  # fmt: skip
-    return gx, gs[0] if splits == 1 else gs.sum(0)
+    return gx, launch(modulate_backward_kernel, x, (gy, x, s, gx), s)
 
 
 def modulate_double_backward(hx, gy, x, k) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     dgy, dx = torch.empty_like(x), torch.empty_like(x)
-    if x.numel() == 0:
-        return dgy, dx, torch.zeros_like(k[0])
-    sizes, tile = geometry(x)
-    count, splits, programs = steps(x, tile)
-    ds = torch.empty(splits, *k.shape[1:], dtype=k.dtype, device=k.device)
-    with torch.cuda.device_of(x):
-        modulate_double_backward_kernel[(programs,)](
-            hx, gy, x, k, dgy, dx, ds, *sizes, STEPS=count, **flags(x), **tile, **_OPTIONS
-        )
-    return dgy, dx, ds[0] if splits == 1 else ds.sum(0)
+    return dgy, dx, launch(modulate_double_backward_kernel, x, (hx, gy, x, k, dgy, dx), k[0])

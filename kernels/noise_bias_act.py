@@ -14,6 +14,7 @@ def tile(step, B, C, P, channel_stride, position_stride, BC: tl.constexpr, BP: t
     tile (64 bits) and offsets in it (32 bits)."""
     pid = tl.program_id(0).to(tl.int64)
     tiles_c = tl.cdiv(C, BC)
+    # Programs count tiles of channels first, then samples, then splits of the positions, of STEPS tiles each.
     c0, b, p0 = pid % tiles_c * BC, pid // tiles_c % B, (pid // tiles_c // B * STEPS + step) * BP
     c = tl.arange(0, BC)[:, None]
     p = tl.arange(0, BP)[None, :]
@@ -33,32 +34,26 @@ def store_sums(sums_ptr, total, which: tl.constexpr, SUMS: tl.constexpr, B, C, B
 
 @triton.jit
 def _noise(n_ptr, b, noise_batch, p, exists, like):
+    """The noise of the positions p of sample b, in the shape of `like`."""
     return tl.load(n_ptr + b * noise_batch + p, exists, other=0.0) + tl.zeros_like(like)
 
 
 @triton.jit
-def noise_bias_act_kernel(
-    c_ptr,
-    n_ptr,
-    k_ptr,
-    y_ptr,
-    B,
-    C,
-    P,
-    channel_stride,
-    position_stride,
-    noise_batch,
-    slope: tl.float64,
-    gain: tl.float64,
-    HAS_NOISE: tl.constexpr,
-    WIDE: tl.constexpr,
-    BC: tl.constexpr,
-    BP: tl.constexpr,
-):
-    b, c, in_c, p, in_p, base, at = tile(0, B, C, P, channel_stride, position_stride, BC, BP, 1)
+def _factors(slope, gain, WIDE: tl.constexpr):
+    """What m is above the kink and below it."""
     gain = tl.full((1, 1), gain, WIDE)
-    leak = tl.full((1, 1), slope, WIDE) * gain
-    k, n_k = k_ptr + b * C + c, B.to(tl.int64) * C
+    return gain, tl.full((1, 1), slope, WIDE) * gain
+
+
+@triton.jit
+def noise_bias_act_kernel(
+    c_ptr, n_ptr, k_ptr, y_ptr, B, C, P, channel_stride, position_stride, noise_batch, slope: tl.float64,
+    gain: tl.float64, HAS_NOISE: tl.constexpr, WIDE: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
+):  # fmt: skip
+    """k is d, f, h."""
+    b, c, in_c, p, in_p, base, at = tile(0, B, C, P, channel_stride, position_stride, BC, BP, 1)
+    gain, leak = _factors(slope, gain, WIDE)
+    k, n_k = k_ptr + b * C + c, B.to(tl.int64) * C  # the next coefficient of a channel lies n_k further on
     u = tl.load(c_ptr + base + at, in_c & in_p).to(WIDE) * tl.load(k, in_c)
     if HAS_NOISE:
         u += tl.load(k + n_k, in_c) * _noise(n_ptr, b, noise_batch, p, in_p, u)
@@ -69,28 +64,12 @@ def noise_bias_act_kernel(
 
 @triton.jit
 def noise_bias_act_backward_kernel(
-    gy_ptr,
-    y_ptr,
-    n_ptr,
-    k_ptr,
-    gc_ptr,
-    sums_ptr,
-    B,
-    C,
-    P,
-    channel_stride,
-    position_stride,
-    noise_batch,
-    slope: tl.float64,
-    gain: tl.float64,
-    HAS_NOISE: tl.constexpr,
-    WIDE: tl.constexpr,
-    BC: tl.constexpr,
-    BP: tl.constexpr,
-    STEPS: tl.constexpr,
-):
-    gain = tl.full((1, 1), gain, WIDE)
-    leak = tl.full((1, 1), slope, WIDE) * gain
+    gy_ptr, y_ptr, n_ptr, k_ptr, gc_ptr, sums_ptr, B, C, P, channel_stride, position_stride, noise_batch,
+    slope: tl.float64, gain: tl.float64, HAS_NOISE: tl.constexpr, WIDE: tl.constexpr, BC: tl.constexpr,
+    BP: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """k is d, f, h; the sums are d gd, gf, gh."""
+    gain, leak = _factors(slope, gain, WIDE)
     of_c, of_n, of_1 = tl.zeros((BC, BP), WIDE), tl.zeros((BC, BP), WIDE), tl.zeros((BC, BP), WIDE)
     for step in range(STEPS):
         b, c, in_c, p, in_p, base, at = tile(step, B, C, P, channel_stride, position_stride, BC, BP, STEPS)
@@ -100,6 +79,7 @@ def noise_bias_act_backward_kernel(
         m = tl.where(y > 0, gain, leak)
         g = gy * m
         tl.store(gc_ptr + base + at, (g * tl.load(k, in_c)).to(gc_ptr.dtype.element_ty), in_c & in_p)
+        # t = d c: c was not kept, and y / m gives d c + f n + h back.
         t = y / m - tl.load(k + 2 * n_k, in_c, other=0.0)
         if HAS_NOISE:
             n = _noise(n_ptr, b, noise_batch, p, in_p, g)
@@ -114,30 +94,12 @@ def noise_bias_act_backward_kernel(
 
 @triton.jit
 def noise_bias_act_double_backward_kernel(
-    hc_ptr,
-    gy_ptr,
-    y_ptr,
-    n_ptr,
-    k_ptr,
-    dgy_ptr,
-    dy_ptr,
-    sums_ptr,
-    B,
-    C,
-    P,
-    channel_stride,
-    position_stride,
-    noise_batch,
-    slope: tl.float64,
-    gain: tl.float64,
-    HAS_NOISE: tl.constexpr,
-    WIDE: tl.constexpr,
-    BC: tl.constexpr,
-    BP: tl.constexpr,
-    STEPS: tl.constexpr,
-):
-    gain = tl.full((1, 1), gain, WIDE)
-    leak = tl.full((1, 1), slope, WIDE) * gain
+    hc_ptr, gy_ptr, y_ptr, n_ptr, k_ptr, dgy_ptr, dy_ptr, sums_ptr, B, C, P, channel_stride, position_stride,
+    noise_batch, slope: tl.float64, gain: tl.float64, HAS_NOISE: tl.constexpr, WIDE: tl.constexpr, BC: tl.constexpr,
+    BP: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """k is d, e, f, h; the sum is that of m gy hc."""
+    gain, leak = _factors(slope, gain, WIDE)
     total = tl.zeros((BC, BP), WIDE)
     for step in range(STEPS):
         b, c, in_c, p, in_p, base, at = tile(step, B, C, P, channel_stride, position_stride, BC, BP, STEPS)
@@ -186,6 +148,23 @@ def flags(x: torch.Tensor) -> dict[str, object]:
     return {"WIDE": tl.float64 if x.dtype == torch.float64 else tl.float32}
 
 
+def launch(kernel, x: torch.Tensor, tensors: tuple, like: torch.Tensor, *scalars, **constants) -> torch.Tensor:
+    """Launches a kernel that takes `tensors`, a place for its sums over the positions, the sizes, and the rest.
+
+    Gives the sums, of the shape and dtype of `like`: those of the splits, added up.
+    """
+    if x.numel() == 0:
+        return torch.zeros_like(like)
+    sizes, tile = geometry(x)
+    count, splits, programs = steps(x, tile)
+    partial = like.new_empty(splits, *like.shape)
+    with torch.cuda.device_of(x):
+        kernel[(programs,)](
+            *tensors, partial, *sizes, *scalars, STEPS=count, **constants, **flags(x), **tile, **_OPTIONS
+        )
+    return partial[0] if splits == 1 else partial.sum(0)
+
+
 def _noise_batch(n) -> int:
     return 0 if n is None or n.shape[0] == 1 else n.shape[2] * n.shape[3]
 
@@ -204,30 +183,12 @@ def noise_bias_act(c, n, k, slope: float, gain: float) -> torch.Tensor:
 
 
 def noise_bias_act_backward(gy, y, n, k, slope: float, gain: float) -> tuple[torch.Tensor, torch.Tensor]:
-    gc = torch.empty_like(gy)
-    if y.numel() == 0:
-        return gc, torch.zeros_like(k)
-    sizes, tile = geometry(y)
-    count, splits, programs = steps(y, tile)
-    sums = torch.empty(splits, *k.shape, dtype=k.dtype, device=k.device)
-    constants = {"HAS_NOISE": n is not None, "STEPS": count} | flags(y) | tile
-    with torch.cuda.device_of(y):
-        noise_bias_act_backward_kernel[(programs,)](
-            gy, y, n, k, gc, sums, *sizes, _noise_batch(n), slope, gain, **constants, **_OPTIONS
-        )
-    return gc, sums[0] if splits == 1 else sums.sum(0)
+    gc, numbers = torch.empty_like(gy), (_noise_batch(n), slope, gain)
+    tensors = gy, y, n, k, gc
+    return gc, launch(noise_bias_act_backward_kernel, y, tensors, k, *numbers, HAS_NOISE=n is not None)
 
 
 def noise_bias_act_double_backward(hc, gy, y, n, k, slope: float, gain: float) -> tuple[torch.Tensor, ...]:
-    dgy, dy = torch.empty_like(y), torch.empty_like(y)
-    if y.numel() == 0:
-        return dgy, dy, torch.zeros_like(k[0])
-    sizes, tile = geometry(y)
-    count, splits, programs = steps(y, tile)
-    sums = torch.empty(splits, *k.shape[1:], dtype=k.dtype, device=k.device)
-    constants = {"HAS_NOISE": n is not None, "STEPS": count} | flags(y) | tile
-    with torch.cuda.device_of(y):
-        noise_bias_act_double_backward_kernel[(programs,)](
-            hc, gy, y, n, k, dgy, dy, sums, *sizes, _noise_batch(n), slope, gain, **constants, **_OPTIONS
-        )
-    return dgy, dy, sums[0] if splits == 1 else sums.sum(0)
+    dgy, dy, numbers = torch.empty_like(y), torch.empty_like(y), (_noise_batch(n), slope, gain)
+    tensors = hc, gy, y, n, k, dgy, dy
+    return dgy, dy, launch(noise_bias_act_double_backward_kernel, y, tensors, k[0], *numbers, HAS_NOISE=n is not None)

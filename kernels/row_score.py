@@ -5,7 +5,8 @@ import triton
 import triton.language as tl
 
 _OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
-_FIELDS = 7  # of an entry in the table: g, w, outer, C, inner, start, first program
+# Words of an entry in the table, FIRST that of its first program, and how many they are.
+G, W, OUTER, CHANNELS, INNER, START, FIRST, WORDS = map(tl.constexpr, range(8))
 _LONG = 256  # elements from which a program takes one row at a time
 _TILES = {True: (1, 1024), False: (32, 32)}  # rows and elements of a row that are read together
 
@@ -31,13 +32,13 @@ def row_score_kernel(
     low, high = 0, entries
     for _ in range(STEPS):
         middle = (low + high) // 2
-        right = (tl.load(table_ptr + middle * 7 + 6) <= pid) & (middle < high)
+        right = (tl.load(table_ptr + middle * WORDS + FIRST) <= pid) & (middle < high)
         low, high = tl.where(right, middle, low), tl.where(right, high, middle)
-    entry = table_ptr + low * 7
-    g_ptr = tl.load(entry).to(tl.pointer_type(ELEMENT))
-    w_ptr = tl.load(entry + 1).to(tl.pointer_type(ELEMENT))
-    outer, C, inner = tl.load(entry + 2), tl.load(entry + 3), tl.load(entry + 4)
-    start, first = tl.load(entry + 5), tl.load(entry + 6)
+    entry = table_ptr + low * WORDS
+    g_ptr = tl.load(entry + G).to(tl.pointer_type(ELEMENT))
+    w_ptr = tl.load(entry + W).to(tl.pointer_type(ELEMENT))
+    outer, C, inner = tl.load(entry + OUTER), tl.load(entry + CHANNELS), tl.load(entry + INNER)
+    start, first = tl.load(entry + START), tl.load(entry + FIRST)
     if WIDTH > 1:
         g_ptr = tl.multiple_of(g_ptr, 16)
         w_ptr = tl.multiple_of(w_ptr, 16)
@@ -52,9 +53,9 @@ def row_score_kernel(
                 k = k0 + tl.arange(0, BK)[None, :]
                 mask = (rows < C) & (k < inner)
                 g = tl.load(g_ptr + base + k, mask, other=0.0).to(tl.float64)
-                if KIND == 0:
+                if KIND == "square":
                     total += g * g
-                elif KIND == 1:
+                elif KIND == "abs":
                     total += tl.abs(g)
                 else:
                     total += g * tl.load(w_ptr + base + k, mask, other=0.0).to(tl.float64)
@@ -64,9 +65,9 @@ def row_score_kernel(
             mask = (rows < C) & (k < outer * inner)
             at = (k // inner * C + rows) * inner + k % inner
             g = tl.load(g_ptr + at, mask, other=0.0).to(tl.float64)
-            if KIND == 0:
+            if KIND == "square":
                 total += g * g
-            elif KIND == 1:
+            elif KIND == "abs":
                 total += tl.abs(g)
             else:
                 total += g * tl.load(w_ptr + at, mask, other=0.0).to(tl.float64)
@@ -96,7 +97,7 @@ def groups(rows: list[tuple], width: int) -> dict[tuple[bool, int], list[tuple]]
     return found
 
 
-def row_score(rows, kept, dtype, out, kind: int, factor: float) -> None:
+def row_score(rows, kept, dtype, out, kind: str, factor: float) -> None:
     """Adds to out. rows: (g, w, outer, C, inner, start) each; kept: their tensors, alive until the launch."""
     for (long, width), entries in groups(rows, 16 // dtype.itemsize).items():
         BR, BK = _TILES[long]

@@ -5,6 +5,9 @@ import triton
 import triton.language as tl
 
 CHUNK = 1024  # elements of an item: CHUNK in minegan_fast/ops/_row_table.py
+# Words of a tensor's row in the table, and how many they are: WORDS in minegan_fast/ops/_row_table.py.
+LEAF, MEAN, SQUARE, AVERAGE, DENSE, ROWS, STEP, TICKETS = map(tl.constexpr, range(8))
+COUNT, LENGTH, ROW_STRIDE, OUTER_STRIDE, INNER, INNER_STRIDE, WIDE, RESERVED, WORDS = map(tl.constexpr, range(8, 17))
 _OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
 _TYPES = {
     torch.float32: tl.float32,
@@ -14,6 +17,7 @@ _TYPES = {
 }
 
 
+# Triton's own quotient and root of float32 are approximate on a GPU; these round as C++ does.
 @triton.jit
 def _divide(a, b):
     return a / b if a.dtype == tl.float64 else tl.div_rn(a, b)
@@ -26,6 +30,7 @@ def _sqrt(a):
 
 @triton.jit
 def _number(x):
+    """A number of the launch as a tensor, which it is not in Triton's interpreter."""
     return tl.full((), x, tl.float64)
 
 
@@ -48,15 +53,19 @@ def _item(
     decay, momentum, average, T: tl.constexpr, D: tl.constexpr, RULE: tl.constexpr, HAS_AVERAGE: tl.constexpr,
     CHUNK: tl.constexpr, PACK: tl.constexpr,
 ):  # fmt: skip
-    length = tl.load(words + 9).to(tl.int32)
+    """Steps the elements of an item and moves their averages; grad is the gradient's address, or 0."""
+    HAS_AGE: tl.constexpr = (RULE == "adam") | (RULE == "adamw")
+    length = tl.load(words + LENGTH).to(tl.int32)
     first = part * CHUNK
+    # Several rows are one run of memory in the leaf. A row longer than an item comes in parts, which begin at first.
     count = rows * length if rows > 1 else tl.minimum(length - first, CHUNK)
     base = row.to(tl.int64) * length + first
+    # The compiler moves 16 bytes at a time only where it is told that addresses and masks change once a pack.
     if PACK > 1:
         count, base, length = tl.multiple_of(count, PACK), tl.multiple_of(base, PACK), tl.multiple_of(length, PACK)
     offsets = tl.arange(0, CHUNK)
     mask = offsets < count
-    leaf = _pointer(words, 0, T, PACK) + base + offsets
+    leaf = _pointer(words, LEAF, T, PACK) + base + offsets
     w = tl.load(leaf, mask, other=0.0)
     if rows > 1:
         local = offsets // length
@@ -69,64 +78,68 @@ def _item(
         if PACK > 1:
             gradient = tl.multiple_of(gradient, 16)
         g = tl.load(gradient + base + offsets, mask, other=0.0) * unscale
-        if RULE == 1:
+        if RULE == "adamw":
             w = w * keep
         elif decay != 0:
             g = g + decay * w
-        if RULE <= 1:
-            step = tl.load(words + 6).to(tl.pointer_type(tl.float32)) + row
+        if HAS_AGE:
+            step = tl.load(words + STEP).to(tl.pointer_type(tl.float32)) + row
+            # The corrections are in float64, which is slow: a single row has them computed once, not for each element.
             if rows > 1:
                 size, root = _age(tl.load(step + local, mask, other=0.0) + 1, lr, log_beta1, log_beta2, T)
             else:
                 size, root = _age(tl.load(step) + 1, lr, log_beta1, log_beta2, T)
                 size, root = tl.full((CHUNK,), size, T), tl.full((CHUNK,), root, T)
-            mean, square = _pointer(words, 1, T, PACK) + base + offsets, _pointer(words, 2, T, PACK) + base + offsets
+            mean = _pointer(words, MEAN, T, PACK) + base + offsets
+            square = _pointer(words, SQUARE, T, PACK) + base + offsets
             m, v = tl.load(mean, mask, other=0.0), tl.load(square, mask, other=0.0)
+            # torch.lerp, which starts from the side that is nearer to the result; mean_weight is that side's.
             m = tl.where(low, m, g) + mean_weight * (g - m)
             v = beta2 * v + square_weight * g * g
             tl.store(mean, m, mask)
             tl.store(square, v, mask)
             w = w - _divide(size * m, _divide(_sqrt(v), root) + eps)
-        elif RULE == 3:
-            mean = _pointer(words, 1, T, PACK) + base + offsets
+        elif RULE == "momentum":
+            mean = _pointer(words, MEAN, T, PACK) + base + offsets
             m = momentum * tl.load(mean, mask, other=0.0) + g
             tl.store(mean, m, mask)
             w = w - lr.to(T) * m
         else:
             w = w - lr.to(T) * g
         tl.store(leaf, w, mask)
-        dense = tl.load(words + 4)
+        # Element `column` of a row lies at the place in the dense weight that csrc/ops.h gives for it.
+        dense = tl.load(words + DENSE)
         if dense != 0:
-            inner, inner_stride = tl.load(words + 12).to(tl.int32), tl.load(words + 13)
-            selected = tl.load(words + 5).to(tl.pointer_type(tl.int64)) + row
+            inner, inner_stride = tl.load(words + INNER).to(tl.int32), tl.load(words + INNER_STRIDE)
+            selected = tl.load(words + ROWS).to(tl.pointer_type(tl.int64)) + row
             if rows > 1:
-                target = tl.load(selected + local, mask, other=0) * tl.load(words + 10)
+                target = tl.load(selected + local, mask, other=0) * tl.load(words + ROW_STRIDE)
             else:
-                target = tl.zeros((CHUNK,), tl.int64) + tl.load(selected) * tl.load(words + 10)
-            target += (column // inner) * tl.load(words + 11) + (column % inner) * inner_stride
+                target = tl.zeros((CHUNK,), tl.int64) + tl.load(selected) * tl.load(words + ROW_STRIDE)
+            target += (column // inner) * tl.load(words + OUTER_STRIDE) + (column % inner) * inner_stride
             if PACK > 1:
                 target = tl.max_contiguous(tl.multiple_of(target, PACK), PACK)
             to = dense.to(tl.pointer_type(D))
             if PACK > 1:
                 to = tl.multiple_of(to, PACK * D.primitive_bitwidth // 8)
             tl.store(to + target, w.to(D), mask)
-        if RULE <= 1:
-            # Every thread has read the ages before one of them is advanced; of the programs that share a row, the last.
+        if HAS_AGE:
+            # Every thread must have read the ages before one of them is advanced.
             tl.debug_barrier()
             parts = tl.cdiv(length, CHUNK)
             if parts == 1:
                 own = offsets < rows
                 tl.store(step + offsets, tl.load(step + offsets, own, other=0.0) + 1, own)
-            else:
-                ticket = tl.load(words + 7).to(tl.pointer_type(tl.int32)) + row
+            else:  # the last of the programs that share the row advances its age
+                ticket = tl.load(words + TICKETS).to(tl.pointer_type(tl.int32)) + row
                 if tl.atomic_add(ticket, 1, sem="acq_rel") == parts - 1:
                     tl.store(ticket, 0)
                     tl.store(step, tl.load(step) + 1)
     if HAS_AVERAGE:
-        mean_of = _pointer(words, 3, T, PACK) + base + offsets
-        e = tl.load(mean_of, mask, other=0.0)
+        averages = _pointer(words, AVERAGE, T, PACK) + base + offsets
+        e = tl.load(averages, mask, other=0.0)
         e = tl.where(average < 0.5, e + average * (w - e), w - (w - e) * (1 - average))
-        tl.store(mean_of, e, mask)
+        tl.store(averages, e, mask)
 
 
 @triton.jit
@@ -157,12 +170,13 @@ def row_update_kernel(
     if tl.load(found_ptr) == 0:
         item = items_ptr + tl.program_id(0).to(tl.int64) * 4
         tensor, row, rows, part = tl.load(item), tl.load(item + 1), tl.load(item + 2), tl.load(item + 3)
-        words = words_ptr + tensor.to(tl.int64) * 16
+        words = words_ptr + tensor.to(tl.int64) * WORDS
         grad = tl.load(grads_ptr + tensor)
         if HAS_LR:
             rate = tl.load(lr_ptr).to(tl.float64)
         else:
             rate = _number(lr)
+        # Factors are computed in float64 and then rounded, as PyTorch does with Python's numbers.
         unscale = (1 / tl.load(scale_ptr).to(tl.float64)).to(tl.float32).to(T)
         mean_weight = (1 - _number(beta1)).to(T)
         low = mean_weight < 0.5
@@ -171,7 +185,7 @@ def row_update_kernel(
         keep = (1 - rate * _number(decay)).to(T)
         logs = _number(log_beta1), _number(log_beta2)
         others = _number(eps).to(T), _number(decay).to(T), _number(momentum).to(T), _number(average).to(T)
-        if (tl.load(words + 14) != 0) & (grad % 16 == 0):
+        if (tl.load(words + WIDE) != 0) & (grad % 16 == 0):
             _item(
                 words, grad, row, rows, part, rate, unscale, *logs, mean_weight, low, square_keep, square_weight, keep,
                 *others, T, D, RULE, HAS_AVERAGE, CHUNK, PACK,
@@ -183,7 +197,7 @@ def row_update_kernel(
             )  # fmt: skip
 
 
-def row_update(rule: int, dtype, dense_dtype, table: dict[str, torch.Tensor], numbers, lr, grad_scale, found_inf):
+def row_update(rule: str, dtype, dense_dtype, table: dict[str, torch.Tensor], numbers, lr, grad_scale, found_inf):
     constants = {
         "T": _TYPES[dtype],
         "D": _TYPES[dense_dtype],

@@ -28,13 +28,14 @@ PastSubclasses = torch._C.DisableTorchFunctionSubclass
 version_of: Callable[[Tensor], int] = operator.attrgetter("_version")
 """How often a tensor's memory was written to in place. RuntimeError for a tensor made in inference mode."""
 
-# Gradient and data of the tensor itself. A subclass may define `grad` and `data` as properties of its own; these
+# Gradient, data and requires_grad of the tensor itself. A subclass may define them as properties of its own; these
 # getters and setters go past them.
-_grad, _data = (inspect.getattr_static(Tensor, name) for name in ("grad", "data"))
+_grad, _data, _requires_grad = (inspect.getattr_static(Tensor, name) for name in ("grad", "data", "requires_grad"))
 own_grad: Callable[[Tensor], Tensor | None] = _grad.__get__
 set_own_grad: Callable[[Tensor, Tensor | None], None] = _grad.__set__
 own_data: Callable[[Tensor], Tensor] = _data.__get__
 set_own_data: Callable[[Tensor, Tensor], None] = _data.__set__
+own_requires_grad: Callable[[Tensor], bool] = _requires_grad.__get__
 
 is_view = Tensor._is_view
 """Whether autograd takes the tensor for a view of another."""
@@ -95,6 +96,10 @@ def transforms_active() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+is_batched = torch._C._functorch.is_legacy_batchedtensor
+"""Whether a tensor stands for several, as gradients do in a backward pass with is_grads_batched."""
+
+
 def saved_tensors_are_hooked() -> bool:
     """Whether hooks on saved tensors are set, as checkpointing and offloading set them."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
@@ -118,11 +123,12 @@ def compiled_module(model: nn.Module) -> nn.Module | None:
 
 
 class UnscalingOptimizer(torch.optim.Optimizer):
-    """An optimizer to which GradScaler leaves the division by the scale and the skipping of a step.
+    """An optimizer to which GradScaler can leave the division by the scale and the skipping of a step."""
 
-    GradScaler sets the attributes `grad_scale` and `found_inf` before it calls `step()`, and deletes them after."""
-
-    _step_supports_amp_scaling = True
+    def unscale_in_step(self) -> None:
+        """From now on GradScaler leaves both to `step()`: it always calls it, sets `grad_scale` and `found_inf` before
+        that, and deletes them after."""
+        self._step_supports_amp_scaling = True
 
 
 # DistributedDataParallel.

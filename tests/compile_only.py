@@ -6,7 +6,7 @@ Prints a table and exits with 1 if a kernel spills registers or has lost its 16-
 Needs a process of its own (where Triton interprets, it cannot compile), and nvcc for the CUDA part, which is left out
 without it.
 
-An op joins with one entry in TRITON for each kernel and layout that matters, and one in CUDA for its .cu file.
+An op joins with one entry in TRITON for each kernel and layout that matters, and one in CUDA if it has a .cu file.
 """
 
 import concurrent.futures
@@ -64,8 +64,9 @@ class Kernel:
 
 
 def bias_act_kernels():
-    from minegan_fast.kernels.bias_act import _OPTIONS, _blocks
     from triton import language as tl
+
+    from minegan_fast.kernels.bias_act import _OPTIONS, _blocks
 
     axes = {"channels last": (4096, 512, 1), "8x8": (16, 512, 64), "64x64": (16, 512, 4096), "odd": (16, 3, 49)}
     for layout, axis in axes.items():
@@ -87,34 +88,36 @@ def bias_act_kernels():
 
 
 def row_update_kernels():
-    from minegan_fast.kernels.row_update import _OPTIONS, CHUNK
     from triton import language as tl
+
+    from minegan_fast.kernels.row_update import _OPTIONS, CHUNK
 
     pointers = {"words_ptr": "i64", "grads_ptr": "i64", "items_ptr": "i32"}
     pointers |= dict.fromkeys(("lr_ptr", "scale_ptr", "found_ptr"), "fp32")
     numbers = ("lr", "beta1", "beta2", "log_beta1", "log_beta2", "eps", "decay", "momentum", "average")
     kinds = {"fp32": ("fp32", "fp32"), "bf16 weights": ("fp32", "bf16"), "fp64": ("fp64", "fp64")}
     types = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp64": tl.float64}
-    for rule, name in enumerate(("adam", "adamw", "sgd", "momentum")):
-        for label, (leaf, dense) in kinds.items() if rule == 0 else [*kinds.items()][:1]:
+    for rule in ("adam", "adamw", "sgd", "momentum"):
+        for label, (leaf, dense) in kinds.items() if rule == "adam" else [*kinds.items()][:1]:
             # both the aligned and the scalar path are in each
             constants = {"T": types[leaf], "D": types[dense], "RULE": rule, "HAS_LR": True, "HAS_AVERAGE": True}
             constants |= {"CHUNK": CHUNK, "PACK": 2 if leaf == "fp64" else 4}
             common = {"sizes": {}, "scalars": dict.fromkeys(numbers, "fp64"), "options": _OPTIONS}
-            yield Kernel("row_update", "row_update_kernel", f"{name} {label}", pointers, constants=constants, **common)
+            yield Kernel("row_update", "row_update_kernel", f"{rule} {label}", pointers, constants=constants, **common)
 
 
 def row_score_kernels():
-    from minegan_fast.kernels.row_score import _OPTIONS, _TILES
     from triton import language as tl
+
+    from minegan_fast.kernels.row_score import _OPTIONS, _TILES
 
     elements = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16, "fp64": tl.float64}
     for long, width in ((True, 4), (True, 1), (False, 4), (False, 1)):
-        for element, kind in (("fp32", 0), ("fp32", 2), ("bf16", 0), ("fp64", 2)):
+        for element, kind in (("fp32", "square"), ("fp32", "product"), ("bf16", "square"), ("fp64", "product")):
             BR, BK = _TILES[long]
             wide = width if width == 1 else {"bf16": 8, "fp64": 2}.get(element, 4)
             constants = {"ELEMENT": elements[element], "KIND": kind, "WIDTH": wide, "STEPS": 7, "BR": BR, "BK": BK}
-            label = f"{'long' if long else 'short'} rows, {wide} wide, {element}, kind {kind}"
+            label = f"{'long' if long else 'short'} rows, {wide} wide, {element}, {kind}"
             pointers = {"table_ptr": "i64", "out_ptr": "fp64"}
             common = {"sizes": {"entries": 110}, "scalars": {"factor": "fp64"}, "options": _OPTIONS}
             yield Kernel("row_score", "row_score_kernel", label, pointers, constants=constants, wide=wide > 1, **common)
@@ -150,8 +153,9 @@ def row_gradient_kernels():
 
 
 def upfirdn2d_kernels():
-    from minegan_fast.kernels.upfirdn2d import _OPTIONS, blocks
     from triton import language as tl
+
+    from minegan_fast.kernels.upfirdn2d import _OPTIONS, blocks
 
     layers = {  # outer, inner, size of x, of y, up, down, padding before
         "blur 257x257": (2048, 1, (257, 257), (256, 256), 1, 1, 1),
@@ -181,8 +185,9 @@ def upfirdn2d_kernels():
 
 def plane_kernels(op: str, tensors: dict[str, tuple[str, ...]], summing: tuple[str, ...]):
     """Of modulated_conv2d and noise_bias_act, which share their tiles: images by kernel; those with sums."""
-    from minegan_fast.kernels.noise_bias_act import _OPTIONS, blocks
     from triton import language as tl
+
+    from minegan_fast.kernels.noise_bias_act import _OPTIONS, blocks
 
     for layout, (C, P, last) in {"channels last": (512, 4096, True), "64x64": (512, 4096, False)}.items():
         sizes = {"B": 16, "C": C, "P": P, "channel_stride": 1 if last else P, "position_stride": C if last else 1}
@@ -222,8 +227,9 @@ def noise_bias_act_kernels():
 
 
 def minibatch_stddev_kernels():
-    from minegan_fast.kernels.minibatch_stddev import _OPTIONS, tile
     from triton import language as tl
+
+    from minegan_fast.kernels.minibatch_stddev import _OPTIONS, tile
 
     types = {"fp32": tl.float32, "bf16": tl.float32, "fp64": tl.float64}
     for size, groups, last in ((4, 4, False), (4, 4, True), (16, 1, False)):
@@ -234,11 +240,11 @@ def minibatch_stddev_kernels():
             constants = {"CHANNELS_LAST": last, "WIDE": types[element]}
             label = f"{groups} groups of {size}{' channels last' * last} {element}"
             tensors = {"given_ptr": element, "D_ptr": wide, "y_ptr": element, "out_ptr": element, "partial_ptr": wide}
-            for which, name in enumerate(("forward", "backward", "second order")):
-                unused = [("given_ptr", "D_ptr", "out_ptr"), ("y_ptr", "partial_ptr"), ()][which]
+            passes = {"forward": ("given_ptr", "D_ptr", "out_ptr"), "backward": ("y_ptr", "partial_ptr")}
+            for which, unused in (passes | {"second order": ()}).items():
                 pointers = {"x_ptr": element} | {k: v for k, v in tensors.items() if k not in unused}
                 yield Kernel(
-                    "minibatch_stddev", "minibatch_stddev_kernel", f"{name} {label}", pointers, sizes,
+                    "minibatch_stddev", "minibatch_stddev_kernel", f"{which} {label}", pointers, sizes,
                     constants=constants | blocks | {"PASS": which} | dict.fromkeys(unused), options=_OPTIONS,
                 )  # fmt: skip
             yield Kernel(
@@ -252,23 +258,25 @@ def mmd_kernels():
 
     sizes = {"rows": 2048, "columns": 8192, "D": 2048, "op_stride": 10240, "oq_stride": 10240}
     inputs = ("p_ptr", "q_ptr", "hp_ptr", "hq_ptr", "op_ptr", "oq_ptr", "t_ptr", "s_ptr", "A_ptr", "B_ptr")
-    cases = [(kernel, order) for kernel in range(4) for order in (-1, 0, 1, 2) if order >= 0 or kernel == 3]
+    kernels = ("gaussian", "laplacian", "energy", "polynomial")
+    cases = [(kernel, order) for kernel in kernels for order in (0, 1, 2)] + [("polynomial", -1)]
     for kernel, order in cases:
         for mode in ("tf32", "tf32x3", "exact") if kernel in SQUARED_KERNELS else ("tf32x3",):
-            used = {"t_ptr", "s_ptr"} if kernel == 1 else {*inputs[:6]}
+            used = {"t_ptr", "s_ptr"} if kernel == "laplacian" else {*inputs[:6]}
             used -= {"s_ptr", "hp_ptr", "hq_ptr"} if order < 2 else set()
             used |= {*("A_ptr",) * (order != 0), *("B_ptr",) * (order == 2)}
             pointers = dict.fromkeys(used, "fp32") | {"numbers_ptr": "fp64", "totals_ptr": "fp64", "close_ptr": "i32"}
             constants = {"KERNEL": kernel, "ORDER": order, "DIAGONAL": order != 2, "EXACT": mode == "exact"}
-            constants |= {"SQUARINGS": (0, 2, 2, 2, 2) if kernel < 2 else (0,), "PRECISION": mode}
-            label = f"{('gaussian', 'laplacian', 'energy', 'polynomial')[kernel]} order {order} {mode}"
+            squarings = (0, 2, 2, 2, 2) if kernel in ("gaussian", "laplacian") else (0,)
+            constants |= {"SQUARINGS": squarings, "PRECISION": mode}
+            label = f"{kernel} order {order} {mode}"
             for architectures in ((80,), (90, 100)):
                 tile = blocks(kernel, order, mode == "exact", architectures[0] // 10)
                 options = {name: tile.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in tile}
                 yield Kernel(
                     "mmd", "mmd_tile_kernel", label, pointers, sizes, {"weight": "fp64"},
                     constants | tile | dict.fromkeys({*inputs} - used), options=options, wide=False,
-                    tensor_cores=kernel != 1 and mode != "exact", architectures=architectures,
+                    tensor_cores=kernel != "laplacian" and mode != "exact", architectures=architectures,
                 )  # fmt: skip
 
 
@@ -318,8 +326,9 @@ def manhattan_kernels():
 
 
 def penalty_kernels():
-    from minegan_fast.kernels.penalty import _OPTIONS, BLOCK, table
     from triton import language as tl
+
+    from minegan_fast.kernels.penalty import _OPTIONS, BLOCK, table
 
     shapes = {"3x256x256": 3 * 256 * 256, "odd": 3 * 37 * 41}
     for (shape, length), element in itertools.product(shapes.items(), ("fp32", "bf16", "fp64")):
@@ -363,20 +372,10 @@ TRITON = {
     "penalty": penalty_kernels,
 }
 
-# <op>.cu: which of its kernels, demangled, must have 16-byte loads; None: host code alone.
+# <op>.cu: which of its kernels, demangled, must have 16-byte loads.
 CUDA = {
     "bias_act": r"kernel<.*\b(2|4|8)>",
     "row_update": r"kernel<",
-    "row_score": None,
-    "row_gradient": None,
-    "upfirdn2d": None,
-    "modulated_conv2d": None,
-    "noise_bias_act": None,
-    "minibatch_stddev": None,
-    "manhattan": None,
-    "mmd": None,
-    "mmd_groups": None,
-    "penalty": None,
 }
 
 
@@ -448,9 +447,7 @@ def main(ops: list[str]) -> int:
         sys.exit(f"csrc/*.cu and the table CUDA differ: {', '.join(missing)}")
     rows = [row for op in TRITON if not ops or op in ops for kernel in TRITON[op]() for row in triton_rows(kernel)]
     if shutil.which("nvcc"):
-        jobs = [
-            (op, architecture) for op in CUDA if CUDA[op] and (not ops or op in ops) for architecture in ARCHITECTURES
-        ]
+        jobs = [(op, architecture) for op in CUDA if not ops or op in ops for architecture in ARCHITECTURES]
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             for part in pool.map(lambda job: cuda_rows(*job), jobs):
                 rows += part

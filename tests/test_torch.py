@@ -16,7 +16,7 @@ def random(*shape: int) -> Tensor:
 
 
 class Asked(nn.Parameter):
-    """A subclass that counts how often it is asked and hides its gradient and its data."""
+    """A subclass that counts how often it is asked, and hides its gradient, its data and whether it requires one."""
 
     asked = 0
 
@@ -31,6 +31,10 @@ class Asked(nn.Parameter):
 
     @property
     def data(self):
+        return "hidden"
+
+    @property
+    def requires_grad(self):
         return "hidden"
 
 
@@ -83,6 +87,14 @@ def test_own_data():
         assert x.data_ptr() == new.data_ptr()
         assert x.dtype == torch.float64
     assert x.data == "hidden"
+
+
+def test_own_requires_grad():
+    for requires_grad in (True, False):
+        x = Asked(torch.ones(2), requires_grad)
+        with _torch.PastSubclasses():
+            assert _torch.own_requires_grad(x) is requires_grad
+        assert x.requires_grad == "hidden"
 
 
 def test_views():
@@ -327,6 +339,7 @@ def test_grad_scaler_leaves_the_unscaling_to_the_optimizer():
     parameter = nn.Parameter(torch.ones(2))
     optimizer = Recording([parameter], {})
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    optimizer.unscale_in_step()
     for factor, found in ((1.0, 0.0), (float("inf"), 1.0)):
         parameter.grad = None
         scaler.scale((parameter * factor).sum()).backward()
@@ -335,6 +348,26 @@ def test_grad_scaler_leaves_the_unscaling_to_the_optimizer():
         assert not hasattr(optimizer, "grad_scale")
         assert not hasattr(optimizer, "found_inf")
         scaler.update()
+
+
+def test_grad_scaler_unscales_for_an_optimizer_that_does_not_ask_for_it():
+    class Counting(_torch.UnscalingOptimizer):
+        steps = 0
+
+        def step(self):
+            self.steps += 1
+            assert not hasattr(self, "grad_scale")
+            assert parameter.grad.tolist() == [1.0, 1.0]
+
+    parameter = nn.Parameter(torch.ones(2))
+    optimizer = Counting([parameter], {})
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    for factor in (1.0, float("inf")):
+        parameter.grad = None
+        scaler.scale((parameter * factor).sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert optimizer.steps == 1, "the step with an inf is skipped"
 
 
 distributed = pytest.mark.skipif(

@@ -150,8 +150,13 @@ def test_native_functions_are_bound_tested_and_measured(function):
     stems = [path.stem for path in (PACKAGE / "ops").glob("*.py") if function.startswith(path.stem)]
     assert stems, f"no op in minegan_fast/ops is named as the beginning of {function}"
     stem = max(stems, key=len)
-    for path in (f"csrc/{stem}.cu", f"tests/ops/test_{stem}.py", f"bench/bench_{stem}.py"):
-        assert (ROOT / path).exists(), f"{function} has no {path}"
+    for path in (f"csrc/{stem}.c*", f"tests/ops/test_{stem}.py", f"bench/bench_{stem}.py"):
+        assert list(ROOT.glob(path)), f"{function} has no {path}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "csrc").iterdir()), ids=lambda path: path.name)
+def test_a_cu_file_is_one_with_a_cuda_kernel(path):
+    assert (path.suffix == ".cu") == ("__global__" in path.read_text())
 
 
 def test_every_op_and_kernel_file_has_its_test():

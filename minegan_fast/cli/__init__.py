@@ -1,4 +1,4 @@
-"""The program `minegan-fast`: its commands, the demo, and what it says of the machine."""
+"""The program `minegan-fast`: its commands, the demo, and its report on the machine."""
 
 from .app import main
 

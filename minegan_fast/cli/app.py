@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..training.config import TransferConfig, load_config
+from ..training.sources import Checkpoints
 from . import files
 
 app = typer.Typer(
@@ -51,7 +52,7 @@ def main() -> None:
     log.handlers = [_Lines()]
     log.setLevel(logging.INFO)
     if rank := _rank():
-        warnings.simplefilter("ignore")  # the first process says it
+        warnings.simplefilter("ignore")  # the first process prints them
         log.setLevel(logging.ERROR)
     debug = "--debug" in sys.argv
     if debug:
@@ -110,7 +111,8 @@ def _transfer(
         if not merged.get(name):
             raise ValueError(f"{name} is missing: minegan-fast transfer SOURCE IMAGES --out RUN, or --config FILE")
     if dry_run:
-        _print_estimate(recipe.configure(**merged))
+        checkpoints = Checkpoints()
+        _print_estimate(recipe.configure(checkpoints, **merged), checkpoints)
         return
     quiet = quiet or _rank() > 0
     if quiet:
@@ -131,10 +133,10 @@ def _fraction_or_folder(text: str) -> float | str:
         return text
 
 
-def _print_estimate(config: TransferConfig) -> None:
+def _print_estimate(config: TransferConfig, checkpoints: Checkpoints) -> None:
     from ..training.recipe import dry_run
 
-    memory, mining, finetuning = dry_run(config)
+    memory, mining, finetuning = dry_run(config, checkpoints)
     if _rank() > 0:
         return
     seconds = mining * config.mining_steps + finetuning * config.finetune_steps
@@ -158,7 +160,10 @@ TensorBoard, config.json, and the snapshots that --resume goes on from.
 
 
 def _register_transfer() -> None:
-    """Every setting of TransferConfig becomes an option; one that is not given leaves --config or the default alone."""
+    """Makes every setting of TransferConfig an option; one that is not given leaves --config or the default alone.
+
+    Typer reads the options from a function's signature, so this writes one.
+    """
     own = inspect.signature(_transfer).parameters
     text = {
         "source": "Checkpoint of the pretrained GAN.",

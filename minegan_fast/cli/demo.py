@@ -15,15 +15,16 @@ from ..finetune import Selection
 from ..mining import Mined, Miner
 from ..models import load_generator
 from ..training import transfer
-from ..training.evaluation import MEASURES, choose_features, generate, measure
+from ..training.evaluation import MEASURES, Features, generate, measure
 from ..training.folder import RunFolder
+from ..training.generators import as_generator
 from ..training.images import load_images, save_folder, to_float
 from ..training.plots import labelled_rows
 from ..training.results import open_result
 from ..training.sources import choose_device
 
 SAMPLES, RESAMPLES, SHOWN = 1000, 100, 12
-# The kernel distance of the critic's features, which judge nothing here: the digits' classifier does.
+# The loss is the kernel distance of the critic's features; the metrics are judged by the classifier of digits instead.
 SETTINGS = {
     "mining_steps": 200, "finetune_steps": 800, "loss": "mmd", "loss_features": "critic",
     "view_augment": "", "snapshot_every": 100, "eval_samples": 500, "features": "digits",
@@ -31,7 +32,10 @@ SETTINGS = {
 
 
 def run_demo(out: Path, controls: bool, seed: int, device: str | None, console: Console) -> dict:
-    """Runs the demo into `out`, or goes on with the one there; prints its table; returns what demo.json holds."""
+    """Runs the demo in the folder `out`, or goes on with the one there, and prints its table.
+
+    Returns what demo.json holds.
+    """
     started = time.monotonic()
     save_folder(out / "validation", data.nines("validation"))
     common = {
@@ -47,7 +51,7 @@ def run_demo(out: Path, controls: bool, seed: int, device: str | None, console: 
         transfer(**common, out=out / "dense", method="minegan")
 
     judge = Judge(device)
-    source = load_generator(data.GENERATOR)
+    source = as_generator(load_generator(data.GENERATOR))
     samplers = {
         "source": Mined(source, Miner(source.latent_dim)).to(choose_device(device)).eval(),
         "mined": open_result(out / "sparse", "mined", device),
@@ -93,11 +97,12 @@ def trained_parameters(run: Path) -> float:
 
 
 class Judge:
-    """Metrics of images against the held-out nines, on the embedded classifier's features."""
+    """Measures images against the held-out nines, on the features of the embedded classifier."""
 
     def __init__(self, device: str | None):
         target = load_images(data.TARGET, 32, 1).images
-        self.features = choose_features("digits", None, target, choose_device(device))
+        self.classifier = data.classifier().to(choose_device(device))
+        self.features = Features(self.classifier, "digits")
         self.real, self.target, self.target_images = self.features(data.nines("test")), self.features(target), target
         self.spread = metrics.diversity(self.real)
 
@@ -116,8 +121,7 @@ class Judge:
     @torch.no_grad()
     def _nines(self, images: Tensor) -> float:
         pixels = images if images.is_floating_point() else to_float(images)
-        module = self.features.extract.module
-        logits = module.logits(pixels.to(next(module.parameters()).device))
+        logits = self.classifier.logits(pixels.to(next(self.classifier.parameters()).device))
         return float((logits.argmax(1) == 9).float().mean())
 
     def nearest(self, images: Tensor) -> Tensor:

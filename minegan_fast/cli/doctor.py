@@ -1,4 +1,4 @@
-"""What a bug report needs: versions, devices, backends and why some are missing."""
+"""What a bug report needs: versions, devices, backends, and why some of these are missing."""
 
 import importlib.metadata
 import importlib.util

@@ -14,7 +14,7 @@ Family = Annotated[
     typer.Option(help="biggan, pgan, stylegan or stylegan2; default: told by the file's keys."),
 ]
 SHOWN = 8  # names of tensors in a row of the table; --json has them all
-ROWS = 16  # of what else is in a file
+ROWS = 16  # rows for what else is in a file; --json has them all
 
 
 def convert(

@@ -41,8 +41,10 @@ class Contents:
     files: dict[str, Path] = field(default_factory=dict)
 
 
-def read(path: str | Path) -> Contents:
+def read(path: str | Path | Contents) -> Contents:
     """The contents of a safetensors file, a torch.save file (zip or legacy), a pickle of networks, or a folder.
+
+    Contents are given back as they are: whoever needs a file several times reads it once and hands its contents on.
 
     A folder is one of BigGAN-PyTorch or the original MineGAN (`G_ema.pth`, `G.pth`, `D.pth`, `M.pth`,
     `state_dict.pth`): its data are {"G_ema": {...}, "G": {...}, ...}, optimizers left out (an empty dict). Of several
@@ -57,6 +59,8 @@ def read(path: str | Path) -> Contents:
         FileNotFoundError, ValueError: no such file; a file of another kind, a truncated one, a pickle that asks for
             code (named and refused).
     """
+    if isinstance(path, Contents):
+        return path
     path = Path(path)
     if path.is_dir():
         return _read_folder(path)

@@ -13,6 +13,7 @@ from ..ops import write_rows
 from .distributed import unwrap
 from .hashing import fingerprint
 from .neurons import compact
+from .rows.freezing import Held
 
 FORMAT, VERSION = "minegan_fast.delta", "1"
 
@@ -41,19 +42,18 @@ def _bare_fingerprint(model: nn.Module, loaded: _Loaded) -> str:
     return fingerprint(bare)
 
 
-def save_delta(ft, path: str | os.PathLike, ema: bool = False):
-    """Writes every row of `ft.model` that `ft` has trained, and added parameters of the model; no buffers.
+def save_delta(held: Held, added: set[int], values: nn.Module, path: str | os.PathLike):
+    """Writes every row of the held model that has trained, and its parameters whose id is in `added`; no buffers.
 
     The base is the model as it was at the first selection, or when parameters of it were added.
 
-    ema: the averaged values instead of the live ones.
+    values: the model, or a copy of it with averages: where the values come from.
 
     safetensors. Per layer `<layer>:rows` int64 [k]; per parameter `<parameter>` [k, ...], the rows in front. Metadata:
     format, version, `base` (fingerprint of the untrained model), `layers` as JSON {layer: [[parameter, axis], ...]}.
     """
     tensors, layers = {}, {}
-    parameters = dict(ft.model.named_parameters())
-    values_of = dict(ft.ema_model().named_parameters()) if ema else parameters
+    values_of = dict(values.named_parameters())
 
     def store(layer, rows, members):
         tensors[f"{layer}:rows"] = rows
@@ -62,17 +62,16 @@ def save_delta(ft, path: str | os.PathLike, ema: bool = False):
             value = values_of[name]
             tensors[name] = compact(value.detach(), axis, rows.to(value.device))
 
-    for layer in ft.layers:
-        if layer.name in ft.held.ever:
-            rows = ft.held.ever[layer.name].nonzero().flatten()
+    for layer in held.layers:
+        if layer.name in held.ever:
+            rows = held.ever[layer.name].nonzero().flatten()
             store(layer.name, rows, [(m.name, m.axis) for m in layer.members])
-    added = {id(p) for group in ft.added_groups for p in group["params"]}
-    for name, parameter in parameters.items():
+    for name, parameter in held.model.named_parameters():
         if id(parameter) in added:
-            store(name, torch.arange(parameter.shape[0] if parameter.ndim else 1), [(name, 0)])
+            store(name, torch.arange(parameter.shape[0] if parameter.ndim else 1, device="cpu"), [(name, 0)])
     if not tensors:
         raise RuntimeError("nothing has been trained yet, so there is no delta; select() first")
-    metadata = {"format": FORMAT, "version": VERSION, "base": ft.held.base, "layers": json.dumps(layers)}
+    metadata = {"format": FORMAT, "version": VERSION, "base": held.base, "layers": json.dumps(layers)}
     save_tensors(path, tensors, metadata)
 
 

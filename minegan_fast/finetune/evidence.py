@@ -58,6 +58,10 @@ class Evidence:
         if self.source is not None:
             self.source.clear()
 
+    def of(self, whose: str) -> "Evidence":
+        """Of the samples of the "target" or, for "contrast", of the "source"."""
+        return self if whose == "target" or self.source is None else self.source
+
     @property
     def summed(self) -> bool:
         """Whether gradients are added up per parameter."""
@@ -130,8 +134,12 @@ class Evidence:
             device = self.layers[0].members[0].parameter.device
             generator = torch.Generator().manual_seed(self.seed)
             names = sorted((layer.name, layer.neurons) for layer in self.layers)
-            return {name: torch.rand(n, generator=generator).to(device) for name, n in names}
+            return {
+                name: torch.rand(n, generator=generator, dtype=torch.float32, device="cpu").to(device)
+                for name, n in names
+            }
         self._check_enough()
+        scores: dict[str, Tensor] = {}
         if self.criterion in ROW_SUMS:
             scores = {name: total.abs() / self.count for name, total in self._per_neuron(self.totals).items()}
         if self.summed or self.criterion == "magnitude":
@@ -145,11 +153,11 @@ class Evidence:
                 scores = {n: torch.where(f == 0, f, norms[n] / f).clamp(max=1) for n, f in scores.items()}
             else:
                 scores = {name: norm.sqrt() for name, norm in norms.items()}
-        if self.criterion == "contrast":
-            source = self.source._per_neuron(self.source.totals)
-            source = {name: total / self.source.count for name, total in source.items()}
-            overall = torch.cat(list(source.values())).mean()
-            for name, fisher in source.items():
+        if self.source is not None:
+            totals = self.source._per_neuron(self.source.totals)
+            fishers = {name: total / self.source.count for name, total in totals.items()}
+            overall = torch.cat(list(fishers.values())).mean()
+            for name, fisher in fishers.items():
                 mean = torch.where(fisher.mean() == 0, overall, fisher.mean())
                 scores[name] = scores[name] / (fisher + DAMPING * mean)
         return {name: score.float() for name, score in scores.items()}
@@ -176,7 +184,8 @@ class Evidence:
         device = self.layers[0].members[0].parameter.device
         zero = torch.zeros(self.length, dtype=torch.float64, device=device)
         flat = sum((total.to(device) for total in totals.values()), zero)
-        return {x.name: sum(flat[self.slots[m.name] :][: x.neurons] for m in x.members) for x in self.layers}
+        parts = {x.name: [flat[self.slots[m.name] :][: x.neurons] for m in x.members] for x in self.layers}
+        return {name: torch.stack(rows).sum(0) for name, rows in parts.items()}
 
     def _vector(self, member: Member) -> Tensor | None:
         """A member's part of the vector whose norm is taken over the neuron, a mean's times the count; None is zero."""

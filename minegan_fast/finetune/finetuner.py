@@ -1,7 +1,6 @@
 """`SparseFinetuner`: an optimizer that finds the neurons that matter for a target, and trains only them."""
 
 import copy
-import gc
 import os
 import weakref
 from collections.abc import Iterable, Mapping
@@ -14,8 +13,10 @@ from .._torch import PastSubclasses, UnscalingOptimizer, own_grad
 from ..collectives import active, average_gradients
 from ..ops import Hyperparameters, RowTensor, RowUpdate
 from ..ops.row_update import dense_step
-from . import delta, distributed, ema, report, saving
-from .arguments import check_arguments
+from . import distributed, report, saving
+from .arguments import check_arguments, check_options, check_scoring, refuse_rivals
+from .delta import save_delta
+from .ema import ema_model
 from .evidence import WITHOUT_EVIDENCE, Evidence, check_dense
 from .neurons import Member, filter_layers, find_layers, split_affine, split_groups
 from .rows import ddp
@@ -23,7 +24,7 @@ from .rows.freezing import Held, check_parameters
 from .rows.link import Ledger
 from .samples.buffers import BufferCopy
 from .samples.passes import collect
-from .selection import Selection, rank, selection_by_hand
+from .selection import Selection, choose, selection_by_hand
 
 _living: "weakref.WeakSet[SparseFinetuner]" = weakref.WeakSet()
 
@@ -68,7 +69,6 @@ class SparseFinetuner(UnscalingOptimizer):
     ValueError/TypeError where an argument is out of range or no neuron is left to train.
     """
 
-    # As an UnscalingOptimizer it can make the skip at inf one decision of all ranks.
     writes_through = True
 
     def __init__(
@@ -115,7 +115,7 @@ class SparseFinetuner(UnscalingOptimizer):
         self.score_steps, self.ema_decay, self.process_group = score_steps, ema_decay, process_group
         self.evidence = Evidence(criterion, self.layers, seed)
         self.evidence_used = self._scoring = self._released = self._unchecked = False
-        self._refuse_others()
+        refuse_rivals(self.held.trainable, lambda: [ft.held.trainable for ft in _living if not ft._released])
         parts = split_groups(self.layers, groups or [])
         self._own = len(parts)
         self._group = {m.name: i for i, (part, _) in enumerate(parts) for layer in part for m in layer.members}
@@ -126,34 +126,14 @@ class SparseFinetuner(UnscalingOptimizer):
         own = {"momentum": momentum} if optimizer == "sgd" else {"betas": betas, "eps": eps}
         defaults = {"lr": lr, "weight_decay": weight_decay, **own}
         for _, options in parts:
-            self._check_options(options, defaults)
+            check_options(options, defaults, optimizer)
         dense = [[m.parameter for layer in part for m in layer.members] for part, _ in parts]
         super().__init__([{"params": p, **o} for p, (_, o) in zip(dense, parts, strict=True)], defaults)
+        if process_group is not None or isinstance(lr, Tensor):
+            # The skip at inf is then one decision of all ranks, and no question to the host where a graph captures it.
+            # Otherwise GradScaler skips the step, as libraries expect that clip in between or count the skipped steps.
+            self.unscale_in_step()
         _living.add(self)  # at the end: what could not be built is nobody's rival
-
-    def _refuse_others(self):
-        """A second optimizer would train nothing once the first has selected, which freezes all that it does not."""
-        own = {id(p) for p in self.held.trainable}
-
-        def others() -> bool:
-            return any(not own.isdisjoint(map(id, ft.held.trainable)) for ft in _living if not ft._released)
-
-        if others():
-            gc.collect()  # one that nobody has any more
-            if others():
-                raise ValueError(
-                    "another SparseFinetuner trains this model: release() it first, or give one optimizer include= and "
-                    "exclude= patterns; for learning rates by part of the model it takes groups=[{'include': ..., "
-                    "'lr': ...}]"
-                )
-
-    def _check_options(self, options: Mapping, known: Mapping):
-        unknown = options.keys() - {"params", "param_names", "initial_lr", *known}
-        if unknown:
-            raise ValueError(
-                f"a group has options that optimizer={self.optimizer!r} does not have: {', '.join(sorted(unknown))}; "
-                f"there are {', '.join(known)}"
-            )
 
     @property
     def criterion(self) -> str:
@@ -191,24 +171,14 @@ class SparseFinetuner(UnscalingOptimizer):
         self._check_usable("scoring()")
         if self._scoring:
             raise RuntimeError("scoring() is already open; leave the outer block first")
-        if reduction not in ("mean", "sum"):
-            raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
-        if samples is not None and not (isinstance(samples, int) and samples >= 1):
-            raise ValueError(f"samples must be an integer of at least 1, or None, got {samples!r}")
-        if of not in ("target", "source"):
-            raise ValueError(f"of must be 'target' or 'source', got {of!r}")
-        if of == "source" and self.evidence.source is None:
-            raise ValueError(
-                f"only criterion 'contrast' looks at the source's samples, this one is {self.criterion!r}; build the "
-                "optimizer with criterion='contrast', or leave this block out"
-            )
+        check_scoring(reduction, samples, of, self.criterion)
         if self.evidence_used:
             self.evidence.clear()
             self.evidence_used = False
         self._finish_movement()
         self._scoring = True
         try:
-            with collect(self, self.evidence if of == "target" else self.evidence.source, reduction, samples):
+            with collect(self.held, self.evidence.of(of), self.parameters(), self._dense_step, reduction, samples):
                 yield self
         finally:
             self._scoring = False
@@ -237,7 +207,7 @@ class SparseFinetuner(UnscalingOptimizer):
             several = active(self.process_group)
             scores = distributed.agree(self.scores(), self.process_group) if several else self.evidence.scores()
             try:
-                selection = rank(scores, self.layers, self.density, self.budget, self.scope, self.policy)
+                selection = choose(scores, self.layers, self.density, self.budget, self.scope, self.policy)
             except ValueError:
                 self.evidence.clear()  # what is not finite would stay so, however much is added
                 raise
@@ -271,13 +241,13 @@ class SparseFinetuner(UnscalingOptimizer):
                 leaves[self._group[name]].append(leaf)
             if leaf is not before:
                 old = self.state.pop(before, None)
-                if old and rows is not None and leaf is not None:
+                if old and rows is not None and leaf is not None and leaf.link.rows is not None:
                     self.state[leaf] = saving.carry(old, rows, leaf.link.rows, leaf)
         for i, group in enumerate(self.own_groups):
             group["params"][:] = leaves[i]
             self._plans.pop(i, None)
 
-    def step(self, closure=None):
+    def step(self, closure=None):  # pyright: ignore[reportIncompatibleMethodOverride] - torch has two overloads
         """One step: scores while nothing is selected, trains the selected rows afterwards.
 
         Parameters of added groups train in either case. A step that `torch.amp.GradScaler` marks by inf does nothing
@@ -330,7 +300,9 @@ class SparseFinetuner(UnscalingOptimizer):
 
     @torch.no_grad()
     def _unscale(self, scale: Tensor | None):
-        for p in self.parameters() if scale is not None else ():
+        if scale is None:
+            return
+        for p in self.parameters():
             if p.grad is not None:
                 p.grad.mul_(scale.double().reciprocal().float().to(p.grad.device))
 
@@ -347,15 +319,15 @@ class SparseFinetuner(UnscalingOptimizer):
         if self.criterion == "movement":
             if not self.evidence.start:
                 self.evidence.begin_movement()
-                if self.buffers.outdated(self.model):
+                if self.buffers is not None and self.buffers.outdated(self.model):
                     self.buffers = BufferCopy(self.model)
-            for member, _ in graded:
-                self.dense_step(member, self.state[member.parameter])
+            for member, grad in graded:
+                self._dense_step(member, grad, self.state[member.parameter])
         self.evidence.add(graded)
         self.evidence.count += 1
 
     def _finish_movement(self):
-        if self.evidence.start:
+        if self.evidence.start and self.buffers is not None:
             self.evidence.end_movement()
             self.buffers.restore(self.model)
 
@@ -370,7 +342,7 @@ class SparseFinetuner(UnscalingOptimizer):
                 for p in parameters:
                     p.link.sync()
                 ledger = Ledger.join([p.link for p in parameters])
-            tensors = [RowTensor(p, self.state[p], *_place(p)) for p in parameters]
+            tensors = [RowTensor(p, self.state[p], *_tied(p)) for p in parameters]
             plan = RowUpdate(self.optimizer, tensors, momentum, ema)
             self._plans[index] = plan, ledger
         moved = None if ledger is None else ledger.sync() and plan.moved()
@@ -379,10 +351,10 @@ class SparseFinetuner(UnscalingOptimizer):
         if ledger is not None:
             ledger.settle()
 
-    def dense_step(self, member: Member, state: dict):
+    def _dense_step(self, member: Member, grad: Tensor, state: dict):
         """One ordinary step of a whole candidate parameter, as criterion "movement" measures it."""
-        hyper, parameter = self._hyper(self.param_groups[self._group[member.name]], None), member.parameter
-        dense_step(self.optimizer, RowTensor(parameter, state), parameter.grad, hyper)
+        hyper = self._hyper(self.param_groups[self._group[member.name]], None)
+        dense_step(self.optimizer, RowTensor(member.parameter, state), grad, hyper)
 
     def _hyper(self, group: dict, ema_decay: float | None) -> Hyperparameters:
         if self.optimizer == "sgd":
@@ -393,6 +365,18 @@ class SparseFinetuner(UnscalingOptimizer):
         betas, eps = group["betas"], group["eps"]
         return Hyperparameters(group["lr"], betas, eps, group["weight_decay"], ema_decay=ema_decay)
 
+    def zero_grad(self, set_to_none: bool = True):
+        """As torch.optim has it, of leaves and weights alike."""
+        if self.selection is None or not set_to_none:
+            return super().zero_grad(set_to_none)
+        for group in self.own_groups:
+            for leaf in group["params"]:
+                leaf.link.reclaim()
+                leaf.link.gradient.write(None)
+        for group in self.added_groups:
+            for p in group["params"]:
+                p.grad = None
+
     def add_param_group(self, param_group: dict):
         """Adds plain parameters, a miner's say, that train densely from the first step.
 
@@ -402,7 +386,7 @@ class SparseFinetuner(UnscalingOptimizer):
             params = param_group["params"]
             params = [params] if isinstance(params, Tensor) else list(params)
             param_group = {**param_group, "params": params}
-            self._check_options(param_group, self.defaults)
+            check_options(param_group, self.defaults, self.optimizer)
             plain = [p[1] if isinstance(p, tuple) else p for p in params]
             names = {id(m.parameter): m.name for layer in self.layers for m in layer.members}
             for p in plain:
@@ -425,7 +409,9 @@ class SparseFinetuner(UnscalingOptimizer):
     def state_dict(self) -> dict:
         """Optimizer state, selection, evidence, EMA and hashes: all that a run needs to go on as if never stopped."""
         self._check_usable("state_dict()")
-        return {**super().state_dict(), "neurons": saving.describe(self)}
+        neurons = saving.describe(self.held, self.evidence, self.buffers)
+        neurons |= {"optimizer": self.optimizer, "evidence_used": self.evidence_used}
+        return {**super().state_dict(), "neurons": neurons}
 
     def load_state_dict(self, state_dict: dict):
         """Goes on where the state was saved. A selection in it is adopted where this optimizer has none.
@@ -434,7 +420,9 @@ class SparseFinetuner(UnscalingOptimizer):
         changed then. The model's weights are its own state dict's affair, loaded before or after.
         """
         self._check_usable("load_state_dict()")
-        selection = saving.check(self, state_dict)
+        selection = saving.check_fits(
+            state_dict, self.held, self.budget, self.optimizer, self.criterion, len(self.param_groups)
+        )
         if selection is not None and self.selection is None:
             self._apply(selection)
         # torch's own keeps tensors of the given state where they fit: two optimizers would then share their moments
@@ -442,7 +430,8 @@ class SparseFinetuner(UnscalingOptimizer):
         neurons = own.pop("neurons")
         super().load_state_dict(own)
         self._plans.clear()
-        saving.adopt(self, neurons)
+        saving.adopt(neurons, self.held, self.evidence, self.buffers)
+        self.evidence_used = neurons["evidence_used"]
 
     def parameters(self) -> list[nn.Parameter]:
         """What trains: the compact leaves [k, ...] (before a selection the dense weights) and added parameters."""
@@ -451,7 +440,7 @@ class SparseFinetuner(UnscalingOptimizer):
     def summary(self) -> str:
         """A table: layer, neurons trained/all, parameters trained/all, how its gradient was computed until now."""
         self._check_usable("summary()")
-        return report.summary(self)
+        return report.summary(self.held, self.evidence, self.added_groups)
 
     def verify(self):
         """Raises FrozenNeuronsChanged if a frozen value of a parameter differs from its bits at the selection.
@@ -465,7 +454,8 @@ class SparseFinetuner(UnscalingOptimizer):
     def memory(self) -> dict[str, dict[str, int]]:
         """Bytes of dense training and of this: {"dense" | "sparse": {"weights", "gradients", "optimizer_state", "ema",
         "undo"}}. Sparse weights are the dense ones and the leaves; undo is what verify() and "movement" keep."""
-        return report.memory(self)
+        ema = self.ema_decay is not None
+        return report.memory(self.held, self.evidence, self.optimizer, self.own_groups, self.added_groups, ema)
 
     def ema_model(self, module: nn.Module | None = None) -> nn.Module:
         """A plain deep copy with the EMA of the trained neurons and added parameters, and the live model's buffers.
@@ -475,11 +465,11 @@ class SparseFinetuner(UnscalingOptimizer):
         """
         if self.ema_decay is None:
             raise RuntimeError("there is no EMA; build the optimizer with ema_decay, 0.998 say")
-        return ema.ema_model(self, self.model if module is None else module)
+        return ema_model(self.state, self.model if module is None else module)
 
     def save_delta(self, path: str | os.PathLike, ema: bool = False):
         """Writes every row that was trained, or its average, as safetensors, atomically; see `load_delta`."""
-        delta.save_delta(self, path, ema)
+        save_delta(self.held, self._added(), self.ema_model() if ema else self.model, path)
 
     def release(self):
         """Gives the plain model back: trained values in place, every parameter trainable as before."""
@@ -493,7 +483,8 @@ class SparseFinetuner(UnscalingOptimizer):
             raise RuntimeError(f"{what} after release(): the model is plain again; build a new SparseFinetuner")
 
 
-def _place(parameter: nn.Parameter) -> tuple:
+def _tied(parameter: nn.Parameter) -> tuple:
+    """The weight, rows and axis of a leaf; nothing of an added parameter."""
     link = getattr(parameter, "link", None)
     return () if link is None else (link.weight, link.rows, link.axis)
 

@@ -70,7 +70,7 @@ def owner(name: str) -> tuple[str, str]:
     return module, local
 
 
-def row_axis(module: nn.Module, local: str, parameter: Tensor) -> int:
+def row_axis(module: nn.Module | None, local: str, parameter: Tensor) -> int:
     """The axis of a parameter along which its neurons lie, where its module does not say.
 
     0; for transposed convolutions 1 ([in, out, ...]); for weights [1, out, in, k, k] 1. Tensors other than weights
@@ -92,7 +92,7 @@ def row_axis(module: nn.Module, local: str, parameter: Tensor) -> int:
     return wide[0] if wide else 0
 
 
-def _inputs_first(module: nn.Module, weight: Tensor) -> bool:
+def _inputs_first(module: nn.Module | None, weight: Tensor) -> bool:
     """Whether a matrix is [in, out]: by the class of transformers' Conv1D, or by a bias of the length of axis 1."""
     bias = getattr(module, "bias", None)
     if not isinstance(bias, Tensor) or bias.ndim != 1:
@@ -122,8 +122,8 @@ def find_layers(model: nn.Module) -> list[NeuronGroup]:
             layers.append(NeuronGroup(members[0].name, members))
 
     for prefix, module in modules.items():
-        if hasattr(module, "neuron_parameters"):
-            for group in module.neuron_parameters():
+        if declare := getattr(module, "neuron_parameters", None):
+            for group in declare():
                 group = _declared(module, prefix, group, first_name)
                 declared.update(name for name, _ in group)
                 add(group)
@@ -171,16 +171,15 @@ def _declared(module, prefix, group, first_name) -> list[tuple[str, int]]:
         parents = [f"{path}." if path else "", tensor]
         spellings = [local, f"{local}_orig", "{}parametrizations.{}.original".format(*parents)]
         own = dict(module.named_parameters())
-        parameter = next((own[s] for s in spellings if s in own), None)
-        if parameter is None:
-            # weight_norm and its like keep several tensors behind one name
-            several = [p for name, p in own.items() if PARAMETRIZED.sub(r"\1", name) == local]
-            if not several:
-                raise ValueError(
-                    f"{type(module).__name__}.neuron_parameters() names {local!r}, which module {prefix!r} does not "
-                    "have; name its parameters as named_parameters() lists them"
-                )
-        for p in [parameter] if parameter is not None else several:
+        tensors = [own[s] for s in spellings if s in own][:1]
+        if not tensors:  # weight_norm and its like keep several tensors behind one name
+            tensors = [p for name, p in own.items() if PARAMETRIZED.sub(r"\1", name) == local]
+        if not tensors:
+            raise ValueError(
+                f"{type(module).__name__}.neuron_parameters() names {local!r}, which module {prefix!r} does not "
+                "have; name its parameters as named_parameters() lists them"
+            )
+        for p in tensors:
             if not -max(p.ndim, 1) <= axis < max(p.ndim, 1):
                 raise ValueError(f"neuron_parameters() of module {prefix!r}: {local!r} has no axis {axis}")
             found.append((first_name[id(p)], axis % max(p.ndim, 1)))

@@ -1,27 +1,32 @@
 """What trains and what it costs, in numbers."""
 
+from .evidence import Evidence
+from .rows.freezing import Held
+
 _MOMENTS = {"adam": 2, "adamw": 2}
 
 
-def summary(ft) -> str:
+def summary(held: Held, evidence: Evidence, added_groups: list[dict]) -> str:
     """A plain text table: layer, neurons trained/all, parameters trained/all, how the gradient reaches them."""
+    selection = held.selection
+    by_batch = evidence.by_batch | (evidence.source.by_batch if evidence.source else set())
     table = [("layer", "neurons", "parameters", "gradient")]
     trained = total = trained_cost = total_cost = 0
-    for layer in ft.layers:
+    for layer in held.layers:
         n, cost = layer.neurons, layer.cost
-        k = len(ft.selection.rows.get(layer.name, ())) if ft.selection else 0
+        k = len(selection.rows.get(layer.name, ())) if selection else 0
         path = _gradient(layer) if k else "none: frozen"
-        if ft.selection is None:
+        if selection is None:
             path = "dense: not selected yet"
-        if any(m.name in ft.evidence.by_batch for m in layer.members):
+        if any(m.name in by_batch for m in layer.members):
             path += "; scored by the batch's gradient"
         table.append((layer.name, f"{k}/{n}", f"{k * cost}/{n * cost}", path))
         trained, total = trained + k, total + n
         trained_cost, total_cost = trained_cost + k * cost, total_cost + n * cost
-    for i, group in enumerate(ft.added_groups, 1):
+    for i, group in enumerate(added_groups, 1):
         numel = sum(p.numel() for p in group["params"])
         table.append((f"added group {i}", "-", f"{numel}/{numel}", "dense: added"))
-    table.append(("total", f"{trained}/{total}", f"{trained_cost}/{total_cost}", f"criterion {ft.criterion}"))
+    table.append(("total", f"{trained}/{total}", f"{trained_cost}/{total_cost}", f"criterion {evidence.criterion}"))
     widths = [max(len(row[i]) for row in table) for i in range(4)]
     lines = [
         "  ".join((row[0].ljust(widths[0]), row[1].rjust(widths[1]), row[2].rjust(widths[2]), row[3])).rstrip()
@@ -41,34 +46,41 @@ def _gradient(layer) -> str:
     return "; ".join(ways) or "not used yet"
 
 
-def memory(ft) -> dict[str, dict[str, int]]:
-    """Bytes of dense training of the candidates and of the sparse one that is set up; moments as if stepped once."""
-    dense_weights = sum(p.nbytes for _, p in ft.model.named_parameters())
-    candidates = sum(m.parameter.nbytes for layer in ft.layers for m in layer.members)
-    added = [p for group in ft.added_groups for p in group["params"]]
-    inside = {id(p) for _, p in ft.model.named_parameters()}
-    outside = sum(p.nbytes for p in added if id(p) not in inside)
-    moments = _MOMENTS.get(ft.optimizer, 1 if any(g.get("momentum") for g in ft.param_groups) else 0)
+def memory(
+    held: Held, evidence: Evidence, optimizer: str, own: list[dict], added: list[dict], ema: bool
+) -> dict[str, dict[str, int]]:
+    """Bytes of dense training of the candidates and of the sparse one that is set up; moments as if stepped once.
+
+    own, added: parameter groups of the model's candidates and of what was added. ema: whether averages are kept.
+    """
+    parameters = list(held.model.parameters())
+    dense_weights = sum(p.nbytes for p in parameters)
+    candidates = sum(m.parameter.nbytes for layer in held.layers for m in layer.members)
+    momentum = any(group.get("momentum") for group in [*own, *added])
+    extra = [p for group in added for p in group["params"]]
+    inside = set(map(id, parameters))
+    outside = sum(p.nbytes for p in extra if id(p) not in inside)
+    extra_bytes = sum(p.nbytes for p in extra)
+    moments = _MOMENTS.get(optimizer, int(momentum))
 
     def cost(weights, trained, undo):
         return {
             "weights": weights + outside,
             "gradients": trained,
             "optimizer_state": moments * trained,
-            "ema": trained if ft.ema_decay is not None else 0,
+            "ema": trained if ema else 0,
             "undo": undo,
         }
 
-    extra = sum(p.nbytes for p in added)
-    if ft.selection is None:
-        undo = sum(t.nbytes for t in ft.evidence.start.values())
+    if held.selection is None:
+        undo = sum(t.nbytes for t in evidence.start.values())
         return {
-            "dense": cost(dense_weights, candidates + extra, 0),
-            "sparse": cost(dense_weights, candidates + extra, undo),
+            "dense": cost(dense_weights, candidates + extra_bytes, 0),
+            "sparse": cost(dense_weights, candidates + extra_bytes, undo),
         }
-    leaves = sum(p.nbytes for group in ft.own_groups for p in group["params"])
-    undo = sum(values.nbytes + frozen.nbytes for values, frozen in ft.held.hashes.values())
+    leaves = sum(p.nbytes for group in own for p in group["params"])
+    undo = sum(values.nbytes + frozen.nbytes for values, frozen in held.hashes.values())
     return {
-        "dense": cost(dense_weights, candidates + extra, 0),
-        "sparse": cost(dense_weights + leaves, leaves + extra, undo),
+        "dense": cost(dense_weights, candidates + extra_bytes, 0),
+        "sparse": cost(dense_weights + leaves, leaves + extra_bytes, undo),
     }

@@ -3,80 +3,91 @@
 import torch
 from torch import Tensor
 
+from .evidence import Evidence
+from .rows.freezing import Held
+from .rows.link import Link
+from .rows.parameters import HeldWeight
+from .samples.buffers import BufferCopy
 from .selection import Selection, selection_by_hand
 
 
-def describe(ft) -> dict:
+def describe(held: Held, evidence: Evidence, buffers: BufferCopy | None) -> dict:
     """Tensors, numbers and names only, so that torch.load(weights_only=True) reads it."""
-    selection = ft.selection
+    selection = held.selection
     return {
         "selection": selection and {"rows": dict(selection.rows), "sizes": dict(selection.sizes)},
-        "optimizer": ft.optimizer,
-        "affine": any(layer.always for layer in ft.layers),
-        "evidence": ft.evidence.state_dict(),
-        "evidence_used": ft.evidence_used,
-        "buffers": dict(ft.buffers.copies) if ft.buffers and selection is None else None,
-        "masters": {name: leaf.detach() for name, leaf in _masters(ft).items()},
-        "ever": dict(ft.held.ever),
-        "hashes": dict(ft.held.hashes),
-        "base": ft.held.base,
+        "affine": _affine(held),
+        "evidence": evidence.state_dict(),
+        "buffers": dict(buffers.copies) if buffers and selection is None else None,
+        "masters": {name: leaf.detach() for name, leaf in _masters(held).items()},
+        "ever": dict(held.ever),
+        "hashes": dict(held.hashes),
+        "base": held.base,
     }
 
 
-def check(ft, state_dict: dict) -> Selection | None:
-    """The selection in a state dict that fits `ft`; ValueError where it does not fit."""
+def check_fits(
+    state_dict: dict, held: Held, budget: str, optimizer: str, criterion: str, groups: int
+) -> Selection | None:
+    """The selection in a state dict of an optimizer of the same kind; ValueError where it is of another.
+
+    groups: how many parameter groups the optimizer has.
+    """
     if not isinstance(state_dict, dict) or "neurons" not in state_dict:
         raise ValueError("this state dict is not a SparseFinetuner's; load it into the optimizer that it came from")
     neurons = state_dict["neurons"]
-    affine, own = neurons.get("affine", False), any(layer.always for layer in ft.layers)
+    affine, own = neurons.get("affine", False), _affine(held)
     if affine != own:
         raise ValueError(f"the state dict is of affine={affine}, this optimizer has {own}; build it with the same one")
     saved = neurons["selection"]
     if saved is not None:
-        saved = Selection(saved["rows"], {name: tuple(size) for name, size in saved["sizes"].items()}, ft.budget)
-        saved = selection_by_hand(saved, ft.layers, ft.budget)
-    if ft.selection is not None and saved != ft.selection:
+        saved = Selection(saved["rows"], {name: tuple(size) for name, size in saved["sizes"].items()}, budget)
+        saved = selection_by_hand(saved, held.layers, budget)
+    if held.selection is not None and saved != held.selection:
         raise ValueError(
             "the state dict has another selection than this optimizer; load it into a new SparseFinetuner, or "
             "select(...) its neurons first"
         )
-    optimizer = neurons.get("optimizer", ft.optimizer)
-    if optimizer != ft.optimizer:
+    theirs = neurons.get("optimizer", optimizer)
+    if theirs != optimizer:
         raise ValueError(
-            f"the state dict is of optimizer={optimizer!r}, this one is {ft.optimizer!r}; build it with the same one"
+            f"the state dict is of optimizer={theirs!r}, this one is {optimizer!r}; build it with the same one"
         )
-    criterion = neurons["evidence"]["criterion"]
-    if criterion != ft.criterion:
+    theirs = neurons["evidence"]["criterion"]
+    if theirs != criterion:
         raise ValueError(
-            f"the state dict was scored by {criterion!r}, this optimizer by {ft.criterion!r}; build it with the same "
-            "criterion"
+            f"the state dict was scored by {theirs!r}, this optimizer by {criterion!r}; build it with the same one"
         )
-    groups, own = len(state_dict["param_groups"]), len(ft.param_groups)
-    if groups != own:
+    theirs = len(state_dict["param_groups"])
+    if theirs != groups:
         raise ValueError(
-            f"the state dict has {groups} parameter groups, this optimizer has {own}; add the same groups before you "
+            f"the state dict has {theirs} parameter groups, this optimizer has {groups}; add the same ones before you "
             "load it"
         )
     return saved
 
 
-def adopt(ft, neurons: dict):
+def adopt(neurons: dict, held: Held, evidence: Evidence, buffers: BufferCopy | None):
     """Takes over what `describe` wrote."""
-    ft.evidence.load_state_dict(neurons["evidence"])
-    if neurons["buffers"] is not None:
-        ft.buffers.adopt(neurons["buffers"])
-    ft.evidence_used = neurons["evidence_used"]
-    masters = _masters(ft)
+    evidence.load_state_dict(neurons["evidence"])
+    if buffers is not None and neurons["buffers"] is not None:
+        buffers.adopt(neurons["buffers"])
+    masters = _masters(held)
     with torch.no_grad():
         for name, saved in neurons.get("masters", {}).items():
             if name in masters:
                 masters[name].copy_(saved)
-    ft.held.ever, ft.held.hashes, ft.held.base = neurons["ever"], neurons["hashes"], neurons["base"]
+    held.ever, held.hashes, held.base = neurons["ever"], neurons["hashes"], neurons["base"]
 
 
-def _masters(ft) -> dict[str, Tensor]:
+def _affine(held: Held) -> bool:
+    return any(layer.always for layer in held.layers)
+
+
+def _masters(held: Held) -> dict[str, Tensor]:
     """The leaves that hold more than the model does: float32 rows of half-precision weights."""
-    links = {m.name: m.parameter.link for layer in ft.layers for m in layer.members if ft.selection is not None}
+    members = [m for layer in held.layers for m in layer.members] if held.selection is not None else []
+    links: dict[str, Link] = {m.name: m.parameter.link for m in members if isinstance(m.parameter, HeldWeight)}
     for link in links.values():
         link.sync()
     return {n: link.leaf for n, link in links.items() if link.leaf is not None and link.leaf.dtype != link.plain.dtype}

@@ -48,7 +48,7 @@ class Selection:
         generator = torch.Generator().manual_seed(seed)
         rows = {}
         for name in sorted(self.rows):
-            drawn = torch.randperm(self.sizes[name][0], generator=generator)[: len(self.rows[name])]
+            drawn = torch.randperm(self.sizes[name][0], generator=generator, device="cpu")[: len(self.rows[name])]
             rows[name] = drawn.sort().values
         return replace(self, rows=rows)
 
@@ -88,11 +88,11 @@ def sizes_of(layers: list[NeuronGroup]) -> dict[str, tuple[int, int]]:
 
 def _selection(rows: dict[str, Tensor], layers: list[NeuronGroup], budget: str) -> Selection:
     """The selection of these rows and of all rows of the layers that always train."""
-    whole = {layer.name: torch.arange(layer.neurons) for layer in layers if layer.always}
+    whole = {layer.name: torch.arange(layer.neurons, device="cpu") for layer in layers if layer.always}
     return Selection({**rows, **whole}, sizes_of(layers), budget, frozenset(whole))
 
 
-def rank(scores: Mapping[str, Tensor], layers, density, budget, scope, policy) -> Selection:
+def choose(scores: Mapping[str, Tensor], layers, density, budget, scope, policy) -> Selection:
     """The selection that the scores {layer: [neurons]} ask for, ranked where they are; only its rows come to the CPU.
 
     "train_top" trains the highest scores, "freeze_top" the lowest; ties go by (name, row). scope "global" ranks all
@@ -114,16 +114,18 @@ def rank(scores: Mapping[str, Tensor], layers, density, budget, scope, policy) -
             f"the scores of {', '.join(bad)} are not finite: a gradient was inf or NaN; nothing was selected. "
             "Lower the loss scale or leave out the bad batch, and score again"
         )
-    counts, costs = (torch.tensor(column) for column in zip(*(sizes[name] for name in names), strict=True))
-    layer = torch.repeat_interleave(torch.arange(len(names)), counts).to(flat.device)
+    counts, costs = (
+        torch.tensor(column, device="cpu") for column in zip(*(sizes[name] for name in names), strict=True)
+    )
+    layer = torch.repeat_interleave(torch.arange(len(names), device="cpu"), counts).to(flat.device)
     if scope == "normalised":
         means = torch.stack([scores[name].double().mean() for name in names])[layer]
         flat = torch.where(means == 0, 0.0, flat / means)
     order = flat.argsort(descending=policy == "train_top", stable=True)
     if scope == "layer":
         order = order[layer[order].argsort(stable=True)]
-        position = torch.arange(len(order)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
-        quota = torch.tensor([max(1, round(density * n)) for n in counts.tolist()])
+        position = torch.arange(len(order), device="cpu") - (counts.cumsum(0) - counts).repeat_interleave(counts)
+        quota = torch.tensor([max(1, round(density * n)) for n in counts.tolist()], device="cpu")
         taken = position < quota.repeat_interleave(counts)
     elif budget == "parameters":
         # a target that rounding error alone lifts above a whole number of parameters is that number
@@ -131,7 +133,7 @@ def rank(scores: Mapping[str, Tensor], layers, density, budget, scope, policy) -
         cost = costs.to(flat.device)[layer[order]]
         taken = (cost.cumsum(0) - cost).double() < target
     else:
-        taken = torch.arange(len(order)) < max(1, round(density * len(order)))
+        taken = torch.arange(len(order), device="cpu") < max(1, round(density * len(order)))
     chosen = order[taken.to(flat.device)].sort().values.cpu()
     ends = counts.cumsum(0)
     parts = chosen.tensor_split(torch.searchsorted(chosen, ends)[:-1])
@@ -166,7 +168,7 @@ def selection_by_hand(rows: Mapping[str, object] | Selection, layers: list[Neuro
             )
             raise ValueError(f"{name!r} is no layer of neurons; {hint}")
         try:
-            given = torch.as_tensor(given).cpu()
+            given = torch.as_tensor(given, device="cpu")
         except (TypeError, ValueError, RuntimeError):
             raise TypeError(f"the rows of {name!r} must be integers or a boolean mask, got {given!r}") from None
         n = sizes[name][0]

@@ -16,54 +16,95 @@ backward(create_graph=True) would tie graph and weights into a reference cycle. 
 import contextlib
 import functools
 import inspect
+import re
 from collections.abc import Callable
 from contextlib import nullcontext
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..ops import interpolate
+from ..ops._op import refuse_transforms
 from ..ops.penalty import HALF, check_images, penalty_on, random_like, wide_dtype
 from .second_order import second_order
 
 
-def _modules_of(critic) -> list[nn.Module]:
-    """The critic where it is a module, else the modules that a function's variables or a partial's arguments show."""
+def _modules_of(critic, depth: int = 2) -> list[nn.Module]:
+    """A critic that is a module; else the modules among its variables, attributes and arguments, and among those of the
+    functions and objects that stand there, `depth` levels down."""
     if isinstance(critic, nn.Module):
         return [critic]
+    if depth < 0 or isinstance(critic, type | ModuleType):
+        return []
     if isinstance(critic, functools.partial):
         parts = [critic.func, *critic.args, *critic.keywords.values()]
-        return [m for part in parts if callable(part) for m in _modules_of(part)]
-    if not inspect.isroutine(critic):
-        return []
-    found = [getattr(critic, "__self__", None)]
-    with contextlib.suppress(TypeError):  # of a function that is not written in Python
-        variables = inspect.getclosurevars(inspect.unwrap(getattr(critic, "__func__", critic)))
-        found += [*variables.nonlocals.values(), *variables.globals.values()]
-    return [m for m in found if isinstance(m, nn.Module)]
+    elif inspect.isroutine(critic):
+        parts = [getattr(critic, "__self__", None), *(getattr(critic, "__defaults__", None) or ())]
+        with contextlib.suppress(TypeError):  # of a function that is not written in Python
+            variables = inspect.getclosurevars(inspect.unwrap(getattr(critic, "__func__", critic)))
+            parts += [*variables.nonlocals.values(), *variables.globals.values()]
+    else:
+        parts = getattr(critic, "__dict__", {}).values()
+    return [m for part in parts for m in _modules_of(part, depth - 1)]
 
 
 def _critic_input(critic, x: Tensor, name: str) -> Tensor:
-    """x detached, in float32 or wider unless the critic's own weights are of x's type."""
+    """x detached, in float32 or wider if weights of the critic are found and none of them is of x's type."""
     check_images(x, name)
-    dtypes = {p.dtype for m in _modules_of(critic) for p in m.parameters() if p.is_floating_point()}
-    return x.detach().float() if x.dtype in HALF and dtypes != {x.dtype} else x.detach()
+    if x.dtype in HALF:
+        dtypes = {p.dtype for m in _modules_of(critic) for p in m.parameters() if p.is_floating_point()}
+        if dtypes and x.dtype not in dtypes:
+            return x.detach().float()
+    return x.detach()
 
 
-def _penalty_of(critic, x: Tensor, center: float = 0.0, squared: bool = False) -> Tensor:
+def _scores(critic, x: Tensor, condition) -> Tensor:
+    """critic(x, condition), [B] or [B, 1]."""
+    others = () if condition is None else condition if isinstance(condition, tuple) else (condition,)
+    others = [c.to(x.dtype) if isinstance(c, Tensor) and c.dtype in HALF else c for c in others]
+    try:
+        with second_order():
+            score = critic(x, *others)
+    except TypeError as error:
+        if "required positional argument" not in str(error):
+            raise
+        raise TypeError(
+            f"the critic takes more than images ({error}): give the rest as condition=y, or lambda x: critic(x, y)"
+        ) from error
+    except RuntimeError as error:
+        if not re.search("same d?type|type .* should be the same|scalar type", str(error)):
+            raise
+        raise TypeError(
+            f"the critic was run outside of autocast, and its {x.dtype} images and weights do not go together "
+            f"({error}): give images of the same dtype as its weights, and labels or embeddings as condition="
+        ) from error
+    if not isinstance(score, Tensor):
+        raise TypeError(
+            f"the critic must return a tensor [B] or [B, 1], not {type(score).__name__}: of several results choose "
+            "one, lambda x: D(x)[0]"
+        )
+    if score.shape not in ((len(x),), (len(x), 1)):
+        raise ValueError(
+            f"the critic must return [B] or [B, 1] with B = {len(x)}, got {list(score.shape)}: of a map of scores, "
+            "as PatchGAN's, give the mean, lambda x: D(x).flatten(1).mean(1); [B, B] comes of adding [B, 1] to [B]"
+        )
+    return score
+
+
+def _penalty_of(critic, x: Tensor, condition, center=0.0, squared: bool = False) -> Tensor:
     """P of grad D(x) for a leaf x, outside autocast; with a graph if gradients are enabled."""
+    if isinstance(center, Tensor) and center.dim():
+        raise TypeError(
+            f"center must be a number, got a tensor {list(center.shape)}: what the critic takes after the images is "
+            "condition="
+        )
+    refuse_transforms("a penalty on a gradient")
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
         x.requires_grad_()
-        with second_order():
-            score = critic(x)
-        if not isinstance(score, Tensor):
-            raise TypeError(f"the critic must return a tensor [B] or [B, 1], not {type(score).__name__}")
-        if score.shape not in ((len(x),), (len(x), 1)):
-            raise ValueError(
-                f"the critic must return [B] or [B, 1] with B = {len(x)}, got {list(score.shape)}: of a map of scores, "
-                "as PatchGAN's, give the mean, lambda x: D(x).flatten(1).mean(1)"
-            )
+        score = _scores(critic, x, condition)
         gradient = None
         if score.requires_grad:
             (gradient,) = torch.autograd.grad(score.sum(), x, create_graph=create_graph, allow_unused=True)
@@ -74,53 +115,61 @@ def _penalty_of(critic, x: Tensor, center: float = 0.0, squared: bool = False) -
 
 
 def gradient_penalty(
-    critic: Callable[[Tensor], Tensor],
+    critic: Callable[..., Tensor],
     real: Tensor,
     fake: Tensor,
     center: float = 1.0,
     generator: torch.Generator | None = None,
+    condition: Any = None,
 ) -> Tensor:
     """mean((|grad D(x^)|_2 - center)^2) with x^ = interpolate(real, fake); center 1: WGAN-GP, 0: zero-centred.
 
     critic: images [B, ...] -> scores [B] or [B, 1].
     real, fake: [B, ...] of the same shape and device. Both are detached: the penalty trains the critic.
     generator: makes the interpolation reproducible.
+    condition: what the critic takes after the images, labels or embeddings of the same B samples; a tuple holds several
+        arguments. It may have a gradient. Where a call has another form, give lambda x: critic(x, y).
 
     Returns a scalar, not weighted: float64 for float64 images, else float32. Autocast is off in here; float16 and
-    bfloat16 images become float32 unless the critic's own weights are of that type. The norm has subgradient 0 at 0.
-    Raises ValueError or TypeError for images that do not match, and for scores of another shape or that do not depend
-    on the images.
+    bfloat16 images become float32 where the critic's weights are of other types alone, and a condition in half
+    precision follows them. The norm has subgradient 0 at 0.
+    Raises ValueError or TypeError for images that do not match, for a critic that takes more than it is given or
+    another dtype, and for scores of another shape or that do not depend on the images; NotImplementedError inside a
+    transform of torch.func, vmap, grad or jacrev say.
     """
-    x = interpolate(_critic_input(critic, real, "real"), _critic_input(critic, fake, "fake"), generator=generator)
-    return _penalty_of(critic, x, center)
+    real, fake = _critic_input(critic, real, "real"), _critic_input(critic, fake, "fake")
+    if torch.float32 in (real.dtype, fake.dtype):  # under autocast generated images are narrower
+        real, fake = (x.float() if x.dtype in HALF else x for x in (real, fake))
+    return _penalty_of(critic, interpolate(real, fake, generator=generator), condition, center)
 
 
 def dragan_penalty(
-    critic: Callable[[Tensor], Tensor],
+    critic: Callable[..., Tensor],
     real: Tensor,
     center: float = 1.0,
     scale: float = 0.5,
     generator: torch.Generator | None = None,
+    condition: Any = None,
 ) -> Tensor:
     """mean((|grad D(x^)|_2 - center)^2) around the real images (Kodali et al. 2017).
 
     x^_i = real_i + alpha_i scale std(real) u_i: alpha_i of U[0, 1), one a sample; u_i of U[0, 1), one an element; std
     (that of a population) over all elements of the batch. The authors' code draws uniform noise; the paper writes
-    normal noise. critic, real, generator, result and errors as in `gradient_penalty`.
+    normal noise. critic, real, generator, condition, result and errors as in `gradient_penalty`.
     """
     real = _critic_input(critic, real, "real")
     noise = random_like(torch.rand, real.shape, real, generator).to(real.dtype)
-    return _penalty_of(critic, interpolate(torch.addcmul(real, noise, scale * real.std(correction=0)), real,
-                                           generator=generator), center)  # fmt: skip
+    x = interpolate(torch.addcmul(real, noise, scale * real.std(correction=0)), real, generator=generator)
+    return _penalty_of(critic, x, condition, center)
 
 
-def r1_penalty(critic: Callable[[Tensor], Tensor], real: Tensor) -> Tensor:
+def r1_penalty(critic: Callable[..., Tensor], real: Tensor, condition: Any = None) -> Tensor:
     """mean(|grad D(x)|_2^2), without the 1/2 of the paper: R1 for real images, R2 for fakes.
 
-    critic: images [B, ...] -> scores [B] or [B, 1]. real: [B, ...], detached. Returns a scalar; dtypes, autocast and
-    errors as in `gradient_penalty`.
+    critic: images [B, ...] -> scores [B] or [B, 1]. real: [B, ...], detached. condition: what the critic takes after
+    the images. Returns a scalar; condition, dtypes, autocast and errors as in `gradient_penalty`.
     """
-    return _penalty_of(critic, _critic_input(critic, real, "real"), squared=True)
+    return _penalty_of(critic, _critic_input(critic, real, "real"), condition, squared=True)
 
 
 def path_length_penalty(
@@ -148,6 +197,7 @@ def path_length_penalty(
         raise ValueError(f"images must be [B, C, H, W], got {list(images.shape)}")
     if latents.dim() not in (2, 3) or len(latents) != len(images):
         raise ValueError(f"latents must be [B, L, W] or [B, W] with B = {len(images)}, got {list(latents.shape)}")
+    refuse_transforms("path_length_penalty")
     unrelated = "images do not depend on latents: pass the very latents (with requires_grad) that made these images"
     if not (images.requires_grad and latents.requires_grad):
         raise ValueError(unrelated)

@@ -15,8 +15,11 @@ FORMAT = "minegan_fast.miner"
 
 
 def save_miner(path: str | Path, miner: Miner | Mined) -> None:
-    """Writes a miner as safetensors, with its constructor's arguments in the metadata; of a `Mined` all but the
-    generator: miner, class miner, learned constant, where they act and the prior."""
+    """Writes a miner as safetensors, with its constructor's arguments in the metadata.
+
+    Of a `Mined` it writes everything but the generator: the miner, the class miner, the learned constant, the place
+    where the miner acts, and the prior.
+    """
     mined = miner if isinstance(miner, Mined) else None
     of_latent = miner if mined is None else mined.miner
     tensors, metadata = of_latent.state_dict(), {"format": FORMAT, "config": json.dumps(of_latent.config)}
@@ -30,26 +33,39 @@ def save_miner(path: str | Path, miner: Miner | Mined) -> None:
     save_tensors(path, tensors, metadata)
 
 
-def load_miner(path: str | Path) -> Miner:
-    """The latent's miner in a file: of a run, or of the original MineGAN code (a StyleGAN or StyleGAN2 training file,
-    BigGAN's M.pth or its folder). FileNotFoundError/ValueError: no such file, another kind of file."""
-    return _load(path)[0]
+def load_miner(path: str | Path | Contents) -> Miner:
+    """The miner of the latent from a file of a run, or of the original MineGAN code: a StyleGAN or StyleGAN2 training
+    file, BigGAN's M.pth, or its folder. Or from what was read of one.
+
+    FileNotFoundError/ValueError: there is no such file, or it is of another kind.
+    """
+    return _miners(_read(path))[0]
 
 
-def load_mined(path: str | Path, generator: nn.Module) -> Mined:
-    """`generator` behind all that the file of miners holds, in eval mode; see `originals` for what the original code's
-    files hold. A file without a prior has none. ValueError: as `load_miner`, or the miners do not fit the generator."""
-    parts = _load(path)
+def load_mined(path: str | Path | Contents, generator: nn.Module) -> Mined:
+    """`generator` behind all the miners that the file holds, in eval mode.
+
+    `originals` says what the files of the original code hold. Where the file names no prior, it is "none".
+
+    ValueError: as in `load_miner`, or the miners do not fit the generator.
+    """
+    contents = _read(path)
+    miners = _miners(contents)
     try:
-        return Mined(generator, *parts).eval()
+        return Mined(generator, *miners).eval()
     except ValueError as error:
-        raise ValueError(f"the miner in {path} does not fit the generator: {error}") from None
+        raise ValueError(f"the miner in {contents.path} does not fit the generator: {error}") from None
 
 
-def _load(path: str | Path) -> tuple[Miner, Miner | None, str, Tensor | None, str]:
-    if not Path(path).exists():
+def _read(path: str | Path | Contents) -> Contents:
+    if not isinstance(path, Contents) and not Path(path).exists():
         raise FileNotFoundError(f"no miner at {path}; a run keeps its own as last/miner.safetensors")
-    contents = read(path)
+    return read(path)
+
+
+def _miners(contents: Contents) -> tuple[Miner, Miner | None, str, Tensor | None, str]:
+    """(miner, class miner, place, constant, prior): what `Mined` takes after the generator."""
+    path = contents.path
     if contents.metadata.get("format") == FORMAT:
         return _own(contents)
     try:

@@ -42,7 +42,7 @@ def save_model(path: str | Path, generator: nn.Module, discriminator: nn.Module 
 
 
 def write_networks(path: str | Path, models: list[nn.Module], sources: dict[str, str]) -> Path:
-    """`save_model`; `sources` may say of each role, in words, where the weights come from."""
+    """Does what `save_model` does. sources: {role: where its weights come from, in words}, for any of the roles."""
     path = writable(path)
     tensors, modules = {}, {}
     for model in models:
@@ -86,20 +86,21 @@ def export_rosinality(path: str | Path, generator: StyleGAN2Generator, discrimin
 
 
 def load_generator(
-    path: str | Path, family: str | None = None, strict: bool = True, resolution: int | None = None
+    path: str | Path | Contents, family: str | None = None, strict: bool = True, resolution: int | None = None
 ) -> Network:
     """The generator in a file of this project or of a public one, told by its keys and sized by its shapes.
 
     Args:
         path: the file, or a folder of BigGAN-PyTorch or pytorch-pretrained-biggan. Averaged weights (EMA) are taken
             where it holds them; `origin` and a line in the log "minegan_fast" (INFO) say so. `D.pth` of BigGAN-PyTorch
-            is the critic alone, and refused here though a generator may lie beside it; `load_discriminator` finds
-            the critic beside a generator's file. `origin` names the file that was read.
+            is the critic alone, and is refused here even if a generator lies beside it; `load_discriminator` finds the
+            critic beside a generator's file. `origin` names the file that was read. In a path's place this takes the
+            `Contents` that `files.reading.read` made of one, so that a file of both networks is read once.
         family: "biggan" (also BigGAN-deep), "pgan", "stylegan", "stylegan2", or None to tell by the keys.
         strict: every tensor of the network must be in the file and the other way round. False: what fits is loaded,
             the rest of the network has the values it is built with (seed 0), and a warning names what did not fit.
-        resolution: of a StyleGAN or Progressive GAN, whose public files hold a network of every lower resolution too,
-            and a StyleGAN's those above, untrained; None: the highest that was trained.
+        resolution: for a StyleGAN or Progressive GAN. Their public files also hold a network of every lower resolution,
+            and those of StyleGAN untrained ones of higher resolutions. None: the highest that was trained.
 
     Returns the network in eval mode on the CPU, with an `Origin` as its attribute `origin`. Half-precision weights
     become float32. Noise buffers that a file leaves out are drawn from a fixed seed. The global random state is left
@@ -114,13 +115,13 @@ def load_generator(
 
 
 def load_discriminator(
-    path: str | Path, family: str | None = None, strict: bool = True, resolution: int | None = None
+    path: str | Path | Contents, family: str | None = None, strict: bool = True, resolution: int | None = None
 ) -> Network:
-    """The discriminator in a file; arguments, result and errors are those of `load_generator`."""
+    """The discriminator in a file. Arguments, result and errors are as in `load_generator`."""
     return load_network(read(path), "discriminator", family, strict, resolution)
 
 
-def has_discriminator(path: str | Path) -> bool:
+def has_discriminator(path: str | Path | Contents) -> bool:
     """Whether the file holds a discriminator that `load_discriminator` would find. Errors as in `load_generator`."""
     return holds(read(path), "discriminator")
 
@@ -142,9 +143,9 @@ def _on_cpu(model: nn.Module) -> dict[str, Tensor]:
 def load_network(
     contents: Contents, role: str, family: str | None, strict: bool, resolution: int | None = None
 ) -> Network:
-    """`load_generator` and `load_discriminator`, of what was read of a file."""
+    """What `load_generator` and `load_discriminator` do, for either role."""
     model = _filled(written_network(contents, role, family, resolution), strict)
-    # Only where a choice was made for the user does the log say so at the level INFO.
+    # Only a choice between several networks, made for the user, is worth a line.
     level = logging.INFO if model.origin.passed_over else logging.DEBUG
     _log.log(level, "%s: %s", type(model).__name__, model.origin)
     return model.eval()
@@ -152,7 +153,7 @@ def load_network(
 
 @dataclass(frozen=True)
 class Written:
-    """A network as a file holds it: the class to build, its arguments, and its tensors under that class's names."""
+    """A network as a file has it: what to build, and the file's tensors under the names of the network's own."""
 
     model: type[Network]
     config: dict
@@ -161,7 +162,7 @@ class Written:
     optional: str | None = None
 
     def on_meta(self) -> Network:
-        """The network without memory: nothing is allocated before the sizes are known to fit the file, and no random
+        """The network without memory. So nothing is allocated before the sizes are known to fit the file, and no random
         number is drawn."""
         try:
             with torch.device("meta"):
@@ -185,7 +186,7 @@ class Written:
 
 
 def described_modules(contents: Contents) -> dict[str, dict]:
-    """{role: {"family", "config", "source"}} of a file of this project, empty for others."""
+    """{role: {"family", "config", "source"}} of a file of this project; empty for other files."""
     try:
         modules = json.loads(contents.metadata.get("modules", "{}"))
         return {

@@ -25,12 +25,12 @@ class NetworkReport:
         container: the file's key that holds it; None: the file itself.
         averaged: whether its weights are an exponential moving average; None: the file does not say.
         passed_over: other keys of the file that hold the same network.
-        source: of a converted file, what it was converted from.
-        config: the constructor's arguments, told from the shapes; `resolution`, `channels` and others as it has them.
+        source: for a converted file, what it was converted from.
+        config: the constructor's arguments (`resolution`, `channels` and others), as the shapes tell them.
         resolution, image_channels, latent_dim, num_classes, parameters: of the network; None where it has none.
         dtypes: of the tensors.
-        missing, unexpected, wrong: what keeps the file from loading with strict=True, by name.
-        problem: why the network cannot be built at all; then what is above is unknown.
+        missing, unexpected, wrong: the names of what keeps the file from loading with strict=True.
+        problem: why the network cannot be built at all; all the above but the role is then unknown.
     """
 
     role: str
@@ -55,7 +55,14 @@ class NetworkReport:
 
 @dataclass(frozen=True)
 class FileReport:
-    """What `inspect` tells: the networks, what else the file holds {key: what it is}, and why nothing was known."""
+    """What `inspect` finds.
+
+    Attributes:
+        path: the file, or folder.
+        networks: in the order generator, discriminator.
+        others: what else the file holds, {key: what it is}.
+        unknown: why no network was recognised; None where one was.
+    """
 
     path: str
     networks: tuple[NetworkReport, ...]
@@ -68,11 +75,11 @@ class FileReport:
 
 
 def inspect(path: str | Path) -> FileReport:
-    """What is in a checkpoint; reads everything `load_generator` reads, builds nothing.
+    """Says what is in a checkpoint. It reads everything that `load_generator` reads, and builds nothing.
 
     Raises:
-        FileNotFoundError, ValueError: no such file, or one of which nothing can be read, as in `load_generator`. A
-            file without a known network, and one whose tensors do not fit, are reported.
+        FileNotFoundError, ValueError: there is no such file, or nothing can be read of it, as in `load_generator`. A
+            file without a known network, or whose tensors do not fit, is no error: the report says so.
     """
     contents = read(path)
     networks = tuple(_network(contents, role) for role in ROLES if holds(contents, role))
@@ -110,7 +117,7 @@ def convert(
         only: "generator" or "discriminator": leave the other network out.
         force: overwrite `out` where it exists.
 
-    Returns `out`; its metadata say what the weights were taken from, averaged or not.
+    Returns `out`. Its metadata say what the weights were taken from, and whether they are averaged.
 
     Raises:
         FileExistsError: `out` exists and `force` is False.
@@ -166,7 +173,7 @@ def _miner(state: Mapping) -> str | None:
 
 
 def _kind(key: str, value) -> str:
-    """What a part of the file is that lies beside the networks, in a few words."""
+    """A few words for a value that lies beside the networks."""
     if isinstance(value, Tensor):
         return f"tensor {list(value.shape)}"
     if isinstance(value, Mapping):

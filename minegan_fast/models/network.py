@@ -18,11 +18,11 @@ class Origin:
         project: whose layout the file has.
         container: the file's key that held the network, or the role of the file in its folder (`G_ema`); None: the
             file itself.
-        averaged: whether they are an exponential moving average; None: the file does not say.
+        averaged: whether the weights are an exponential moving average; None: the file does not say.
         passed_over: other keys of the file that hold the same network.
-        missing: parameters that the file does not have and the network was built with.
+        missing: parameters that the file lacks, and that keep the values the network was built with.
         unexpected: the file's tensors that the network does not have, or whose shape does not fit it.
-        converted: of a file that `convert` wrote, where these weights come from, in words.
+        converted: for a file that `convert` wrote, where these weights come from, in words.
     """
 
     path: str

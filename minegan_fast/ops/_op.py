@@ -17,7 +17,7 @@ from typing import Any, Generic, ParamSpec, TypeVar, overload
 
 import torch
 
-from .._torch import pass_reaches
+from .._torch import is_batched, pass_reaches, transforms_active
 
 BACKENDS = ("reference", "cpp", "triton", "cuda")
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # DType in csrc/common.h
@@ -78,6 +78,19 @@ def backward_wants(ctx, i: int, place: int | None = None) -> bool:
     if torch.compiler.is_compiling():
         return True
     return pass_reaches(ctx.next_functions[i if place is None else place][0], unknown=True)
+
+
+def refuse_transforms(name: str, *gradients: torch.Tensor | None) -> None:
+    """Raises NotImplementedError inside a transform, which would need a rule of its own for every op and backend; of
+    these gradients, too, one may stand for several."""
+    if torch.compiler.is_compiling():
+        return
+    if transforms_active() or any(g is not None and is_batched(g) for g in gradients):
+        raise NotImplementedError(
+            f"{name} cannot run inside a transform, such as torch.func's vmap, grad and jacrev, vectorize=True or "
+            "is_grads_batched=True: take torch.autograd.grad, torch.autograd.functional.jacobian without vectorize, "
+            "and a loop in the place of vmap"
+        )
 
 
 def memory_format(x: torch.Tensor) -> torch.memory_format:

@@ -10,7 +10,10 @@ from torch import Tensor
 from .._torch import overlaps_itself
 
 CHUNK = 1024  # elements of a work item of the GPU kernels: kChunk in csrc/row_update.cu
-_WORDS = 16  # of RowTensor in csrc/ops.h
+WORDS = (  # of a tensor's row in the table, int64 each: RowTensor in csrc/ops.h
+    "leaf", "mean", "square", "average", "dense", "rows", "step", "tickets", "count", "length", "row_stride",
+    "outer_stride", "inner", "inner_stride", "wide", "reserved",
+)  # fmt: skip
 
 
 @dataclass(eq=False)
@@ -51,7 +54,7 @@ def write_rows(weight: Tensor, axis: int, rows: Tensor, values: Tensor) -> None:
 class Table:
     """Tensors of one device, dtype and dense dtype as the kernels read them, and the gradients of the present step.
 
-    words: int64 [n, 16], RowTensor in csrc/ops.h. indirect: whose dense memory PyTorch writes. flat: whether the
+    words: int64 [n, 16], WORDS of every tensor. indirect: whose dense memory PyTorch writes. flat: whether the
     kernels can read the leaves at all.
     """
 
@@ -72,20 +75,23 @@ class Table:
                 self.indirect.append(t)
             k, length = _matrix(t.leaf)
             mean = t.state.get("momentum_buffer") if rule == "momentum" else t.state.get("exp_avg")
-            pointers = [t.leaf, mean, t.state.get("exp_avg_sq"), t.state.get("ema"), t.dense if place else None]
-            pointers = [0 if p is None else p.data_ptr() for p in pointers]
-            row_stride, outer_stride, inner, inner_stride = place or (0, 0, max(length, 1), 1)
-            pack = 16 // self.dtype.itemsize
-            wide = length % pack == 0 and not any(p % 16 for p in pointers[:4])
+            parts = {"leaf": t.leaf, "mean": mean, "square": t.state.get("exp_avg_sq"), "average": t.state.get("ema")}
             if place:
-                wide &= inner_stride == 1 and pointers[4] % (pack * self.dense_dtype.itemsize) == 0
-                wide &= not any(n % pack for n in (row_stride, outer_stride, inner))
-            step = t.state["step"].data_ptr() if "step" in t.state and rule[:4] == "adam" else 0
-            rows = rows.data_ptr() if place and rows is not None else 0
-            words.append(
-                [*pointers, rows, step, 0, k, length, row_stride, outer_stride, inner, inner_stride, int(wide), 0]
-            )
-        self.words = torch.tensor(words, dtype=torch.int64).reshape(-1, _WORDS)
+                parts |= {"dense": t.dense, "rows": rows}
+            if rule in ("adam", "adamw"):
+                parts["step"] = t.state["step"]
+            row = dict.fromkeys(WORDS, 0) | {name: p.data_ptr() for name, p in parts.items() if p is not None}
+            row |= {"count": k, "length": length}
+            strides = "row_stride", "outer_stride", "inner", "inner_stride"
+            row |= zip(strides, place or (0, 0, max(length, 1), 1), strict=True)
+            # A kernel moves packs of 16 bytes where each is aligned and, in the dense weight, in one piece.
+            pack = 16 // self.dtype.itemsize
+            wide = length % pack == 0 and not any(row[name] % 16 for name in ("leaf", "mean", "square", "average"))
+            if place:
+                wide &= row["inner_stride"] == 1 and row["dense"] % (pack * self.dense_dtype.itemsize) == 0
+                wide &= not any(row[name] % pack for name in ("row_stride", "outer_stride", "inner"))
+            words.append([*(row | {"wide": int(wide)}).values()])
+        self.words = torch.tensor(words, dtype=torch.int64, device="cpu").reshape(-1, len(WORDS))
 
     def take(self, grads: Sequence[Tensor | None]) -> None:
         """Makes `grads` the gradients of this step. One whose layout in memory is not its leaf's is copied."""
@@ -107,7 +113,7 @@ class Table:
         if addresses != self.addresses:
             if self.on_device is not None:
                 refuse_capture([self.tensors[0].leaf])
-                self.on_device["grads"].copy_(_pinned(torch.tensor(addresses)), non_blocking=True)
+                self.on_device["grads"].copy_(_pinned(torch.tensor(addresses, device="cpu")), non_blocking=True)
             self.addresses = addresses
 
     def write_indirect(self) -> None:
@@ -128,15 +134,16 @@ class Table:
                 if not length:
                     continue
                 together, parts = max(1, CHUNK // length), math.ceil(length / CHUNK)
-                first = torch.arange(0, k, together).repeat_interleave(parts)
-                part = torch.arange(parts).repeat(len(first) // parts)
+                first = torch.arange(0, k, together, device="cpu").repeat_interleave(parts)
+                part = torch.arange(parts, device="cpu").repeat(len(first) // parts)
                 items.append(torch.stack([torch.full_like(first, i), first, (k - first).clamp_max(together), part], 1))
-                self.words[i, 7] = tickets.data_ptr() + 4 * offset
+                self.words[i, WORDS.index("tickets")] = tickets.data_ptr() + tickets.itemsize * offset
                 offset += k
-            parts = {"words": self.words, "grads": torch.tensor(self.addresses), "items": torch.cat(items).int()}
+            grads = torch.tensor(self.addresses, device="cpu")
+            parts = {"words": self.words, "grads": grads, "items": torch.cat(items).int()}
             self.on_device = {name: _pinned(t).to(self.device, non_blocking=True) for name, t in parts.items()}
-            self.on_device |= {"tickets": tickets, "one": torch.ones(1, device=self.device)}
-            self.on_device["zero"] = torch.zeros(1, device=self.device)
+            self.on_device |= {"tickets": tickets, "one": torch.ones(1, dtype=torch.float32, device=self.device)}
+            self.on_device["zero"] = torch.zeros(1, dtype=torch.float32, device=self.device)
         return self.on_device
 
 
@@ -221,7 +228,7 @@ def fill_state(t: RowTensor, rule: str, ema: bool) -> None:
     if "exp_avg" in names:
         k, old = _matrix(leaf)[0], state.get("step")
         if old is None:
-            state["step"] = torch.zeros(k, device=leaf.device)
+            state["step"] = torch.zeros(k, dtype=torch.float32, device=leaf.device)
         elif old.numel() == 1 or old.shape == (k,):  # one number: torch.optim's count of the whole parameter
             state["step"] = old.to(leaf.device, torch.float32).reshape(-1).expand(k).contiguous()
         else:

@@ -16,7 +16,7 @@ from torch.autograd import Function
 from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from ._op import DTYPE_CODES, Op, backward_wants, device_and_stream, forced_backend
+from ._op import DTYPE_CODES, Op, backward_wants, device_and_stream, forced_backend, refuse_transforms
 from .checks import check_beside, check_factor, check_tensor
 
 _SLOPES = {"linear": 1.0, "relu": 0.0}
@@ -49,6 +49,7 @@ class _BiasAct(Function):
 
     @staticmethod
     def backward(ctx, dy):
+        refuse_transforms("bias_act", dy)
         (y,), (dim, _, gain, _) = ctx.saved_tensors, ctx.args
         need_dx, need_db = backward_wants(ctx, 0), backward_wants(ctx, 1)
         dx = db = None
@@ -124,6 +125,7 @@ def bias_act(
     Raises:
         TypeError, ValueError: an argument is not as said above; the message names it.
         RuntimeError: a backend is forced (`use_backend`, MINEGAN_BACKEND) that is missing here or takes no such tensor.
+        NotImplementedError: inside a transform of torch.func, vmap, grad or jacrev say.
     """
     if has_torch_function_variadic(x, b):
         return handle_torch_function(bias_act, (x, b), x, b, dim=dim, act=act, alpha=alpha, gain=gain)
@@ -142,6 +144,7 @@ def bias_act(
     slope = _SLOPES.get(act, float(alpha))
     if b is None and slope == 1 and gain == 1:
         return x
+    refuse_transforms("bias_act")
     return _BiasAct.apply(x, b, dim % max(x.dim(), 1), slope, float(gain), forced_backend())
 
 

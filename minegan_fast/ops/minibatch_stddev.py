@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from ._op import DTYPE_CODES, Op, forced_backend, memory_format
+from ._op import DTYPE_CODES, Op, forced_backend, memory_format, refuse_transforms
 from .checks import check_tensor
 
 _EPS = 1e-8
@@ -109,6 +109,7 @@ class _MinibatchStddev(Function):
 
     @staticmethod
     def backward(ctx, dy):
+        refuse_transforms("minibatch_stddev", dy)
         (x,) = ctx.saved_tensors
         return _MinibatchStddevBackward.apply(_laid_out_as(x, dy), x, *ctx.args), None, None, None
 
@@ -167,6 +168,7 @@ def minibatch_stddev(x: Tensor, group: int | None = 4, features: int = 1) -> Ten
     Raises:
         TypeError, ValueError: an argument is not as said above; the message names it.
         RuntimeError: a backend is forced (`use_backend`, MINEGAN_BACKEND) that is missing here or takes no such tensor.
+        NotImplementedError: inside a transform of torch.func, vmap, grad or jacrev say.
     """
     if has_torch_function_unary(x):
         return handle_torch_function(minibatch_stddev, (x,), x, group=group, features=features)
@@ -180,6 +182,7 @@ def minibatch_stddev(x: Tensor, group: int | None = 4, features: int = 1) -> Ten
         raise ValueError(f"features must be a divisor of x's {C} channels, got {features!r}")
     most = max(B if group is None else min(group, B), 1)
     size = next(g for g in range(most, 0, -1) if B % g == 0)
+    refuse_transforms("minibatch_stddev")
     # x is laid out here, because a copy made within the Function would lack the history that higher orders need.
     return _MinibatchStddev.apply(_laid_out_as(x, x), size, features, forced_backend())
 

@@ -34,12 +34,12 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from ._features import check_features, check_finite, median_distance
-from ._op import Op, forced_backend
+from ._op import Op, forced_backend, refuse_transforms
 from .manhattan import manhattan_distance, manhattan_signs, manhattan_slopes
 
 __all__ = ["mmd2"]
 
-KERNELS = ("gaussian", "laplacian", "polynomial", "energy")
+KERNELS = ("gaussian", "laplacian", "polynomial", "energy")  # Kernel in csrc/ops.h
 _TILE = {"cpu": (512, 2048), "cuda": (2048, 8192)}  # rows, at least as many columns
 _ALL = 1 << 40
 
@@ -218,6 +218,7 @@ class _Mmd(Function):
 
     @staticmethod
     def backward(ctx, g):
+        refuse_transforms("mmd2")
         gx, gy = _Gradient.apply(*ctx.saved_tensors, ctx.slope, *ctx.args)
         wanted = ctx.needs_input_grad
         return g * gx if wanted[0] else None, g * gy if wanted[1] else None, None, None
@@ -342,7 +343,8 @@ def mmd2(
     copies of x and y is that of some tiles, and a sample that needs no gradient costs none.
 
     Raises TypeError for features that are not floating point; ValueError for shapes, devices, kernel
-    or bandwidth that do not fit, too few samples, NaN or inf, with the row, and values that overflow.
+    or bandwidth that do not fit, too few samples, NaN or inf, with the row, and values that overflow;
+    NotImplementedError inside a transform of torch.func, vmap, grad or jacrev say.
     """
     check_features(x, "x")
     check_features(y, "y")
@@ -359,6 +361,7 @@ def mmd2(
         raise ValueError(
             f"the unbiased estimate needs at least 2 samples each, got {N} and {M}; unbiased=False takes 1"
         )
+    refuse_transforms("mmd2")
     if validate and not torch.compiler.is_compiling():
         check_finite(x, "x")
         check_finite(y, "y")
@@ -430,8 +433,6 @@ def mmd2_of_subsets(x: Tensor, y: Tensor, rows: Tensor, columns: Tensor) -> Tens
 
 # Launchers. Rows are contiguous, all is of one dtype.
 
-_CODES = {"gaussian": 0, "laplacian": 1, "energy": 2, "polynomial": 3}
-
 
 @mmd_tile.register("cpp", dtypes=(torch.float32,))
 def _(native, p, q, hp, hq, op, oq, numbers, squarings, kernel, precision, weight, diagonal, order):
@@ -447,7 +448,7 @@ def _(native, p, q, hp, hq, op, oq, numbers, squarings, kernel, precision, weigh
     totals = torch.empty(len(p), dtype=torch.float64)
     tensors = p, q, hp, hq, *op, *oq, numbers, t, s, totals
     addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-    sizes, options = (len(p), len(q), p.shape[1]), (_CODES[kernel], weight, diagonal, order)
+    sizes, options = (len(p), len(q), p.shape[1]), (KERNELS.index(kernel), weight, diagonal, order)
     native.mmd_tile_cpu(addresses, sizes, list(squarings), *options, torch.get_num_threads())
     return totals.sum(), t if order else p.new_empty(0, 0), s
 
@@ -458,6 +459,6 @@ def _(kernels, p, q, hp, hq, op, oq, numbers, squarings, kernel, precision, weig
     if kernel == "laplacian":
         t = manhattan_distance(p, q, backend="triton")
         s = manhattan_slopes(p, q, hp, hq, backend="triton") if order == 2 else None
-    options = squarings, _CODES[kernel], precision, weight, diagonal, order
+    options = squarings, kernel, precision, weight, diagonal, order
     totals, A, B = kernels.mmd_tile(p, q, hp, hq, op, oq, numbers, t, s, *options)
     return totals.sum(), A, B

@@ -27,7 +27,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from ._features import check_features, check_finite
-from ._op import Op, forced_backend
+from ._op import Op, forced_backend, refuse_transforms
 from .mmd import Plan, check_bandwidths, check_value, sum_and_slope
 from .mmd import squarings as squarings_of
 
@@ -103,6 +103,7 @@ class _Distances(Function):
 
     @staticmethod
     def backward(ctx, g):
+        refuse_transforms("mmd_groups", g)
         target, wanted, backend = ctx.args
         x, A, B, *xs = ctx.saved_tensors
         if torch.is_grad_enabled():
@@ -243,7 +244,8 @@ def mmd_groups(xs: Sequence[Tensor], target: MmdTarget, validate: bool = True) -
     Raises TypeError for a target that is no MmdTarget, for features that are no tensors of floats, and for float64
     where the target is float32; ValueError,
     with the group, for numbers of groups, samples and dimensions or devices that do not fit, 1 sample where the
-    distance is unbiased, NaN or inf, with the row, and values that overflow.
+    distance is unbiased, NaN or inf, with the row, and values that overflow; NotImplementedError inside a transform of
+    torch.func, vmap, grad or jacrev say.
     """
     if not isinstance(target, MmdTarget):
         raise TypeError(f"target must be an MmdTarget, not {type(target).__name__}")
@@ -262,6 +264,7 @@ def mmd_groups(xs: Sequence[Tensor], target: MmdTarget, validate: bool = True) -
             "the unbiased distance needs at least 2 samples, got a batch of 1: "
             "use a larger batch, or a target with unbiased=False"
         )
+    refuse_transforms("mmd_groups")
     wanted = [torch.is_grad_enabled() and x.requires_grad for x in xs]
     xs = [x if x.dtype == target.dtype else x.to(target.dtype) for x in xs]
     distances = _Distances.apply(target, wanted, forced_backend(), *xs)

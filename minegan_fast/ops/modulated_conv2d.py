@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .._torch import version_of
-from ._op import DTYPE_CODES, Op, forced_backend
+from ._op import DTYPE_CODES, Op, forced_backend, refuse_transforms
 from .bias_act import _dense, _laid_out_like
 from .checks import check_beside
 from .noise_bias_act import addresses, check, noise_bias_act, planes, wide
@@ -61,6 +61,7 @@ class _Modulate(Function):
 
     @staticmethod
     def backward(ctx, gy):
+        refuse_transforms("modulated_conv2d", gy)
         x, s = ctx.saved_tensors
         if x is None:
             return _Modulate.apply(_dense(gy), s, ctx.backend), None, None
@@ -149,6 +150,7 @@ def modulated_conv2d(
     Raises:
         TypeError, ValueError: an argument is not as said above; the message names it.
         RuntimeError: a backend is forced (`use_backend`, MINEGAN_BACKEND) that is missing here or takes no such tensor.
+        NotImplementedError: inside a transform of torch.func, vmap, grad or jacrev say.
     """
     # Of other tensors, such as a held weight, the functions of torch below ask the subclass themselves.
     if has_torch_function_variadic(x, style):
@@ -158,10 +160,12 @@ def modulated_conv2d(
     check(x, None, None, None, None, act, alpha, gain, "x")
     for name, tensor in (("weight", weight), ("style", style)):
         check_beside(tensor, name, x, "x")
-    if weight.dim() != 4 or weight.shape[1] != x.shape[1] or weight.shape[2] != weight.shape[3]:
-        raise ValueError(f"weight must have shape [O, {x.shape[1]}, k, k], got {list(weight.shape)}")
-    if weight.shape[2] % 2 == 0:
-        raise ValueError(f"weight must have an odd kernel size, got {weight.shape[2]}")
+    # Each look at a weight whose rows train costs microseconds, so there are few.
+    dtype, shape = weight.dtype, weight.shape
+    if len(shape) != 4 or shape[1] != x.shape[1] or shape[2] != shape[3]:
+        raise ValueError(f"weight must have shape [O, {x.shape[1]}, k, k], got {list(shape)}")
+    if shape[2] % 2 == 0:
+        raise ValueError(f"weight must have an odd kernel size, got {shape[2]}")
     if style.shape != x.shape[:2]:
         raise ValueError(f"style must have shape {list(x.shape[:2])}, as x's first axes are, got {list(style.shape)}")
     if up and down:
@@ -171,21 +175,23 @@ def modulated_conv2d(
     if kernel is not None and (kernel.dim() not in (1, 2) or len({*kernel.shape}) != 1 or kernel.shape[0] < 2):
         raise ValueError(f"kernel must have shape [n, n] or [n] with n >= 2, got {list(kernel.shape)}")
 
+    refuse_transforms("modulated_conv2d")
     kind = x.device.type
     if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(kind))
-    size, n = weight.shape[2], 0 if kernel is None else kernel.shape[0]
+    size, n = shape[2], 0 if kernel is None else kernel.shape[0]
     with torch.autocast(kind, enabled=False):
         s = (style.to(wide(x.dtype)) * scale).contiguous()
         d = None
         if demodulate:  # Squares overflow float16, and bfloat16 has too few digits for their sum.
-            d = torch.rsqrt(F.linear(s.square(), weight.to(s.dtype).square().sum((2, 3))) + eps)
+            w = weight if dtype == s.dtype else weight.to(s.dtype)
+            d = torch.rsqrt(F.linear(s.square(), w.square().sum((2, 3))) + eps)
         if down and kernel is not None:
             before, after = (n + size - 2) // 2, (n + size - 3) // 2
             x = upfirdn2d(x, kernel, padding=(before, after, before, after))
         x = _dense(x)
         xs = _Modulate.apply(x, s, forced_backend())
-        w = weight.to(xs.dtype)
+        w = weight if dtype == xs.dtype else weight.to(xs.dtype)
         with _keeping_factors(x, s, xs):
             if up:
                 y = transposed_conv2d(xs, w.transpose(0, 1))

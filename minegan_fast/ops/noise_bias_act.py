@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from ._op import DTYPE_CODES, Op, forced_backend
+from ._op import DTYPE_CODES, Op, forced_backend, refuse_transforms
 from .bias_act import _dense, _laid_out_like
 from .checks import check_beside, check_factor, check_tensor
 
@@ -84,6 +84,7 @@ class _NoiseBiasAct(Function):
 
     @staticmethod
     def backward(ctx, gy):
+        refuse_transforms("noise_bias_act", gy)
         y, n, d, f, h = ctx.saved_tensors
         gc, gd, gf, gh = _Backward.apply(_laid_out_like(y, gy), y, n, d, f, h, *ctx.args)
         return gc, None, gd, gf, gh, None, None, None
@@ -145,6 +146,7 @@ def noise_bias_act(
     Raises:
         TypeError, ValueError: an argument is not as said above; the message names it.
         RuntimeError: a backend is forced (`use_backend`, MINEGAN_BACKEND) that is missing here or takes no such tensor.
+        NotImplementedError: inside a transform of torch.func, vmap, grad or jacrev say.
     """
     small = (d, noise, strength, bias)
     if has_torch_function_variadic(c, *small):
@@ -162,6 +164,7 @@ def noise_bias_act(
     if n is not None and n.requires_grad and torch.is_grad_enabled():
         return noise_bias_act_forward.reference(c, n, torch.stack((d, f, h)), slope, float(gain))
     n = n if n is None else n.contiguous()
+    refuse_transforms("noise_bias_act")
     return _NoiseBiasAct.apply(c, n, d, f, h, slope, float(gain), forced_backend())
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ._op import DTYPE_CODES, Op, forced_backend
+from ._op import DTYPE_CODES, Op, forced_backend, refuse_transforms
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -82,6 +82,7 @@ class _Penalty(Function):
 
     @staticmethod
     def backward(ctx, dP, *_):
+        refuse_transforms("a penalty on a gradient", dP)
         g, s, mean = ctx.saved_tensors
         if torch.is_grad_enabled():
             P = penalty_forward.reference(g, mean, *ctx.args)[0]

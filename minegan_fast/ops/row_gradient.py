@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .._torch import convolution_backward
-from ._op import Op, forced_backend
+from ._op import Op, forced_backend, refuse_transforms
 from .checks import check_tensor
 
 
@@ -117,6 +117,7 @@ def row_gradient(
     Raises:
         TypeError, ValueError: an argument is not as said above; the message names it.
         RuntimeError: a backend is forced (`use_backend`, MINEGAN_BACKEND) that is missing here or takes no such tensor.
+        NotImplementedError: inside a transform of torch.func, vmap, grad or jacrev say.
     """
     check_tensor(x, "x")
     check_tensor(gy, "gy")
@@ -162,6 +163,7 @@ def row_gradient(
         if transposed:
             raise ValueError(f"groups must be 1 for a transposed convolution, got {groups}")
         x, groups = _own_channels(x, gy, groups, group), gy.shape[1]
+    refuse_transforms("row_gradient")
     return _RowGradient.apply(x, gy, list(kernel), stride, padding, dilation, bool(transposed), groups)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ._op import DTYPE_CODES, Op
 
-KINDS = {"square": 0, "abs": 1, "product": 2}
+KINDS = ("square", "abs", "product")  # Kind in csrc/ops.h
 
 
 @Op
@@ -157,9 +157,9 @@ def _dense(x: Tensor) -> bool:
 def _(native, totals, grads, weights, axes, starts, kind, factor):
     out = totals.clone()
     for dtype, (rows, _kept) in dense_table(grads, weights, axes, starts).items():
-        table = torch.tensor(rows, dtype=torch.int64)
-        code, threads = DTYPE_CODES[dtype], torch.get_num_threads()
-        native.row_score_cpu(code, table.data_ptr(), len(rows), out.data_ptr(), KINDS[kind], factor, threads)
+        table = torch.tensor(rows, dtype=torch.int64, device="cpu")
+        codes, threads = (DTYPE_CODES[dtype], KINDS.index(kind)), torch.get_num_threads()
+        native.row_score_cpu(*codes, table.data_ptr(), len(rows), out.data_ptr(), factor, threads)
     return out
 
 
@@ -167,5 +167,5 @@ def _(native, totals, grads, weights, axes, starts, kind, factor):
 def _(kernels, totals, grads, weights, axes, starts, kind, factor):
     out = totals.clone()
     for dtype, (rows, kept) in dense_table(grads, weights, axes, starts).items():
-        kernels.row_score(rows, kept, dtype, out, KINDS[kind], factor)
+        kernels.row_score(rows, kept, dtype, out, kind, factor)
     return out

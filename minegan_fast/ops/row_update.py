@@ -31,7 +31,7 @@ from ._op import DTYPE_CODES, device_and_stream, mutating
 from ._row_table import RowTensor, Table, check, fill_state, flat_rows, refuse_capture
 
 OPTIMIZERS = ("adam", "adamw", "sgd")
-RULES = {"adam": 0, "adamw": 1, "sgd": 2, "momentum": 3}  # Rule in csrc/ops.h
+RULES = ("adam", "adamw", "sgd", "momentum")  # Rule in csrc/ops.h
 
 
 @dataclass(slots=True)
@@ -217,7 +217,7 @@ def _(native, table, hyper, grad_scale, found_inf):
     native.row_update_cpu(
         DTYPE_CODES[table.dtype],
         DTYPE_CODES[table.dense_dtype],
-        RULES[table.rule],
+        RULES.index(table.rule),
         table.words.data_ptr(),
         grads.buffer_info()[0],
         len(grads),
@@ -235,7 +235,7 @@ def _(kernels, table, hyper, grad_scale, found_inf):
         return row_update.reference(table, hyper, grad_scale, found_inf)
     lr = hyper.lr if isinstance(hyper.lr, Tensor) and hyper.lr.is_cuda else None
     kernels.row_update(
-        RULES[table.rule], table.dtype, table.dense_dtype, table.to_device(), _numbers(hyper), lr, grad_scale, found_inf
+        table.rule, table.dtype, table.dense_dtype, table.to_device(), _numbers(hyper), lr, grad_scale, found_inf
     )
     table.write_indirect()
 
@@ -249,7 +249,7 @@ def _(native, table, hyper, grad_scale, found_inf):
     native.row_update_cuda(
         DTYPE_CODES[table.dtype],
         DTYPE_CODES[table.dense_dtype],
-        RULES[table.rule],
+        RULES.index(table.rule),
         there["words"].data_ptr(),
         there["grads"].data_ptr(),
         there["items"].data_ptr(),

@@ -18,7 +18,8 @@ from torch.autograd import Function
 from torch.nn import functional as F
 from torch.overrides import has_torch_function_variadic
 
-from ._op import backward_wants, use_backend
+from .._torch import transforms_active
+from ._op import backward_wants, refuse_transforms, use_backend
 from .row_gradient import row_gradient
 
 
@@ -47,6 +48,7 @@ class _Transposed(Function):
 
     @staticmethod
     def backward(ctx, gy):
+        refuse_transforms("transposed_conv2d")
         x, weight = ctx.saved_tensors
         gx = _Strided.apply(gy, weight) if backward_wants(ctx, 0) else None
         return gx, _weight_gradient(x, gy, weight) if backward_wants(ctx, 1) else None
@@ -72,7 +74,8 @@ def _weight_gradient(x: Tensor, gy: Tensor, weight: Tensor) -> Tensor:
 
 def transposed_conv2d(x: Tensor, weight: Tensor) -> Tensor:
     """conv_transpose2d(x, weight, stride=2) for x [B, I, H, W], weight [I, O, kh, kw] of one dtype; differentiable to
-    any order. Weights that are no plain tensors, and compilers, get PyTorch's own function."""
-    if torch.compiler.is_compiling() or has_torch_function_variadic(x, weight) or type(x) is not Tensor:
+    any order. Weights that are no plain tensors, compilers and transforms get PyTorch's own function."""
+    others = torch.compiler.is_compiling() or transforms_active() or has_torch_function_variadic(x, weight)
+    if others or type(x) is not Tensor:
         return F.conv_transpose2d(x, weight, stride=2)
     return _Transposed.apply(x, weight)

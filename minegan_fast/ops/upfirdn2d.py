@@ -23,7 +23,7 @@ from torch.autograd import Function
 from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from ._op import DTYPE_CODES, Op, forced_backend, memory_format
+from ._op import DTYPE_CODES, Op, forced_backend, memory_format, refuse_transforms
 from .checks import check_beside, check_tensor
 
 _AXES = ("vertical", "horizontal")
@@ -63,6 +63,7 @@ class _Upfirdn2d(Function):
     def backward(ctx, dy):
         if dy is None:
             return (None,) * 8
+        refuse_transforms("upfirdn2d", dy)
         (kernel,), (size, up, down, padding, flip, gain, backend) = ctx.saved_tensors, ctx.args
         taps = kernel.shape if kernel.dim() == 2 else 2 * kernel.shape
         before = [k - 1 - p for k, p in zip(taps, padding[2::-2], strict=True)]
@@ -112,6 +113,7 @@ def upfirdn2d(
     Raises:
         TypeError, ValueError: an argument is not as said above, or nothing is left of the image; the message names it.
         RuntimeError: a backend is forced (`use_backend`, MINEGAN_BACKEND) that is missing here or takes no such tensor.
+        NotImplementedError: inside a transform of torch.func, vmap, grad or jacrev say.
     """
     if has_torch_function_variadic(x, kernel):
         return handle_torch_function(
@@ -136,6 +138,7 @@ def upfirdn2d(
                 f"nothing is left along the {axis} axis: x {list(x.shape)}, up {up} and padding {padding} give less "
                 f"than the kernel {list(kernel.shape)} covers; pad more"
             )
+    refuse_transforms("upfirdn2d")
     return _Upfirdn2d.apply(x, kernel, up, down, padding, bool(flip), float(gain), forced_backend())
 
 

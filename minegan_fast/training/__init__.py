@@ -2,7 +2,7 @@
 
 from .config import TransferConfig, load_config
 from .estimate import DoesNotFit
-from .execution import TrainingDiverged, TransferResult
 from .recipe import dry_run, transfer
+from .run import TrainingDiverged, TransferResult
 
 __all__ = ["DoesNotFit", "TrainingDiverged", "TransferConfig", "TransferResult", "dry_run", "load_config", "transfer"]

@@ -13,12 +13,13 @@ from .losses import critic_loss, generator_loss
 from .machine import Machine
 from .randomness import DataOrder
 
-# Steps of a new critic before it may move the miner, but no more than a quarter of its stage.
+# A new critic trains alone for so many steps before it may move the miner, or for a quarter of its stage if that is
+# less.
 WARM_UP = 50
 
 
 class Adversary:
-    """A critic that trains against what `mined` makes. What of it came frozen stays so.
+    """A critic that trains against the images of a `Mined`. Its parameters that came frozen stay frozen.
 
     images: uint8 [N, C, R, R] on the CPU.
     """
@@ -32,7 +33,9 @@ class Adversary:
             freeze_lower_blocks(self.critic, self.config.freeze_blocks)
         trained = [p for p in self.critic.parameters() if p.requires_grad]
         betas = (self.config.beta1, self.config.beta2)
-        self.optimizer = torch.optim.Adam(trained, self.config.critic_lr, betas=betas, fused=True)
+        self.optimizer: torch.optim.Optimizer = torch.optim.Adam(
+            trained, self.config.critic_lr, betas=betas, fused=True
+        )
 
     def step(self, number: int, loss_name: str, mined: Mined) -> Tensor:
         """Trains the critic on batch `number`; returns its loss without penalties."""
@@ -54,15 +57,15 @@ class Adversary:
         return machine.update(loss.detach(), self.optimizer)
 
     def loss(self, loss_name: str, fake: Tensor) -> Tensor:
-        """What generator and miner minimise."""
+        """The loss that generator and miner minimise, of generated images [B, C, R, R]; a scalar."""
         return generator_loss(loss_name, self.critic(diff_augment(fake, self.config.augment)))
 
     def begin_sparse(self, **settings) -> None:
-        """The critic's neurons get an optimizer of their own; nothing is selected yet."""
+        """Gives the critic's neurons an optimizer of their own; nothing is selected yet."""
         self.optimizer = SparseFinetuner(self.critic, self.config.critic_lr, **settings)
 
     def evidence(self, loss_name: str, samples: Tensor, mined: Mined) -> Tensor:
-        """The critic's loss on real samples of these numbers and as many generated ones."""
+        """The critic's loss on the real images of these numbers and on as many generated ones."""
         real = to_float(self.images[samples % len(self.images)]).to(self.machine.device)
         fake = mined(self.machine.latents(mined, len(samples)))
         return critic_loss(loss_name, *(self.critic(diff_augment(x, self.config.augment)) for x in (real, fake)))

@@ -77,7 +77,8 @@ def _translation(x: Tensor, random: Tensor, strength: float) -> Tensor:
 
 
 class _Shift(torch.autograd.Function):
-    """Sample b moves down[b] rows and right[b] columns, zeros move in. The adjoint is the shift back: no scatter."""
+    """Sample b moves down[b] rows and right[b] columns, zeros move in. The adjoint is the shift back, so no
+    backward needs a scatter."""
 
     @staticmethod
     def forward(ctx, x, down, right):
@@ -91,9 +92,9 @@ class _Shift(torch.autograd.Function):
         return x.flatten(2).gather(2, index).view(x.shape).masked_fill_(~inside, 0)
 
     @staticmethod
-    def backward(ctx, grad):
-        down, right = ctx.saved_tensors
-        return _Shift.apply(grad, -down, -right), None, None
+    def backward(ctx, *gradients):
+        (gradient,), (down, right) = gradients, ctx.saved_tensors
+        return _Shift.apply(gradient, -down, -right), None, None
 
 
 def _cutout(x: Tensor, random: Tensor, strength: float) -> Tensor:
@@ -111,8 +112,8 @@ def _flip(x: Tensor, random: Tensor, strength: float) -> Tensor:
 
 
 def _jitter(x: Tensor, random: Tensor, strength: float) -> Tensor:
-    """Zoom and shift are separable: columns and rows are resampled linearly, each by a matrix of the sample's own that
-    serves all its channels in one product."""
+    """Zoom and shift are separable: columns and rows are resampled linearly, each by one matrix a sample, which serves
+    all channels in one product."""
     B, C, H, W = x.shape
     zoom, down, right = strength * (2 * random - 1)
     x = x.reshape(B, C * H, W) @ _resampling(W, zoom, right).to(x.dtype).transpose(1, 2)

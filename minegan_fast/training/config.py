@@ -19,13 +19,13 @@ from .augment import parse_policy
 from .losses import LOSSES
 from .methods import KERNEL, METHODS, chosen, kernel_lr
 
-# Faster under mmd, a miner puts its latents along few directions: at 8e-3 and more a third of the prior's dimension is
-# left, or a tenth, at 4e-3 two thirds, and the images are as good.
+# Under mmd a faster miner puts its latents along few directions. At 8e-3 and more a third or a tenth of the prior's
+# dimension is left; at 4e-3 two thirds are, and the images are as good.
 MINER_LR = 4e-3
 CRITIC_TRAINING = ("all", "sparse", "freezed")
 PRECISIONS = ("fp32", "bf16", "fp16")
 METRICS = ("fid", "kid", "kmmd", "mv", "diversity")
-# May differ when a run is resumed: they do not change what is computed at a step that both runs make.
+# Settings that may differ when a run is resumed: they do not change what a step computes.
 FREE_ON_RESUME = ("device", "mining_steps", "finetune_steps", "patience", "keep", "log_every")
 
 
@@ -33,9 +33,20 @@ def setting(default: Any, help: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": help})
 
 
+def open_setting(help: str) -> Any:
+    """A setting that may be left open, as None: the configuration then chooses its value from the other settings.
+
+    The field is annotated with the type of the chosen value, since that is what everyone else reads.
+    """
+    return dataclasses.field(default=None, metadata={"help": help, "open": True})
+
+
 @dataclass
 class TransferConfig:
-    """Settings of `transfer`. None means: chosen from the other settings (`methods.chosen`), or from the networks."""
+    """Settings of `transfer`. None means: chosen from the other settings (`methods.chosen`), or from the networks.
+
+    The learning rates are None until `fit` has seen the generator.
+    """
 
     source: str | None = None
     images: str | None = None
@@ -43,27 +54,25 @@ class TransferConfig:
         None, "Checkpoint of the critic; default: the source file's discriminator. features: heads on --loss-features."
     )
     method: str = setting("minegan++", f"What trains: {', '.join(METHODS)}.")
-    mining_steps: int | None = setting(
-        None, "Steps of stage 1: the miner trains, the generator is frozen. Default: 120 under mmd, else 1000."
+    mining_steps: int = open_setting(
+        "Steps of stage 1: the miner trains, the generator is frozen. Default: 120 under mmd, else 1000."
     )
-    finetune_steps: int | None = setting(
-        None, "Steps of stage 2: the selected neurons of the generator train too. Default: 480 under mmd, else 2000."
+    finetune_steps: int = open_setting(
+        "Steps of stage 2: the selected neurons of the generator train too. Default: 480 under mmd, else 2000."
     )
-    density: float | None = setting(None, "Fraction of the generator that trains in stage 2. Default: 0.1.")
-    batch: int | None = setting(None, "Images a step, of all processes together. Default: 32 under mmd, else 16.")
+    density: float = open_setting("Fraction of the generator that trains in stage 2. Default: 0.1.")
+    batch: int = open_setting("Images a step, of all processes together. Default: 32 under mmd, else 16.")
     part: int | None = setting(None, "Images that are in memory at once under mmd, whatever the batch; default: all.")
-    lr: float | None = setting(
-        None,
+    lr: float = open_setting(
         "Learning rate: the critic's; the generator's is half of it. Default: 2e-3; under mmd 1.6e-2 for Progressive "
         "GAN, StyleGAN and StyleGAN2, whose weights are equalised.",
     )
-    loss: str | None = setting(
-        None,
+    loss: str = open_setting(
         f"Loss of both stages: {', '.join(LOSSES)} (adversarial), or mmd: the kernel distance of pretrained features, "
         "without a critic. Default: mmd where there are loss features, else nonsaturating.",
     )
-    mining_loss: str | None = setting(None, "Loss of stage 1, if not --loss.")
-    finetune_loss: str | None = setting(None, "Loss of stage 2, if not --loss.")
+    mining_loss: str = open_setting("Loss of stage 1, if not --loss.")
+    finetune_loss: str = open_setting("Loss of stage 2, if not --loss.")
     loss_features: str | None = setting(
         None,
         "What mmd compares: a file of a feature network (TorchScript, Inception's weights), critic (the source's own), "
@@ -72,34 +81,33 @@ class TransferConfig:
     mmd_weight: float = setting(0.0, "Weight of the kernel distance beside an adversarial loss.")
     device: str | None = setting(None, "cpu, cuda, cuda:1, ...; default: a GPU where there is one.")
     seed: int = setting(0, "Seed of everything random.")
-    snapshot_every: int | None = setting(
-        None, "Steps between snapshots, each with metrics and a sample grid. Default: a sixth of all steps."
+    snapshot_every: int = open_setting(
+        "Steps between snapshots, each with metrics and a sample grid. Default: a sixth of all steps."
     )
     metrics: tuple[str, ...] = setting(("fid", "kid", "kmmd", "mv"), f"Metrics of a snapshot: {', '.join(METRICS)}.")
-    budget: str | None = setting(None, "What density counts: neurons, parameters. Default: parameters.")
-    criterion: str | None = setting(None, f"Neurons' score: {', '.join(CRITERIA)}. Default: fisher.")
-    scope: str | None = setting(
-        None,
+    budget: str = open_setting("What density counts: neurons, parameters. Default: parameters.")
+    criterion: str = open_setting(f"Neurons' score: {', '.join(CRITERIA)}. Default: fisher.")
+    scope: str = open_setting(
         "Which neurons compete: those of all layers (global), of each layer (layer), of all in units of their layer's "
         "mean score (normalised). Default: global.",
     )
-    policy: str | None = setting(
-        None, "train_top: the highest scored train; freeze_top: the lowest scored. Default: train_top."
+    policy: str = open_setting(
+        "train_top: the highest scored train; freeze_top: the lowest scored. Default: train_top."
     )
-    affine: bool | None = setting(
-        None, "Whether gains, shifts and biases of all neurons train, whatever is selected. Default: no."
+    affine: bool = open_setting(
+        "Whether gains, shifts and biases of all neurons train, whatever is selected. Default: no."
     )
     score_samples: int = setting(64, "Generated images that score the neurons.")
     reselect_every: int = setting(0, "Score and select anew after so many steps of stage 2; 0: never.")
-    train_miner: bool | None = setting(None, "Whether there is a miner. Default: as the method has it.")
+    train_miner: bool = open_setting("Whether there is a miner. Default: as the method has it.")
     prior: str | None = setting(
         None, f"What keeps the mined latents in their prior: {', '.join(PRIORS)}. Default: by the generator's family."
     )
-    prior_weight: float | None = setting(
-        None, "Weight of the prior's penalty, where it has one. Default: 0.003 under mmd, else 0.1."
+    prior_weight: float = open_setting(
+        "Weight of the prior's penalty, where it has one. Default: 0.003 under mmd, else 0.1."
     )
-    train_critic: str | None = setting(
-        None, "What of the critic trains: all, sparse (as the generator), freezed (FreezeD). Default: all."
+    train_critic: str = open_setting(
+        "What of the critic trains: all, sparse (as the generator), freezed (FreezeD). Default: all."
     )
     freeze_blocks: int = setting(3, "Blocks nearest to the image that FreezeD freezes.")
     critic_warmup: int | None = setting(
@@ -114,12 +122,10 @@ class TransferConfig:
     )
     miner_depth: int = setting(2, "Linear layers of the miner.")
     miner_width: int | None = setting(None, "Width of the miner; default: the latent size.")
-    miner_lr: float | None = setting(
-        None, "Learning rate of the miner. Default: twice --lr; under mmd --lr, and at most 4e-3."
-    )
-    generator_lr: float | None = setting(None, "Learning rate of the generator's neurons.")
-    critic_lr: float | None = setting(None, "Learning rate of the critic.")
-    beta1: float | None = setting(None, "Adam's first moment decay. Default: 0.9 under mmd, else 0.")
+    miner_lr: float = open_setting("Learning rate of the miner. Default: twice --lr; under mmd --lr, and at most 4e-3.")
+    generator_lr: float = open_setting("Learning rate of the generator's neurons.")
+    critic_lr: float = open_setting("Learning rate of the critic.")
+    beta1: float = open_setting("Adam's first moment decay. Default: 0.9 under mmd, else 0.")
     beta2: float = setting(0.99, "Adam's second moment decay.")
     r1_gamma: float = setting(1.0, "Weight of R1, halved in the loss; 0 turns it off.")
     r1_every: int = setting(16, "Lazy R1: every so many steps, weighted accordingly.")
@@ -127,7 +133,7 @@ class TransferConfig:
         None, "Weight of path length in stage 2; default: 2 for StyleGAN2 under an adversarial loss, else 0."
     )
     path_length_every: int = setting(4, "Lazy path length: every so many steps, weighted accordingly.")
-    gradient_penalty_weight: float | None = setting(None, "Weight of WGAN-GP; default 10 for wgan, else 0.")
+    gradient_penalty_weight: float = open_setting("Weight of WGAN-GP; default 10 for wgan, else 0.")
     augment: str = setting(
         "color,translation,cutout",
         "DiffAugment of what a critic sees: color, translation, cutout, flip, jitter; empty: none.",
@@ -141,8 +147,8 @@ class TransferConfig:
         "Whether mirror images of the target count as target under mmd. Default: where they look alike, as faces do "
         "and letters do not.",
     )
-    ema_decay: float | None = setting(
-        None, "Decay of the averages of miner and selected neurons. Default: 0.98 under mmd, else 0.998."
+    ema_decay: float = open_setting(
+        "Decay of the averages of miner and selected neurons. Default: 0.98 under mmd, else 0.998."
     )
     precision: str = setting("fp32", "fp32, bf16 or fp16 (autocast; penalties stay in fp32).")
     held_out: float | str = setting(
@@ -159,7 +165,7 @@ class TransferConfig:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            _check_type(field.name, getattr(self, field.name), field.type)
+            _check_type(field.name, getattr(self, field.name), field.type, field.metadata.get("open", False))
         self.metrics = tuple(self.metrics)
         if self.mined_class is not None:
             self.mined_class = str(self.mined_class)
@@ -178,7 +184,7 @@ class TransferConfig:
         self._check()
 
     def fit(self, generator: nn.Module) -> None:
-        """Chooses what depends on the generator."""
+        """Chooses the settings that depend on the generator."""
         if self.lr is None:
             self.lr = kernel_lr(generator)
             self._derive_rates()
@@ -195,18 +201,18 @@ class TransferConfig:
 
     @property
     def losses(self) -> set[str]:
-        """Of the stages that take steps."""
+        """The losses of the stages that take steps."""
         stages = ((self.mining_loss, self.mining_steps), (self.finetune_loss, self.finetune_steps))
         return {loss for loss, steps in stages if steps}
 
     @property
     def adversarial(self) -> bool:
-        """Whether there is a critic that trains."""
+        """Whether a critic trains."""
         return bool(self.losses - {KERNEL})
 
     @property
     def kernel(self) -> bool:
-        """Whether there are features that train."""
+        """Whether a loss needs the kernel distance of features."""
         return KERNEL in self.losses or self.mmd_weight > 0
 
     def _check(self) -> None:
@@ -233,7 +239,7 @@ class TransferConfig:
             raise ValueError(
                 f"density is the fraction of neurons that train, above 0 and at most 1; got {self.density!r}"
             )
-        if self.mined_class is not None and not re.fullmatch(r"\d+(,\d+)*", self.mined_class):
+        if isinstance(self.mined_class, str) and not re.fullmatch(r"\d+(,\d+)*", self.mined_class):
             raise ValueError(f"mined_class takes labels, as in 207 or 207,208; got {self.mined_class!r}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay!r}")
@@ -254,7 +260,7 @@ class TransferConfig:
             parse_policy(policy)
 
     def _check_critic(self) -> None:
-        """What needs a critic, and has none under mmd; what cannot choose its neurons."""
+        """Checks the settings that depend on whether a critic trains."""
         if self.train_critic == "sparse" and self.criterion == "contrast":
             raise ValueError(
                 "criterion contrast compares with the source's own samples, which say nothing of a critic's neurons: "
@@ -311,12 +317,13 @@ def load_config(path: str | Path) -> dict[str, Any]:
     return settings
 
 
-def _check_type(name: str, value: Any, annotation: Any) -> None:
+def _check_type(name: str, value: Any, annotation: Any, may_be_open: bool) -> None:
     if annotation == tuple[str, ...]:
         if not isinstance(value, (list, tuple)) or not all(isinstance(word, str) for word in value):
             raise ValueError(f"{name} must be a list of words, got {value!r}")
         return
     kinds = get_args(annotation) or (annotation,)
+    kinds = (*kinds, type(None)) if may_be_open else kinds
     fits = isinstance(value, (*kinds, int) if float in kinds else kinds) and isinstance(value, bool) <= (bool in kinds)
     if not fits:
         names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "null"}

@@ -1,4 +1,4 @@
-"""The critic of a run: a new one where the source has none, and what of it stays frozen."""
+"""The critic of a run: a new one where the source has none, and which parts of it stay frozen."""
 
 import math
 
@@ -9,16 +9,17 @@ from torch.nn import functional as F
 from ..layers import r1_penalty
 from ..models import BigGANDiscriminator, PGANDiscriminator, StyleGAN2Discriminator, StyleGANDiscriminator
 from ..models.biggan_layers import GENERATOR_WIDTHS
-from .randomness import seeded
+from .generators import Generator, image_channels
+from .randomness import keep_and_set_random_state
 
 CRITICS = {"pgan": PGANDiscriminator, "stylegan": StyleGANDiscriminator, "stylegan2": StyleGAN2Discriminator}
 SHARED = ("resolution", "channel_base", "channel_max", "image_channels", "channels", "fused_from")
-# Of a critic for a generator of no known family: the widths to choose from (32768 is StyleGAN2's own), and the fewest
+# For the critic of a generator of no known family: the widths to choose from (32768 is StyleGAN2's own), and the fewest
 # channels at the resolution of the images.
 CHANNEL_BASES, LEAST_WIDTH = [2**k for k in range(6, 16)], 8
 
 
-def new_critic(generator: nn.Module, seed: int) -> nn.Module:
+def new_critic(generator: Generator, seed: int) -> nn.Module:
     """An untrained critic of the generator's family and sizes.
 
     A generator of no known family, with `resolution` and perhaps `image_channels` (else 3), gets a StyleGAN2
@@ -26,24 +27,24 @@ def new_critic(generator: nn.Module, seed: int) -> nn.Module:
     images are enlarged to the next one first.
     """
     family, config = getattr(generator, "family", None), getattr(generator, "config", {})
-    with seeded(seed, "critic"):
+    with keep_and_set_random_state(seed, "critic"):
         if family in CRITICS:
             return CRITICS[family](**{name: value for name, value in config.items() if name in SHARED})
         if family in ("biggan", "biggan_deep"):
             resolution = generator.resolution
-            # One class: mining takes the critic without its projection, so that table would only lie there.
+            # One class: mining uses the critic without its projection, so nothing would read a larger table.
             return BigGANDiscriminator(
                 resolution,
                 num_classes=1,
                 channel_width=max(1, config["channels"][-1] // GENERATOR_WIDTHS[resolution][-1]),
                 attention=config["attention"],
-                image_channels=generator.image_channels,
+                image_channels=image_channels(generator),
             )
         return _critic_of_no_family(generator)
 
 
-def _critic_of_no_family(generator: nn.Module) -> nn.Module:
-    resolution, channels = generator.resolution, getattr(generator, "image_channels", 3)
+def _critic_of_no_family(generator: Generator) -> nn.Module:
+    resolution, channels = generator.resolution, image_channels(generator)
     wanted = sum(p.numel() for p in generator.parameters())
     size = max(8, 1 << (resolution - 1).bit_length())
     bases = [base for base in CHANNEL_BASES if base >= LEAST_WIDTH * size] or CHANNEL_BASES[-1:]
@@ -60,7 +61,7 @@ def _critic_of_no_family(generator: nn.Module) -> nn.Module:
 class EnlargingCritic(nn.Module):
     """A critic behind a bilinear enlargement: images [B, C, resolution, resolution] -> logits [B]."""
 
-    def __init__(self, critic: nn.Module, resolution: int):
+    def __init__(self, critic: StyleGAN2Discriminator, resolution: int):
         super().__init__()
         self.critic, self.resolution, self.image_channels = critic, resolution, critic.image_channels
 
@@ -84,7 +85,7 @@ def check_fit(generator: nn.Module, critic: nn.Module) -> None:
 
 
 def begin_training(critic: nn.Module) -> None:
-    """Train mode, and gradients for `trainable_parameters`. ValueError: the critic has no parameters."""
+    """Puts the critic into train mode, with gradients for `trainable_parameters`. ValueError: it has no parameters."""
     parameters = trainable_parameters(critic)
     if not parameters:
         raise ValueError(f"the critic {type(critic).__name__} has no parameters to train: give another with critic=")
@@ -104,17 +105,17 @@ def train_mode(critic: nn.Module) -> None:
 
 
 def trainable_parameters(critic: nn.Module) -> list[nn.Parameter]:
-    """Those that did not come frozen (requires_grad=False).
+    """The parameters that did not come frozen (requires_grad=False).
 
-    Of a critic of which every parameter is frozen, as a script leaves it that only judged with it, all.
+    Where every parameter is frozen, these are all of them: a script leaves a critic so if it only judged with it.
     """
     parameters = [*critic.parameters()]
     return [p for p in parameters if p.requires_grad] or parameters
 
 
 def critic_r1(critic: nn.Module, real: Tensor) -> Tensor:
-    """R1 of real images [B, C, R, R], a scalar without weight: on the pixels (`ops.r1_penalty`), or as the critic's own
-    method `r1_penalty(real)` has it."""
+    """R1 of real images [B, C, R, R], a scalar without weight: on the pixels (`layers.r1_penalty`), or by the critic's
+    own method `r1_penalty(real)`."""
     own = getattr(critic, "r1_penalty", None)
     return r1_penalty(critic, real) if own is None else own(real)
 
@@ -125,8 +126,9 @@ def freeze_lower_blocks(critic: nn.Module, count: int) -> None:
     Blocks are those that the critic's `image_side_blocks()` lists; else the entries of its first nn.Sequential or
     nn.ModuleList; else its children.
     """
-    if hasattr(critic, "image_side_blocks"):
-        blocks = critic.image_side_blocks()
+    image_side_blocks = getattr(critic, "image_side_blocks", None)
+    if image_side_blocks is not None:
+        blocks = image_side_blocks()
     else:
         sequences = [m for m in critic.children() if isinstance(m, (nn.Sequential, nn.ModuleList))]
         blocks = list(sequences[0] if sequences else critic.children())

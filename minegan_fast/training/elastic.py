@@ -12,11 +12,11 @@ from torch import Tensor
 
 from ..finetune import SparseFinetuner
 from .methods import KERNEL, own_samples
-from .randomness import seed_all
+from .randomness import set_random_state
 
 
 class ElasticWeights:
-    """Anchors and importances of what `finetuner` trains."""
+    """Holds what `finetuner` trains where it was: the parameters' values at the start, and how much each matters."""
 
     def __init__(self, finetuner: SparseFinetuner):
         self.parameters = list(finetuner.parameters())
@@ -24,16 +24,14 @@ class ElasticWeights:
         self.importances = [torch.zeros_like(p) for p in self.parameters]
 
     def measure(self, trainer) -> None:
-        """Fisher information by the squared gradients of batches of the source's own samples."""
+        """Estimates the Fisher information from squared gradients, of batches of the source's own samples."""
         config = trainer.config
+        # The square of a batch's gradient is not the mean of its samples' squares, so a batch is one sample where the
+        # loss has a value for one. The kernel distance has none.
         batch = config.batch if trainer.loss_name == KERNEL else 1
         for k in range(-(-config.score_samples // batch)):
-            seed_all(config.seed, "elastic", k)
-            fake = own_samples(trainer.generator, batch)
-            if trainer.loss_name == KERNEL:
-                loss = trainer.kernel(fake)
-            else:
-                loss = trainer.adversary.loss(trainer.loss_name, fake)
+            set_random_state(config.seed, "elastic", k)
+            loss = trainer.loss(own_samples(trainer.generator, batch))
             gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
             for importance, gradient in zip(self.importances, gradients, strict=True):
                 if gradient is not None:

@@ -1,4 +1,4 @@
-"""What a run will need, before it starts: memory from one counted sample, time from a few real steps."""
+"""What a run will need, before it starts: memory by counting what a sample saves, time by a few real steps."""
 
 import contextlib
 import os
@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from .config import TransferConfig
 from .critics import critic_r1
+from .generators import Generator
 from .kernel_loss import KernelLoss
 from .losses import generator_loss
 from .machine import DTYPES
-from .places import new_mined
+from .miners import new_mined
+from .randomness import keep_random_state
 from .trainer import Trainer
 
 # Gradients of activations, workspaces and the allocator's rounding come on top of what is saved for backward.
@@ -27,9 +29,12 @@ class DoesNotFit(RuntimeError):  # noqa: N818
 
 @dataclass
 class Estimate:
-    """Bytes of one process: `networks` (weights, gradients, moments, averages), `per_sample` of its part of a batch,
-    `available` on the device; how many `processes` share a batch, and how many images of it (`part`) are in memory at
-    once."""
+    """Bytes that one process needs.
+
+    networks: for weights, gradients, moments and averages. per_sample: for each of its samples of a batch. available:
+    what is free on the device. processes: how many share a batch. part: how many images of a batch are in memory at
+    once; None: all.
+    """
 
     networks: int
     per_sample: int
@@ -44,7 +49,7 @@ class Estimate:
         return self.processes * max(0, (self.available - self.networks) // max(1, self.per_sample))
 
     def check(self, batch: int) -> None:
-        """DoesNotFit where the run would not; it says which batch would."""
+        """Raises DoesNotFit, which names the batch that would fit, where this one would not."""
         if self.needed(batch) <= self.available:
             return
         advice = f"batch {self.largest_batch()} would fit" if self.largest_batch() else "no batch would fit"
@@ -56,14 +61,14 @@ class Estimate:
 
 def estimate_memory(
     config: TransferConfig,
-    generator: nn.Module,
+    generator: Generator,
     critic: nn.Module | None,
     kernel: KernelLoss | None,
     processes: int = 1,
 ) -> Estimate:
     """Counts what steps at batch 2 and 3 save for their backward, and what networks and optimizers will hold.
 
-    The networks are on the device of the run already: what they occupy is not counted again.
+    The networks are on the device of the run already, so what they occupy is not counted again.
     """
     networks = (generator, *([] if critic is None else [critic]))
     sizes = [sum(p.numel() * p.element_size() for p in net.parameters()) for net in networks]
@@ -81,12 +86,12 @@ def estimate_memory(
 
 
 def _saved_bytes(
-    config: TransferConfig, generator: nn.Module, critic: nn.Module | None, kernel: KernelLoss | None, batch: int
+    config: TransferConfig, generator: Generator, critic: nn.Module | None, kernel: KernelLoss | None, batch: int
 ) -> int:
-    """The largest of what a step of the generator under each loss, and the critic's with R1, save for backward."""
+    """The most bytes that a step saves for its backward: the generator's under each loss, or the critic's with R1."""
     device = next(generator.parameters()).device
     dtype = DTYPES[config.precision]
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with keep_random_state(device):
         mined = new_mined(config, generator).to(device)
         steps = []
         if critic is not None:
@@ -105,6 +110,8 @@ def _saved_bytes(
 
 
 class _Count:
+    """Counts the storages that a graph saves for its backward, each of them once."""
+
     def __init__(self):
         self.storages: dict[int, int] = {}
 
@@ -126,7 +133,7 @@ def _counting():
 
 
 def available_memory(device: torch.device) -> int:
-    """Free bytes on the device; on the CPU what the system would give without swapping, within the control group."""
+    """Free bytes on the device; on the CPU what the system gives without swapping, within the control group's limit."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -142,7 +149,10 @@ def available_memory(device: torch.device) -> int:
 
 
 def estimate_seconds(trainer: Trainer, steps: int = 3) -> tuple[float, float]:
-    """Measured seconds of a mining step and of a finetuning step. Trains `trainer`: give one that is thrown away."""
+    """Measured seconds of a mining step and of a finetuning step; 0 for a stage without steps.
+
+    This trains `trainer`: give one to throw away.
+    """
     config = trainer.config
     trainer.alone = range(0)
 
@@ -155,10 +165,10 @@ def estimate_seconds(trainer: Trainer, steps: int = 3) -> tuple[float, float]:
         trainer.finite.item()  # waits for a GPU
         return (time.perf_counter() - start) / steps
 
-    mining = timed(1)
+    # A stage that takes no steps may have nothing to train, or no loss.
+    mining = timed(1) if config.mining_steps else 0.0
     if config.finetune_steps == 0:
         return mining, 0.0
-    trainer.begin_finetuning()
     trainer.select()
     return mining, timed(1)
 

@@ -1,4 +1,4 @@
-"""How good is a run: metrics between generated and real images on features of the user's choice."""
+"""How good a run is: metrics between generated and real images on features of the user's choice."""
 
 import inspect
 import warnings
@@ -17,12 +17,15 @@ NAMED = (None, "critic", "pixels", "digits")
 
 
 class CriticFeatures(nn.Module):
-    """The penultimate activations of a source's critic: what the source knows of images, without a download."""
+    """The penultimate activations of a source's critic: what the source knows of images, without a download.
 
-    def __init__(self, critic: nn.Module):
+    critic: a module with a method `features(x)`, which may take the size of its minibatch `group`.
+    """
+
+    def __init__(self, critic):
         super().__init__()
         self.critic = critic
-        # no image sees its batch: minibatch statistics are of one each
+        # Minibatch statistics of a group of one: no image's features depend on the rest of its batch.
         self.alone = {"group": 1} if "group" in inspect.signature(critic.features).parameters else {}
 
     def forward(self, x: Tensor) -> Tensor:
@@ -82,9 +85,9 @@ def choose_features(choice, critic: nn.Module | None, reference: Tensor, device)
 def judge_name(features: Features, choice, loss_choice, critic_trained: bool) -> str:
     """The features' name, which says so where the network that judges also trained the run.
 
-    choice, loss_choice: what `features` and `loss_features` were (a module, an extractor, a path or a name; None: the
-    source's critic, of the loss also where there is no such loss). critic_trained: the run's critic began as the
-    source's.
+    choice: the setting `features`: a module, an extractor, a path, a name, or None. loss_choice: the setting
+    `loss_features` in the same forms; None where no loss compares features. critic_trained: whether a critic trained
+    that began as the source's.
     """
 
     def network(thing):
@@ -98,7 +101,7 @@ def judge_name(features: Features, choice, loss_choice, critic_trained: bool) ->
 
 @torch.no_grad()
 def generate(sampler, count: int, seed: int, batch: int = 64) -> Tensor:
-    """`count` images of `sampler.sample`, float [count, C, R, R] on the CPU; the same for the same seed and batch."""
+    """`count` images of `sampler.sample`, float [count, C, R, R] on the CPU. Seed and batch determine them."""
     generator = torch.Generator().manual_seed(derived_seed(seed, "generate"))
     parts = [min(batch, count - first) for first in range(0, count, batch)]
     return torch.cat([sampler.sample(size, generator=generator).float().cpu() for size in parts]).clamp(-1, 1)
@@ -118,7 +121,7 @@ MEASURES: dict[str, Callable[[Tensor, Tensor], float]] = {
 
 
 def measure(fake: Tensor, real: Tensor, names, notes: list[str] | None = None) -> dict[str, float]:
-    """The named metrics of features fake [N, D] against real [M, D]; what they warn of goes to `notes`, where given."""
+    """The named metrics of features fake [N, D] against real [M, D]. Their warnings go to `notes`, if it is given."""
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         values = {name: MEASURES[name](fake, real) for name in names}

@@ -14,8 +14,8 @@ from .plots import image_grid
 class EventWriter:
     """Writes scalars and image grids that TensorBoard shows; without tensorboard it warns once and writes nothing.
 
-    folder: where the event files go. first_step: TensorBoard forgets what a run that was cut off wrote from that step
-    on.
+    folder: where the event files go. first_step: where a resumed run begins: TensorBoard forgets what the run that was
+    cut off wrote from that step on.
     """
 
     def __init__(self, folder: str | os.PathLike, first_step: int | None = None):

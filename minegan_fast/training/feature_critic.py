@@ -58,10 +58,11 @@ class FeatureCritic(nn.Module):
         with torch.enable_grad(), torch.autocast(real.device.type, enabled=False):
             maps = [m.requires_grad_() for m in self._maps(real.detach())]
             gradients = torch.autograd.grad(self._judge(maps).sum(), maps, create_graph=create_graph)
-        return sum(m.shape[2:].numel() * g.square().sum() for m, g in zip(maps, gradients, strict=True)) / len(real)
+        squares = [m.shape[2:].numel() * g.square().sum() for m, g in zip(maps, gradients, strict=True)]
+        return sum(squares, real.new_zeros(())) / len(real)
 
     def image_side_blocks(self) -> list[nn.Module]:
-        """None: what stands before the heads is frozen as it is."""
+        """There are none: everything before the heads is frozen already."""
         return []
 
     def _maps(self, x: Tensor) -> list[Tensor]:

@@ -17,6 +17,7 @@ from torch import nn
 
 from ..files.atomic import atomic_path, save_tensors
 from ..models import load_generator, save_model
+from .config import TransferConfig, load_config
 
 try:
     import fcntl
@@ -27,8 +28,12 @@ RESULTS = ("best", "last", "mined")
 
 
 class RunFolder:
-    """`config.json`, `history.jsonl`, `losses.png`, `selection.safetensors`, `samples/`, `snapshots/`, `events/`, and
-    the results, each with generator, miner and delta: `last/`, `best/` by held-out KID, `mined/` after stage 1."""
+    """The paths in a run's folder.
+
+    It holds `config.json`, `history.jsonl`, `losses.png`, `selection.safetensors`, `samples/`, `snapshots/`, `events/`,
+    and three results, each with generator, miner and delta: `last/`, `best/` by held-out KID, and `mined/`, which is
+    the state after stage 1.
+    """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -42,7 +47,7 @@ class RunFolder:
         self.last, self.best, self.mined = self.path / "last", self.path / "best", self.path / "mined"
 
     def create(self) -> None:
-        """Makes the folders. ValueError where a file is in the place, or nothing may be written."""
+        """Makes the folders. ValueError: a file is in the place of one, or nothing may be written there."""
         try:
             for folder in (self.path, self.samples, self.snapshots, self.last, self.best, self.mined):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -57,15 +62,17 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keeps other runs out of the folder while it lasts, without a file in it; ValueError where one is at work.
+        """Keeps other runs out of the folder during the block, without a file in it. ValueError: one is at work there.
 
-        The lock goes with the process, however that ends. Windows and some network file systems have no such lock:
-        there a run that has no snapshot yet is not noticed by another one.
+        The lock ends with the process, however that ends. Windows and some network file systems have no such lock:
+        there a run does not notice another one that has no snapshot yet.
         """
-        held = os.open(self.path, os.O_RDONLY) if fcntl else None
+        if fcntl is None:
+            yield
+            return
+        held = os.open(self.path, os.O_RDONLY)
         try:
-            if fcntl:
-                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(held)
             raise ValueError(
@@ -76,12 +83,41 @@ class RunFolder:
         try:
             yield
         finally:
-            if fcntl:
-                os.close(held)
+            os.close(held)
+
+    @contextmanager
+    def claimed(self, config: TransferConfig, resume: bool) -> Iterator[None]:
+        """Makes the folder this run's during the block: it exists, is locked, and holds the run's configuration.
+
+        ValueError: as in `create`, `locked` and `check`.
+        """
+        self.create()
+        with self.locked():
+            self.check(config, resume)  # another process may have written a run since it was checked last
+            self.clean()
+            config.save(self.config)
+            yield
+
+    def check(self, config: TransferConfig, resume: bool) -> None:
+        """ValueError: the folder holds a run, and that is not to be resumed, or has other settings."""
+        if not self.config.is_file() or not self.holds_run():
+            return
+        if not resume:
+            raise ValueError(
+                f"{str(self.path)!r} already holds a run: go on with it (--resume), or choose another folder (--out)"
+            )
+        changed = TransferConfig(**load_config(self.config)).differences(config)
+        if changed:
+            raise ValueError(
+                f"the run in {str(self.path)!r} has other settings ({'; '.join(changed)}); "
+                "leave those options out, or choose another folder (--out)"
+            )
 
     def holds_run(self) -> bool:
-        """Whether there is something to go on from, or to lose: a snapshot, or steps in the history. What a run that
-        was refused or failed before its first snapshot has left is neither."""
+        """Whether there is something to go on from, or to lose: a snapshot, or steps in the history.
+
+        The files of a run that was refused, or failed before its first snapshot, are neither.
+        """
         return self.newest() is not None or any(row["step"] > 0 for row in self.read_history())
 
     def save_snapshot(self, step: int, state: dict, keep: int) -> None:
@@ -108,7 +144,7 @@ class RunFolder:
         return (self._numbered() or [None])[-1]
 
     def kept(self) -> str:
-        """What an error says of what is safe."""
+        """What an error message says about the work that is safe."""
         newest = self.newest()
         return f"the last good snapshot is {newest}" if newest else "there is no snapshot yet"
 
@@ -133,7 +169,7 @@ class RunFolder:
             leftover.unlink(missing_ok=True)
 
     def copy_last(self, to: Path) -> None:
-        """Makes another result what `last/` is, file by file."""
+        """Gives another result the files of `last/`, one by one."""
         for source in self.last.iterdir():
             with atomic_path(to / source.name) as temporary:
                 shutil.copyfile(source, temporary)

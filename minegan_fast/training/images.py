@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..files.atomic import atomic_path
 
-# Content decides, not the suffix; the list also keeps files away from the decoders that nobody asked for.
+# The content decides, not the suffix. The list also keeps files away from decoders that nobody asked for.
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 _WANTED = "PNG, JPEG, WebP or BMP"
 _NAMED = 10
@@ -57,7 +57,7 @@ class ImageSet:
     def fingerprint(self) -> str:
         """SHA-256 of shape, order and pixels: changes when the folder's images do, not when the folder is renamed."""
         digest = hashlib.sha256(repr(tuple(self.images.shape)).encode())
-        digest.update(self.images.contiguous().numpy())
+        digest.update(self.images.contiguous().numpy().data)
         return digest.hexdigest()
 
 
@@ -67,11 +67,12 @@ def load_images(
     """Reads the images to adapt to.
 
     source: a folder (searched recursively, sorted by path; names that begin with "." are passed over), or an array
-    [N, channels, resolution, resolution], floating point in [-1, 1] or uint8. Of a folder, PNG, JPEG, WebP and BMP
-    files of any size and mode are read: EXIF rotation is applied, the centre square is cut out, transparency is laid
-    over white, 16-bit grey is rounded to 8, an animation gives its first frame; then Lanczos resampling, which averages
-    where it shrinks, to `resolution`. Smaller images are enlarged, with a warning. channels: of a folder 3 (RGB) or 1
-    (ITU-R 601 luma), of an array its own. limit: only the first so many readable images.
+        [N, channels, resolution, resolution], floating point in [-1, 1] or uint8. PNG, JPEG, WebP and BMP files of any
+        size and mode are read from a folder: EXIF rotation is applied, the centre square is cut out, transparency is
+        laid over white, 16-bit grey is rounded to 8, and an animation gives its first frame. Lanczos resampling, which
+        averages where it shrinks, then brings them to `resolution`. Smaller images are enlarged, with a warning.
+    channels: for a folder 3 (RGB) or 1 (ITU-R 601 luma), for an array those that it has.
+    limit: at most so many readable images are taken, the first ones.
 
     A file that is no readable image (truncated, another format, a decompression bomb) is skipped, named in a warning
     and in `ImageSet.skipped`. ValueError where fewer than 2 images remain, or an array's shape or range is wrong;

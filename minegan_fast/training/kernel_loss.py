@@ -22,15 +22,15 @@ from .augment import diff_augment, parse_policy
 from .images import to_float
 from .loss_features import LossFeatures
 from .processes import Processes
-from .randomness import seeded
+from .randomness import keep_and_set_random_state
 
 # Features of this process's samples -> those of all processes, and where its own are among them.
 Gather = Callable[[list[Tensor]], tuple[list[Tensor], slice]]
 
-# Of nine sets of 10 to 100 images those whose mirror images a person takes for the same kind are below 0.01 (avatars,
-# eyes), those with a direction above 0.055 (digits, heads that all look the same way).
+# Measured on nine sets of 10 to 100 images. Sets whose mirror images a person takes for the same kind (avatars, eyes)
+# are below 0.01; sets with a direction (digits, heads that all look the same way) are above 0.055.
 MIRRORED = 0.03
-MOST = 256  # images that tell
+MOST = 256  # images that `mirrored` looks at
 
 
 class KernelLoss:
@@ -38,15 +38,14 @@ class KernelLoss:
 
     features: fitted here to the target.
     images: the target, uint8 [N >= 2, C, R, R].
-    flips: whether each image stands in the target as its mirror image too; None: where `mirrored` says that they look
-        alike.
-    augment: all images, generated and of the target, are changed at random by `diff_augment` with this policy, after
-        they were brought to the network's size: like is compared with like.
-    views: of each target image (and mirror image) so many such changed versions are the target.
-    scales: of the bandwidths, in median distances.
-    unbiased: the estimator without the pairs of a sample and itself, which needs 2 generated images: images that come
-        close to each other cost, whatever the batch.
-    seed: of the target's views.
+    flips: whether the target also holds the mirror image of each image; None: if `mirrored` finds that they look alike.
+    augment: the policy by which `diff_augment` changes all images at random, the generated ones and the target's, after
+        they were brought to the network's size: so like is compared with like.
+    views: how many versions of each target image (and mirror image), each changed at random, the target holds.
+    scales: the bandwidths of a group, in units of its median distance.
+    unbiased: whether the estimator leaves out the pairs of a sample and itself, for which it needs 2 generated images.
+        With it, images that come close to each other cost, whatever the batch.
+    seed: determines the target's views.
 
     Attributes: flips, names (of the groups), bandwidths, target (the features of all of it, on the network's device).
 
@@ -78,7 +77,7 @@ class KernelLoss:
             raise ValueError(f"all {len(images)} target images are equal: give different images")
         self.features, self.names, self.augment, self.unbiased = features, features.names, augment, unbiased
         self.flips = mirrored(features, images) if flips is None else flips
-        with seeded(seed, "views of the target"):
+        with keep_and_set_random_state(seed, "views of the target"):
             groups = features.fit(self._views(images, self.flips, views, batch))
         self.bandwidths = []
         for name, group in zip(self.names, groups, strict=True):
@@ -105,13 +104,13 @@ class KernelLoss:
     ) -> Tensor:
         """The loss of `count` samples, detached; its gradient, times `scale`, is added to all that `make` depends on.
 
-        make: (first, last) -> images [last - first, C, R, R] of the samples first to last - 1, with their graph. Of
-            more than one part each is made twice, first without a graph; the random state of the CPU and of the
+        make: (first, last) -> images [last - first, C, R, R] of the samples first to last - 1, with their graph. Where
+            there are several parts, each is made twice, first without a graph; the random state of the CPU and of the
             features' device is put back for the second time. Samples may not depend on each other (batch norm in train
-            mode), and nothing that a forward changes may change the next (spectral norm in train mode).
-        part: samples at once; None: all.
-        gather, processes: of several processes, each with `count` samples of its own: see `gathering`. The loss is that
-            of all samples, and the mean over the processes of the gradients is its gradient.
+            mode), and nothing that a forward changes may change the next one (spectral norm in train mode).
+        part: how many samples are in memory at once; None: all.
+        gather, processes: for several processes, each with `count` samples of its own: see `gathering`. The loss is
+            that of all samples, and its gradient is the mean of the processes' gradients.
 
         The gradient is that of all samples at once, to rounding. ValueError: fewer than 2 samples where the distance is
         unbiased; `make` gave other images the second time.
@@ -123,7 +122,7 @@ class KernelLoss:
         if len(parts) == 1:
             own = self._features(make(*parts[0]))
         else:
-            with torch.no_grad():
+            with torch.no_grad():  # the features of all parts, from which the slopes of each follow
                 made = []
                 for first, last in parts:
                     states.append(self._random_state())
@@ -134,6 +133,7 @@ class KernelLoss:
         with torch.enable_grad():
             loss = self._distances(leaves).sum()
             slopes = torch.autograd.grad(loss, leaves)
+        # A process adds the gradient by its own samples, and the trainer takes the mean over the processes.
         slopes = [slope[rows] * (scale * processes) for slope in slopes]
         if len(parts) == 1:
             torch.autograd.backward(own, slopes)
@@ -188,9 +188,9 @@ def mirrored(features: LossFeatures, images: Tensor) -> bool:
     """Whether images [N >= 2, C, R, R] and their mirror images are so alike that a GAN of both is one of either: faces
     are, letters are not.
 
-    That is: whether their squared kernel distance is below `MIRRORED` of what two images of the same set differ by. A
-    pair of an image and its own mirror image counts nowhere, which makes the estimate unbiased for any N; of more than
-    256 images the first 256 count. Fits `features` to the images.
+    They are if their squared kernel distance is below the fraction `MIRRORED` of the difference between two images of
+    the same set. No pair of an image and its own mirror image counts, so the estimate is unbiased for any N. The first
+    256 images count. Fits `features` to the images.
     """
     images = to_float(images[:MOST])
     distance = spread = 0.0
@@ -210,8 +210,10 @@ def _median(features: LossFeatures, name: str, group: Tensor) -> float:
 
 
 def gathering(processes: Processes, batch: int) -> Gather | None:
-    """For `KernelLoss.backward`: the features of all processes' parts of a batch, those of process 0 first; None where
-    this process is alone."""
+    """For `KernelLoss.backward`: collects the features of all processes' parts of a batch, those of process 0 first.
+
+    None where this process is alone.
+    """
     if processes.size == 1:
         return None
     counts = [len(range(rank, batch, processes.size)) for rank in range(processes.size)]

@@ -29,27 +29,27 @@ from .stages import Stages, evaluating
 
 _EPSILON = 1e-8  # of a variance: the root has no gradient at 0
 _CONSTANT = 1e-5  # of unit RMS
-_LEAST = 1e-4  # of a map's variance: below it that of a field is rounding
+_LEAST = 1e-4  # of a map's variance: a smaller variance within a field is rounding
 _SMALL = 96  # pixels: networks halve smaller images too early, see docs/quality.md
 
 
 class LossFeatures:
     """images [B, C, R, R], floating point in [-1, 1] -> groups of features [B, D_g].
 
-    Images are neither clamped nor rounded, and grey ones become three channels where the network takes three. `fit`
-    comes first: it measures the scales.
+    Images are neither clamped nor rounded, and grey ones become three channels where the network takes three. Call
+    `fit` first: it measures the scales.
 
     network: a module, a file that `metrics.FeatureExtractor` reads, or a FeatureExtractor, whose conversion of images
         is used, without its rounding. It is copied; the copy stays in eval mode, without gradients for its parameters.
-    probe: images [at least 1, C, R, R] as the generator makes them, [-1, 1] or uint8, by which the stages are found.
+    probe: images [at least 1, C, R, R] as the generator makes them, [-1, 1] or uint8. They serve to find the stages.
     taps, count: which stages, as `Stages` takes them.
     resolution, normalize: as FeatureExtractor takes them, for a module or a file. None enlarges smaller images to 96
-        pixels, unless the network says by an attribute `resolution` what it takes, or does not take those.
-    device: where the copy computes; None: where the module is, a file's network on the CPU.
-    fields: p of the second group, less on small maps: at most two thirds of a map's width, and none below 2; 1: no such
-        group. pixels: the p of the images' groups.
-    bf16: run the network in bfloat16, by autocast. False: in its own dtype, whatever is around the call.
-    batch: images at once in `fit`.
+        pixels, unless the network has an attribute `resolution`, or does not take images of that size.
+    device: where the copy computes; None: where the module is, and on the CPU for a file.
+    fields: p of the second group. On small maps it is less, at most two thirds of the map's width; where that is below
+        2, and for fields=1, there is no such group. pixels: the p of the images' groups.
+    bf16: run the network in bfloat16, by autocast. False: in its own dtype, whatever autocast is around the call.
+    batch: how many images `fit` computes at once.
 
     Attributes: name (of the network), taps (the stages), names (of the groups), sizes (the D_g), scales (of the parts
     of each group).
@@ -119,11 +119,12 @@ class LossFeatures:
         return F.interpolate(images, extractor.size, mode=extractor.interpolation, antialias=shrinks)
 
     def fit(self, images: Tensor | Iterable[Tensor]) -> list[Tensor]:
-        """Groups [M, D_g] of the target images [M, C, R, R] (or of several tensors of them, which follow each other);
-        their parts have unit RMS from now on.
+        """Groups [M, D_g] of the target images [M, C, R, R]; from now on their parts have unit RMS.
 
-        Images are uint8 or floating point in [-1, 1], on any device. Raises ValueError for images of another shape or
-        range, for NaN, with the stage, and for a stage whose features are 0 or the same for all images.
+        images: uint8 or floating point in [-1, 1], on any device; or several such tensors, which follow each other.
+
+        Raises ValueError for images of another shape or range, for NaN, with the stage, and for a stage whose features
+        are 0 or the same for all images.
         """
         found = {name: [] for name in self.names}
         with torch.no_grad():
@@ -137,7 +138,7 @@ class LossFeatures:
             for name, scales in zip(self.names, self.scales, strict=True):
                 if not all(scales):
                     raise ValueError(f"the features {name!r} of {self.name} are 0 for all target images: choose taps=")
-            groups = self._joined(whole)
+            groups = _joined(whole, self.scales)
         for name, group in zip(self.names, groups, strict=True):
             if len(group) > 1 and (group - group[0]).abs().max() <= _CONSTANT:
                 raise ValueError(
@@ -150,7 +151,7 @@ class LossFeatures:
         """Groups [B, D_g], float32 (float64 of a float64 network). ValueError for NaN or inf, with the stage."""
         if self.scales is None:
             raise ValueError("the scales of these features are not known yet: call fit(target images) first")
-        return self._joined(self._parts(images).values())
+        return _joined(self._parts(images).values(), self.scales)
 
     def _prepared(self, images: Tensor) -> Tensor:
         """What the network takes, on its device."""
@@ -171,8 +172,8 @@ class LossFeatures:
                 groups[f"pixels {p}x{p}"] = [F.adaptive_avg_pool2d(images.to(maps[0]), p).flatten(1)]
             for name, m in zip(self.taps, maps, strict=True):
                 groups |= self._parts_of(name, m)
-        sums = torch.stack([sum(part.detach().sum() for part in parts) for parts in groups.values()])
-        if not sums.isfinite().all():  # one transfer
+        sums = torch.stack([torch.stack([part.detach().sum() for part in parts]).sum() for parts in groups.values()])
+        if not sums.isfinite().all():  # the one transfer from the device, for all groups
             bad = list(groups)[int((~sums.isfinite()).nonzero()[0])]
             what = "the images hold NaN or inf" if not images.isfinite().all() else "the images do not"
             raise ValueError(f"the features {bad!r} of {self.name} hold NaN or inf ({what})")
@@ -191,42 +192,40 @@ class LossFeatures:
         groups[name].append((variance + _EPSILON).sqrt())
         p = min(self.fields, 2 * size // 3)
         if p > 1:
+            # Centred on the map's mean first: squares far from 0 leave no digits of a small variance.
             centre, least = (t.detach()[:, :, None, None] for t in (mean, _LEAST * variance))
             means, squares = (F.adaptive_avg_pool2d(x, p) for x in (m, (m - centre).square()))
-            variances = torch.maximum(squares - (means - centre).square(), least)  # of rounding the root is steep
+            variances = torch.maximum(squares - (means - centre).square(), least)  # the root of mere rounding is steep
             groups[f"{name} {p}x{p}"] = [means.flatten(1), (variances + _EPSILON).sqrt().flatten(1)]
         return groups
 
-    def _joined(self, groups: Iterable[list[Tensor]]) -> list[Tensor]:
-        """Parts of unit RMS side by side."""
-        pairs = zip(groups, self.scales, strict=True)
-        return [torch.cat([part / s for part, s in zip(parts, scales, strict=True)], 1) for parts, scales in pairs]
-
     def _fit_images(self, image: Tensor, any_size: bool) -> None:
-        """Grey images are repeated where the network takes no other, small ones enlarged where it takes that."""
+        """Repeats grey images if the network takes no others, and enlarges small ones if it takes them enlarged."""
         extractor, module = self._extractor, self._network(self._extractor.module)
         channels = [extractor.channels] + [3] * (extractor.channels is None and image.shape[1] == 1)
         sizes = [extractor.size]
         any_size &= extractor.size is None and extractor.variant is None and not hasattr(module, "resolution")
         if any_size and min(image.shape[2:]) < _SMALL:
             sizes.insert(0, (_SMALL, _SMALL))
+        failure: Exception | None = None
         for extractor.size, extractor.channels in itertools.product(sizes, channels):
             try:
                 with torch.no_grad(), evaluating(module):
                     module(self._prepared(image))
                 return
             except Exception as error:
-                first, cause = str(error).strip().splitlines() or [type(error).__name__], error
-        message = next((line for line in first if "Error" in line), first[0])
+                failure = error
+        lines = str(failure).strip().splitlines() or [type(failure).__name__]
+        message = next((line for line in lines if "Error" in line), lines[0])
         raise ValueError(
             f"{self.name} does not take images {list(image.shape[1:])}, resized to {extractor.size or 'no other size'} "
             f"({message.strip()}): give resolution=, or a network for these images"
-        ) from cause
+        ) from failure
 
     def _speed_up(self, image: Tensor) -> None:
-        """Batch norms become part of the convolutions before them, and a CPU takes channels last: a factor of two.
+        """Folds batch norms into the convolutions before them and, on a CPU, takes channels last: twice as fast.
 
-        Where either changes the features, as where a network reads its batch norms by itself, all stays as it was.
+        Where that changes the features, as in a network that reads its batch norms by itself, all stays as it was.
         """
         plain, x = self._stages.network, torch.cat([image, -image.flip(3)])
         if isinstance(self._extractor.module, torch.jit.ScriptModule):
@@ -235,11 +234,12 @@ class LossFeatures:
             before = self.maps(x)
             fast = fold_batch_norms(plain, self._prepared(x)) or copy.deepcopy(plain)
             if self.device.type == "cpu":
-                fast.to(memory_format=torch.channels_last)
+                # The call is documented; the annotations of torch lack it.
+                fast.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
                 self._format = torch.channels_last
             self._stages.network = fast
             try:
-                # Rounding alone, also in half precision; what went wrong is off by its own size.
+                # Room for rounding, also in half precision; a wrong fold is off by the size of the features.
                 same = all((a - b).norm() <= 1e-2 * b.norm() for a, b in zip(self.maps(x), before, strict=True))
             except Exception:
                 same = False
@@ -255,13 +255,19 @@ class LossFeatures:
         for name, parts in stages.items():
             slopes = None
             if all(part.requires_grad for part in parts):
-                (slopes,) = torch.autograd.grad(sum(part.sum() for part in parts), images, retain_graph=True)
+                (slopes,) = torch.autograd.grad([part.sum() for part in parts], images, retain_graph=True)
             if slopes is None or not slopes.any():
                 raise ValueError(
                     f"{self.name} is not differentiable: its features {name!r} pass no gradient to the images; a loss "
                     f"needs a network that neither rounds nor detaches them"
                 )
         return list(stages.values())
+
+
+def _joined(groups: Iterable[list[Tensor]], scales: list[list[float]]) -> list[Tensor]:
+    """The parts of each group, at unit RMS, side by side."""
+    pairs = zip(groups, scales, strict=True)
+    return [torch.cat([part / s for part, s in zip(parts, own, strict=True)], 1) for parts, own in pairs]
 
 
 def _floats(images: Tensor) -> Tensor:
@@ -280,7 +286,7 @@ class _Asked(nn.Module):
 
 
 def _own(network, resolution, normalize, device) -> FeatureExtractor:
-    """An extractor whose network is nobody else's."""
+    """An extractor with a frozen copy of the network."""
     if isinstance(network, FeatureExtractor):
         if resolution is not None or normalize is not None:
             raise ValueError("a FeatureExtractor has its own resolution and normalize: set them there")

@@ -17,6 +17,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass
 class Machine:
+    """What the generator's and the critic's steps share: device, precision, random latents, and the processes."""
+
     config: TransferConfig
     device: torch.device
     processes: Processes
@@ -29,11 +31,15 @@ class Machine:
             yield
 
     def latents(self, mined: Mined, count: int) -> Tensor:
+        """u ~ N(0, I) [count, input_dim]."""
         return torch.randn(count, mined.input_dim, device=self.device)
 
     def update(self, loss: Tensor, *optimizers: torch.optim.Optimizer) -> Tensor:
-        """Steps by the gradients of the whole batch, of whose loss this returns the mean. One message carries all: the
-        dense parameters' gradients, the selected rows of the others, and the loss."""
+        """Takes the optimizers' steps by the gradients of the whole batch, and returns the mean of its loss.
+
+        Several processes send one message for all: the gradients of dense parameters, those of selected rows, and the
+        loss.
+        """
         if self.processes.size > 1:
             loss = loss.clone()
             groups = [group for optimizer in optimizers for group in optimizer.param_groups]
@@ -43,7 +49,7 @@ class Machine:
         return loss
 
     def mean(self, grad: Tensor) -> Tensor:
-        """That of all processes' gradients: a hook."""
+        """The mean of all processes' gradients; a hook of a parameter."""
         grad = grad.clone()
         self.processes.average([grad])
         return grad

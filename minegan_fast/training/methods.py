@@ -22,12 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .randomness import seeded
+from .generators import Generator, class_count
+from .randomness import keep_and_set_random_state
 
 KERNEL = "mmd"
 CALIBRATION = 8  # batches that give new batch norms their statistics
 
-# By the loss of the stage that a setting belongs to. Learning rates that these give are in `TransferConfig`.
+# Defaults by the loss of the stage that a setting belongs to. `TransferConfig` makes the other learning rates of lr.
 _ADVERSARIAL = {
     "miner_steps": 1000, "steps": 2000, "batch": 16, "lr": 2e-3, "beta1": 0.0, "ema_decay": 0.998, "prior_weight": 0.1,
 }  # fmt: skip
@@ -52,7 +53,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "freeze_top": {**_WITHOUT_MINER, "policy": "freeze_top", "density": 0.5},
 }
 
-# What no method and no loss has a reason to choose otherwise.
+# Settings for which no method and no loss has a default of its own.
 _COMMON = {
     "train_miner": True, "density": 0.1, "budget": "parameters", "criterion": "fisher", "scope": "global",
     "policy": "train_top", "affine": False, "train_critic": "all",
@@ -65,7 +66,7 @@ def kernel_lr(generator: nn.Module) -> float:
 
 
 def chosen(method: str, mining_loss: str, finetune_loss: str) -> dict[str, Any]:
-    """The value of every setting that a user left open; lr None: by the generator, `kernel_lr`."""
+    """The value of every setting that a user left open. An lr of None follows from the generator, by `kernel_lr`."""
     mining, finetuning = (_KERNEL if loss == KERNEL else _ADVERSARIAL for loss in (mining_loss, finetune_loss))
     steps = {"mining_steps": mining["miner_steps"], "finetune_steps": finetuning["steps"]}
     shared = {name: finetuning[name] for name in ("batch", "lr", "beta1", "ema_decay", "prior_weight")}
@@ -73,13 +74,13 @@ def chosen(method: str, mining_loss: str, finetune_loss: str) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def fresh_weights(generator: nn.Module, seed: int) -> None:
-    """Gives every weight the value that its class begins with: what method "scratch" starts from.
+def fresh_weights(generator: Generator, seed: int) -> None:
+    """Gives every weight a new initial value, as its class makes it: the start of method "scratch".
 
-    Batch norms get the statistics that the new network has, since the recipe runs them in eval mode.
+    Batch norms get the statistics of the new network, since the recipe runs them in eval mode.
     ValueError: a generator of no known family with parameters of a module that has no `reset_parameters()`.
     """
-    with seeded(seed, "scratch"):
+    with keep_and_set_random_state(seed, "scratch"):
         if hasattr(generator, "family") and hasattr(generator, "config"):
             fresh = type(generator)(**generator.config)
             generator.load_state_dict(fresh.state_dict())
@@ -100,8 +101,9 @@ def fresh_weights(generator: nn.Module, seed: int) -> None:
 
 def _reset(generator: nn.Module) -> None:
     for name, module in generator.named_modules():
-        if hasattr(module, "reset_parameters"):
-            module.reset_parameters()
+        reset = getattr(module, "reset_parameters", None)
+        if reset is not None:
+            reset()
         elif any(True for _ in module.parameters(recurse=False)):
             raise ValueError(
                 f"method scratch needs new weights, but {name or 'the generator'} ({type(module).__name__}) has no "
@@ -109,10 +111,10 @@ def _reset(generator: nn.Module) -> None:
             )
 
 
-def own_samples(generator: nn.Module, count: int) -> Tensor:
+def own_samples(generator: Generator, count: int) -> Tensor:
     """Images [count, C, R, R] of latents (and labels) of the generator's own prior."""
     device = next(generator.parameters()).device
     z = torch.randn(count, generator.latent_dim, device=device)
-    if classes := getattr(generator, "num_classes", 0):
+    if classes := class_count(generator):
         return generator(z, torch.randint(classes, (count,), device=device))
     return generator(z)

@@ -70,8 +70,9 @@ def labelled_rows(path: str | os.PathLike, rows: Sequence[tuple[str, Tensor]], c
 def loss_curves(path: str | os.PathLike, history: Sequence[dict], metrics: Sequence[str] = METRICS) -> None:
     """Plots a run's history, rows {"step": int, "stage": str, name: float, ...}, over the steps.
 
-    Names that hold "loss" share the upper axes; those that begin with one of `metrics`, where there are any, the
-    lower ones, logarithmic. A row may lack any field; a new stage is marked by a vertical line.
+    Series whose names contain "loss" share the upper axes. Series whose names begin with one of `metrics` share the
+    lower axes, which are logarithmic, and absent without them. A row may lack any field; a vertical line marks a new
+    stage.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -82,7 +83,7 @@ def loss_curves(path: str | os.PathLike, history: Sequence[dict], metrics: Seque
     for row in history:
         if "stage" in row and (not stages or stages[-1][1] != row["stage"]):
             if stages and stages[-1][0] == last:
-                stages.pop()  # of the source before the first step there is nothing to see
+                stages.pop()  # there is nothing to see of the source before the first step
             stages.append((last, row["stage"]))
         last = row["step"]
         for name, value in row.items():

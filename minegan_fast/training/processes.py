@@ -1,8 +1,8 @@
 """A run on several processes: each computes a part of every batch, the first one writes, and all end together.
 
 Process r of n takes the samples r, r + n, r + 2n, ... of every batch. Every process draws the random numbers of the
-whole batch and keeps those of its samples, so n processes train on what one would train on. With that order a group of
-StyleGAN2's minibatch standard deviation, too, is one that a single process would form, wherever n divides the groups.
+whole batch and keeps those of its samples, so n processes train on what one would train on. In that order the groups of
+StyleGAN2's minibatch standard deviation are also those that a single process would form, wherever n divides the groups.
 """
 
 import functools
@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from ..collectives import active, average, coalesced
 
 T = TypeVar("T")
-# Longer than any evaluation, for which the others wait. A process that ends is noticed at once, whatever this is.
+# Longer than any evaluation, during which the other processes wait. A process that ends is noticed at once even so.
 TIMEOUT = timedelta(hours=6)
 _run = itertools.count()
 
@@ -48,13 +48,13 @@ class Processes:
 
     @contextmanager
     def part(self, batch: int) -> Iterator[int]:
-        """How many of a batch's samples are this process's; draws for so many samples in the block are its part of
-        draws for the whole batch."""
+        """Gives the number of this process's samples of a batch. In the block, draws for so many samples are this
+        process's part of the draws for the whole batch."""
         with _PartOfBatch(self, batch) if self.size > 1 else nullcontext():
             yield len(range(self.rank, batch, self.size))
 
     def average(self, tensors: list[Tensor]) -> None:
-        """Makes the tensors, of which every process has its own values, their means."""
+        """Replaces the tensors, of which every process has its own values, by their means over the processes."""
         if self.size > 1:
             average(tensors, None)
 
@@ -64,7 +64,7 @@ class Processes:
             coalesced(tensors, functools.partial(dist.broadcast, src=0))
 
     def from_first(self, function: Callable[[], T]) -> T:
-        """What the first process's call of `function` gives, on all of them; if it raises, all raise that error."""
+        """The first process calls `function`; all of them return its result, or raise its error."""
         if self.size == 1:
             return function()
         outcome: list = [None, None]
@@ -80,7 +80,7 @@ class Processes:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """What fails in the block on one process fails on all of them, with the error of the lowest such rank."""
+        """A block that fails on one process fails on all of them, with the error of the lowest rank that failed."""
         if self.size == 1:
             yield
             return
@@ -111,10 +111,12 @@ def join(cuda: bool) -> Iterator[Processes]:
     if dist.is_available() and dist.is_initialized():
         yield Processes(dist.get_rank(), dist.get_world_size())
     elif dist.is_available() and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        from torch.distributed.distributed_c10d import PrefixStore  # not in a torch without torch.distributed
+
         store, rank, size = _rendezvous()
         backend = "cpu:gloo,cuda:nccl" if cuda and dist.is_nccl_available() else "gloo"
         # Keys of its own: those of an earlier run in these processes would be taken for the new ones.
-        store = dist.PrefixStore(f"minegan_fast/{next(_run)}", store)
+        store = PrefixStore(f"minegan_fast/{next(_run)}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
         try:
             yield Processes(rank, size)
@@ -131,8 +133,10 @@ def join(cuda: bool) -> Iterator[Processes]:
 
 @functools.cache
 def _rendezvous():
-    """(store, rank, size). One store as long as the program lives: a later run would find the old one half closed."""
-    return next(dist.rendezvous("env://"))
+    """(store, rank, size). One store serves as long as the program lives: a later run would find it half closed."""
+    from torch.distributed.rendezvous import rendezvous
+
+    return next(rendezvous("env://"))
 
 
 def local_index() -> int | None:
@@ -145,7 +149,7 @@ def local_index() -> int | None:
 
 
 def _first_error(store, error: Exception) -> Exception:
-    """The error of the process that failed first: what the others see is only that it has gone."""
+    """The error of the process that failed first: the other processes only see that it has gone."""
     error = _portable(error)
     mine = pickle.dumps(error).hex()
     try:
@@ -156,7 +160,8 @@ def _first_error(store, error: Exception) -> Exception:
 
 
 def _portable(error: Exception) -> Exception:
-    """The error as it can be sent. The backends' own messages of a lost connection name neither cause nor remedy."""
+    """The error in a form that can be sent. For a lost connection it is one of ours: the messages of the backends name
+    neither cause nor remedy."""
     if isinstance(error, dist.DistError) or "/gloo/" in str(error):
         reason = str(error).splitlines()[0]
         return RuntimeError(f"another process of this run was lost ({reason}); the run goes on with --resume")
@@ -168,10 +173,10 @@ def _portable(error: Exception) -> Exception:
 
 
 class _PartOfBatch(TorchFunctionMode):
-    """Draws for as many samples as this process has are made for the whole batch, and its own rows kept.
+    """Makes draws for as many samples as this process has for the whole batch, and keeps this process's rows.
 
-    The samples are the first dimension of that size. Draws of other shapes and kinds, a dropout's mask say, are made as
-    they are, equal on all ranks.
+    The samples are the first dimension of that size. Draws of other shapes and kinds, such as a dropout's mask, stay as
+    they are, which is equal on all ranks.
     """
 
     def __init__(self, processes: Processes, batch: int):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 _DRAW_EVERY = (0.1, 1.0)  # seconds; between the two, drawing takes a fiftieth of the time
 _LINE_EVERY = 10.0
-_SAMPLE_EVERY = 0.25  # with _SAMPLES: the speed is that of the last half minute, or longer where steps are slow
+_SAMPLE_EVERY = 0.25  # with _SAMPLES: the speed is that of the last half minute, or of longer where steps are slow
 _SAMPLES = 120
 
 
@@ -44,8 +44,8 @@ class Progress:
                 ...
                 progress.update(step + 1, {"loss G": loss})
 
-    Steps are those of the whole run that are done; a resumed run gives `done` and goes on from there. Tensors are read
-    only when something is drawn: a CUDA stream is not waited for at every step. A terminal that fails (closed pipe, odd
+    Steps count those of the whole run that are done; a resumed run gives `done` and goes on from there. Tensors are
+    read only when something is drawn, so no step waits for a CUDA stream. A terminal that fails (closed pipe, odd
     encoding) ends the display, never the run. console: a rich console; None is standard error. enabled=False prints
     nothing.
     """
@@ -68,14 +68,14 @@ class Progress:
     def __exit__(self, kind, *_) -> None:
         if self._live:
             if kind is None:
-                self._draw()
+                self._draw(self._live)
             if self._live:
                 self._guard(self._live.stop)
         elif kind is None:
             self._end_stage()
 
     def stage(self, name: str, steps: int, first: int | None = None) -> None:
-        """A new stage of `steps` steps; it begins after the steps of the stages before it, or after step `first`."""
+        """Begins a stage of `steps` steps, after the steps of the stages before it, or after step `first`."""
         self._end_stage()
         if first is None:
             first = self._stages[-1].first + self._stages[-1].steps if self._stages else 0
@@ -86,7 +86,7 @@ class Progress:
             self._print(f"{name}: {steps} steps")
 
     def update(self, step: int, values: Mapping[str, float | Tensor] | None = None) -> None:
-        """`step` steps of the whole run are done. values: shown until newer ones of the same name come."""
+        """Says that `step` steps of the whole run are done. values: shown until newer ones of the same name come."""
         self._step = step
         if not self._console:
             return
@@ -100,7 +100,7 @@ class Progress:
         if now < self._next_draw:
             return
         if self._live:
-            self._draw()
+            self._draw(self._live)
             fastest, slowest = _DRAW_EVERY
             self._next_draw = now + min(max(fastest, 50 * (time.monotonic() - now)), slowest)
         else:
@@ -108,7 +108,7 @@ class Progress:
             self._next_draw = now + _LINE_EVERY
 
     def log(self, message: str) -> None:
-        """A line that stays, above the bars."""
+        """Prints a line that stays, above the bars."""
         self._print(message)
 
     def _start(self) -> None:
@@ -116,13 +116,13 @@ class Progress:
         self._live = Live(console=self._console, auto_refresh=False, redirect_stdout=sys.stdout.isatty())
         self._live.start()
 
-    def _draw(self) -> None:
+    def _draw(self, live: Live) -> None:
         bars = Table.grid(padding=(0, 2))
         for stage in self._stages:
             done = stage.done(self._step)
             bars.add_row(stage.name, ProgressBar(total=stage.steps, completed=done, width=40), f"{done}/{stage.steps}")
         picture = Group(bars, Text(self._status()))
-        self._guard(lambda: self._live.update(picture, refresh=True))
+        self._guard(lambda: live.update(picture, refresh=True))
 
     def _status(self) -> str:
         parts = [f"step {self._step}/{self._total}"]
@@ -142,11 +142,11 @@ class Progress:
             self._print(f"{stage.name}: {stage.done(self._step)}/{stage.steps} steps, {spent}, {self._status()}")
 
     def _print(self, message: str) -> None:
-        if self._console:
-            self._guard(lambda: self._console.print(message, markup=False, highlight=False, soft_wrap=True))
+        if console := self._console:
+            self._guard(lambda: console.print(message, markup=False, highlight=False, soft_wrap=True))
 
     def _guard(self, write: Callable[[], None]) -> None:
-        """Runs what touches the terminal; where that fails, there is no display any more."""
+        """Runs what touches the terminal; where that fails, the display ends."""
         try:
             write()
         except (OSError, ValueError, SystemExit):  # rich answers a broken pipe with SystemExit

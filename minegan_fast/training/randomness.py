@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor
@@ -14,14 +14,22 @@ def derived_seed(seed: int, *purpose: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
-def seed_all(seed: int, *purpose: int | str) -> None:
-    """Seeds PyTorch's default generators of all devices for one purpose."""
+def set_random_state(seed: int, *purpose: int | str) -> None:
+    """Sets PyTorch's default generators of all devices, for one purpose. The state that they had is lost."""
     torch.manual_seed(derived_seed(seed, *purpose))
 
 
+def keep_random_state(device: torch.device) -> AbstractContextManager[None]:
+    """Gives the random state of the CPU, and of this device, back after the block. It sets none."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
+
+
 @contextmanager
-def seeded(seed: int, *purpose: int | str) -> Iterator[None]:
-    """Draws on the CPU in the block are those after `seed_all`; the caller's random state comes back."""
+def keep_and_set_random_state(seed: int, *purpose: int | str) -> Iterator[None]:
+    """Draws on the CPU in the block are those after `set_random_state`; afterwards the CPU's state is the old one.
+
+    The state of a GPU is neither set nor kept.
+    """
     with torch.random.fork_rng([]):
         torch.default_generator.manual_seed(derived_seed(seed, *purpose))  # torch.manual_seed would reach GPUs too
         yield

@@ -10,11 +10,12 @@ from ..models import has_discriminator, load_generator
 from .config import TransferConfig
 from .estimate import Estimate, estimate_seconds
 from .evaluation import NAMED
-from .execution import TransferResult
 from .methods import KERNEL
+from .prepared import NAMED_LOSS_FEATURES, Materials, Prepared
 from .processes import join
-from .run import NAMED_LOSS_FEATURES, Run, seeded_apart
-from .sources import source_critic
+from .randomness import keep_random_state
+from .run import TransferResult, execute
+from .sources import Checkpoints, source_critic
 
 
 def transfer(
@@ -40,9 +41,9 @@ def transfer(
 ) -> TransferResult:
     """Adapts a pretrained GAN to a few images: mining, then finetuning of the neurons that matter.
 
-    Of a class-conditional source the class is mined too, in the space of its class embeddings; a critic judges
-    without labels. In both stages the generator runs in eval mode: its batch-norm statistics and spectral-norm vectors
-    stay the source's, of which a few images would tell little.
+    In a class-conditional source the class is mined too, in the space of its class embeddings; a critic judges without
+    labels. In both stages the generator runs in eval mode: its batch-norm statistics and spectral-norm vectors stay the
+    source's, because a few images would give poor ones.
 
     Settings that are None follow the loss and the method (`methods.py`; the help of `minegan-fast transfer` names
     them).
@@ -51,13 +52,13 @@ def transfer(
         source: a checkpoint's path, or a generator module with `latent_dim` and `resolution` (copied, not changed). One
             with `num_classes` > 0 takes (z, class embedding) and has `class_embeddings()` [num_classes, class_dim].
         images: a folder, or a tensor [N, C, R, R], float in [-1, 1] or uint8.
-        out: the run's folder. One that holds a run is refused unless `resume`; what a run left that ended before its
-            first snapshot is no run, and a new one takes its place. A folder that another process is writing to is
-            refused also before that one's first snapshot, where the file system has locks.
+        out: the run's folder. A folder that holds a run is refused unless `resume`. A run that ended before its first
+            snapshot does not count, and a new one takes its place. Where the file system has locks, a folder that
+            another process is writing to is refused even before that process's first snapshot.
         critic: for an adversarial loss. A path or a module, whose frozen parameters stay frozen; "features": small
             heads on the network of `loss_features`. None takes the source file's discriminator, or a new one, which
             first trains alone (`critic_warmup`).
-        mining_steps: stage 1, the generator frozen. finetune_steps: stage 2. Steps count from 0.
+        mining_steps: steps of stage 1, with the generator frozen. finetune_steps: of stage 2. Steps count from 0.
         density: fraction of the generator's parameters (`budget`: of its neurons) that train in stage 2.
         batch: images a step, of all processes together.
         lr: the critic's learning rate; the generator's is half of it, the miner's twice, under "mmd" the same and at
@@ -71,8 +72,8 @@ def transfer(
         snapshot_every: steps between snapshots; there is one after mining and one at the end too.
         metrics: of "fid", "kid", "kmmd", "mv", "diversity", at every snapshot.
         features: for the metrics: None (the source critic's), "critic", "pixels", "digits", a TorchScript file or one
-            of Inception's weights, a module or a `metrics.FeatureExtractor`. Numbers judged by the network that trained
-            the run say so.
+            of Inception's weights, a module or a `metrics.FeatureExtractor`. The result says so where the network that
+            judges also trained the run.
         loss_features: what "mmd" compares: an image network as a module (differentiable, images in [-1, 1]; copied and
             frozen), a `metrics.FeatureExtractor`, a file that this reads, "critic" (the source's own), "digits", or a
             `LossFeatures` with taps of your choice.
@@ -93,29 +94,38 @@ def transfer(
 
     On several processes (`torchrun`, or torch.distributed initialised by the caller) every process calls this with the
     same arguments and sees the same files, computes its part of each batch, and gets the same result; the first one
-    writes. Steps are those of one process but for rounding and for what is computed across a batch: StyleGAN2's
+    writes. The steps are those of one process, but for rounding and for what is computed across a batch: StyleGAN2's
     minibatch standard deviation where its groups do not divide among the processes, batch norm, and a hundredth of the
     length that path length compares with. A run may be resumed on another number of processes.
 
-    Raises: ValueError/FileNotFoundError for input that cannot be used, DoesNotFit where memory would not do,
+    Raises: ValueError/FileNotFoundError for input that cannot be used, DoesNotFit where the memory does not suffice,
     TrainingDiverged for NaN losses (the last good snapshot stays), RuntimeError for a full disk.
     """
+    checkpoints = Checkpoints()
     config = configure(
+        checkpoints,
         source=source, images=images, critic=critic, mining_steps=mining_steps, finetune_steps=finetune_steps,
         density=density, batch=batch, lr=lr, loss=loss, device=device, seed=seed, snapshot_every=snapshot_every,
         metrics=metrics, features=features, loss_features=loss_features, **settings,
     )  # fmt: skip
-    # A path or a name as the configuration has it, so that the same network is known for the same; else the object.
-    networks = {"critic": critic, "features": features, "loss_features": loss_features}
-    networks = (thing if (name := getattr(config, key)) is None else name for key, thing in networks.items())
-    materials = (source, images, *networks)
-    with _prepared(config, *materials) as run:
-        return run.execute(Path(out), resume, progress)
+    # Paths and names as the configuration spells them, by which a network is known again; objects as they are.
+    materials = Materials(
+        source,
+        images,
+        critic if config.critic is None else config.critic,
+        features if config.features is None else config.features,
+        loss_features if config.loss_features is None else config.loss_features,
+    )
+    with _prepared(config, materials, checkpoints) as prepared:
+        return execute(prepared, Path(out), resume, progress)
 
 
-def configure(**settings) -> TransferConfig:
+def configure(checkpoints: Checkpoints | None = None, **settings) -> TransferConfig:
     """The configuration of these arguments of `transfer`: paths in full, modules as None, and the loss that follows
-    from what the source's file holds."""
+    from what the source's file holds.
+
+    checkpoints: reads the file, and keeps what it read for the run.
+    """
     named = {"critic": ("features",), "features": NAMED, "loss_features": NAMED_LOSS_FEATURES}
     source, critic = settings["source"], settings.get("critic")
     chosen = any(settings.get(name) for name in ("loss", "mining_loss", "finetune_loss"))
@@ -123,7 +133,7 @@ def configure(**settings) -> TransferConfig:
     if settings.get("loss_features") is not None:
         if not chosen:
             settings["loss"] = KERNEL
-    elif not chosen and not trains_critic and critic is None and _has_critic(source):
+    elif not chosen and not trains_critic and critic is None and _has_critic(source, checkpoints or Checkpoints()):
         settings |= {"loss": KERNEL, "loss_features": "critic"}
     for name in ("source", "images", "critic", "features", "loss_features", "held_out"):
         value = settings.get(name)
@@ -132,41 +142,46 @@ def configure(**settings) -> TransferConfig:
     return TransferConfig(**settings)
 
 
-def dry_run(config: TransferConfig) -> tuple[Estimate, float, float]:
-    """(memory, seconds of a mining step, seconds of a finetuning step), measured without writing anything."""
-    materials = (config.source, config.images, config.critic, config.features, config.loss_features)
-    with _prepared(config, *materials) as run, seeded_apart(run.device):
-        with run.processes.together():
-            run.estimate.check(config.batch)
-        return run.estimate, *estimate_seconds(run.trainer())
+def dry_run(config: TransferConfig, checkpoints: Checkpoints | None = None) -> tuple[Estimate, float, float]:
+    """(memory, seconds of a mining step, seconds of a finetuning step), measured without writing anything.
+
+    checkpoints: those of `configure`, where it has made the configuration.
+    """
+    materials = Materials(config.source, config.images, config.critic, config.features, config.loss_features)
+    with _prepared(config, materials, checkpoints or Checkpoints()) as prepared, keep_random_state(prepared.device):
+        with prepared.processes.together():
+            prepared.estimate.check(config.batch)
+        return prepared.estimate, *estimate_seconds(prepared.trainer())
 
 
 @contextmanager
-def _prepared(config: TransferConfig, *materials) -> Iterator[Run]:
-    """The run on every process, or the same error on all of them."""
+def _prepared(config: TransferConfig, materials: Materials, checkpoints: Checkpoints) -> Iterator[Prepared]:
+    """What a run needs, on every process, or the same error on all of them."""
     cuda = torch.cuda.is_available() if config.device is None else config.device.startswith("cuda")
     with join(cuda) as processes:
         with processes.together():
-            run = Run(config, *materials, processes)
-        processes.check_equal(run.identity(), "the processes were given different settings or see different images")
-        with torch.cuda.device(run.device) if run.device.type == "cuda" else nullcontext():
-            yield run
+            prepared = Prepared(config, materials, processes, checkpoints)
+        message = "the processes were given different settings or see different images"
+        processes.check_equal(prepared.identity(), message)
+        with torch.cuda.device(prepared.device) if prepared.device.type == "cuda" else nullcontext():
+            yield prepared
 
 
 def _name(thing) -> str | None:
-    """A path as the configuration keeps it: in full, so that a run may go on from any folder. None for a module."""
+    """A path as the configuration keeps it: in full, so that a run can go on from any folder. None for a module."""
     if isinstance(thing, (list, tuple)) and len(thing) == 1:
         thing = thing[0]
     return str(Path(thing).resolve()) if isinstance(thing, (str, Path)) else None
 
 
-def _has_critic(source) -> bool:
+def _has_critic(source, checkpoints: Checkpoints) -> bool:
     """Whether the source's file holds a critic that can judge its generator's images."""
     if isinstance(source, (list, tuple)) and len(source) == 1:
         source = source[0]
-    if not isinstance(source, (str, Path)) or not Path(source).exists() or not has_discriminator(source):
+    if not isinstance(source, (str, Path)) or not Path(source).exists():
         return False
-    return source_critic(source, load_generator(source))[0] is not None
+    contents = checkpoints.open(source)
+    return has_discriminator(contents) and source_critic(contents, load_generator(contents))[0] is not None
 
 
 def _is_number(value) -> bool:

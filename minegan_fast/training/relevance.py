@@ -1,8 +1,8 @@
 """How a run scores neurons: by the loss that will finetune them, on latents that the miners give.
 
-Fisher information, agreement and contrast are of single samples. A critic's loss couples the samples of a batch (by its
-minibatch statistics, and batch norm), so it sees one at a time. The kernel distance has no value for one sample, but
-its gradient is a sum over the samples of a batch, of which each is that sample's own.
+Fisher information, agreement and contrast are made of the gradients of single samples. Under an adversarial loss the
+recipe computes one sample at a time. The kernel distance has no value for one sample, but its gradient by a batch is a
+sum over the samples, and each of them adds a part of its own.
 """
 
 import torch
@@ -12,13 +12,13 @@ from ..finetune import SparseFinetuner
 from ..finetune.evidence import BY_SAMPLE, WITHOUT_EVIDENCE
 from .critics import train_mode
 from .methods import KERNEL, own_samples
-from .randomness import seed_all
+from .randomness import set_random_state
 
 
 def score(trainer, optimizer: SparseFinetuner) -> None:
     """Gives `optimizer`, of the trainer's generator or of its critic, the evidence that its criterion asks for.
 
-    "contrast" compares with the same loss of what the source makes of its own prior, without the miners.
+    "contrast" compares with the same loss of the source's own samples, made without the miners.
     """
     config, adversary = trainer.config, trainer.adversary
     if config.criterion in WITHOUT_EVIDENCE:
@@ -30,28 +30,34 @@ def score(trainer, optimizer: SparseFinetuner) -> None:
     for parameter in still:
         parameter.requires_grad_(False)
     if adversary:
-        adversary.critic.eval()  # on several processes its buffers would see other samples
+        adversary.critic.eval()  # in train mode its buffers would move, by other samples on every process
     _collect(trainer, optimizer, "target")
     if config.criterion == "contrast":
         _collect(trainer, optimizer, "source")
     for parameter, flag in zip(still, flags, strict=True):
         parameter.requires_grad_(flag)
     if adversary:
-        train_mode(adversary.critic)  # which asks what is frozen
+        train_mode(adversary.critic)  # only now, since it asks which parameters are frozen
 
 
 def _collect(trainer, optimizer: SparseFinetuner, of: str) -> None:
+    """Collects the evidence of `score_samples` samples, of the "target" or of the "source"."""
     config, processes, hooks = trainer.config, trainer.processes, []
     kernel = trainer.loss_name == KERNEL
+    # One sample at a time: the critics of Progressive GAN and the StyleGANs couple the samples of a batch by their
+    # minibatch standard deviation, also in eval mode, and whether a user's critic does cannot be seen from outside. For
+    # critics that couple none, as BigGAN's, `scoring()` could take the samples of a batch apart; but to select the same
+    # neurons, each sample would have to draw its latent, noise and augmentation from a seed of its own, only to save a
+    # part of `score_samples` passes, which take no longer than a few steps of thousands.
     batch = 1 if config.criterion in BY_SAMPLE and not kernel else config.batch
     with optimizer.scoring("sum" if kernel else "mean", samples=1 if batch == 1 else None, of=of):
         if config.criterion == "movement" and processes.size > 1 and not kernel:
-            # its dense steps are steps of the whole batch
+            # Its dense steps are those of the whole batch, so every gradient becomes the mean over the processes.
             hooks = [
                 m.parameter.register_hook(trainer.machine.mean) for layer in optimizer.layers for m in layer.members
             ]
         for k in range(-(-config.score_samples // batch)):
-            seed_all(config.seed, "score", of, k)
+            set_random_state(config.seed, "score", of, k)
             samples = torch.arange(k * batch, (k + 1) * batch)
             if kernel:  # the distance is of a whole batch: every process scores all of them
                 _evidence(trainer, optimizer, samples, of).backward()
@@ -65,12 +71,11 @@ def _collect(trainer, optimizer: SparseFinetuner, of: str) -> None:
 
 
 def _evidence(trainer, optimizer: SparseFinetuner, samples: Tensor, of: str) -> Tensor:
+    """The loss whose gradient is the evidence: the critic's of these samples, or the generator's of as many."""
     if optimizer.model is not trainer.generator:
         return trainer.adversary.evidence(trainer.loss_name, samples, trainer.mined)
     fake = own_samples(trainer.generator, len(samples)) if of == "source" else _mined(trainer, len(samples))
-    if trainer.loss_name == KERNEL:
-        return trainer.kernel(fake)
-    return trainer.adversary.loss(trainer.loss_name, fake)
+    return trainer.loss(fake)
 
 
 def _mined(trainer, count: int) -> Tensor:

@@ -11,30 +11,43 @@ from ..models import has_discriminator, load_discriminator, load_generator
 from .config import TransferConfig, load_config
 from .evaluation import MEASURES, choose_features, generate, judge_name, measure
 from .folder import RESULTS, RunFolder
+from .generators import as_generator, image_channels
 from .images import load_images
-from .places import new_mined
-from .sources import choose_device, image_channels
+from .miners import new_mined
+from .sources import Checkpoints, choose_device
 
 
-def open_result(path: str | Path, which: str = "best", device: str | None = None, source=None, miner=None) -> Mined:
-    """The sampler in a run's folder; of a delta file over its `source`, with `miner` or the one beside it; or of a
-    checkpoint with a miner: a training file of the original MineGAN (for BigGAN the folder with G.pth and M.pth), or
-    any checkpoint with `miner`.
+def open_result(
+    path: str | Path,
+    which: str = "best",
+    device: str | None = None,
+    source=None,
+    miner=None,
+    checkpoints: Checkpoints | None = None,
+) -> Mined:
+    """The sampler of a result.
+
+    path: a run's folder; a delta file, which needs its `source` and takes `miner` or the miner's file beside it; or a
+        checkpoint with a miner: a training file of the original MineGAN (for BigGAN the folder with G.pth and M.pth),
+        or any checkpoint with `miner`.
+    checkpoints: reads the files, and keeps what it read for the caller.
 
     ValueError/FileNotFoundError: no run there, none of that name, a delta without its source, no miner.
     """
-    path, where = Path(path), choose_device(device)
+    path, where, checkpoints = Path(path), choose_device(device), checkpoints or Checkpoints()
     if path.suffix == ".safetensors" and not path.exists():
         raise FileNotFoundError(f"no delta at {str(path)!r}: check the path; results from before stage 2 have none")
     if path.is_file() and source is not None:
-        generator = load_generator(source)
+        generator = load_generator(checkpoints.open(source))
         load_delta(generator, path)
         beside = path.with_name("miner.safetensors")
-        # without one the miners are those before the first step
+        # Without a miner's file the miners are those before the first step.
         found = miner or beside.exists()
-        mined = load_mined(miner or beside, generator) if found else new_mined(TransferConfig(), generator)
+        mined = (
+            load_mined(miner or beside, generator) if found else new_mined(TransferConfig(), as_generator(generator))
+        )
     elif path.is_file() or any(path.glob("M*.pth")):
-        mined = _with_miner(path, miner)
+        mined = _with_miner(path, miner, checkpoints)
     else:
         if which not in RESULTS:
             raise ValueError(f"which must be one of {', '.join(RESULTS)}, got {which!r}")
@@ -45,12 +58,13 @@ def open_result(path: str | Path, which: str = "best", device: str | None = None
     return mined.to(where).eval()
 
 
-def _with_miner(path: Path, miner) -> Mined:
+def _with_miner(path: Path, miner, checkpoints: Checkpoints) -> Mined:
     if path.is_file() and is_delta(path):
         raise ValueError(f"{path} is a delta: name the checkpoint that it was trained from with --source")
-    generator = load_generator(path)
+    contents = checkpoints.open(path)
+    generator = load_generator(contents)
     try:
-        return load_mined(miner or path, generator)
+        return load_mined(miner or contents, generator)
     except ValueError as error:
         raise ValueError(f"{error}; name the file of the miner with --miner") from None
 
@@ -59,19 +73,21 @@ def _with_miner(path: Path, miner) -> Mined:
 def evaluate_result(path, which, device, source, miner, images, samples: int, features, seed: int) -> dict:
     """Metrics of an adapted GAN against a folder: {"metrics": {...}, "generated", "real", "features", "seed", "notes"}.
 
-    notes: what the metrics warn of, x being the generated images and y the real ones.
+    notes: the warnings of the metrics, in which x are the generated images and y the real ones.
     """
-    sampler = open_result(path, which, device, source, miner)
-    generator = sampler.generator
+    checkpoints = Checkpoints()
+    sampler = open_result(path, which, device, source, miner, checkpoints)
+    generator = as_generator(sampler.generator)
     real = load_images(images, generator.resolution, image_channels(generator)).images
     critic = config = None
     if RunFolder(path).config.is_file():
         config = TransferConfig(**load_config(path))
         features, source = features or config.features, config.source
         if config.critic and config.critic != "features":
-            critic = load_discriminator(config.critic)
-    if critic is None and source and features in (None, "critic") and has_discriminator(source):
-        critic = load_discriminator(source)
+            critic = load_discriminator(checkpoints.open(config.critic))
+    if critic is None and source and features in (None, "critic") and has_discriminator(checkpoints.open(source)):
+        critic = load_discriminator(checkpoints.open(source))
+    checkpoints.clear()  # the networks have the weights
     extractor = choose_features(features, critic, real, next(generator.parameters()).device)
     fake = generate(sampler, samples, seed)
     notes: list[str] = []

@@ -1,180 +1,322 @@
-"""What a run works with, from what the user named: networks, images, losses, features."""
+"""A run while it goes on: the loop, the snapshots, the search for the best."""
 
-import copy
 import errno
-from contextlib import ExitStack
+import json
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from .config import TransferConfig, load_config
-from .estimate import DoesNotFit, estimate_memory
-from .evaluation import choose_features, judge_name
-from .execution import Execution, TransferResult
-from .feature_critic import FeatureCritic
-from .folder import RunFolder
-from .images import to_float
-from .kernel_loss import KernelLoss
-from .loss_features import LossFeatures
-from .methods import fresh_weights
-from .processes import Processes, local_index
-from .randomness import seeded
-from .sources import choose_device, image_channels, open_critic, open_images, open_networks, source_critic
-from .trainer import Trainer
+from ..metrics import diversity
+from ..mining import Mined, Miner, load_mined, save_miner
+from .estimate import DoesNotFit
+from .evaluation import generate, measure
+from .events import EventWriter
+from .folder import RunFolder, read_generator, write_generator
+from .plots import loss_curves, save_grid
+from .prepared import Prepared
+from .progress import Progress
+from .randomness import derived_seed, keep_and_set_random_state, keep_random_state
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-NAMED_LOSS_FEATURES = ("critic", "digits")
+VERSION = 3  # of the snapshots
+COLLAPSED = 1 / 3  # of the real images' diversity
+LATENTS = 1024  # how many mined latents are measured
+ASTRAY = 0.1  # how far the mean of |z|²/d may be from 1
 
 
-def seeded_apart(device: torch.device):
-    """The caller's random state comes back afterwards."""
-    return torch.random.fork_rng([device] if device.type == "cuda" else [])
+class TrainingDiverged(RuntimeError):  # noqa: N818
+    """A loss became NaN or infinite."""
+
+
+@dataclass
+class TransferResult:
+    """What a run gives back.
+
+    mined: generator and miners with the averaged weights of the best snapshot by held-out KID, or of the last snapshot
+        where nothing is held out.
+    step: the step of that snapshot.
+    history: the rows of history.jsonl.
+    metrics: of that snapshot, on the features that `judge` names.
+    folder: where all of it is.
+    judge: the features' name, which says so where they trained the run too.
+    """
+
+    mined: Mined
+    step: int
+    history: list[dict]
+    metrics: dict[str, float]
+    folder: Path
+    judge: str = ""
+
+    @property
+    def generator(self) -> nn.Module:
+        return self.mined.generator
+
+    @property
+    def miner(self) -> Miner:
+        """The miner of z or w; of a conditional source, `mined.class_miner` gives the class embeddings."""
+        return cast(Miner, self.mined.miner)
+
+    def sample(self, n: int, seed: int = 0) -> Tensor:
+        """n images [n, C, R, R] in [-1, 1] on the CPU; the same for the same seed."""
+        return generate(self.mined, n, seed)
+
+
+def execute(prepared: Prepared, out: Path, resume: bool, progress: bool) -> TransferResult:
+    """Runs what is prepared, in the folder `out`; the caller's random state comes back afterwards."""
+    folder, processes, config = RunFolder(out), prepared.processes, prepared.config
+    with processes.together():
+        folder.check(config, resume)
+        prepared.estimate.check(config.batch)
+    with ExitStack() as claim:  # the first process holds it
+        processes.from_first(lambda: claim.enter_context(folder.claimed(config, resume)))
+        with _explained(prepared, folder), keep_random_state(prepared.device):
+            return Run(prepared, folder, resume, progress).train()
+
+
+@contextmanager
+def _explained(prepared: Prepared, folder: RunFolder) -> Iterator[None]:
+    """A full disk or too little memory ends the block with an error that names the remedy."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL_DISK:
+            raise
+        raise RuntimeError(
+            f"the disk is full or its quota is used up: cannot write below {str(folder.path)!r}; {folder.kept()}. "
+            "Free some space and go on with --resume"
+        ) from None
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        batch, processes = prepared.config.batch, prepared.processes
+        smaller = min(batch // 2, prepared.estimate.largest_batch())
+        smaller -= smaller % processes.size
+        advice = f"batch {smaller} should fit" if smaller else "even batch 1 may not fit on this device"
+        raise DoesNotFit(f"out of memory at batch {batch}: {advice}; {folder.kept()}") from None
 
 
 class Run:
-    """Networks, images and features of one configuration, checked; `execute` runs it."""
+    """What is prepared while it trains: the loop, the snapshots, the search for the best."""
 
-    def __init__(self, config: TransferConfig, source, images, critic, features, loss_features, processes: Processes):
-        self.config, self.processes = config, processes
-        if config.batch % processes.size:
-            raise ValueError(
-                f"batch {config.batch} cannot be divided among {processes.size} processes: take a multiple of "
-                f"{processes.size}, or another number of processes"
-            )
-        self.device = choose_device(config.device, local_index() if processes.size > 1 else None)
-        by_features = isinstance(critic, str) and critic == "features"
-        critic = None if by_features else critic
-        networks = open_networks(source, critic, config, needed=config.adversarial and not by_features)
-        self.generator = networks.generator.to(self.device)
-        config.fit(self.generator)
-        if config.method == "scratch":
-            fresh_weights(self.generator, config.seed)
-        self.critic, self.new_critic = networks.critic, not networks.pretrained
-        pretrained = self.critic if networks.pretrained else None
-        if self.critic is None and (features in (None, "critic") or (config.kernel and loss_features == "critic")):
-            # It trains nothing then, but knows images.
-            pretrained = open_critic(critic, self.generator) if critic else source_critic(source, self.generator)[0]
-        if pretrained is not None:
-            pretrained = copy.deepcopy(pretrained).eval().requires_grad_(False).to(self.device)
-        self.target, self.held_out = open_images(images, self.generator, config)
-        self.reference = self.target.images if self.held_out is None else self.held_out
-        self.features = choose_features(features, pretrained, self.reference, self.device)
-        self.loss_features = self.kernel = None
-        if config.kernel or by_features:
-            self.loss_features = self._choose_loss_features(loss_features, pretrained)
-        if config.kernel:
-            views = config.views if config.view_augment else 1
-            self.kernel = KernelLoss(
-                self.loss_features, self.target.images, config.flips, views, config.view_augment, seed=config.seed
-            )
-        if by_features and config.adversarial:
-            with seeded(config.seed, "critic"):
-                shape = self.generator.resolution, image_channels(self.generator)
-                self.critic = FeatureCritic(self.loss_features.maps, *shape).to(self.device)
-        loss_choice = (loss_features or "critic") if config.kernel or by_features else None
-        own_critic = config.adversarial and not self.new_critic
-        self.judge = judge_name(self.features, features, loss_choice, own_critic)
-        self.notes = list(self._notes(networks.notes))
-        self.estimate = estimate_memory(config, self.generator, self.critic, self.kernel, processes.size)
-
-    def _choose_loss_features(self, choice, critic: nn.Module | None) -> LossFeatures:
-        if isinstance(choice, LossFeatures):
-            return choice
-        probe = to_float(self.target.images[:2]).to(self.device)
-        if choice is None and critic is not None:
-            choice = "critic"
-        if choice is None or (choice == "critic" and critic is None):
-            raise ValueError(
-                "the loss needs pretrained features, and the source has no critic of its own to take them from: give "
-                "loss_features (--loss-features), a network or a file that FeatureExtractor reads, or take an "
-                "adversarial loss (--loss nonsaturating)"
-            )
-        if choice == "critic":
-            return LossFeatures(critic, name="critic", probe=probe)
-        if choice == "digits":
-            from ..data import classifier
-
-            # which digit it is, is in the last
-            taps = ["convs.0", "convs.1", "convs.2", "convs.3", "convs.4", "hidden"]
-            return LossFeatures(classifier().to(self.device), name="digits", probe=probe, taps=taps)
-        return LossFeatures(choice, device=self.device, probe=probe)
-
-    def _notes(self, notes: tuple[str, ...]):
-        config, processes = self.config, self.processes
-        held_out = "none held out: the last snapshot is taken"
-        if self.held_out is not None:
-            held_out = f"{len(self.held_out)} held out"
-        yield f"{len(self.target)} images to train on, {held_out}; metrics on {self.judge} features"
-        if self.kernel is not None:
-            names = ", ".join(self.loss_features.taps)
-            yield f"kernel distance of {self.loss_features.name} features, at {names}"
-            if config.flips is None and self.kernel.flips:
-                yield "mirror images of the target look alike, so they count as target too (--no-flips)"
-        yield from notes
-        if self.critic is not None and self.new_critic:
-            yield (
-                "a new critic is trained, which takes more steps and, of few images, often fails: the kernel distance "
-                "of pretrained features needs none (--loss-features)"
-            )
-        if processes.size > 1:
-            yield f"{processes.size} processes, {config.batch // processes.size} images of a step each"
-
-    def identity(self) -> dict:
-        """What all processes must agree on."""
-        return self.config.to_dict() | {"device": None, "images": self.target.fingerprint()}
-
-    def trainer(self) -> Trainer:
-        return Trainer(
-            self.config, *copy.deepcopy((self.generator, self.critic)), self.target.images, self.device, self.processes,
-            self.kernel, self.new_critic,
-        )  # fmt: skip
-
-    def execute(self, out: Path, resume: bool, progress: bool) -> TransferResult:
-        folder = RunFolder(out)
+    def __init__(self, prepared: Prepared, folder: RunFolder, resume: bool, progress: bool):
+        self.prepared, self.config, self.folder = prepared, prepared.config, folder
+        self.processes = prepared.processes
+        self.trainer = prepared.trainer()
+        self.fingerprint = prepared.target.fingerprint()
+        self.step, self.best_kid, self.best_step, self.waited = 0, float("inf"), 0, 0
+        self.history: list[dict] = []
+        self.warned: set[str] = set()
         with self.processes.together():
-            self._check_folder(folder, resume)
-            self.estimate.check(self.config.batch)
-        with ExitStack() as claim:
-            self.processes.from_first(lambda: self._claim(folder, resume, claim))
-            return self._execute(folder, resume, progress)
+            # The first process alone measures.
+            self.real = prepared.features(prepared.reference) if self.processes.first else torch.empty(0)
+            restored = folder.load_snapshot() if resume else None
+            if restored:
+                self._restore(*restored)
+        self.processes.check_equal(self.step, f"the processes see different snapshots in {str(folder.path)!r}")
+        self.processes.from_first(lambda: folder.write_history(self.history))
+        self.resumed, self.asked_to_resume = bool(restored), resume
+        self.progress = Progress(self.config.total_steps, enabled=progress and self.processes.first, done=self.step)
 
-    def _execute(self, folder: RunFolder, resume: bool, progress: bool) -> TransferResult:
-        try:
-            with seeded_apart(self.device):
-                return Execution(self, folder, resume, progress).run()
-        except OSError as error:
-            if error.errno not in FULL_DISK:
-                raise
-            raise RuntimeError(
-                f"the disk is full or its quota is used up: cannot write below {str(folder.path)!r}; {folder.kept()}. "
-                "Free some space and go on with --resume"
-            ) from None
-        except RuntimeError as error:
-            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-                raise
-            smaller = min(self.config.batch // 2, self.estimate.largest_batch())
-            smaller -= smaller % self.processes.size
-            advice = f"batch {smaller} should fit" if smaller else "even batch 1 may not fit on this device"
-            raise DoesNotFit(f"out of memory at batch {self.config.batch}: {advice}; {folder.kept()}") from None
+    def train(self) -> TransferResult:
+        """Both stages, or what is left of them."""
+        config = self.config
+        with ExitStack() as files:
+            files.enter_context(self.progress)
+            if self.processes.first:
+                self.events = files.enter_context(EventWriter(self.folder.events, self.step))
+                self.log = files.enter_context(open(self.folder.history, "a"))
+            for note in self.prepared.notes:
+                self.progress.log(note)
+            if self.resumed:
+                self.progress.log(f"resumed at step {self.step}")
+            else:
+                if self.asked_to_resume:
+                    self.progress.log(f"nothing to resume in {str(self.folder.path)!r}: a new run begins")
+                self._snapshot()
+            if self.step < config.mining_steps:
+                self.progress.stage("mining", config.mining_steps, first=0)
+                self._steps(config.mining_steps)
+            if config.finetune_steps and self.trainer.finetuner is None:
+                self._select()
+            self.progress.stage("finetuning", config.finetune_steps, first=config.mining_steps)
+            self._steps(config.total_steps)
+            if self.trainer.finetuner:
+                with self.processes.together():
+                    self.trainer.finetuner.verify()
+        return self._result()
 
-    def _claim(self, folder: RunFolder, resume: bool, claim: ExitStack) -> None:
-        folder.create()
-        claim.enter_context(folder.locked())
-        self._check_folder(folder, resume)  # another process may have written a run since
-        folder.clean()
-        self.config.save(folder.config)
+    def _select(self) -> None:
+        self.progress.log("scoring the neurons on the target")
+        finetuner, selection = self.trainer.select()
+        self.processes.from_first(lambda: selection.save(self.folder.selection))
+        trained = sum(p.numel() for p in finetuner.parameters())
+        total = sum(p.numel() for p in self.prepared.generator.parameters())
+        self.progress.log(
+            f"{selection.density:.1%} of the neurons are selected: {trained / total:.1%} of the parameters train"
+        )
 
-    def _check_folder(self, folder: RunFolder, resume: bool) -> None:
-        if not folder.config.is_file() or not folder.holds_run():
-            return
-        if not resume:
-            raise ValueError(
-                f"{str(folder.path)!r} already holds a run: go on with it (--resume), or choose another folder (--out)"
+    def _steps(self, until: int) -> None:
+        config, started = self.config, time.monotonic()
+        while self.step < until and not self._exhausted():
+            done = self.step - config.mining_steps
+            if config.reselect_every and done > 0 and done % config.reselect_every == 0:
+                self._select()
+            values = self.trainer.step(self.step)
+            self.step += 1
+            self.progress.update(self.step, values)
+            logs, snapshots = self.step % config.log_every == 0, self.step % config.snapshot_every == 0
+            if logs or snapshots or self.step == until:
+                self._stop_if_diverged()
+                seconds = {"seconds": round(time.monotonic() - started, 3)}
+                self._record({name: value.item() for name, value in values.items()} | seconds)
+            if snapshots or self.step == until:
+                self._snapshot()
+
+    @property
+    def stage(self) -> str:
+        return "finetuning" if self.trainer.finetuner else "mining" if self.step else "source"
+
+    def _exhausted(self) -> bool:
+        return bool(self.config.patience) and self.waited >= self.config.patience and self.stage == self._last_stage()
+
+    def _last_stage(self) -> str:
+        return "finetuning" if self.config.finetune_steps else "mining"
+
+    def _stop_if_diverged(self) -> None:
+        if not self.trainer.finite:
+            raise TrainingDiverged(
+                f"a loss became NaN or infinite before step {self.step}; {self.folder.kept()}. "
+                "Try a smaller lr, a larger r1_gamma, or precision fp32, in a new folder"
             )
-        changed = TransferConfig(**load_config(folder.config)).differences(self.config)
-        if changed:
-            raise ValueError(
-                f"the run in {str(folder.path)!r} has other settings ({'; '.join(changed)}); "
-                "leave those options out, or choose another folder (--out)"
+
+    def _record(self, values: Mapping[str, float | str]) -> None:
+        row = {"step": self.step, "stage": self.stage, **values}
+        self.history.append(row)
+        if self.processes.first:
+            self.log.write(json.dumps(row) + "\n")
+            self.log.flush()
+            curves = {k: v for k, v in values.items() if k != "seconds" and not isinstance(v, str)}
+            self.events.scalars(self.step, curves)
+
+    def _snapshot(self) -> None:
+        self.best_kid, self.best_step, self.waited = self.processes.from_first(self._write_snapshot)
+
+    def _write_snapshot(self) -> tuple[float, int, int]:
+        """Measures, writes the results, and writes the snapshot last, so that a run that was killed in between repeats
+        the steps since the last snapshot.
+
+        Returns what decides how the run goes on: the best KID, its step, and the number of snapshots since.
+        """
+        config, folder, sampler = self.config, self.folder, self.trainer.result()
+        fake = generate(sampler, config.eval_samples, config.seed)
+        names = dict.fromkeys((*config.metrics, "kid"))
+        features = self.prepared.features(fake)
+        values = measure(features, self.real, names) | self._health(sampler, features)
+        self._record(values | {"judge": self.prepared.judge})
+        self.progress.update(self.step, self._shown(values))
+
+        grid = generate(sampler, config.grid, derived_seed(config.seed, "grid"))
+        save_grid(folder.samples / f"{self.step:06d}.png", grid)
+        self.events.grid(self.step, "samples", grid)
+        loss_curves(folder.curves, self.history)
+
+        write_generator(folder.last / "generator.safetensors", sampler.generator)
+        save_miner(folder.last / "miner.safetensors", sampler)
+        if self.trainer.finetuner:
+            self.trainer.finetuner.save_delta(folder.last / "delta.safetensors", ema=True)
+        if self.step == config.mining_steps:
+            folder.copy_last(folder.mined)
+        kid = values["kid"]
+        self.waited = 0 if self.step == config.mining_steps else self.waited + 1
+        if kid < self.best_kid or self.prepared.held_out is None:
+            self.best_kid, self.best_step, self.waited = kid, self.step, 0
+            folder.copy_last(folder.best)
+        folder.save_snapshot(self.step, self._state(), config.keep)
+        return self.best_kid, self.best_step, self.waited
+
+    def _health(self, sampler: Mined, features: Tensor) -> dict[str, float]:
+        """How diverse the images are, in units of the real ones, and how far the mined latents are from their prior.
+
+        Logs what is out of bounds.
+        """
+        values = {"spread": diversity(features) / max(diversity(self.real), 1e-12)}
+        if values["spread"] < COLLAPSED:
+            self._warn(
+                "collapse",
+                f"step {self.step}: the images are {values['spread']:.0%} as diverse as the real ones: they collapse; "
+                "a larger batch, fewer steps, a smaller lr or the loss mmd keep them apart",
             )
+        with keep_and_set_random_state(self.config.seed, "latents"):
+            u = torch.randn(LATENTS, sampler.input_dim).to(self.prepared.device)
+        with torch.no_grad():
+            found = sampler.statistics(sampler.latents(u))
+        prior = found.pop("dimension_prior")
+        values |= {f"latent_{name}": value for name, value in found.items()}
+        values["latent_dimensions"] = values.pop("latent_dimension") / prior
+        if abs(found["norm"] - 1) > ASTRAY or values["latent_dimensions"] < COLLAPSED:
+            self._warn(
+                "prior",
+                f"step {self.step}: the mined latents leave the prior: |z|²/d is {found['norm']:.2f} (the prior's: 1), "
+                f"the effective dimension {values['latent_dimensions']:.0%} of the prior's; images may be none that "
+                "the source knows, or few of its kinds. Another prior (--prior), a larger prior_weight, a smaller "
+                "miner_lr or fewer steps help",
+            )
+        return values
+
+    def _warn(self, kind: str, message: str) -> None:
+        """Logs one message of each kind; the history has the numbers of every snapshot."""
+        if kind not in self.warned:
+            self.warned.add(kind)
+            self.progress.log(message)
+
+    def _shown(self, values: dict[str, float]) -> dict[str, float]:
+        """The numbers of a snapshot that the progress line shows; "*" marks those that the training network judged."""
+        mark = "*" if self.prepared.judge != self.prepared.features.name else ""
+        names = dict.fromkeys((*self.config.metrics, "kid", "spread"))
+        shown = {name + mark: values[name] for name in names if name in values}
+        return shown | {"|z|²/d": values["latent_norm"]}
+
+    def _state(self) -> dict:
+        return {
+            "version": VERSION,
+            "step": self.step,
+            "best": {"kid": self.best_kid, "step": self.best_step, "waited": self.waited},
+            "images": self.fingerprint,
+            "trainer": self.trainer.state_dict(),
+        }
+
+    def _restore(self, step: int, state: dict) -> None:
+        if state["version"] != VERSION:
+            raise ValueError(
+                f"the run's snapshots are of version {state['version']}, this library goes on from {VERSION}: finish "
+                "it with the library that began it, or start a new run"
+            )
+        if state["images"] != self.fingerprint:
+            raise ValueError("the run began with other training images; put those back, or start a new run")
+        self.step = step
+        best = state["best"]
+        self.best_kid, self.best_step, self.waited = best["kid"], best["step"], best["waited"]
+        self.trainer.load_state_dict(state["trainer"])
+        self.history = self.folder.read_history(step)
+
+    def _result(self) -> TransferResult:
+        self.history = self.processes.from_first(lambda: self.history)
+        if self.best_step == 0 and self.processes.first:
+            warnings.warn(
+                "by held-out KID no snapshot was better than the source itself, so best/ holds it: train longer, hold "
+                "more images out, or look at last/",
+                stacklevel=5,
+            )
+        generator = read_generator(self.folder.best / "generator.safetensors", self.prepared.generator)
+        rows = [row for row in self.history if row["step"] == self.best_step and "kid" in row]
+        metrics = {k: v for k, v in rows[-1].items() if k not in ("step", "stage", "judge")}
+        mined = load_mined(self.folder.best / "miner.safetensors", generator).to(self.prepared.device)
+        return TransferResult(mined, self.best_step, self.history, metrics, self.folder.path, self.prepared.judge)

@@ -7,45 +7,75 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..files.reading import Contents, read
 from ..models import has_discriminator, load_discriminator, load_generator
 from ..models.checkpoint import shorten
 from .config import TransferConfig
 from .critics import check_fit, new_critic
+from .generators import Generator, as_generator, image_channels
 from .images import ImageSet, load_images
 
 # A KID against fewer images than this would choose the best snapshot by chance: then none is set aside.
 LEAST_HELD_OUT = 5
 
 
+class Checkpoints:
+    """Reads files of networks, each of them once: a run asks several times, and a large pickle takes seconds.
+
+    What was read stays in memory until `clear()`.
+    """
+
+    def __init__(self):
+        self._contents: dict[Path, Contents] = {}
+
+    def open(self, path: str | Path) -> Contents:
+        """What the file holds. Errors as in `files.reading.read`."""
+        key = Path(path).resolve()
+        if key not in self._contents:
+            self._contents[key] = read(path)
+        return self._contents[key]
+
+    def clear(self) -> None:
+        self._contents.clear()
+
+
+def single(source):
+    """The source, also from a list of one. ValueError: there are several."""
+    if not isinstance(source, (list, tuple)):
+        return source
+    if len(source) != 1:
+        raise ValueError(f"one source at a time can be adapted, got {len(source)}; give one path or module")
+    return source[0]
+
+
 @dataclass
 class Networks:
     """A generator and the critic that judges it, None where none is needed.
 
-    pretrained: whether the critic came with the source or was given. notes: what a user should know of the choice.
+    pretrained: whether the critic came with the source or was given. notes: what a user should know about the choice.
     """
 
-    generator: nn.Module
+    generator: Generator
     critic: nn.Module | None
     pretrained: bool
     notes: tuple[str, ...] = ()
 
 
 def open_networks(source, critic, config: TransferConfig, needed: bool = True) -> Networks:
-    """Networks in eval mode from paths or modules; modules are copied, the caller's stay as they are.
+    """Networks in eval mode from files or modules; modules are copied, and the caller's stay as they are.
 
-    critic: None takes the discriminator in the source's file; where there is none, or none that can be used, a new one
-        of the generator's sizes. needed: False reads and builds no critic at all, whatever `critic` is.
+    source: a path, the `Contents` of a file, or a module. critic: the same, or None: then it is the discriminator in
+        the source's file, and where that has none, or none that can be used, a new one of the generator's sizes.
+    needed: False reads and builds no critic at all, whatever `critic` is.
 
-    ValueError: several sources, images of channels that are not adapted, networks whose images differ, NaN in weights.
+    ValueError: images of channels that are not adapted, networks whose images differ, NaN in weights.
     """
-    if isinstance(source, (list, tuple)):
-        if len(source) != 1:
-            raise ValueError(f"one source at a time can be adapted, got {len(source)}; give one path or module")
-        source = source[0]
-    generator = copy.deepcopy(source) if isinstance(source, nn.Module) else load_generator(source)
-    for name in ("latent_dim", "resolution"):
-        if not isinstance(getattr(generator, name, None), int):
-            raise ValueError(f"the source {type(generator).__name__} has no {name}: set it as an integer attribute")
+    if isinstance(source, nn.Module):
+        generator = copy.deepcopy(source)
+    else:
+        source = read(source)
+        generator = load_generator(source)
+    generator = as_generator(generator)
     if (channels := image_channels(generator)) not in (1, 3):
         raise ValueError(
             f"the source makes images of {channels} channels, of which no picture can be written: adapted are those "
@@ -75,14 +105,15 @@ def open_critic(critic, generator: nn.Module) -> nn.Module:
 def source_critic(source, generator: nn.Module) -> tuple[nn.Module | None, str]:
     """(discriminator in the source's file, ""), or (None, why there is none that could judge the generator's images).
 
-    source: a path, or a module, which has none.
+    source: a path, the `Contents` of a file, or a module, which has none.
     """
     if isinstance(source, nn.Module):
         return None, "the source is a module, without a discriminator"
     try:
-        if not has_discriminator(source):
+        contents = read(source)
+        if not has_discriminator(contents):
             return None, "the source has no discriminator of a layout known here"
-        critic = load_discriminator(source)
+        critic = load_discriminator(contents)
         _check_critic(generator, critic)
     except ValueError as error:
         return None, f"the source's discriminator cannot be used: {error}"
@@ -103,11 +134,7 @@ def _check_finite(what: str, network: nn.Module) -> None:
         )
 
 
-def image_channels(generator: nn.Module) -> int:
-    return getattr(generator, "image_channels", 3)
-
-
-def open_images(images, generator: nn.Module, config: TransferConfig) -> tuple[ImageSet, Tensor | None]:
+def open_images(images, generator: Generator, config: TransferConfig) -> tuple[ImageSet, Tensor | None]:
     """(training images, held-out images uint8 or None): a folder of its own, or a part of `images` set aside."""
     size, channels = generator.resolution, image_channels(generator)
     target = load_images(images, size, channels)

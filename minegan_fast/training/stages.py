@@ -19,7 +19,11 @@ _SAME = 0.7  # a convolution without padding takes a few pixels from the sides o
 
 @dataclass
 class _Call:
-    """A call of a module in a forward: its path, its number among the calls of this module, and what it gave."""
+    """A call of a module in a forward.
+
+    path: of the module. number: of the call, among the calls of this module. inner: the calls that it made.
+    output: the features that it gave; None where it gave something else.
+    """
 
     path: str
     number: int
@@ -32,12 +36,21 @@ class _Call:
         return self.path + (f"#{self.number}" if self.number > 1 else "")
 
     @property
+    def shape(self) -> torch.Size:
+        """Of the features; empty where it gave none."""
+        return torch.Size() if self.output is None else self.output.shape
+
+    @property
+    def gives_maps(self) -> bool:
+        return len(self.shape) == 4
+
+    @property
     def size(self) -> int:
-        return min(self.output.shape[2:])
+        return min(self.shape[2:])
 
     @property
     def channels(self) -> int:
-        return self.output.shape[1]
+        return self.shape[1]
 
 
 class Stages:
@@ -69,13 +82,13 @@ class Stages:
         calls, others = ({call.name: call for call in _all(tree)} for tree in (root, other))
         pure = {name for name, call in calls.items() if name in others and _same(call.output, others[name].output)}
         if taps is None:
-            trunk = [c for c in _trunk(root, min(first.shape[2:])) if c.output.dim() == 4 and c.name in pure]
+            trunk = [c for c in _trunk(root, min(first.shape[2:])) if c.gives_maps and c.name in pure]
             self.names = [call.name for call in _ends(trunk, min(first.shape[2:]))[-count:]] or [OUTPUT]
         else:
             self.names = list(taps)
             _check(self.names, calls, network)
         if mixing := [name for name in self.names if name not in pure]:
-            if calls[mixing[0]].output is None or calls[mixing[0]].output.shape[0] != 2:
+            if calls[mixing[0]].shape[:1] != (2,):
                 raise ValueError(
                     f"{mixing[0]} of {type(network).__name__} gives no maps [B, C, h, w] or vectors [B, D]"
                 )
@@ -120,7 +133,7 @@ class Stages:
 
 
 class _Reached(BaseException):
-    """The last tap is there. No Exception, which a network might catch."""
+    """The last tap is there. This is no Exception, because a network might catch one."""
 
 
 @contextmanager
@@ -139,8 +152,9 @@ def evaluating(network: nn.Module) -> Iterator[None]:
 def _features(output) -> Tensor | None:
     if isinstance(output, (tuple, list)) and output:
         output = output[0]
-    good = isinstance(output, Tensor) and output.is_floating_point() and output.dim() in (2, 4)
-    return output if good else None
+    if isinstance(output, Tensor) and output.is_floating_point() and output.dim() in (2, 4):
+        return output
+    return None
 
 
 def _path(name: str) -> str:
@@ -183,33 +197,33 @@ def _all(call: _Call) -> Iterator[_Call]:
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:
-    """Whether the first image's features are the same in two batches of two."""
+    """Whether the first image's features are the same in two batches of two images."""
     if a is None or b is None or a.shape != b.shape or len(a) != 2:
         return False
     difference = (a[0] - b[0]).float().square().mean().sqrt()
-    # NaN is for those to report who look at values.
+    # NaN counts as the same: it is reported where values are looked at.
     return not bool(difference > 100 * torch.finfo(a.dtype).eps * a[0].float().square().mean().sqrt())
 
 
 def _trunk(call: _Call, size: int) -> Iterator[_Call]:
-    """The calls that follow each other on the way through this one, which maps of this size go into."""
+    """The calls that follow each other on the way through this one, whose input are maps of this size."""
     for inner in call.inner:
-        opened = [c for c in _trunk(inner, size) if c.output.dim() == 4]
+        opened = [c for c in _trunk(inner, size) if c.gives_maps]
         sizes = {c.size for c in _ends(opened, size) if c.size < _SAME * size}
         if opened and (isinstance(inner.module, nn.Sequential) or len(sizes) > 1):
             yield from opened
         elif inner.output is not None:
             yield inner
-        if inner.output is not None and inner.output.dim() == 4:
+        if inner.gives_maps:
             size = min(size, inner.size)
 
 
 def _ends(trunk: list[_Call], size: int) -> list[_Call]:
     """The last call of each stage, but not of the one of maps of the input's size, unless there is nothing else."""
-    ends, first = [], None
+    ends, first = [], 0  # first: the size of the first map of the present stage
     for call in trunk:
         if ends and call.size > first:
-            continue  # a branch, or the way up of a network that has one
+            continue  # a branch, or the way up of a network that enlarges its maps again
         if ends and _is_head(call, ends[-1]):
             continue
         if ends and call.size >= _SAME * first:
@@ -221,7 +235,7 @@ def _ends(trunk: list[_Call], size: int) -> list[_Call]:
 
 
 def _is_head(call: _Call, before: _Call) -> bool:
-    """Whether this gives logits, or means over the pixels, which the maps before hold too."""
+    """Whether the call gives logits, or means over the pixels, which add nothing to the maps before."""
     pooled = call.size == 1 and (before.size > 1 or call.channels < before.channels)
     return (pooled and call.channels <= before.channels) or call.channels < before.channels / 4
 

@@ -1,44 +1,50 @@
 """The networks and optimizers of a run, and what one step does with them.
 
 Stage 1 trains the miners while the generator is frozen. Stage 2 selects the generator's neurons on the target and
-trains them too (MineGAN++: Wang et al. 2021, arXiv 2104.13742). The loss of either is that of a critic, which then
-trains beside them, or the kernel distance of pretrained features, which needs none. The generator is in eval mode in
-both stages: batch statistics of a few images are noisy ones, and a delta holds no buffers.
+trains them too (MineGAN++: Wang et al. 2021, arXiv 2104.13742). The loss of a stage is that of a critic, which then
+trains beside them, or the kernel distance of pretrained features, which needs no critic. The generator is in eval mode
+in both stages, because batch statistics of a few images are noisy, and a delta holds no buffers.
 """
 
 import copy
 import inspect
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ..finetune import SparseFinetuner
+from ..finetune import Selection, SparseFinetuner
 from ..layers import path_length_penalty
 from ..mining import Mined
 from .adversary import WARM_UP, Adversary
 from .config import TransferConfig
 from .elastic import ElasticWeights
+from .generators import Generator
 from .kernel_loss import KernelLoss, gathering
 from .machine import Machine
 from .methods import KERNEL
-from .places import new_mined
+from .miners import new_mined
 from .processes import Processes
-from .randomness import seed_all
+from .randomness import set_random_state
 from .relevance import score
+
+T = TypeVar("T")
 
 
 class Trainer:
     """One run's state: `mined` (generator and miners), their averages and optimizers, and what gives the losses.
 
-    images: uint8 [N, C, R, R] on the CPU. critic: for adversarial losses; new_critic: it knows nothing yet. kernel: for
-    the kernel distance. Every step's randomness follows from (config.seed, step). On several processes each takes its
-    part of every batch, and after every step all have the same weights and state.
+    images: uint8 [N, C, R, R] on the CPU. critic: for adversarial losses; new_critic: whether it knows nothing yet.
+    kernel: for the kernel distance.
+
+    Every step's randomness follows from (config.seed, step). On several processes each takes its part of every batch,
+    and after every step all have the same weights and state. ValueError: a part is missing that the settings need.
     """
 
     def __init__(
         self,
         config: TransferConfig,
-        generator: nn.Module,
+        generator: Generator,
         critic: nn.Module | None,
         images: Tensor,
         device,
@@ -52,7 +58,9 @@ class Trainer:
         self.generator = generator.to(self.device).eval().requires_grad_(False)
         self.mined = new_mined(config, self.generator).to(self.device)
         self.kernel = kernel
-        self.adversary = Adversary(self.machine, critic, images) if config.adversarial else None
+        self.adversary: Adversary | None = None
+        if config.adversarial:
+            self.adversary = Adversary(self.machine, _given(critic, "critic"), images)
         networks = [self.mined] + ([self.adversary.critic] if self.adversary else [])
         self.processes.equalise([t for net in networks for t in (*net.parameters(), *net.buffers())])
         self.average = self.mined.before(self.generator)
@@ -62,7 +70,7 @@ class Trainer:
         self.elastic: ElasticWeights | None = None
 
         self.betas = (config.beta1, config.beta2)
-        self.miner_optimizer = None
+        self.miner_optimizer: torch.optim.Adam | None = None
         if config.train_miner:
             self.miner_optimizer = torch.optim.Adam(
                 self.mined.mining_parameters(), config.miner_lr, betas=self.betas, fused=True
@@ -83,12 +91,18 @@ class Trainer:
     def loss_name(self) -> str:
         return self.config.finetune_loss if self.finetuner else self.config.mining_loss
 
+    def loss(self, fake: Tensor) -> Tensor:
+        """The loss of the present stage, of generated images [B, C, R, R]; a scalar."""
+        if self.loss_name == KERNEL:
+            return _given(self.kernel, "kernel distance")(fake)
+        return _given(self.adversary, "critic").loss(self.loss_name, fake)
+
     def step(self, number: int) -> dict[str, Tensor]:
         """Trains critic, miners and, after `select`, the selected neurons once; returns the losses of the batch."""
-        seed_all(self.config.seed, "step", number)
+        set_random_state(self.config.seed, "step", number)
         values, adversarial = {}, self.loss_name != KERNEL
         if adversarial:
-            values["loss_D"] = self.adversary.step(number, self.loss_name, self.mined)
+            values["loss_D"] = _given(self.adversary, "critic").step(number, self.loss_name, self.mined)
         if not (adversarial and number in self.alone):
             values |= self._train_generator(number)
         self.scaler.update()
@@ -119,18 +133,19 @@ class Trainer:
         return {"loss_G": self.machine.update(loss, *optimizers)}
 
     def _penalise(self, u: Tensor) -> None:
-        """The prior's penalty, of the latents of all processes. Another pass of the miner costs nothing here."""
+        """Adds the gradient of the prior's penalty, of the latents of all processes. It runs the miner once more, which
+        costs nothing beside a step."""
         latents = self.mined.latents(u)
         if (gather := gathering(self.processes, self.config.batch)) is not None:
             (others,), own = gather([latents.detach()])
-            latents = torch.cat([others[: own.start], latents, others[own.stop :]])
+            latents = torch.cat([others[: own.start], latents, others[own.stop :]])  # only this process's have a graph
         weight = self.config.prior_weight * self.processes.size  # gradients become means
         self.scaler.scale(weight * self.mined.penalty(latents)).backward()
 
     def _adversarial_step(self, u: Tensor, trained: list[nn.Parameter]) -> Tensor:
         with self.machine.autocast():
             fake = self.mined(u)
-            loss = self.adversary.loss(self.loss_name, fake)
+            loss = self.loss(fake)
         # `inputs` leaves the critic's weight gradients out.
         weight = self.config.mmd_weight
         self.scaler.scale(loss).backward(inputs=trained, retain_graph=weight > 0)
@@ -147,18 +162,22 @@ class Trainer:
         return self._kernel_backward(make, len(u), part, 1.0)
 
     def _kernel_backward(self, make, count: int, part: int | None, weight: float) -> Tensor:
-        """Of several processes each has a part of the samples, and the distance is of all of them."""
+        """Adds the gradient of the kernel distance of the samples of all processes, and returns the distance."""
         gather = gathering(self.processes, self.config.batch)
-        return self.kernel.backward(make, count, part, weight * self._scale, gather, self.processes.size)
+        kernel = _given(self.kernel, "kernel distance")
+        return kernel.backward(make, count, part, weight * self._scale, gather, self.processes.size)
 
     @property
     def _scale(self) -> Tensor:
-        """What fp16 scales losses by."""
+        """The factor by which fp16 scales losses; 1 in the other precisions."""
         return self.scaler.scale(torch.ones((), device=self.device))
 
     def _regularise_path_length(self, trained: list[nn.Parameter]) -> None:
-        """Adds to the gradients. The length that a process compares with is the running mean moved, by a hundredth, by
-        its own samples; the mean that is kept is moved by those of all."""
+        """Adds the gradient of path length.
+
+        A process compares with the running mean after its own samples have moved it by a hundredth; the mean that is
+        kept is moved by the samples of all processes.
+        """
         batch, mean = max(1, self.config.batch // 2), self.path_length_mean
         with self.processes.part(batch) as count:
             share = count * self.processes.size / batch  # 1 where all have as many samples
@@ -170,7 +189,7 @@ class Trainer:
         self.path_length_mean = mean * share
         self.processes.average([self.path_length_mean])
 
-    def begin_finetuning(self) -> None:
+    def begin_finetuning(self) -> SparseFinetuner:
         """Gives the generator its optimizer (and the critic a sparse one, if asked for); nothing is selected yet."""
         config = self.config
         common = {
@@ -183,23 +202,29 @@ class Trainer:
         own = {"ema_decay": config.ema_decay, "affine": config.affine}
         self.finetuner = SparseFinetuner(self.generator, config.generator_lr, **common, **own)
         if config.train_critic == "sparse":
-            self.adversary.begin_sparse(**common)
+            _given(self.adversary, "critic").begin_sparse(**common)
+        return self.finetuner
 
-    def select(self) -> None:
-        """Scores the neurons by the finetuning loss on the target and selects them, after `begin_finetuning`."""
+    def select(self) -> tuple[SparseFinetuner, Selection]:
+        """Scores the neurons by the finetuning loss on the target and selects them; the first time it begins stage 2.
+
+        Returns the optimizer of the generator's neurons, and the selection.
+        """
+        finetuner = self.finetuner or self.begin_finetuning()
         if self.config.method == "scale_shift":
-            self.finetuner.select({})  # beside what trains in every neuron
+            selection = finetuner.select({})  # beside what trains in every neuron
         else:
-            score(self, self.finetuner)
-            selection = self.finetuner.select()
+            score(self, finetuner)
+            selection = finetuner.select()
             if self.config.method == "shuffled":
-                self.finetuner.select(selection.shuffled(self.config.seed))
+                selection = finetuner.select(selection.shuffled(self.config.seed))
         if self.adversary and isinstance(self.adversary.optimizer, SparseFinetuner):
             score(self, self.adversary.optimizer)
             self.adversary.optimizer.select()
         if self.config.method == "ewc":
-            self.elastic = ElasticWeights(self.finetuner)
+            self.elastic = ElasticWeights(finetuner)
             self.elastic.measure(self)
+        return finetuner, selection
 
     def result(self) -> Mined:
         """A copy that samples as the run's result does: averaged miners before the generator with averaged neurons."""
@@ -225,19 +250,26 @@ class Trainer:
     def load_state_dict(self, state: dict) -> None:
         """Goes on from `state_dict()`; the networks must be those that the run began with."""
         if state["finetuner"] is not None:
-            self.begin_finetuning()
-            self.finetuner.load_state_dict(state["finetuner"])
+            finetuner = self.begin_finetuning()
+            finetuner.load_state_dict(state["finetuner"])
+            if state["elastic"] is not None:
+                self.elastic = ElasticWeights(finetuner)
+                self.elastic.load_state_dict(state["elastic"])
         for part in (self.adversary, self.miner_optimizer):
             if part is not None:
                 part.load_state_dict(state["adversary" if part is self.adversary else "miner_optimizer"])
         self.generator.load_state_dict(state["generator"])
         for name in ("mined", "average"):
             getattr(self, name).load_mining_state(state[name])
-        if state["elastic"] is not None:
-            self.elastic = ElasticWeights(self.finetuner)
-            self.elastic.load_state_dict(state["elastic"])
         self.scaler.load_state_dict(state["scaler"])
         self.path_length_mean = state["path_length_mean"].to(self.device)
+
+
+def _given(part: T | None, name: str) -> T:
+    """A part that the settings ask for. ValueError: the trainer was made without it."""
+    if part is None:
+        raise ValueError(f"these settings need a {name}, and the trainer was given none")
+    return part
 
 
 def path_length_weight(config: TransferConfig, generator: nn.Module) -> float:

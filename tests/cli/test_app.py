@@ -106,7 +106,7 @@ def test_dry_run(call, transfer, run_settings):
 )
 def test_the_time_of_a_short_run_is_told_in_seconds(call, transfer, monkeypatch, step, told):
     memory = estimate.Estimate(networks=1 << 20, per_sample=1 << 20, available=1 << 30)
-    monkeypatch.setattr("minegan_fast.training.recipe.dry_run", lambda config: (memory, step, step))
+    monkeypatch.setattr("minegan_fast.training.recipe.dry_run", lambda *_: (memory, step, step))
     assert told in call(*transfer, "--dry-run")[1]
 
 

@@ -85,6 +85,51 @@ def test_steps_skipped_for_inf_do_not_count():
         assert score.isfinite().all(), name
 
 
+def test_a_scaler_leaves_the_step_to_the_optimizer_only_where_it_has_to():
+    """Libraries that clip between unscaling and step refuse an optimizer that unscales in its step, and tell by an
+    uncalled `step` that it was skipped."""
+    for arguments, asked in ({}, False), ({"lr": torch.tensor(1e-3)}, True):
+        net = build("mlp").float()
+        ft = SparseFinetuner(net, **arguments)
+        ft.select({"1.weight": [0]})
+        scaler, calls = torch.amp.GradScaler("cpu", init_scale=2.0), []
+        ft.register_step_post_hook(lambda *_, calls=calls: calls.append(1))
+        scaler.scale(net(data(dtype=torch.float32)).sum() * float("inf")).backward()
+        before = [p.detach().clone() for p in net.parameters()]
+        scaler.step(ft)
+        scaler.update()
+        assert bool(calls) == asked
+        assert scaler.get_scale() == 1.0
+        assert all(map(torch.equal, before, net.parameters()))
+
+
+def test_default_dtype_and_device_change_nothing():
+    """A script may make its tensors float64, or on another device than the model, unless it says otherwise."""
+    runs, samples = [], [data(seed=seed, dtype=torch.float32) for seed in range(4)]
+    for dtype, device in (torch.float32, None), (torch.float64, None), (torch.float32, "meta"):
+        net = build("mlp").float()
+        ft = SparseFinetuner(net, lr=1e-2, density=0.3, criterion="random", score_steps=1)
+        torch.set_default_dtype(dtype)
+        torch.set_default_device(device)
+        try:
+            for x in samples:
+                ft.zero_grad()
+                net(x).square().mean().backward()
+                ft.step()
+            ft.select(ft.selection.shuffled(0))
+            ft.step()
+            ft.verify()
+        finally:
+            torch.set_default_dtype(torch.float32)
+            torch.set_default_device(None)
+        steps = [ft.state[p]["step"] for p in ft.parameters() if p in ft.state]
+        assert steps
+        assert all(s.dtype == torch.float32 and s.max() <= 5 for s in steps)
+        runs.append([*net.parameters()])
+    for other in runs[1:]:
+        assert all(map(torch.equal, runs[0], other))
+
+
 def test_steps_without_a_gradient_do_not_count():
     """A miner may train for itself, before and between the steps that score."""
     net, miner = build("mlp"), nn.Linear(2, 2).double()

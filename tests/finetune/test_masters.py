@@ -72,6 +72,28 @@ def test_writes_from_outside_keep_what_they_do_not_touch(dtype):
 
 
 @HALF
+def test_masters_come_back_with_the_weight(dtype):
+    """A validation by the averaged weights, which are swapped in and out, rounds no master."""
+    net, ft = selected(dtype)
+    average = copy.deepcopy(net)
+    with torch.no_grad():
+        average[1].weight.mul_(1.5)
+    leaf = ft.parameters()[0]
+    for seed in (1, 2):
+        step(net, ft, seed)
+        before = leaf.detach().clone()
+        assert not torch.equal(before, before.to(dtype).float())
+        for _ in range(2):
+            for p, q in zip(net.parameters(), average.parameters(), strict=True):
+                kept = q.data.clone()
+                q.data.copy_(p.data)
+                p.data.copy_(kept)
+            net(data(dtype=torch.float64).to(dtype))
+            assert agree(net, ft)
+        assert torch.equal(leaf, before)
+
+
+@HALF
 def test_a_model_that_changes_precision_keeps_its_masters(dtype):
     net, ft = selected(torch.float32)
     step(net, ft)

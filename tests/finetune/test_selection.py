@@ -9,7 +9,7 @@ from torch import nn
 
 from minegan_fast.finetune import Selection, SparseFinetuner
 from minegan_fast.finetune.neurons import Member, NeuronGroup
-from minegan_fast.finetune.selection import rank, selection_by_hand
+from minegan_fast.finetune.selection import choose, selection_by_hand
 
 
 def layers(**shapes):
@@ -21,7 +21,7 @@ SCORES = {"a": torch.tensor([5.0, 1, 5, 0]), "b": torch.tensor([5.0, 7, 2]), "c"
 
 
 def ranked(density, budget="neurons", scope="global", policy="train_top", scores=SCORES):
-    selection = rank(scores, LAYERS, density, budget, scope, policy)
+    selection = choose(scores, LAYERS, density, budget, scope, policy)
     return {n: r.tolist() for n, r in selection.rows.items()}
 
 
@@ -93,10 +93,10 @@ def test_any_budget(data):
     }
     density = data.draw(st.floats(1e-3, 1))
     for policy in ("train_top", "freeze_top"):
-        by_neurons = rank(scores, some, density, "neurons", "global", policy)
+        by_neurons = choose(scores, some, density, "neurons", "global", policy)
         count = sum(layer.neurons for layer in some)
         assert sum(len(r) for r in by_neurons.rows.values()) == max(1, round(density * count))
-        by_parameters = rank(scores, some, density, "parameters", "global", policy)
+        by_parameters = choose(scores, some, density, "parameters", "global", policy)
         cost = {layer.name: layer.cost for layer in some}
         total = sum(layer.neurons * layer.cost for layer in some)
         taken = sum(len(r) * cost[n] for n, r in by_parameters.rows.items())
@@ -126,7 +126,7 @@ def test_random_control_matches_a_parameter_budget():
 
 
 def test_selection_properties_and_file(tmp_path):
-    selection = rank(SCORES, LAYERS, 0.5, "parameters", "global", "train_top")
+    selection = choose(SCORES, LAYERS, 0.5, "parameters", "global", "train_top")
     assert selection.counts() == {"b": (2, 3), "a": (2, 4), "c": (0, 1)}
     assert selection.density == 24 / 39
     assert all(r.dtype == torch.int64 for r in selection.rows.values())
@@ -134,7 +134,7 @@ def test_selection_properties_and_file(tmp_path):
     loaded = Selection.load(tmp_path / "s.safetensors")
     assert loaded == selection
     assert loaded.density == selection.density
-    assert loaded != rank(SCORES, LAYERS, 0.1, "parameters", "global", "train_top")
+    assert loaded != choose(SCORES, LAYERS, 0.1, "parameters", "global", "train_top")
     assert [p.name for p in tmp_path.iterdir()] == ["s.safetensors"]
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minegan_fast.files import atomic
+from minegan_fast.files import atomic, reading
 from minegan_fast.models import (
     StyleGAN2Discriminator,
     StyleGAN2Generator,
@@ -49,6 +49,16 @@ def doubled(state):
 
 def without_noises(state):
     return {name: tensor for name, tensor in state.items() if not name.startswith("noises.")}
+
+
+def test_networks_are_taken_from_what_was_read_before(file, generator, critic, monkeypatch):
+    save_model(file, generator, critic)
+    contents = reading.read(file)
+    monkeypatch.setattr(reading, "_read_file", lambda path: pytest.fail(f"{path} was read again"))
+    assert has_discriminator(contents)
+    for _ in range(2):
+        assert_same(load_generator(contents), generator)
+        assert_same(load_discriminator(contents), critic)
 
 
 # This project's files

@@ -22,7 +22,6 @@ from minegan_fast.models import (
     StyleGANDiscriminator,
     StyleGANGenerator,
 )
-from minegan_fast.training import execution
 from minegan_fast.training.critics import freeze_lower_blocks, new_critic
 from minegan_fast.training.folder import RunFolder
 from minegan_fast.training.results import open_result
@@ -81,7 +80,7 @@ def no_pictures():
     """They take longer than the networks, and are looked at elsewhere."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("loss_curves", "save_grid"):
-            patch.setattr(execution, name, lambda *_: None)
+            patch.setattr(f"minegan_fast.training.run.{name}", lambda *_: None)
         yield
 
 

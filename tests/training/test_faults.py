@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 import minegan_fast as mf
 from minegan_fast.models import StyleGAN2Discriminator, save_model
-from minegan_fast.training import DoesNotFit, TrainingDiverged, estimate, execution, folder
+from minegan_fast.training import DoesNotFit, TrainingDiverged, estimate, folder, run
 from minegan_fast.training.images import save_folder
 from minegan_fast.training.trainer import Trainer
 
@@ -116,7 +116,7 @@ def test_an_existing_run_is_not_overwritten(run_settings):
 @pytest.mark.parametrize("broken", ["generate", "measure", "save_grid", "write_generator"])
 def test_what_ended_before_its_first_snapshot_is_no_run(run_settings, monkeypatch, broken, resume):
     with monkeypatch.context() as patch:
-        patch.setattr(execution, broken, lambda *_, **__: 1 / 0)
+        patch.setattr(run, broken, lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             mf.transfer(**run_settings)
     assert (run_settings["out"] / "config.json").exists()
@@ -135,18 +135,18 @@ def test_what_ended_before_its_first_snapshot_is_no_run(run_settings, monkeypatc
 @pytest.mark.parametrize("resume", [False, True])
 def test_a_folder_in_which_a_run_begins_is_refused(run_settings, monkeypatch, resume):
     pytest.importorskip("fcntl")
-    out, generate = run_settings["out"], execution.generate
+    out, generate = run_settings["out"], run.generate
 
     def meanwhile(*arguments):
         """Before the first snapshot of the run that goes on."""
-        monkeypatch.setattr(execution, "generate", generate)
+        monkeypatch.setattr(run, "generate", generate)
         before = contents(out)
         with pytest.raises(ValueError, match=r"another process is writing a run to .*run.: wait for it, or choose"):
             mf.transfer(**{**run_settings, "resume": resume})
         assert contents(out) == before
         return generate(*arguments)
 
-    monkeypatch.setattr(execution, "generate", meanwhile)
+    monkeypatch.setattr(run, "generate", meanwhile)
     mf.transfer(**{**run_settings, "finetune_steps": 0})
 
 
@@ -249,9 +249,9 @@ def test_a_run_that_does_not_fit_says_which_batch_would(run_settings, monkeypatc
         seen.append(found)
         return found
 
-    from minegan_fast.training import run
+    from minegan_fast.training import prepared
 
-    monkeypatch.setattr(run, "estimate_memory", scarce)
+    monkeypatch.setattr(prepared, "estimate_memory", scarce)
     with pytest.raises(DoesNotFit, match=r"at batch 4, .* free: batch 3 would fit"):
         mf.transfer(**run_settings)
     assert seen[0].per_sample > 8 * 8 * 4

@@ -143,7 +143,7 @@ def test_terminal_is_drawn_ten_times_a_second_and_tensors_are_read_only_then(clo
 def test_slow_drawing_is_done_less_often(clock, monkeypatch, cost, interval):
     draws = []
 
-    def draw(self):
+    def draw(self, live):
         draws.append(clock.now)
         clock.now += cost
 

@@ -126,25 +126,6 @@ def test_any_generator_module(run_settings):
                        "out": run_settings["out"].with_name("c")})  # fmt: skip
 
 
-def test_patience_stops_finetuning(run_settings, monkeypatch):
-    kids = iter([5.0, 4.0, 3.0, 1.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0])
-    from minegan_fast.training import execution
-
-    monkeypatch.setattr(execution, "measure", lambda *_: {"kid": next(kids)})
-    result = mf.transfer(**{**run_settings, "finetune_steps": 40, "patience": 2})
-    assert result.step == 6
-    assert result.history[-1]["step"] == 10, "two snapshots without a gain end stage 2"
-
-
-def test_a_run_that_never_beat_the_source_says_so(run_settings, monkeypatch):
-    from minegan_fast.training import execution
-
-    kids = iter([1.0, 2.0, 2.0, 2.0, 2.0])
-    monkeypatch.setattr(execution, "measure", lambda *_: {"kid": next(kids)})
-    with pytest.warns(UserWarning, match="look at last/"):
-        assert mf.transfer(**run_settings).step == 0
-
-
 def test_few_images_are_all_trained_on(run_settings):
     """A KID against two images would choose the best snapshot by chance."""
     assert mf.transfer(**{**run_settings, "held_out": 0.1}).step == 8
@@ -166,6 +147,21 @@ def test_dry_run_estimates_and_writes_nothing(run_settings, tmp_path):
     assert finetuning > 0
     assert 0 < memory.needed(4) < memory.available
     assert not run_settings["out"].exists()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "transfergan", "mining_steps": None},
+        {"mining_steps": 0, "mining_loss": "mmd", "finetune_loss": "hinge"},
+        {"method": "mined", "finetune_steps": None},
+    ],
+    ids=str,
+)
+def test_dry_run_of_one_stage(run_settings, settings):
+    settings = {k: v for k, v in run_settings.items() if k not in ("out", "progress")} | settings
+    _, mining, finetuning = dry_run(TransferConfig(**settings))
+    assert (mining > 0, finetuning > 0) == ((True, False) if settings.get("method") == "mined" else (False, True))
 
 
 def test_evaluate(run_settings, tiny):

@@ -5,6 +5,7 @@ import torch
 
 import minegan_fast as mf
 from minegan_fast.models import BigGANGenerator, StyleGAN2Generator, StyleGANGenerator
+from minegan_fast.training.images import save_folder
 from minegan_fast.training.results import evaluate_result, open_result
 
 
@@ -34,8 +35,6 @@ def test_an_original_run_of_stylegan2_is_sampled(stylegan2_run):
 
 
 def test_an_original_run_of_stylegan2_is_evaluated(stylegan2_run, tmp_path):
-    from minegan_fast.training.images import save_folder
-
     images = torch.randint(0, 256, (6, 3, 8, 8), dtype=torch.uint8)
     save_folder(tmp_path / "images", images)
     report = evaluate_result(
@@ -79,6 +78,32 @@ def test_any_checkpoint_with_a_miner_of_its_own(tiny, tmp_path):
     mined = open_result(tiny["source"], miner=tmp_path / "miner.safetensors")
     u = torch.randn(2, 8)
     assert torch.equal(mined(u, noise="none"), tiny["generator"](miner(u), noise="none"))
+
+
+def evaluated(path, images, source=None, miner=None):
+    return evaluate_result(path, "last", None, source, miner, images, samples=6, features=None, seed=0)
+
+
+@pytest.mark.filterwarnings("ignore:.*were enlarged")
+def test_an_evaluation_reads_every_file_once(run_settings, tiny, tmp_path, reads, stylegan2_run):
+    """A run by the critic of its source's file, one by a critic of its own, their deltas, and an original run."""
+    both, images = tmp_path / "both.safetensors", tiny["images"]
+    mf.save_model(both, tiny["generator"], tiny["discriminator"])
+    short = {"mining_steps": 0, "finetune_steps": 1}
+    mf.transfer(**{**run_settings, **short, "source": both, "critic": None, "loss": "hinge", "out": tmp_path / "own"})
+    mf.transfer(**{**run_settings, **short, "out": tmp_path / "given"})
+    for run, source, judges in (("own", both, both), ("given", tiny["source"], tiny["critic"])):
+        last = tmp_path / run / "last"
+        reads.clear()
+        assert evaluated(tmp_path / run, images)["features"] == "critic (which trained it)"
+        assert reads == {last / "generator.safetensors": 1, last / "miner.safetensors": 1, judges: 1}
+        reads.clear()
+        evaluated(last / "delta.safetensors", images, source)
+        assert reads == {last / "miner.safetensors": 1, source: 1}
+    reads.clear()
+    save_folder(tmp_path / "rgb", torch.randint(0, 256, (6, 3, 8, 8), dtype=torch.uint8))
+    evaluated(stylegan2_run[0], tmp_path / "rgb")
+    assert reads == {stylegan2_run[0]: 1}
 
 
 def test_what_has_no_miner_says_so(tiny, stylegan2_run):

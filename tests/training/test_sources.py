@@ -10,8 +10,9 @@ from torch import nn
 
 import minegan_fast as mf
 from minegan_fast.models import StyleGAN2Discriminator, StyleGAN2Generator
-from minegan_fast.training import sources
+from minegan_fast.training import recipe, sources
 from minegan_fast.training.config import TransferConfig
+from minegan_fast.training.images import save_folder
 from minegan_fast.training.sources import open_networks, source_critic
 
 SIZES = {"channel_base": 64, "channel_max": 8, "image_channels": 1}
@@ -109,6 +110,54 @@ def test_a_critic_that_was_asked_for_is_an_error_where_it_cannot_be_used(tmp_pat
     torch.save(make(tmp_path)[0], tmp_path / "critic.pt")
     with pytest.raises(ValueError, match=message):
         open_networks(generator(), tmp_path / "critic.pt", TransferConfig())
+
+
+@pytest.fixture
+def both(tmp_path):
+    """A training file of generator and critic, and a critic's file beside it."""
+    critic = StyleGAN2Discriminator(8, **SIZES)
+    torch.save({"g_ema": generator().state_dict(), "d": critic.state_dict()}, tmp_path / "both.pt")
+    mf.save_model(tmp_path / "critic.safetensors", critic)
+    return tmp_path / "both.pt"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"loss": "hinge"},
+        {"loss": "hinge", "critic": "both.pt"},
+        {"loss": "hinge", "critic": "critic.safetensors"},
+        {"loss": "mmd", "loss_features": "critic"},
+        {"loss": "mmd", "loss_features": "critic", "critic": "critic.safetensors"},
+        {"critic": "features", "loss_features": "critic", "loss": "hinge"},
+        {"critic": "critic.safetensors", "loss_features": "critic", "features": "pixels", "mining_loss": "mmd"},
+    ],
+    ids=str,
+)
+def test_a_run_reads_every_checkpoint_once_and_forgets_it(both, reads, monkeypatch, settings):
+    files = {"both.pt"} | {name for name in ("critic.safetensors",) if name in settings.values()}
+    monkeypatch.chdir(both.parent)  # the critic is named in another way than the source
+
+    def execute(prepared, *_):
+        assert not reads.in_memory
+        return prepared
+
+    monkeypatch.setattr(recipe, "execute", execute)
+    images = torch.randint(0, 256, (8, 1, 8, 8), dtype=torch.uint8)
+    prepared = mf.transfer(both, images, both.parent / "run", **settings)
+    assert reads == {both.parent / name: 1 for name in files}
+    assert (prepared.critic is not None) == prepared.config.adversarial
+
+
+def test_an_estimate_reads_the_source_once(both, reads):
+    checkpoints = sources.Checkpoints()
+    images = both.parent / "images"
+    save_folder(images, torch.randint(0, 256, (8, 1, 8, 8), dtype=torch.uint8))
+    config = recipe.configure(checkpoints, source=both, images=images, batch=2, score_samples=2)
+    assert config.loss == "mmd"
+    recipe.dry_run(config, checkpoints)
+    assert reads == {both: 1}
 
 
 @pytest.mark.parametrize("channels", [2, 4])

@@ -5,7 +5,6 @@ import torch
 
 from minegan_fast.training.config import TransferConfig
 from minegan_fast.training.critics import freeze_lower_blocks
-from minegan_fast.training.randomness import DataOrder, derived_seed
 from minegan_fast.training.trainer import Trainer
 
 
@@ -129,13 +128,3 @@ def test_nan_is_noticed(tiny):
 def test_freezed_names_too_many_blocks(tiny):
     with pytest.raises(ValueError, match="has 2 blocks"):
         freeze_lower_blocks(copy.deepcopy(tiny["discriminator"]), 9)
-
-
-@pytest.mark.parametrize(("n", "batch"), [(10, 4), (3, 8), (5, 5), (2, 1)])
-def test_data_order_visits_every_sample_once_a_pass(n, batch):
-    order = DataOrder(n, batch, seed=1)
-    flat = torch.cat([order[k] for k in range(2 * n)])
-    for start in range(0, len(flat) - n + 1, n):
-        assert sorted(flat[start : start + n].tolist()) == list(range(n))
-    assert torch.equal(DataOrder(n, batch, seed=1)[7], order[7])
-    assert derived_seed(0, "a", 1) != derived_seed(0, "a", 2) != derived_seed(1, "a", 2)

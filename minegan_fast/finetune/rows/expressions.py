@@ -1,8 +1,9 @@
 """Row-wise expressions of held weights, followed as far as the layer that uses them.
 
-Row r of W·c, W², W[0] or Wᵀ depends on row r of W alone. Such an expression is computed twice, for all rows without a
-graph and for the selected ones from their leaf, and `layers.py` takes both: its gradient goes to the selected rows and
-never exists for the others. Any other use makes an ordinary tensor of it, whose weight gradient is gathered.
+Row r of W·c, W², W[0] or Wᵀ depends on row r of W alone. Such an expression is computed twice: for all rows without a
+graph, and for the selected rows from their leaf. `layers.py` takes both, so that the gradient of the other rows never
+exists. Any other use makes an ordinary tensor of the expression; its gradient is computed whole, and the rows are taken
+from it.
 
 A factor that depends on all rows, as the σ of spectral norm does, stays outside: conv(x, W s) = s conv(x, W).
 """
@@ -31,7 +32,7 @@ class Expression(NamedTuple):
     factor: Tensor | None = None
 
     def value(self, use: str) -> Tensor:
-        """An ordinary tensor, whose gradient is dense; it is said to come through the function `use`."""
+        """An ordinary tensor, whose gradient is computed whole. use: the function that needs it, for the summary."""
         value = self.weight
         if self.trained is not None and value.ndim == 1:  # small: a copy by one native op costs less than the alias
             value = value.index_copy(0, self.rows, self.trained.to(value.dtype))
@@ -50,7 +51,7 @@ class Expression(NamedTuple):
 
 
 def expression_of(x) -> Expression | None:
-    """The expression that an argument stands for; None where it is no held weight and nothing made of one."""
+    """The expression that an argument stands for; None where it is neither a held weight nor made of one."""
     if not isinstance(x, Tensor):
         return None
     attributes = x.__dict__
@@ -62,12 +63,12 @@ def expression_of(x) -> Expression | None:
     link.sync()
     trained = None
     if link.leaf is not None and link.leaf.requires_grad:
-        trained = link.leaf.movedim(0, link.axis)
+        trained = link.leaf if link.axis == 0 else link.leaf.movedim(0, link.axis)
     return Expression(x.detach(), trained, link.rows, link.axis, (link,))
 
 
 def _matrix(x) -> Expression | None:
-    """The expression of an argument that is worth following: a bias's gradient is no cost."""
+    """The expression of an argument that is worth following. A vector is not: its whole gradient costs nothing."""
     e = expression_of(x)
     return None if e is None or e.weight.ndim < 2 else e
 
@@ -83,8 +84,7 @@ def follow(func, args, kwargs) -> Expression:
 
 
 def _apply(e: Expression, func, args, kwargs, axis: int, factor: Tensor | None):
-    with torch.no_grad():
-        weight = func(e.weight, *args, **kwargs)
+    weight = func(e.weight, *args, **kwargs)  # no gradient is asked of it, nor of what it is computed with
     trained = None if e.trained is None else func(e.trained, *args, **kwargs)
     return Expression(weight, trained, e.rows, axis, e.links, factor)
 
@@ -108,7 +108,7 @@ def _cast(func, args, kwargs):
 
 
 def _scaled(func, args, kwargs):
-    """mul, div: by a number, by a factor of all rows, or row by row with another expression of the same rows."""
+    """mul and div: by a number, by a factor of all rows, or row by row by another expression of the same rows."""
     if len(args) != 2 or kwargs:
         return NotImplemented
     e, other = _matrix(args[0]), args[1]
@@ -137,8 +137,7 @@ def _pairwise(func, args, kwargs):
     same = same and a.weight.shape[a.axis] == b.weight.shape[b.axis]
     if not same or (a.trained is not None and a.rows is not b.rows and not torch.equal(a.rows, b.rows)):
         return NotImplemented
-    with torch.no_grad():
-        weight = func(a.weight, b.weight)
+    weight = func(a.weight, b.weight)
     trained = None if a.trained is None else func(a.trained, b.trained)
     return a._replace(weight=weight, trained=trained, links=tuple(dict.fromkeys(a.links + b.links)))
 
@@ -160,7 +159,7 @@ def _reduced(func, args, kwargs):
 
 
 def _moved(func, args, kwargs):
-    """transpose, t, permute, unsqueeze: where the axis went is asked of a tensor whose sizes are all different."""
+    """transpose, t, permute, unsqueeze. A tensor whose sizes are all different shows where the neurons' axis went."""
     e = _matrix(args[0])
     if e is None or (func is torch.Tensor.t and e.weight.ndim != 2):
         return NotImplemented
@@ -178,7 +177,7 @@ def _indexed(func, args, kwargs):
 
 
 def _reshaped(func, args, kwargs):
-    """view, reshape, flatten: where the neurons' axis is and stays the first that is longer than 1."""
+    """view, reshape, flatten, as long as the neurons' axis is the first one longer than 1 and stays so."""
     e = _matrix(args[0])
     if e is None or e.weight.shape[e.axis] == 1 or any(size > 1 for size in e.weight.shape[: e.axis]):
         return NotImplemented

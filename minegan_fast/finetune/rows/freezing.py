@@ -85,7 +85,9 @@ class Held:
                 changes.append((before, None if old is None else old.rows, link.leaf))
         self.selection = selection
         for name, rows in selection.rows.items():
-            self.ever.setdefault(name, torch.zeros(selection.sizes[name][0], dtype=torch.bool))[rows] = True
+            self.ever.setdefault(name, torch.zeros(selection.sizes[name][0], dtype=torch.bool, device="cpu"))[rows] = (
+                True
+            )
         ddp.changed(self.model)
         return changes
 
@@ -97,7 +99,7 @@ class Held:
                 continue
             link = getattr(parameter, "link", None)
             values = row_hashes(parameter.detach(), 0 if link is None else link.axis).cpu()
-            frozen = torch.ones(len(values), dtype=torch.bool)
+            frozen = torch.ones(len(values), dtype=torch.bool, device="cpu")
             if link is not None and link.leaf is not None:
                 frozen[link.rows.cpu()] = False
             self.hashes[name] = values, frozen
@@ -129,7 +131,7 @@ class Held:
                 "a change of dtype"
             )
 
-    def thaw(self, parameter: nn.Parameter):
+    def thaw(self, parameter: Tensor):
         """Makes a frozen parameter that is no candidate plain and trainable."""
         if isinstance(parameter, HeldWeight):
             loosen(parameter)

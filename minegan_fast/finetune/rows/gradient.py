@@ -29,12 +29,13 @@ def spread(values: Tensor, like: Tensor, axis: int, rows: Tensor) -> Tensor:
 class WholeGradient:
     """`grad` of a weight that trains by rows: the leaf's gradient in the weight's own shape, zero elsewhere.
 
-    It exists from the moment someone reads it until the step or `zero_grad`, and what is written into it counts: its
-    rows go back to the leaf before anything reads or adds to the leaf's. Where both were written since they were equal,
-    the whole one counts. Writes are told by the values, as those through `.data` leave no other trace.
+    It exists from the moment someone reads it until the step or `zero_grad`. What is written into it counts: its rows
+    go back to the leaf before anything reads the leaf's gradient or adds to it. If both were written since they were
+    equal, the whole one counts. Writes are told by comparing values, because a write through `.data` leaves no other
+    trace.
 
     The weight may also get a gradient that no leaf knows of: from a function of another library that looks past
-    `__torch_function__`, or where the weight has hooks. The rows of that are added to the leaf's.
+    `__torch_function__`, or because the weight has hooks. The rows of that gradient are added to the leaf's.
     """
 
     def __init__(self, link: Tied):
@@ -45,7 +46,7 @@ class WholeGradient:
 
     @torch.no_grad()
     def settle(self):
-        """Brings to the leaf what was written into the whole gradient, or arrived at the weight itself."""
+        """Brings to the leaf what was written into the whole gradient, and what arrived at the weight itself."""
         link = self.link
         if link.leaf is None:
             return

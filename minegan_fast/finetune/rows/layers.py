@@ -3,8 +3,8 @@
     forward             y  = x * W + b
     weight gradient     dW_r = row_gradient(x, dy_r)  for the selected rows r
 
-The layers of `ops.layer` carry the compact rows to every order, so penalties on gradients (R1, WGAN-GP, path length)
-reach them. A layer without selected rows keeps no input.
+The layers of `layers/bilinear.py` carry the rows to every order of differentiation, so that penalties on gradients
+(R1, WGAN-GP, path length) reach them. A layer without selected rows keeps no input.
 """
 
 from contextlib import nullcontext
@@ -73,8 +73,8 @@ def _layer(input, weight, bias, ndim: int):
 
 
 def differentiable(input: Tensor, e: Expression) -> Tensor:
-    """Scripts differentiate by the output of a mapping network (path length), as dense training would let them:
-    where its weight is frozen, its input gets a graph instead."""
+    """The input, with a graph where a frozen weight leaves the output without one. Path length differentiates by the
+    output of a mapping network, which dense training lets it, whatever rows are selected there."""
     frozen = e.trained is None and any(link.wanted for link in e.links)
     if frozen and input.ndim == 2 and input.is_floating_point() and not input.requires_grad:
         return input.detach().requires_grad_()
@@ -95,7 +95,7 @@ def _matmul(a, b):
 
 
 def _check_square(e: Expression | None):
-    """x @ W with a square W: its shape did not tell that its neurons, the outputs, are its columns."""
+    """RuntimeError for x @ W with a square W, whose shape did not tell that its neurons are its columns."""
     if e is not None and e.trained is not None and e.axis == 0 and e.weight.ndim == 2 and len(set(e.weight.shape)) == 1:
         raise RuntimeError(
             f"a square weight {list(e.weight.shape)} is used as x @ W, so its neurons are its columns, and its rows "
@@ -143,11 +143,12 @@ def _embedding(input, weight, padding_idx=None, max_norm=None, norm_type=2.0, sc
         link.row_uses.add("embedding")
     y = F.embedding(input, e.weight)
     if e.axis == 1:
-        y = y.index_copy(-1, e.rows, F.embedding(input, e.trained))
+        y = y.index_copy(-1, e.rows, F.embedding(input, e.trained).to(y.dtype))
     else:
         places = torch.full((len(e.weight),), -1, device=input.device)
         places = places.index_copy(0, e.rows, torch.arange(len(e.rows), device=input.device))[input]
-        y = torch.where((places >= 0).unsqueeze(-1), F.embedding(places.clamp(min=0), e.trained), y)
+        trained = F.embedding(places.clamp(min=0), e.trained).to(y.dtype)
+        y = torch.where((places >= 0).unsqueeze(-1), trained, y)
     return y if e.factor is None else y * e.factor.to(y.dtype)
 
 

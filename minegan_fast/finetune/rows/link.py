@@ -1,4 +1,4 @@
-"""The tie between the compact leaf of the selected rows and the weight that they are rows of."""
+"""What ties the leaf of the selected rows to the weight that they are rows of."""
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from .gradient import WholeGradient, spread
 
 
 class Alias(torch.autograd.Function):
-    """The weight, whose gradient's rows are the leaf's."""
+    """Returns the weight itself. Its backward hands the selected rows of the gradient to the leaf."""
 
     generate_vmap_rule = True
 
@@ -45,8 +45,8 @@ class Alias(torch.autograd.Function):
 
 
 class OwnGradient(torch.autograd.Function):
-    """The weight, whose gradient is its own: in whole shape, zero where nothing is selected. Its hooks see that,
-    and `WholeGradient` hands it to the leaf."""
+    """Returns the weight itself, and leaves it a gradient of its own: in whole shape, zero where no row is selected.
+    Hooks on the weight see that gradient, and `WholeGradient` hands its rows to the leaf."""
 
     generate_vmap_rule = True
 
@@ -66,14 +66,14 @@ class OwnGradient(torch.autograd.Function):
 
 
 def master_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What the rows of a weight train in: half precision would round small steps away."""
+    """The dtype in which rows train. Half precision would round small steps away, so it is float32 at least."""
     return torch.promote_types(dtype, torch.float32)
 
 
 class Ledger:
-    """The version counters that the leaves and weights of `links` had when they were last equal.
+    """The version counters that leaves and weights had when they were last equal.
 
-    One list for all links of an optimizer: a step compares and renews it as a whole.
+    All links of an optimizer share one ledger, so that a step compares and renews it as a whole.
     """
 
     def __init__(self, links: list["Link"]):
@@ -95,7 +95,7 @@ class Ledger:
         return True
 
     def settle(self):
-        """Declares all leaves and weights equal, after `sync` and a step that wrote both."""
+        """Declares all leaves and weights equal: a step has written both."""
         self.versions, self.accesses = self.read(), Link.accesses
 
     @classmethod
@@ -111,10 +111,11 @@ class Ledger:
 class Link:
     """What ties a leaf to its weight: which rows along which axis, and who wrote last.
 
-    Both sides may be written from outside: `load_state_dict` and EMA copies write the weight, weight clipping the
-    leaf. Version counters tell, and for writes through `.data`, which they miss, the access itself.
+    Both sides may be written from outside: `load_state_dict` and copies of an EMA write the weight, weight clipping
+    writes the leaf. Version counters tell which. They miss writes through `.data`, so an access to it counts as a
+    suspicion, and the values decide.
 
-    The leaf of a half-precision weight is float32. It equals the weight where it rounds to it.
+    The leaf of a half-precision weight is float32. The two are equal where the leaf rounds to the weight.
     """
 
     epoch = 0  # how often weights were held or given back
@@ -130,6 +131,8 @@ class Link:
         self.row_uses: set[str] = set()  # layers that compute the gradient of the rows alone
         self.ledger, self.index = Ledger([self]), 0
         self.plain = weight.data  # for the compiler, which cannot see past the subclass
+        self.masters: Tensor | None = None  # of half precision: the leaf before writes from outside
+        self.masters_left = -1  # the leaf's version counter after these writes
         self.settle()
 
     def settle(self):
@@ -148,27 +151,41 @@ class Link:
         self.weight_accessed |= weight
         self.leaf_accessed |= leaf
 
-    @torch.no_grad()
     def sync(self):
         """Makes leaf and weight equal after writes from outside; where both were written, the weight counts."""
         if self.leaf is None:
             return
+        leaf_known, weight_known = self.ledger.versions[2 * self.index : 2 * self.index + 2]
         with PastSubclasses():
-            leaf_known, weight_known = self.ledger.versions[2 * self.index : 2 * self.index + 2]
             leaf_changed, weight_changed = version_of(self.leaf) != leaf_known, version_of(self.weight) != weight_known
-            if not (weight_changed or leaf_changed or self.weight_accessed or self.leaf_accessed):
-                return
+        if weight_changed or leaf_changed or self.weight_accessed or self.leaf_accessed:  # seldom
+            self._reconcile(weight_changed, leaf_changed)
+
+    @torch.no_grad()
+    def _reconcile(self, weight_changed: bool, leaf_changed: bool):
+        with PastSubclasses():
             current = compact(self.weight, self.axis, self.rows)
             if current.device != self.leaf.device or master_dtype(current.dtype) != self.leaf.dtype:
                 return  # module.to() has converted one and comes to the other
             equal = current == self.leaf.to(current.dtype)
             if not equal.all():
-                # a version is proof of a write, an access to .data only a suspicion
+                # A version is proof of a write, an access to .data only a suspicion.
                 if weight_changed or (self.weight_accessed and not leaf_changed):
-                    self.leaf.copy_(torch.where(equal, self.leaf, current.to(self.leaf.dtype)))
+                    self._take(current, equal)
                 else:
                     self.write()
         self.settle()
+
+    def _take(self, current: Tensor, equal: Tensor):
+        """The leaf gets the weight's rows where they differ. Where a half-precision weight comes back to what it was,
+        as when an average is swapped in and out, the leaf does too: it has more digits than the weight."""
+        values = current.to(self.leaf.dtype)
+        if current.dtype != self.leaf.dtype:
+            if self.masters is None or self.masters_left != version_of(self.leaf):  # the leaf has trained since
+                self.masters = self.leaf.clone()
+            values = torch.where(self.masters.to(current.dtype) == current, self.masters, values)
+        self.leaf.copy_(torch.where(equal, self.leaf, values))
+        self.masters_left = version_of(self.leaf)
 
     @torch.no_grad()
     def write(self):

@@ -17,7 +17,16 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ..._torch import PastSubclasses, active_ddp, is_in_torch_dispatch_mode, is_view, own_data, own_grad, set_own_grad
+from ..._torch import (
+    PastSubclasses,
+    active_ddp,
+    is_in_torch_dispatch_mode,
+    is_view,
+    own_data,
+    own_grad,
+    own_requires_grad,
+    set_own_grad,
+)
 from . import ddp
 from .containers import map_tensors
 from .expressions import Expression, expression_of, follow
@@ -27,6 +36,8 @@ from .link import Link
 
 class LeafParameter(nn.Parameter):
     """The compact leaf [k, ...] of the selected rows of one weight; `link` leads there."""
+
+    link: Link
 
     @property
     def data(self):
@@ -57,6 +68,18 @@ class LeafParameter(nn.Parameter):
     def grad(self):
         self.grad = None
 
+    @property
+    def requires_grad(self):
+        return own_requires_grad(self)
+
+    @requires_grad.setter
+    def requires_grad(self, flag):
+        self.requires_grad_(flag)
+
+    def requires_grad_(self, requires_grad=True):
+        _require_grad(self.link.weight, requires_grad)
+        return self
+
     def __deepcopy__(self, memo):
         return memo.setdefault(id(self), nn.Parameter(self.detach().clone(), self.requires_grad))
 
@@ -71,14 +94,15 @@ VIEWS = {getattr(torch.Tensor, name) for name in ("T", "mT", "H", "mH", "real", 
 class HeldWeight(nn.Parameter):
     """A weight whose selected rows train in a leaf; without a leaf, a frozen one.
 
-    It reads as the plain parameter that it was, `copy.deepcopy` and pickling give that parameter back,
+    It reads as the plain parameter that it was. `copy.deepcopy` and pickling give that parameter back,
     `requires_grad_()` turns the leaf on and off, and `grad` has the weight's own shape (gradient.py).
 
-    Its own flag in the engine is that of the leaf: what looks past `__torch_function__` brings it a whole gradient,
-    whose rows the leaf gets.
+    Its flag in the autograd engine is that of the leaf. A function that looks past `__torch_function__` therefore
+    brings the weight a whole gradient, and the leaf gets its rows.
     """
 
     held = True
+    link: Link
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -122,7 +146,7 @@ def held_class(kind: type) -> type:
 
 
 class RowWise(torch.Tensor):
-    """The result of a row-wise expression of held weights, a tensor like any other; see expressions.py."""
+    """The result of a row-wise expression of held weights (expressions.py). It can be used like any other tensor."""
 
     expression: Expression | None
     plain: torch.Tensor | None  # what it has become where someone wrote to it, or hooked it into the graph
@@ -168,9 +192,11 @@ def _hand_on(expression: Expression, grad: torch.Tensor):
 
 def differentiate(func, args, kwargs):
     """func(*args, **kwargs) as a differentiable function of the leaves of the weights among the arguments."""
-    if any(type(x) is RowWise and x.plain is not None for x in (*args, *kwargs.values())):
-        args = tuple(_settled(x) for x in args)
-        kwargs = {name: _settled(x) for name, x in kwargs.items()}
+    for x in (*args, *kwargs.values()):
+        if type(x) is RowWise and x.plain is not None:
+            args = tuple(_settled(x) for x in args)
+            kwargs = {name: _settled(x) for name, x in kwargs.items()}
+            break
     result = dispatch(func, args, kwargs)
     if result is NotImplemented:
         expression = follow(func, args, kwargs)
@@ -186,7 +212,7 @@ def _settled(x):
 
 
 def _ordinary(x, name: str) -> torch.Tensor:
-    """What a function that knows nothing of rows is given."""
+    """What a function that knows nothing of rows is given in the place of x."""
     if type(x) is RowWise and x.plain is not None:
         return x.plain
     expression = expression_of(x)
@@ -224,14 +250,20 @@ def _refused(p):
 def _require_grad(p, flag=True):
     p.link.wanted = flag
     if p.link.leaf is not None:
-        p.link.leaf.requires_grad_(flag)
-        torch.Tensor.requires_grad_(p, flag)
+        with PastSubclasses():
+            torch.Tensor.requires_grad_(p.link.leaf, flag)
+            torch.Tensor.requires_grad_(p, flag)
     return p
 
 
 def _same(view):
-    """Code that looks for the node where a parameter's gradient is complete takes a view of it in its own shape."""
+    """A view in the weight's own shape stays plain: scripts find the node of its complete gradient by one."""
     return lambda x, other: view(x, other) if x is other else differentiate(view, (x, other), {})
+
+
+def _detach(p):
+    p.link.sync()
+    return torch.Tensor.detach(p)
 
 
 def _get_data(p):
@@ -291,6 +323,7 @@ _SPECIAL = {
     torch.Tensor.grad.__get__: _get_grad,
     torch.Tensor.grad.__set__: lambda p, value: p.link.gradient.write(value),
     torch.Tensor.grad.__delete__: lambda p: p.link.gradient.write(None),
+    **dict.fromkeys((torch.Tensor.detach, torch.detach), _detach),
     torch.Tensor.view_as: _same(torch.Tensor.view_as),
     torch.Tensor.expand_as: _same(torch.Tensor.expand_as),
     torch.Tensor.requires_grad.__set__: _require_grad,

@@ -2,14 +2,17 @@
 
 import warnings
 import weakref
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..._torch import after_pass, current_pass, own_grad, pass_reaches, set_own_grad
 from ..evidence import BY_SAMPLE, Evidence, check_dense
+from ..neurons import Member
 from ..rows import ddp
+from ..rows.freezing import Held
 from ..rows.parameters import HeldWeight
 from .buffers import BufferCopy
 from .following import Sampled, Trail
@@ -19,35 +22,45 @@ PENDING_BYTES = 32 << 20  # of gradients that wait to be reduced together
 
 
 @contextmanager
-def collect(ft, evidence: Evidence, reduction: str, samples: int | None):
+def collect(
+    held: Held,
+    evidence: Evidence,
+    others: Iterable[nn.Parameter],
+    dense_step: Callable[[Member, Tensor, dict], None],
+    reduction: str,
+    samples: int | None,
+):
     """Makes every candidate parameter dense and trainable for the block, and takes each gradient when it is complete.
     What they show goes to `evidence`.
 
+    others: parameters of the optimizer outside of the model; no gradient stays in them either. dense_step: one ordinary
+        step of a whole candidate with its state, for "movement". reduction, samples: as of `SparseFinetuner.scoring`.
+
     Afterwards the selection, requires_grad, gradients and, for "movement", parameters and buffers are as before.
     """
-    members = {m.parameter: m for layer in ft.layers for m in layer.members}
+    members = {m.parameter: m for layer in held.layers for m in layer.members}
     links = {p: p.link for p in members if isinstance(p, HeldWeight)}
     kinds_held = {p: type(p) for p in links}
     for p, link in links.items():
         link.sync()
         link.gradient.settle()
         p.__class__ = link.kind
-    others = [p for p in [*ft.model.parameters(), *ft.parameters()] if p not in members]
+    others = [p for p in [*held.model.parameters(), *others] if p not in members]
     gradients = {p: own_grad(p) for p in [*members, *others]}
     flags = {p: p.requires_grad for p in members}
     if links:
-        ddp.changed(ft.model)
+        ddp.changed(held.model)
     buffers = None
-    if ft.criterion == "movement":
-        buffers = BufferCopy(ft.model)
+    if evidence.criterion == "movement":
+        buffers = BufferCopy(held.model)
         evidence.begin_movement()
-    passes = Passes(ft, evidence, members, reduction, samples)
+    passes = Passes(evidence, members, dense_step, reduction, samples)
     handles = []
     for p in members:
         p.requires_grad_(True)
         p.grad = None
         handles.append(p.register_post_accumulate_grad_hook(passes.take))
-    kinds = passes.follow() if ft.criterion in BY_SAMPLE and samples != 1 else {}
+    kinds = passes.follow() if evidence.criterion in BY_SAMPLE and samples != 1 else {}
     try:
         yield
     finally:
@@ -59,7 +72,7 @@ def collect(ft, evidence: Evidence, reduction: str, samples: int | None):
             handle.remove()
         if buffers is not None:
             evidence.end_movement()
-            buffers.restore(ft.model)
+            buffers.restore(held.model)
         for p, flag in flags.items():
             p.requires_grad_(flag)
         for p, grad in gradients.items():
@@ -68,7 +81,7 @@ def collect(ft, evidence: Evidence, reduction: str, samples: int | None):
             p.__class__ = kinds_held[p]
             link.settle()
         if links:
-            ddp.changed(ft.model)
+            ddp.changed(held.model)
     if passes.by_batch:
         names = ", ".join(sorted(passes.by_batch))
         warnings.warn(
@@ -79,15 +92,17 @@ def collect(ft, evidence: Evidence, reduction: str, samples: int | None):
 
 
 class Passes:
-    """The backward passes of a block. It gathers gradients until they are worth a call, counts the pieces of evidence,
-    and for "movement" ends each pass with a dense step.
+    """The backward passes of a block.
+
+    It gathers gradients until they are worth a call, counts the pieces of evidence, and for "movement" ends each pass
+    with a dense step.
 
     uses: nodes of living graphs where a followed parameter meets samples. waiting: {parameter: its uses in this pass
     whose shares of the samples have arrived}, expected: how many will.
     """
 
-    def __init__(self, ft, evidence, members, reduction, samples):
-        self.ft, self.evidence, self.members = ft, evidence, members
+    def __init__(self, evidence, members, dense_step, reduction, samples):
+        self.evidence, self.members, self.dense_step = evidence, members, dense_step
         self.reduction, self.samples = reduction, samples
         self.task, self.closed, self.pending, self.bytes, self.state = None, False, [], 0, {}
         self.uses: weakref.WeakSet = weakref.WeakSet()
@@ -129,17 +144,19 @@ class Passes:
         self._forget()
         self.task, self.pending, self.bytes = task, [], 0
         self.before = self.evidence.snapshot()
-        # weights may move only when the whole pass is done: the layers still to come read them
+        # Weights may move only when the whole pass is done, because layers still to come read them.
         after_pass(self._finish)
         nodes = [node for node in self.uses if pass_reaches(node, unknown=False)]
         found = [use for node in nodes for use in node.found]
-        if self.ft.criterion in BY_SAMPLE:
+        if self.evidence.criterion in BY_SAMPLE:
             told = self.samples or samples_of(found)
             self.unknown, self.batch = told == 0, max(told, 1)
             self.factor = self.batch if self.reduction == "mean" else 1.0
         taken = {use for use in found if use.batch == self.batch > 1 and not use.twice}
         taken = {use for use in taken if all(map(self._accumulates, use.roots)) and not use.trail.outdated()}
-        while True:  # the shares of all uses add up before they are squared: one that has none spoils the others
+        # The shares of all uses of a parameter add up before they are squared. So if one use yields no shares, none of
+        # its uses can be taken, and a use that is not taken spoils the other parameters that it depends on in turn.
+        while True:
             spoilt = {root for use in found if use not in taken for root in use.roots}
             kept = {use for use in taken if spoilt.isdisjoint(use.roots)}
             if kept == taken:
@@ -167,7 +184,7 @@ class Passes:
     def take(self, parameter: nn.Parameter):
         """A parameter's gradient is complete."""
         self._begin()
-        if self.ft.criterion == "movement":
+        if self.evidence.criterion == "movement":
             self.pending.append((self.members[parameter], parameter.grad))
             return
         grad, parameter.grad = parameter.grad, None
@@ -186,15 +203,15 @@ class Passes:
         self.pending, self.bytes = [], 0
 
     def _finish(self):
-        if self.ft.criterion == "movement":
+        if self.evidence.criterion == "movement":
             check_dense(self.pending)
-            for member, _ in self.pending:
-                self.ft.dense_step(member, self.state.setdefault(member.parameter, {}))
+            for member, grad in self.pending:
+                self.dense_step(member, grad, self.state.setdefault(member.parameter, {}))
                 member.parameter.grad = None
         else:
             self._flush()
         self.evidence.count += self.batch
-        self.ft.evidence.by_batch |= self.by_batch
+        self.evidence.by_batch |= self.by_batch
         self.task, self.pending, self.before = None, [], None
         self._forget()
 

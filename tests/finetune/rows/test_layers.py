@@ -221,6 +221,23 @@ def test_embeddings_take_the_way_of_the_rows(shape, transposed):
     assert not module.weight.link.dense_uses
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_an_embedding_in_half_precision_stays_in_it(transposed):
+    plain = Table(transposed).to(torch.bfloat16)
+    module = copy.deepcopy(plain)
+    ft = SparseFinetuner(module)
+    ft.select({"weight": [1, 4]})
+    labels = torch.tensor([4, 4, 1, 0])
+    y, want = module(labels), plain(labels)
+    assert y.dtype == want.dtype == torch.bfloat16
+    assert torch.equal(y, want)
+    y.float().square().sum().backward()
+    want.float().square().sum().backward()
+    grad = module.weight.link.leaf.grad
+    assert grad.dtype == torch.float32
+    torch.testing.assert_close(grad, taken(plain.weight.grad, module.weight).float(), rtol=2**-7, atol=0)
+
+
 def test_an_embedding_with_a_padding_row_takes_the_dense_way_and_is_right():
     plain = nn.Embedding(6, 3, padding_idx=1)
     module = copy.deepcopy(plain)

@@ -125,6 +125,22 @@ def test_writes_to_the_dense_weight_are_kept():
         assert_in_step(ft)
 
 
+@pytest.mark.parametrize("detach", [torch.Tensor.detach, torch.detach])
+def test_a_detached_parameter_of_any_shape_is_its_memory(detach):
+    """Libraries that average weights copy them back by `parameter.detach().copy_(mean)`, with gradients on."""
+    net = nn.Sequential(nn.Linear(3, 4), nn.PReLU(1), nn.Linear(4, 2))
+    net.scale = nn.Parameter(torch.ones(()))
+    ft = SparseFinetuner(net)
+    ft.select({"0.weight": [1, 3], "1.weight": [0], "scale": [0]})
+    for p in net.parameters():
+        detach(p).copy_(torch.full(p.shape, 3.0))
+        assert torch.equal(p, torch.full(p.shape, 3.0))
+        assert not detach(p).requires_grad
+    for p in ft.parameters():
+        p.link.sync()
+        assert torch.equal(p, torch.full(p.shape, 3.0))
+
+
 def test_writes_to_a_leaf_reach_the_dense_weight_before_it_is_used():
     for clip in (
         lambda p: p.data.clamp_(-0.01, 0.01),
@@ -164,6 +180,29 @@ def test_clipping_survives_scripts_that_read_data():
             assert net[1].weight.detach()[[1, 3]].abs().max() <= 0.02 if order == 0 else True
             net(data())
             assert net[1].weight.detach()[[1, 3]].abs().max() <= 0.02
+
+
+@pytest.mark.parametrize(
+    "turn", [lambda p, on: setattr(p, "requires_grad", on), lambda p, on: p.requires_grad_(on)], ids=["set", "call"]
+)
+@pytest.mark.parametrize("name", ["mlp", "transformer", "lstm"])
+def test_turning_the_optimizers_parameters_off_turns_the_weights_off(name, turn):
+    """As training loops of two networks do with the parameters of the other optimizer."""
+    net = build(name)
+    ft = SparseFinetuner(net, density=0.3, criterion="random", scope="layer")
+    ft.select()
+    for p in ft.parameters():
+        turn(p, False)
+    x = data().requires_grad_()
+    net(x).square().sum().backward()
+    assert x.grad is not None
+    assert not any(p.requires_grad for p in [*net.parameters(), *ft.parameters()])
+    assert all(p.grad is None for p in [*net.parameters(), *ft.parameters()])
+    for p in ft.parameters():
+        turn(p, True)
+    net(x).square().sum().backward()
+    assert all(p.requires_grad and p.grad is not None for p in ft.parameters())
+    assert all(p.requires_grad for p in net.parameters())
 
 
 def test_requires_grad_drives_the_leaf_only():

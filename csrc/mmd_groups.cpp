@@ -29,6 +29,8 @@ MINEGAN_INLINE double sum_of(const float* values, int64_t count) {
 // Row i of a group; `squares` are the |x|². Returns its total.
 template <int order>
 struct GroupRow {
+  using Pairs = RowLoop<Kernel::gaussian, order, kFew>;
+
   static MINEGAN_INLINE void run(const MmdGroup* group, const Shape* shape, const float* squares, int64_t i,
                                  double* total) {
     const int64_t N = shape->N, M = shape->M;
@@ -40,9 +42,9 @@ struct GroupRow {
     tile.numbers = group->numbers, tile.squarings = group->squarings, tile.count = group->count;
     tile.t = group->xx, tile.rows = tile.columns = N, tile.D = group->D, tile.stride = shape->stride;
     tile.weight = -2 * w;
-    const double within = RowLoop<kGaussian, order, kFew>::run(tile, i) / -2 - w * group->count;  // without j = i
+    const double within = Pairs::run(tile, i) / -2 - w * group->count;  // without j = i
     tile.q = group->y, tile.oq = group->norms, tile.t = group->xy, tile.columns = M, tile.weight = -v;
-    *total = within - RowLoop<kGaussian, order, kFew>::run(tile, i) + 0 * squares[i];  // NaN where x is not finite
+    *total = within - Pairs::run(tile, i) + 0 * squares[i];  // NaN where x is not finite
     if (order == 1) {
       float *xx = group->xx + i * N, *xy = group->xy + i * M;
       xx[i] = 0;

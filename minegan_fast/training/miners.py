@@ -1,34 +1,37 @@
 """Where in the source a run mines, and where its miners start: at the source's own distribution."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..mining import Mined, Miner
 from ..mining.mined import learned_constant
 from ..mining.prior import default_prior, own_latents
 from .config import TransferConfig
-from .randomness import seeded
+from .generators import Generator, class_count
+from .randomness import keep_and_set_random_state
 
 
-def new_mined(config: TransferConfig, generator: nn.Module) -> Mined:
+def new_mined(config: TransferConfig, generator: Generator) -> Mined:
     """The generator behind new miners.
 
-    The miner of z or w starts as the identity (with the prior sphere: as u's direction), a mined constant as the
-    generator's own. What w is compared with is the mapping's distribution now, before it trains. The class miner starts
-    as an affine map of u whose values have the mean and the covariance of the source's class embeddings, or of those of
-    the labels that `mined_class` names: a single one is the embedding of that class, whatever u is. Of the source's own
-    distribution that leaves out that classes are points, and independent of z.
+    The miner of z or w starts as the identity (with the prior sphere: as the direction of u), and a mined constant as
+    the generator's own. Mined w are compared with the mapping's distribution as it is now, before the mapping trains.
 
-    ValueError: the source has nothing to mine there, `mined_class` names what is no label of it.
+    The class miner starts as an affine map of u. Its values have the mean and the covariance of the source's class
+    embeddings, or of the embeddings of the labels that `mined_class` names; for a single label they are its embedding,
+    whatever u is. This matches mean and covariance only: it ignores that real classes are isolated points, independent
+    of z.
+
+    ValueError: the source has nothing to mine there, or `mined_class` names a label that it does not have.
     """
     if config.mine == "w" and not hasattr(generator, "mapping"):
         raise ValueError(f"mine is w, but {type(generator).__name__} has no mapping network: take mine z")
-    classes, class_miner = getattr(generator, "num_classes", 0), None
+    classes, class_miner = class_count(generator), None
     if config.mined_class and not classes:
         raise ValueError(f"mined_class is {config.mined_class}, but {type(generator).__name__} has no classes")
     size = generator.latent_dim if config.mine == "z" else generator.style_dim
     shape = {"depth": config.miner_depth, "width": config.miner_width}
-    with seeded(config.seed, "miner"):
+    with keep_and_set_random_state(config.seed, "miner"):
         miner = Miner(size, **shape)
         if classes:
             start = _embeddings(generator)[_labels(config.mined_class, classes)]
@@ -39,22 +42,23 @@ def new_mined(config: TransferConfig, generator: nn.Module) -> Mined:
     return Mined(generator, miner, class_miner, config.mine, constant, prior, own_latents(generator, config.mine))
 
 
-def _embeddings(generator: nn.Module) -> Tensor:
+def _embeddings(generator: Generator) -> Tensor:
     """[num_classes, class_dim] on the CPU."""
-    if not hasattr(generator, "class_embeddings"):
+    embeddings = getattr(generator, "class_embeddings", None)
+    if embeddings is None:
         raise ValueError(
             f"the source {type(generator).__name__} is class-conditional, but has no class_embeddings(): a method that "
             "returns the embedding of every class, [num_classes, class_dim], which the generator takes for a label"
         )
     with torch.no_grad():
-        return generator.class_embeddings().float().cpu()
+        return embeddings().float().cpu()
 
 
-def _labels(named: str | None, classes: int) -> list[int]:
-    """Of "207,208": [207, 208]; of None: all."""
+def _labels(named: int | str | None, classes: int) -> list[int]:
+    """[207, 208] for "207,208"; all labels for None."""
     if named is None:
         return list(range(classes))
-    labels = [int(word) for word in named.split(",")]
+    labels = [int(word) for word in str(named).split(",")]
     if max(labels) >= classes:
         raise ValueError(f"mined_class is {named}, but the source's labels are 0 to {classes - 1}")
     return labels

@@ -1,4 +1,4 @@
-// row_gradient: equations and shapes in ops.h. Host code alone: on a GPU the library and Triton are there.
+// row_gradient: equations and shapes in ops.h.
 //
 // With the positions q that x is read at as the inner dimension, dW = x [channels, q] G [q, rows and taps], where G
 // holds for each row and tap the element of gy that x meets at q, or 0. x is large and is read as it lies; G is made
@@ -6,10 +6,6 @@
 #include <algorithm>
 
 #include "ops.h"
-
-#ifdef __CUDACC__
-#pragma nv_diag_suppress 1675  // GCC's pragma for unrolling, which nvcc hands on to it
-#endif
 
 namespace minegan {
 namespace {
@@ -51,7 +47,8 @@ MINEGAN_INLINE void prefetch(const float* p) {
 }
 
 // sums[c * N + n][l] += sum over i of x[c][i + l] g[n * pitch + i + l], i over the multiples of L below count. `ahead`
-// is the distance to the elements of x that the next tile wants.
+// is the distance to the elements of x that the next tile wants. All sums of a tile are in registers while i runs: an
+// element of x serves N products, one of g kChannels.
 template <int L, int N>
 MINEGAN_INLINE void tile(const float* const* x, const float* g, int64_t pitch, int64_t count, float* sums,
                          int64_t ahead) {
@@ -100,6 +97,7 @@ MINEGAN_INLINE void read(const Source& from, const int64_t* grid, int64_t begin,
     const int64_t count = std::min(end - begin, grid[2] - u2);
     const int64_t i0 = u0 * from.step[0] + from.offset[0], i1 = u1 * from.step[1] + from.offset[1];
     const int64_t i2 = u2 * step + from.offset[2];
+    // Of this line of the grid the elements from `first` to `last` lie within the tensor.
     int64_t first = 0, last = 0;
     if (i0 >= 0 && i0 < from.size[0] && i1 >= 0 && i1 < from.size[1]) {
       first = std::min(count, i2 < 0 ? (step - 1 - i2) / step : 0);
@@ -161,6 +159,7 @@ struct RowGradient {
   static MINEGAN_INLINE void part(const float* x, const float* gy, float* dW, const Convolution& s,
                                   const int64_t* phase, int64_t c0, int64_t c1, int64_t rows, int64_t taps, Buffer& G,
                                   Buffer& packed, Buffer& sums) {
+    // The grid: every stride-th position of x from `phase` on, of a transposed convolution every one.
     int64_t grid[3], positions = 1;
     bool in_place = true;
     Source xs{x, s.x_batch, {}, {}, {}}, gs{gy, s.k * s.y_channel(), {}, {}, {}};
@@ -171,6 +170,7 @@ struct RowGradient {
       positions *= grid[i];
       in_place = in_place && xs.step[i] == 1;
     }
+    // The taps that the grid meets, and how far from its position the element of gy lies that is met.
     std::vector<Tap> met;
     for (int64_t t = 0; t < taps; ++t) {
       const int64_t d[3] = {t / s.kernel[2] / s.kernel[1], t / s.kernel[2] % s.kernel[1], t % s.kernel[2]};
@@ -191,6 +191,7 @@ struct RowGradient {
       x_grid[2] = xs.size[2] = positions;
     }
     in_place = in_place && positions % L == 0 && positions >= kInPlace;
+    // A block has as many positions as let G stay in the cache; a column of G is a row of gy and a tap.
     const int64_t block = std::min(std::max(kCached / columns, kBlock[0]), kBlock[1]) / L * L;
     const int64_t pitch = block + L;  // columns that a power of two apart would share their place in the cache
     const int64_t tiles = (c1 - c0 + kChannels - 1) / kChannels;
@@ -203,6 +204,7 @@ struct RowGradient {
       next = std::min(all, p + block);
       if (in_place) next = std::min(next, (p / positions + 1) * positions);
       const int64_t count = (next - p + L - 1) / L * L;
+      // G of this block, filled up with zeros to whole vectors.
       for (int64_t n = 0; n < columns; ++n) {
         Source one = gs;
         one.data += n / n_taps * s.y_channel();
@@ -210,6 +212,7 @@ struct RowGradient {
         read(one, grid, p, next, &G[n * pitch]);
         for (int64_t j = next - p; j < count; ++j) G[n * pitch + j] = 0;
       }
+      // A few channels of x, in place or packed as G is, meet all columns of G while they are in the L1 cache.
       for (int64_t c = c0; c < c1; c += kNear) {
         const float* line[kNear];
         for (int j = 0; j < kNear; ++j) {
@@ -234,6 +237,7 @@ struct RowGradient {
           }
       }
     }
+    // The lanes of every sum are added up, in the order in which the tiles left them.
     const float* lanes = sums.data();
     for (int64_t c = c0; c < c1; c += kChannels)
       for (int64_t first = 0; first < columns; first += kWide) {

@@ -7,8 +7,6 @@
 namespace minegan {
 namespace {
 
-// ---- CPU ----
-
 constexpr int64_t kBlockRows = 32;        // rows of a work unit
 constexpr int64_t kBlockElements = 1024;  // of a row in a work unit: a few such rows fit the first cache
 constexpr int64_t kBlockPixels = 16;      // and at least so many pixels, which share a margin of k - 1

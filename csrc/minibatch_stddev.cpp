@@ -6,8 +6,6 @@
 namespace minegan {
 namespace {
 
-// ---- CPU ----
-
 constexpr int kLanes = 16;           // elements that a loop takes at a time
 constexpr int64_t kAlone = 1 << 16;  // below this many elements a second thread costs more to start than it gives
 constexpr double kEps = 1e-8;

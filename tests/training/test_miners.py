@@ -9,7 +9,7 @@ from minegan_fast.mining.prior import own_latents, project
 from minegan_fast.models import BigGANDeepGenerator, BigGANGenerator, PGANGenerator, StyleGAN2Generator
 from minegan_fast.training.config import TransferConfig
 from minegan_fast.training.critics import check_fit, new_critic
-from minegan_fast.training.places import new_mined
+from minegan_fast.training.miners import new_mined
 
 
 def stylegan2():

@@ -1,0 +1,172 @@
+"""What a run works with, from what the user named: networks, images, losses, features."""
+
+import copy
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from ..files.reading import Contents
+from .config import TransferConfig
+from .estimate import estimate_memory
+from .evaluation import choose_features, judge_name
+from .feature_critic import FeatureCritic
+from .generators import image_channels
+from .images import to_float
+from .kernel_loss import KernelLoss
+from .loss_features import LossFeatures
+from .methods import fresh_weights
+from .processes import Processes, local_index
+from .randomness import keep_and_set_random_state
+from .sources import (
+    Checkpoints,
+    Networks,
+    choose_device,
+    open_critic,
+    open_images,
+    open_networks,
+    single,
+    source_critic,
+)
+from .trainer import Trainer
+
+NAMED_LOSS_FEATURES = ("critic", "digits")
+
+
+class Materials(NamedTuple):
+    """What the user named, or gave as an object, for a run: see the arguments of `transfer`."""
+
+    source: Any
+    images: Any
+    critic: Any
+    features: Any
+    loss_features: Any
+
+
+class Prepared:
+    """Networks, images, losses and features of one configuration, checked; `Run` is what trains them.
+
+    checkpoints: reads the networks' files; it is cleared when the networks are there.
+
+    Attributes:
+        generator, critic: the networks that `trainer` copies, on the device of the run; critic None: none trains.
+        new_critic: whether the critic knows nothing yet.
+        target, held_out: the training images, and the images set aside, uint8 [N, C, R, R], or None.
+        reference: the real images that metrics compare with.
+        features, judge: what measures the metrics, and its name, which says so where it also trained the run.
+        kernel: the kernel distance to the target, where a loss needs it.
+        notes: lines that tell a user what was chosen.
+        estimate: of the memory that the run will need.
+    """
+
+    def __init__(self, config: TransferConfig, materials: Materials, processes: Processes, checkpoints: Checkpoints):
+        self.config, self.processes = config, processes
+        if config.batch % processes.size:
+            raise ValueError(
+                f"batch {config.batch} cannot be divided among {processes.size} processes: take a multiple of "
+                f"{processes.size}, or another number of processes"
+            )
+        self.device = choose_device(config.device, local_index() if processes.size > 1 else None)
+        by_features = isinstance(materials.critic, str) and materials.critic == "features"
+        if by_features:
+            materials = materials._replace(critic=None)
+        networks, judging = self._open(materials, checkpoints, needed=config.adversarial and not by_features)
+        self.generator = networks.generator.to(self.device)
+        config.fit(self.generator)
+        if config.method == "scratch":
+            fresh_weights(self.generator, config.seed)
+        self.critic, self.new_critic = networks.critic, not networks.pretrained
+        if judging is not None:
+            judging = copy.deepcopy(judging).eval().requires_grad_(False).to(self.device)
+        self.target, self.held_out = open_images(materials.images, self.generator, config)
+        self.reference = self.target.images if self.held_out is None else self.held_out
+        self.features = choose_features(materials.features, judging, self.reference, self.device)
+        self.kernel: KernelLoss | None = None
+        loss_choice = None
+        if config.kernel or by_features:
+            loss_choice = materials.loss_features or "critic"
+            features = self._choose_loss_features(materials.loss_features, judging)
+            if config.kernel:
+                views = config.views if config.view_augment else 1
+                images = self.target.images
+                self.kernel = KernelLoss(features, images, config.flips, views, config.view_augment, seed=config.seed)
+            if by_features and config.adversarial:
+                with keep_and_set_random_state(config.seed, "critic"):
+                    shape = self.generator.resolution, image_channels(self.generator)
+                    self.critic = FeatureCritic(features.maps, *shape).to(self.device)
+        own_critic = config.adversarial and not self.new_critic
+        self.judge = judge_name(self.features, materials.features, loss_choice, own_critic)
+        self.notes = list(self._notes(networks.notes))
+        self.estimate = estimate_memory(config, self.generator, self.critic, self.kernel, processes.size)
+
+    def _open(self, materials: Materials, checkpoints: Checkpoints, needed: bool) -> tuple[Networks, nn.Module | None]:
+        """(the networks, a pretrained critic whose features may judge images, also where no critic trains).
+
+        needed: whether a critic trains that is to be read or built here.
+        """
+
+        def opened(network) -> Contents | nn.Module:
+            return network if isinstance(network, nn.Module) else checkpoints.open(network)
+
+        source, given = opened(single(materials.source)), materials.critic
+        critic = opened(given) if given is not None and needed else None
+        networks = open_networks(source, critic, self.config, needed)
+        judging = networks.critic if networks.pretrained else None
+        by_loss = self.config.kernel and materials.loss_features == "critic"
+        if networks.critic is None and (materials.features in (None, "critic") or by_loss):
+            if given is None:
+                judging = source_critic(source, networks.generator)[0]
+            else:
+                judging = open_critic(opened(given), networks.generator)
+        checkpoints.clear()  # the networks have the weights, and the run needs the memory
+        return networks, judging
+
+    def _choose_loss_features(self, choice, critic: nn.Module | None) -> LossFeatures:
+        if isinstance(choice, LossFeatures):
+            return choice
+        probe = to_float(self.target.images[:2]).to(self.device)
+        if choice is None or choice == "critic":
+            if critic is not None:
+                return LossFeatures(critic, name="critic", probe=probe)
+            raise ValueError(
+                "the loss needs pretrained features, and the source has no critic of its own to take them from: give "
+                "loss_features (--loss-features), a network or a file that FeatureExtractor reads, or take an "
+                "adversarial loss (--loss nonsaturating)"
+            )
+        if choice == "digits":
+            from ..data import classifier
+
+            taps = ["convs.0", "convs.1", "convs.2", "convs.3", "convs.4", "hidden"]  # the last one tells the digit
+            return LossFeatures(classifier().to(self.device), name="digits", probe=probe, taps=taps)
+        return LossFeatures(choice, device=self.device, probe=probe)
+
+    def _notes(self, notes: tuple[str, ...]) -> Iterator[str]:
+        config, processes = self.config, self.processes
+        held_out = "none held out: the last snapshot is taken"
+        if self.held_out is not None:
+            held_out = f"{len(self.held_out)} held out"
+        yield f"{len(self.target)} images to train on, {held_out}; metrics on {self.judge} features"
+        if self.kernel is not None:
+            features = self.kernel.features
+            yield f"kernel distance of {features.name} features, at {', '.join(features.taps)}"
+            if config.flips is None and self.kernel.flips:
+                yield "mirror images of the target look alike, so they count as target too (--no-flips)"
+        yield from notes
+        if self.critic is not None and self.new_critic:
+            yield (
+                "a new critic is trained, which takes more steps and, of few images, often fails: the kernel distance "
+                "of pretrained features needs none (--loss-features)"
+            )
+        if processes.size > 1:
+            yield f"{processes.size} processes, {config.batch // processes.size} images of a step each"
+
+    def identity(self) -> dict:
+        """What all processes must agree on."""
+        return self.config.to_dict() | {"device": None, "images": self.target.fingerprint()}
+
+    def trainer(self) -> Trainer:
+        """A trainer of copies of the networks."""
+        return Trainer(
+            self.config, *copy.deepcopy((self.generator, self.critic)), self.target.images, self.device, self.processes,
+            self.kernel, self.new_critic,
+        )  # fmt: skip
