@@ -1,9 +1,14 @@
 """The one door to what PyTorch does not document: every private name that the package needs, under a name of ours.
 
-A new version of torch is tried with tests/test_torch.py, which calls each of them. Nothing here answers with a guess
-where a name is gone: importing or calling it is an AttributeError then, and that test says which.
+tests/test_torch.py calls each of them on the torch that is installed and checks what the package relies on. Where a new
+version of torch lacks a name, importing or calling it here is an AttributeError or an ImportError; nothing falls back
+to a guess.
 """
 
+# pyright: reportPrivateImportUsage=false, reportAttributeAccessIssue=false
+# In this file alone, because torch neither exports these names nor, some of them, declares them in its stubs.
+
+import inspect
 import operator
 from collections.abc import Callable, Sequence
 
@@ -13,22 +18,27 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-__all__ = ["is_in_torch_dispatch_mode"]
+__all__ = ["is_in_torch_dispatch_mode"]  # whether someone, such as the compiler, looks at every operation of ATen
 
-# Tensors. ----------------------------------------------------------------------------------------------------------
+# Tensors.
 
 PastSubclasses = torch._C.DisableTorchFunctionSubclass
-"""A context in which `__torch_function__` of tensor subclasses is not asked, as torch's own default method has it."""
+"""A context in which torch does not ask `__torch_function__` of tensor subclasses, but runs the operation itself."""
 
-version_of = operator.attrgetter("_version")
+version_of: Callable[[Tensor], int] = operator.attrgetter("_version")
 """How often a tensor's memory was written to in place. RuntimeError for a tensor made in inference mode."""
 
-# The gradient itself, past a subclass whose `grad` is a property of its own.
-own_grad, set_own_grad = Tensor.grad.__get__, Tensor.grad.__set__
-own_data, set_own_data = Tensor.data.__get__, Tensor.data.__set__
-own_requires_grad = Tensor.requires_grad.__get__
+# Gradient, data and requires_grad of the tensor itself. A subclass may define them as properties of its own; these
+# getters and setters go past them.
+_grad, _data, _requires_grad = (inspect.getattr_static(Tensor, name) for name in ("grad", "data", "requires_grad"))
+own_grad: Callable[[Tensor], Tensor | None] = _grad.__get__
+set_own_grad: Callable[[Tensor, Tensor | None], None] = _grad.__set__
+own_data: Callable[[Tensor], Tensor] = _data.__get__
+set_own_data: Callable[[Tensor, Tensor], None] = _data.__set__
+own_requires_grad: Callable[[Tensor], bool] = _requires_grad.__get__
 
 is_view = Tensor._is_view
+"""Whether autograd takes the tensor for a view of another."""
 
 
 def overlaps_itself(tensor: Tensor) -> bool:
@@ -37,11 +47,11 @@ def overlaps_itself(tensor: Tensor) -> bool:
 
 
 def has_gradient_hooks(parameter: Tensor) -> bool:
-    """Whether someone waits for the gradient of this very tensor, by hooks of either kind."""
+    """Whether this very tensor has a hook that waits for its gradient or for the accumulation of it."""
     return bool(parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None))
 
 
-# Functions whose schema ATen keeps and whose names it does not document.
+# Functions of ATen. ATen keeps their schemas stable, but their names are not documented.
 convolution = torch.ops.aten.convolution
 convolution_backward = torch.ops.aten.convolution_backward
 threshold_backward = torch.ops.aten.threshold_backward
@@ -51,17 +61,20 @@ avg_pool2d_backward = torch.ops.aten.avg_pool2d_backward
 
 
 def without_view(tensor: Tensor, shape: Sequence[int]) -> Tensor:
-    """The same memory in another shape, which autograd does not take for a view: a Function may return it and others
-    may write into it."""
+    """The same memory in another shape, as a tensor that autograd does not take for a view.
+
+    A Function may therefore return it, and whoever gets it may write into it."""
     return torch.ops.aten._unsafe_view(tensor, list(shape))
 
 
-# The backward pass under way. ----------------------------------------------------------------------------------------
+# The backward pass that runs, and who watches the forward.
 
 
-def pass_reaches(node, unknown: bool) -> bool:
-    """Whether the backward pass that runs now will come to this node of the graph. `unknown` is the answer where the
-    engine refuses the question: for a leaf that autograd.grad was given, and in some versions for any leaf then."""
+def pass_reaches(node: torch.autograd.graph.Node, unknown: bool) -> bool:
+    """Whether the backward pass that runs now will come to this node of the graph.
+
+    unknown: the answer where the engine raises instead. It does so for a leaf that torch.autograd.grad was given, and
+        outside of a backward pass."""
     try:
         return torch._C._will_engine_execute_node(node)
     except RuntimeError:
@@ -69,7 +82,7 @@ def pass_reaches(node, unknown: bool) -> bool:
 
 
 def current_pass() -> int:
-    """A number of the backward pass that runs in this thread; -1 outside of any."""
+    """The number of the backward pass that runs in this thread; -1 where none runs."""
     return torch._C._current_graph_task_id()
 
 
@@ -79,7 +92,7 @@ def after_pass(callback: Callable[[], None]) -> None:
 
 
 def transforms_active() -> bool:
-    """Whether a transform of torch.func (vmap, grad, ...) is running this code."""
+    """Whether a transform of torch.func (vmap, grad, ...) runs this code."""
     return torch._C._are_functorch_transforms_active()
 
 
@@ -92,40 +105,46 @@ def saved_tensors_are_hooked() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
-# Modules. ----------------------------------------------------------------------------------------------------------
+is_tracing = torch.jit.is_tracing
+"""Whether torch.jit.trace records this code."""
+
+# Modules.
 
 CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS = _ConvNd, _ConvTransposeNd
 
-own_modules = operator.attrgetter("_modules")
-own_parameters = operator.attrgetter("_parameters")
-"""The dictionary in which a module keeps its own parameters; what is put there is its parameter, without a check."""
+own_modules: Callable[[nn.Module], dict[str, nn.Module | None]] = operator.attrgetter("_modules")
+own_parameters: Callable[[nn.Module], dict[str, nn.Parameter | None]] = operator.attrgetter("_parameters")
+"""The dictionary in which a module keeps its own parameters. What is put there is a parameter of it, unchecked."""
 
 
 def compiled_module(model: nn.Module) -> nn.Module | None:
-    """The module inside what torch.compile made of it."""
+    """The module inside the one that torch.compile returned; None where `model` is not such a module."""
     inner = getattr(model, "_orig_mod", None)
     return inner if isinstance(inner, nn.Module) else None
 
 
 class UnscalingOptimizer(torch.optim.Optimizer):
-    """An optimizer to which GradScaler can leave the unscaling and the skipped step."""
+    """An optimizer to which GradScaler can leave the division by the scale and the skipping of a step."""
 
-    def unscale_in_step(self):
-        """From now on GradScaler sets `grad_scale` and `found_inf` and always calls `step()`."""
+    def unscale_in_step(self) -> None:
+        """From now on GradScaler leaves both to `step()`: it always calls it, sets `grad_scale` and `found_inf` before
+        that, and deletes them after."""
         self._step_supports_amp_scaling = True
 
 
-# DistributedDataParallel. --------------------------------------------------------------------------------------------
+# DistributedDataParallel.
 
 
 def active_ddp() -> DistributedDataParallel | None:
-    """The wrapper whose forward is running."""
+    """The wrapper whose forward runs."""
     return DistributedDataParallel._active_ddp_module
 
 
 def reduce_these(ddp: DistributedDataParallel, named: list[tuple[str, nn.Parameter]]) -> None:
-    """Gives DDP a new reducer, of these parameters, in place of the one that its constructor made: by the same calls,
-    with its communication hooks and its static graph."""
+    """Gives DDP a new reducer, which reduces these parameters, in place of the one that its constructor made.
+
+    The calls are those of the constructor. The communication hooks and the static graph of the old reducer are set
+    anew. Called within a forward, the new reducer expects the backward of that forward."""
     ddp._module_parameters = [p for _, p in named]
     names = {i: name for i, (name, _) in enumerate(named)}
     sparse = {p for m in ddp.module.modules() if getattr(m, "sparse", False) for p in m.parameters(recurse=False)}

@@ -1,20 +1,23 @@
-"""What all processes of a group do together: tensors in as few messages as there are dtypes and devices."""
+"""What all processes of a group do together. Tensors travel in one message for each dtype and device."""
 
 from collections.abc import Callable
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+Group: TypeAlias = "torch.distributed.ProcessGroup | None"  # None is the default group
 
-def active(group) -> bool:
+
+def active(group: Group) -> bool:
     """Whether the group, or the default one for None, has more than this process."""
     dist = torch.distributed
     return dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
 
 
 @torch.no_grad()
-def coalesced(tensors: list[Tensor], collective: Callable[[Tensor], object]):
-    """Runs an in-place collective on all tensors, in one message per dtype and device. Collective."""
+def coalesced(tensors: list[Tensor], collective: Callable[[Tensor], object]) -> None:
+    """Runs an in-place collective on all tensors. Every process of the group has to call it."""
     buckets: dict[tuple, list[Tensor]] = {}
     for t in tensors:
         buckets.setdefault((t.dtype, t.device), []).append(t)
@@ -25,18 +28,18 @@ def coalesced(tensors: list[Tensor], collective: Callable[[Tensor], object]):
             t.copy_(new.view_as(t))
 
 
-def average(tensors: list[Tensor], group):
-    """Makes every tensor its mean over the process group. Collective."""
+def average(tensors: list[Tensor], group: Group) -> None:
+    """Replaces every tensor by its mean over the group. Every process of the group has to call it."""
 
     def mean(flat):
-        flat /= torch.distributed.get_world_size(group)  # first: the sum of half-precision gradients may overflow
+        flat /= torch.distributed.get_world_size(group)  # before the sum, which may overflow in half precision
         torch.distributed.all_reduce(flat, group=group)
 
     coalesced(tensors, mean)
 
 
 def gradients(groups: list[dict]) -> list[Tensor]:
-    """The gradients of all parameters that train; one that this rank's loss did not reach counts as zero."""
+    """The gradients of all parameters that train. A parameter that this rank's loss did not reach gets zeros."""
     parameters = [p for g in groups for p in g["params"]]
     for p in parameters:
         if p.requires_grad and p.grad is None:
@@ -44,7 +47,7 @@ def gradients(groups: list[dict]) -> list[Tensor]:
     return [p.grad for p in parameters if p.grad is not None]
 
 
-def average_gradients(groups: list[dict], group):
-    """Averages all gradients over the process group, in one message per dtype and device. Collective."""
+def average_gradients(groups: list[dict], group: Group) -> None:
+    """Averages the gradients of all parameters over the group. Every process of the group has to call it."""
     if active(group):
         average(gradients(groups), group)

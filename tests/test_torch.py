@@ -283,6 +283,18 @@ def test_checkpointing_hooks_saved_tensors():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_tracing():
+    said = []
+
+    def function(x):
+        said.append(_torch.is_tracing())
+        return x + 1
+
+    torch.jit.trace(function, torch.ones(2), check_trace=False)
+    function(torch.ones(2))
+    assert said == [True, False]
+
+
 def test_dispatch_modes():
     class Mode(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):

@@ -17,6 +17,7 @@ class DigitClassifier(nn.Module):
         )
         self.hidden = nn.Linear(64 * 16, self.feature_dim)
         self.output = nn.Linear(self.feature_dim, 10)
+        self.rms: Tensor
         self.register_buffer("rms", self.hidden.bias.new_ones(()))
 
     def _hidden(self, x: Tensor) -> Tensor:

@@ -3,8 +3,9 @@
 import math
 import re
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -50,6 +51,7 @@ DANGEROUS = frozenset((
     "webbrowser", "xmlrpc", "zipimport",
 ))
 # fmt: on
+ORDERS: dict[str, Literal["<", ">", "="]] = {"<": "<", ">": ">", "=": "=", "|": "="}  # | is for single bytes
 BUILTINS = ("builtins", "__builtin__", "__builtins__")
 INERT_BUILTINS = frozenset(("int", "long", "float", "bool", "str", "unicode", "object", "slice", "range", "xrange"))
 
@@ -79,7 +81,7 @@ class DType:
     """A numpy dtype whose byte order follows in a BUILD opcode."""
 
     code: str
-    order: str = "="
+    order: Literal["<", ">", "="] = "="
 
     def real(self) -> np.dtype:
         return np.dtype(self.code).newbyteorder(self.order)
@@ -95,12 +97,12 @@ def _dtype(code, align=False, copy=False) -> DType | Thing:
         code = code.decode("latin-1") if isinstance(code, bytes) else code
         if found := re.fullmatch(r"([<>=|]?)([biufc?]\d{0,2})", code):
             np.dtype(found[2])  # TypeError: no such width
-            return DType(found[2], {"|": "=", "": "="}.get(found[1], found[1]))
+            return DType(found[2], ORDERS[found[1] or "="])
     return Thing("numpy.dtype", (code,))
 
 
-def array_of(data, dtype, shape, order="C") -> np.ndarray | None:
-    """None for an array of objects, which no weight is."""
+def array_of(data: Any, dtype: Any, shape: Any, order: Literal["C", "F"] = "C") -> np.ndarray | None:
+    """The array of that data; None where it holds objects, which no weight does."""
     if not isinstance(dtype, DType):
         return None
     data = data.encode("latin-1") if isinstance(data, str) else data  # written by Python 2
@@ -181,8 +183,8 @@ def _device(kind, index=None) -> str:
     return kind if index is None else f"{kind}:{index}"
 
 
-def check_keys(values) -> None:
-    """A tuple of tuples of tuples can take longer to hash than there is time, in a file of a few bytes."""
+def check_keys(values: Iterable) -> None:
+    """DamagedError for a nested key: a few bytes can make a tuple of tuples whose hash takes forever."""
     flat = (int, float, complex, str, bytes, bool, type(None), Thing, Tensor, torch.dtype)
     for value in values:
         parts = value if isinstance(value, (tuple, frozenset)) else (value,)
@@ -238,7 +240,7 @@ STORAGES = {
 DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 
 
-def lookup(module: str, name: str):
+def lookup(module: str, name: str) -> Known | Storage | torch.dtype | Thing:
     """What a name in a file stands for: an entry of the table, a dtype, or a `Thing`. RefusedError: a dangerous one."""
     require(isinstance(module, str) and isinstance(name, str), "a name is no text")
     if known := KNOWN.get((module, name)):

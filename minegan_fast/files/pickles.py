@@ -8,8 +8,21 @@ even remembered: the whole file is refused.
 
 import pickletools
 from collections.abc import Callable
+from typing import Any
 
-from .pickle_names import Array, DamagedError, DType, Known, RefusedError, Thing, array_of, check_keys, lookup, require
+from .pickle_names import (
+    ORDERS,
+    Array,
+    DamagedError,
+    DType,
+    Known,
+    RefusedError,
+    Thing,
+    array_of,
+    check_keys,
+    lookup,
+    require,
+)
 
 
 class Unpickler:
@@ -21,12 +34,12 @@ class Unpickler:
         nested: what the bytes of a torch.save file inside the pickle hold; None refuses them.
     """
 
-    def __init__(self, file, persistent: Callable | None = None, nested: Callable | None = None):
+    def __init__(self, file: Any, persistent: Callable | None = None, nested: Callable | None = None):
         self.file, self.persistent, self.nested = file, persistent, nested
         self.stack, self.marks, self.memo = [], [], {}
 
-    def load(self):
-        """The object. RefusedError, DamagedError."""
+    def load(self) -> Any:
+        """The object that the pickle holds. Raises RefusedError or DamagedError."""
         try:
             for opcode, argument, _ in pickletools.genops(self.file):
                 if opcode.name == "STOP":
@@ -118,7 +131,8 @@ class Unpickler:
                 state = stack.pop()
                 _build(stack[-1], state)
             case "PERSID" | "BINPERSID":
-                require(self.persistent is not None, "it refers to objects outside the file")
+                if self.persistent is None:
+                    raise DamagedError("it refers to objects outside the file")
                 stack.append(self.persistent(argument if opcode == "PERSID" else stack.pop()))
             case "EXT1" | "EXT2" | "EXT4" | "NEXT_BUFFER" | "READONLY_BUFFER":
                 raise DamagedError(f"it refers to what only the program that wrote it has ({opcode})")
@@ -127,7 +141,8 @@ class Unpickler:
 
     def _named(self, module: str, name: str):
         if (module, name) == ("torch.storage", "_load_from_bytes"):
-            require(self.nested is not None, "it holds a torch file inside a torch file")
+            if self.nested is None:
+                raise DamagedError("it holds a torch file inside a torch file")
             return Known("torch.storage._load_from_bytes", self.nested)
         return lookup(module, name)
 
@@ -161,14 +176,14 @@ def _made(made, arguments):
 
 
 def _build(target, state) -> None:
-    """What a file has to say of an object after it was made."""
+    """Gives an object that was made the state that the file holds for it."""
     if isinstance(target, Array):
         _, shape, dtype, fortran, data = state
         target.value = array_of(data, dtype, shape, "F" if fortran else "C")
     elif isinstance(target, DType):
         order = state[1].decode() if isinstance(state[1], bytes) else state[1]
-        target.order = {"|": "="}.get(order, order)
-        require(target.order in ("<", ">", "="), "a dtype has no byte order")
+        require(order in ORDERS, "a dtype has no byte order")
+        target.order = ORDERS[order]
     elif isinstance(target, Thing):
         target.state = state
-    # What else there is, a state dict's `_metadata` say, is an attribute of a container or a tensor: of no use here.
+    # Anything else, such as the `_metadata` of a state dict, is an attribute of a container or tensor. Nobody reads it.

@@ -1,5 +1,7 @@
 """From what a pickle says to plain data: arrays become tensors, a pickled network what tensors it holds, by name."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -9,14 +11,14 @@ from .pickle_names import Array, DamagedError, Thing
 MOST_MODULES = 100_000  # a module that is a part of itself many times over would make endless names
 
 
-def plain(value, known: dict | None = None):
-    """The tree with arrays as tensors, and networks as what tensors they hold under their dotted names."""
+def plain(value: Any, known: dict | None = None) -> Any:
+    """The tree with arrays as tensors, and each network as a dict of its tensors under their dotted names."""
     known = {} if known is None else known
     if id(value) in known:
         return known[id(value)][0]
 
     def remember(made):
-        known[id(value)] = made, value  # which keeps the value alive, and its id its own
+        known[id(value)] = made, value  # the value is kept alive, so that no other object gets its id
         return made
 
     if isinstance(value, Array):

@@ -7,13 +7,14 @@
 L, I and G are bilinear with <L(x, W), gy> = <x, I(gy, W)> = <W, G(x, gy)>, so the table closes. PyTorch's own double
 backward of a convolution writes G(hx, gy) as a convolution whose kernel has the size of an image, at twice its cost.
 
-Where only some rows of W train, `trained`, their gradient is `row_gradient`'s, and G of the other rows is not computed.
-A gradient that is not there (None) stays so, and costs nothing.
+Where only some rows of W train (`trained`), `row_gradient` gives their gradient, and G of the other rows is not
+computed. A gradient that is None stays None and costs nothing.
 """
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -38,26 +39,26 @@ class Linear:
     channel = -1
     axis = 0
 
-    def forward(self, x, weight, bias):
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         y = F.linear(x.reshape(-1, x.shape[-1]), weight, bias)
         return y if x.ndim == 2 else without_view(y, (*x.shape[:-1], len(weight)))
 
-    def input_gradient(self, gy, weight, shape, like):
+    def input_gradient(self, gy: Tensor, weight: Tensor, shape: Sequence[int], like: Tensor | None) -> Tensor:
         return without_view(gy.reshape(-1, gy.shape[-1]) @ weight, shape)
 
-    def weight_gradient(self, x, gy, weight):
+    def weight_gradient(self, x: Tensor, gy: Tensor, weight: Tensor) -> Tensor:
         return gy.reshape(-1, gy.shape[-1]).mT @ x.reshape(-1, x.shape[-1])
 
-    def row_gradient(self, x, gy, weight, rows):
+    def row_gradient(self, x: Tensor, gy: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
         return row_gradient(x, gy)
 
-    def sample_gradients(self, x, gy, weight):
+    def sample_gradients(self, x: Tensor, gy: Tensor, weight: Tensor) -> Tensor:
         return gy.reshape(len(x), -1, weight.shape[0]).mT @ x.reshape(len(x), -1, weight.shape[1])
 
-    def geometry(self, weight):
+    def geometry(self, weight: Tensor) -> tuple[()]:
         return ()
 
-    def as_torch(self, x, weight, bias):
+    def as_torch(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
 
 
@@ -74,47 +75,47 @@ class Conv:
     channel = 1
 
     @property
-    def name(self):
+    def name(self) -> str:
         return f"conv{'_transpose' if self.transposed else ''}{len(self.stride)}d"
 
     @property
-    def axis(self):
+    def axis(self) -> int:
         return 1 if self.transposed else 0
 
     @property
     def _arguments(self):
         return self.stride, self.padding, self.dilation, self.transposed, self.output_padding, self.groups
 
-    def forward(self, x, weight, bias):
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self == _UPSAMPLING and bias is None:
             return transposed_forward(x, weight)
         return convolution(x, weight, bias, *self._arguments)
 
-    def input_gradient(self, gy, weight, shape, like):
+    def input_gradient(self, gy: Tensor, weight: Tensor, shape: Sequence[int], like: Tensor | None) -> Tensor:
         if like is None:
             like = _shaped(gy, shape)
         return convolution_backward(gy, like, weight, None, *self._arguments, (True, False, False))[0]
 
-    def weight_gradient(self, x, gy, weight):
+    def weight_gradient(self, x: Tensor, gy: Tensor, weight: Tensor) -> Tensor:
         return convolution_backward(gy, x, weight, None, *self._arguments, (False, True, False))[1]
 
-    def row_gradient(self, x, gy, weight, rows):
+    def row_gradient(self, x: Tensor, gy: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
         group = None if self.groups == 1 else rows // (weight.shape[0] // self.groups)
         geometry = tuple(weight.shape[2:]), self.stride, self.padding, self.dilation, self.transposed, self.groups
         return row_gradient(x, gy, *geometry, group)
 
-    def sample_gradients(self, x, gy, weight):
-        # The samples become groups of one convolution, whose weight is one of each: only its shape is read.
+    def sample_gradients(self, x: Tensor, gy: Tensor, weight: Tensor) -> Tensor:
+        # The samples become the groups of one convolution, which has a weight for each of them. Only its shape is read.
         B = len(x)
         many = x.new_empty(()).expand(B * weight.shape[0], *weight.shape[1:])
         x, gy = (t.reshape(1, -1, *t.shape[2:]) for t in (x, gy))
         arguments = (*self._arguments[:-1], B * self.groups)
         return convolution_backward(gy, x, many, None, *arguments, (False, True, False))[1].view(B, *weight.shape)
 
-    def geometry(self, weight):
+    def geometry(self, weight: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], bool]:
         return tuple(weight.shape[2:]), self.stride, self.transposed
 
-    def as_torch(self, x, weight, bias):
+    def as_torch(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return torch.convolution(x, weight, bias, *self._arguments)
 
 
@@ -122,7 +123,10 @@ _UPSAMPLING = Conv((2, 2), (0, 0), (1, 1), 1, True, (0, 0))
 
 
 def _shaped(gy: Tensor, shape: Sequence[int]) -> Tensor:
-    """A tensor of which only shape and layout, which is gy's, are read; without memory where nobody makes it dense."""
+    """A tensor of that shape and of gy's layout, of which nothing else is read.
+
+    On a GPU it is one element, expanded, unless gy is channels-last; elsewhere the backward would make it dense.
+    """
     last = gy.dim() == 4 and not gy.is_contiguous() and gy.is_contiguous(memory_format=torch.channels_last)
     if gy.is_cuda and not last:
         return gy.new_empty(1).expand(shape)
@@ -131,7 +135,7 @@ def _shaped(gy: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def _exactly(x: Tensor):
-    """What is in x's dtype stays so, where a backward runs under autocast."""
+    """A context without autocast. A backward may run under autocast, and its tensors must keep their dtypes."""
     kind = x.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
@@ -141,7 +145,7 @@ def _selected(gy: Tensor, rows: Tensor | None, axis: int) -> Tensor:
 
 
 def _gradient_of_rows(op, x, gy, trained, weight, rows) -> Tensor:
-    """dW of the rows, along the weight's own axis; of all without a `weight`."""
+    """dW of the rows, along the weight's own axis. Where `weight` is None `trained` is the whole weight."""
     if weight is None:
         return _WeightGradient.apply(x, gy, trained.detach(), op)
     n = weight.shape[op.axis]
@@ -176,7 +180,7 @@ class _Layer(Function):
         if gy is not None and wants[1]:
             gtrained = _gradient_of_rows(op, x, gy, trained, weight, rows)
         if wants[2] or wants[3]:
-            if gy is None:  # as PyTorch's layers say it of a bias that a penalty does not depend on
+            if gy is None:  # PyTorch gives zeros, not None, to a bias that a penalty does not depend on; so do we
                 size, dtype = ctx.biases
                 total = (trained if weight is None else weight).new_zeros(size, dtype=dtype)
             else:
@@ -207,7 +211,7 @@ class _InputGradient(Function):
 
 
 class _WeightGradient(Function):
-    """`weight` has the shape and layout of the result."""
+    """G. Of `weight` only the shape and the layout are read, which are those of the result."""
 
     @staticmethod
     def forward(ctx, x, gy, weight, op):
@@ -231,7 +235,7 @@ class _WeightGradient(Function):
 
 
 class _ScaledLayer(Function):
-    """f · layer(x, W) with a factor f of all rows: its gradient ⟨dy, layer(x, W)⟩ = ⟨Wᵀ dy, x⟩ needs no output kept."""
+    """f · layer(x, W) with one factor f. Its gradient ⟨dy, layer(x, W)⟩ = ⟨Wᵀ dy, x⟩ needs no saved output."""
 
     @staticmethod
     def forward(ctx, x, trained, factor, weight, rows, op):
@@ -280,7 +284,9 @@ def layer_by_rows(
     return _Layer.apply(x, trained, bias, bias_trained, weight, rows, bias_rows, op)
 
 
-def scaled_layer_by_rows(op, x: Tensor, trained: Tensor, factor: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
+def scaled_layer_by_rows(
+    op: Linear | Conv, x: Tensor, trained: Tensor, factor: Tensor, weight: Tensor, rows: Tensor
+) -> Tensor:
     """op(x, factor * weight) for a 0-d factor, differentiable in x, in the rows and in the factor."""
     return _ScaledLayer.apply(x, trained, factor, weight, rows, op)
 
@@ -290,13 +296,24 @@ def _tuple(value, n: int) -> tuple[int, ...]:
     return value * n if len(value) == 1 else value
 
 
-def convolve(
-    call: Callable, input: Tensor, kernel: Sequence[int], stride=1, padding=0, dilation=1, groups: int = 1,
-    output_padding=None,
-):  # fmt: skip
-    """call(op, x) with the arguments of torch's convolution functions made an op, x a batch; NotImplemented for others.
+Sizes: TypeAlias = int | Sequence[int]  # one number, or one for each axis
 
-    output_padding: of a transposed convolution; None for one that is not.
+
+def convolve(
+    call: Callable[[Conv, Tensor], Any],
+    input: Tensor,
+    kernel: Sequence[int],
+    stride: Sizes = 1,
+    padding: Sizes | str = 0,
+    dilation: Sizes = 1,
+    groups: int = 1,
+    output_padding: Sizes | None = None,
+) -> Any:
+    """call(op, x) for the arguments of one of torch's convolution functions, with x a batch.
+
+    output_padding: that of a transposed convolution; None for one that is not transposed.
+
+    Returns NotImplemented for an input of another number of axes, and where `call` does.
     """
     n = len(kernel)
     if input.ndim == n + 1:
@@ -312,7 +329,7 @@ def convolve(
         if any(s != 1 for s in stride):
             return NotImplemented
         padding = [t // 2 for t in total]
-        if any(t % 2 for t in total):  # the longer side is behind
+        if any(t % 2 for t in total):  # PyTorch pads one more behind than in front
             input = F.pad(input, [extra for t in reversed(total) for extra in (0, t % 2)])
     transposed = output_padding is not None
     output_padding = _tuple(output_padding if transposed else 0, n)

@@ -20,6 +20,7 @@ import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -119,12 +120,12 @@ def _penalty_of(critic, x: Tensor, condition, center=0.0, squared: bool = False)
 
 
 def gradient_penalty(
-    critic,
+    critic: Callable[..., Tensor],
     real: Tensor,
     fake: Tensor,
     center: float = 1.0,
     generator: torch.Generator | None = None,
-    condition=None,
+    condition: Any = None,
 ) -> Tensor:
     """mean((|grad D(x^)|_2 - center)^2) with x^ = interpolate(real, fake); center 1: WGAN-GP, 0: zero-centred.
 
@@ -148,18 +149,18 @@ def gradient_penalty(
 
 
 def dragan_penalty(
-    critic,
+    critic: Callable[..., Tensor],
     real: Tensor,
     center: float = 1.0,
     scale: float = 0.5,
     generator: torch.Generator | None = None,
-    condition=None,
+    condition: Any = None,
 ) -> Tensor:
     """mean((|grad D(x^)|_2 - center)^2) around the real images (Kodali et al. 2017).
 
     x^_i = real_i + alpha_i scale std(real) u_i: alpha_i of U[0, 1), one a sample; u_i of U[0, 1), one an element; std
-    (that of a population) over all elements of the batch. So the authors' code has it; the paper writes the noise as
-    normal. critic, real, generator, condition, result and errors as in `gradient_penalty`.
+    (that of a population) over all elements of the batch. The authors' code draws uniform noise; the paper writes
+    normal noise. critic, real, generator, condition, result and errors as in `gradient_penalty`.
     """
     real = _critic_input(critic, real, "real")
     noise = random_like(torch.rand, real.shape, real, generator).to(real.dtype)
@@ -167,7 +168,7 @@ def dragan_penalty(
     return _penalty_of(critic, x, condition, center)
 
 
-def r1_penalty(critic, real: Tensor, condition=None) -> Tensor:
+def r1_penalty(critic: Callable[..., Tensor], real: Tensor, condition: Any = None) -> Tensor:
     """mean(|grad D(x)|_2^2), without the 1/2 of the paper: R1 for real images, R2 for fakes.
 
     critic: images [B, ...] -> scores [B] or [B, 1]. real: [B, ...], detached. condition: what the critic takes after
@@ -236,7 +237,7 @@ class LazyPenalty:
             raise ValueError(f"weight must be finite and at least 0, got {weight}")
         self.penalty, self.every, self.weight = penalty, every, weight
 
-    def __call__(self, step: int, critic, real: Tensor, *args, **kwargs) -> Tensor:
+    def __call__(self, step: int, critic: Callable[[Tensor], Tensor], real: Tensor, *args, **kwargs) -> Tensor:
         """every * weight * penalty(critic, real, ...) where `every` divides step, else a zero without a graph, of the
         penalty's dtype on real's device."""
         if step % self.every or not self.weight:

@@ -1,4 +1,4 @@
-"""A critic as a penalty on its gradient runs it: the same values, layers whose second order costs what it must.
+"""How a penalty on its gradient runs a critic: with the same values, and a second order that costs what it has to.
 
 Inside `second_order()` these functions of torch, on plain tensors, are Functions of this library:
 
@@ -6,11 +6,11 @@ Inside `second_order()` these functions of torch, on plain tensors, are Function
     relu, leaky_relu                            y = x m,  gx = gy m,  dgy = hx m;  m = 1 where y > 0, else the slope
     avg_pool2d                                  y = P x,  gx = P^T gy,  dgy = P hx
 
-Of gx PyTorch says that its derivative by x is a tensor of zeros. It travels through the whole first pass, at the cost
-of an input gradient and a weight gradient a layer. Here it is None, and what gets None computes nothing.
+PyTorch makes the derivative of gx by x a tensor of zeros. It travels through the whole first pass, at the cost of an
+input gradient and a weight gradient in each layer. Here it is None, and a Function that gets None computes nothing.
 """
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from .._torch import (
     avg_pool2d,
     avg_pool2d_backward,
+    is_tracing,
     leaky_relu_backward,
     saved_tensors_are_hooked,
     threshold_backward,
@@ -31,7 +32,7 @@ from .bilinear import functions_of, layer
 
 
 class _Rectifier(Function):
-    """slope None: relu, whose zeros a slope of 0 would give a sign."""
+    """ReLU where slope is None, else leaky ReLU. A slope of 0 would not do for ReLU: it gives zeros a sign."""
 
     @staticmethod
     def forward(ctx, x, slope, inplace):
@@ -53,7 +54,7 @@ class _Rectifier(Function):
 
 
 class _Rectified(Function):
-    """gy m, linear in gy; of `side`, the input or the output, only the sign counts."""
+    """gy m, linear in gy. `side` is the input or the output, of which only the sign is read."""
 
     @staticmethod
     def forward(ctx, gy, side, slope):
@@ -100,7 +101,10 @@ class _Pooled(Function):
 
 
 class _Present(Function):
-    """A bias whose gradient is zeros where PyTorch's layer has none for it, as it is when that layer is given zeros."""
+    """The bias of a norm, passed on. Where the norm has no gradient for it, this backward gets zeros and returns them.
+
+    PyTorch's norms give such a bias zeros too, since their own gradient is zeros there and not None.
+    """
 
     @staticmethod
     def forward(ctx, bias):
@@ -116,7 +120,7 @@ def _is_plain(x) -> bool:
 
 
 def _are_operands(x, weight, bias, dims: int) -> bool:
-    """Whether this is a layer of plain tensors of one type, of a weight with so many axes; not under autocast."""
+    """Whether these are plain tensors of one dtype and device, the weight with `dims` axes, and autocast is off."""
     tensors = (x, weight) if bias is None else (x, weight, bias)
     alike = all(_is_plain(t) and t.dtype == x.dtype and t.device == x.device for t in tensors)
     return alike and weight.ndim == dims and x.numel() > 0 and not torch.is_autocast_enabled(x.device.type)
@@ -157,7 +161,7 @@ def _avg_pool2d(
 
 
 def _norm(function, place: int):
-    """`place` of the bias among the arguments."""
+    """A norm of torch whose bias goes through `_Present`. place: that of the bias among the arguments."""
 
     def norm(*args, **kwargs):
         bias = kwargs.get("bias") if len(args) <= place else args[place]
@@ -194,19 +198,21 @@ class _SecondOrder(TorchFunctionMode):
 
 
 def _may_replace() -> bool:
-    """Not where nothing is differentiated, nor where someone else sees or repeats what PyTorch's own functions do:
-    transforms, tracers, and hooks on saved tensors, with which checkpointing compares a repetition with the first run.
+    """Whether our Functions may take the place of PyTorch's.
+
+    They may not where nothing is differentiated, nor where someone else watches or repeats what PyTorch's functions do:
+    transforms, tracers, and hooks on saved tensors, by which checkpointing compares a repetition with the first run.
     """
     return (
         torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and not transforms_active()
-        and not torch.jit.is_tracing()
+        and not is_tracing()
         and not saved_tensors_are_hooked()
     )
 
 
-def second_order():
+def second_order() -> AbstractContextManager[object]:
     """Inside this context a network is run for a loss that depends on its gradient; values are as outside.
 
     Weights get the gradients that they would get outside, to rounding, any number of times; a parameter on which the

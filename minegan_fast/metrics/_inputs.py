@@ -1,6 +1,7 @@
 """What metrics take: a tensor or NumPy array, of features [samples, dimensions]."""
 
 import warnings
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -8,9 +9,11 @@ from torch import Tensor
 
 from ..ops._features import check_features, check_finite
 
+Array: TypeAlias = Tensor | np.ndarray  # what every metric takes
 
-def as_tensor(x, name: str) -> Tensor:
-    """A tensor as it is, or that of an array; TypeError for all else."""
+
+def as_tensor(x: Array, name: str) -> Tensor:
+    """A tensor unchanged, an array as a tensor; TypeError for all else."""
     if isinstance(x, np.ndarray) and (min(x.strides, default=0) < 0 or not (x.flags.writeable and x.dtype.isnative)):
         # Reversed, read-only or of foreign byte order: torch would refuse it, or warn of it.
         x = np.array(x, x.dtype.newbyteorder("="), order="C")
@@ -21,7 +24,7 @@ def as_tensor(x, name: str) -> Tensor:
         raise TypeError(f"{name} must be a tensor or array of numbers, not {got}") from None
 
 
-def as_features(x, name: str, least: int = 1, dtype: torch.dtype | None = None) -> Tensor:
+def as_features(x: Array, name: str, least: int = 1, dtype: torch.dtype | None = None) -> Tensor:
     """x [N, D] without gradient, on the device where it lies, as `dtype`; None: float64 as float64, all else as
     float32. ValueError for fewer than `least` rows."""
     x = as_tensor(x, name)
@@ -32,7 +35,7 @@ def as_features(x, name: str, least: int = 1, dtype: torch.dtype | None = None) 
     return x.detach().to(dtype or torch.promote_types(x.dtype, torch.float32))
 
 
-def as_pair(x, y, least: int = 1, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+def as_pair(x: Array, y: Array, least: int = 1, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """Two samples of the same dimensions on the same device, as `dtype`; None: the wider of their dtypes."""
     x, y = as_features(x, "x", least, dtype), as_features(y, "y", least, dtype)
     if x.shape[1] != y.shape[1]:

@@ -9,7 +9,7 @@ TILE = 1 << 21  # distances held at once
 
 
 def distances(a: Tensor, b: Tensor) -> Tensor:
-    """By differences: exact where they are, and the same for the same pair in every call."""
+    """Distances by differences, which are the same for the same pair in every call, and 0 for a copy."""
     return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
 
 
@@ -21,13 +21,13 @@ class Points:
         self.norms = self.centred.square().sum(1)
 
     def squares(self, rows: slice, other: "Points") -> tuple[Tensor, Tensor]:
-        """|a - b|^2 [r, M] of some rows to all of another sample, and a bound of its error and of `distances`'."""
+        """|a - b|^2 [r, M] of some rows to all of `other`, and a bound of the errors of it and of `distances`."""
         norms = self.norms[rows, None] + other.norms
         squares = torch.addmm(norms, self.centred[rows], other.centred.T, alpha=-2)
         return squares, norms.mul_(8 * (self.z.shape[1] + 8) * torch.finfo(torch.float64).eps)
 
     def slices(self, other: "Points") -> Iterator[slice]:
-        """Of the rows, so that a tile has at most TILE distances."""
+        """Slices of the rows, each so long that its tile of distances to `other` has at most TILE entries."""
         step = max(1, TILE // len(other.z))
         for i in range(0, len(self.z), step):
             yield slice(i, min(i + step, len(self.z)))

@@ -3,16 +3,24 @@
 import contextlib
 import statistics
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
-from ._inputs import as_features, as_pair
+from ._inputs import Array, as_features, as_pair
 from .kernel import kid
 from .manifold import precision_recall
 
 
 def bootstrap(
-    metric, x, y=None, samples: int = 200, seed: int = 0, level: float = 0.95, method: str = "percentile"
+    metric: Callable[..., Any],
+    x: Array,
+    y: Array | None = None,
+    samples: int = 200,
+    seed: int = 0,
+    level: float = 0.95,
+    method: str = "percentile",
 ) -> tuple[float, float]:
     """Confidence interval (low, high) of metric(x, y), or of metric(x) where y is None.
 
@@ -44,7 +52,7 @@ def bootstrap(
         raise ValueError(f"the jackknife says nothing of {metric.__name__}: use percentile, or mmd2 instead of kid")
     value = _number(metric(*parts))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of every resample what has just been said of the sample
+        warnings.simplefilter("ignore", UserWarning)  # every resample would repeat what the sample has just warned of
         if method == "percentile":
             return _percentile(metric, parts, samples, seed, level)
         variance = sum(_variance(metric, parts, side) for side in range(len(parts)))
@@ -54,7 +62,7 @@ def bootstrap(
 
 @contextlib.contextmanager
 def _of(part: str):
-    """Says of an error that not the samples given, but others made from them are meant."""
+    """Adds to an error that it is about a part of the given samples, or about others that were drawn from them."""
     try:
         yield
     except ValueError as error:
@@ -78,7 +86,7 @@ def _percentile(metric, parts, samples: int, seed: int, level: float) -> tuple[f
 
 
 def _variance(metric, parts, side: int) -> float:
-    """Of the metric, as far as the sample of one side makes it."""
+    """The jackknife's share of the metric's variance that comes from the sample of one side."""
     z = parts[side]
     n = len(z)
     with _of("the samples with one left out"):

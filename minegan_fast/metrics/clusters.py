@@ -10,23 +10,27 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ._inputs import as_tensor
+from ._inputs import Array, as_tensor
 
 _LIMIT = 16.0  # beyond it a float image is in [0, 255], not an unclamped generator's
 
 
 class IntraClusterDiversity(NamedTuple):
-    """mean and std: over the clusters that have at least two images. diversity [K] float64: mean pairwise distance
-    within each cluster, NaN where there are fewer. sizes [K] int64: generated images nearest to each target."""
+    """What `intra_cluster_diversity` returns."""
 
-    mean: float
-    std: float
-    diversity: Tensor
-    sizes: Tensor
+    mean: float  # over the clusters that have at least two images
+    std: float  # over the same clusters
+    diversity: Tensor  # [K] float64, the mean pairwise distance within each cluster, NaN where it has fewer than two
+    sizes: Tensor  # [K] int64, how many generated images are nearest to each target
 
 
 def intra_cluster_diversity(
-    images, targets, distance: Callable, batch: int = 64, pairs: int | None = 1000, seed: int = 0
+    images: Array,
+    targets: Array,
+    distance: Callable[[Tensor, Tensor], Tensor],
+    batch: int = 64,
+    pairs: int | None = 1000,
+    seed: int = 0,
 ) -> IntraClusterDiversity:
     """Mean pairwise distance of generated images within clusters around the target images: intra-cluster LPIPS.
 
@@ -105,7 +109,7 @@ def _as_images(x, name: str) -> Tensor:
 
 @contextlib.contextmanager
 def _evaluated(distance) -> Iterator[Tensor | None]:
-    """A module in eval mode, its flags restored after; yields a tensor of it, whose device and dtype it computes in."""
+    """Puts a module into eval mode and restores its flags after. Yields a tensor of its dtype and device."""
     if not isinstance(distance, nn.Module):
         with torch.no_grad():
             yield None

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..files.reading import read
-from ._inputs import as_tensor
+from ._inputs import Array, as_tensor
 from .inception import SMALLEST, from_weights, is_inception, shortened
 
 _LIMIT = 16.0  # beyond it a float image is in [0, 255], not an unclamped generator's
@@ -131,15 +131,15 @@ class FeatureExtractor:
 
     def __init__(
         self,
-        path_or_module,
-        batch=64,
-        resolution=None,
-        normalize=None,
-        channels=None,
-        interpolation=None,
-        device=None,
-        antialias=True,
-        quantize=None,
+        path_or_module: str | os.PathLike | nn.Module,
+        batch: int = 64,
+        resolution: int | tuple[int, int] | None = None,
+        normalize: str | None = None,
+        channels: int | None = None,
+        interpolation: str | None = None,
+        device: str | torch.device | None = None,
+        antialias: bool = True,
+        quantize: bool | None = None,
     ):
         if batch < 1:
             raise ValueError(f"batch must be at least 1, got {batch}")
@@ -181,7 +181,7 @@ class FeatureExtractor:
                     f"Inception's weights take 3 channels of floats, got channels={channels!r}, normalize={normalize!r}"
                 )
 
-    def __call__(self, images) -> Tensor:
+    def __call__(self, images: Array) -> Tensor:
         """Features [N, D] on the network's device: float64 for a float64 network, else float32.
 
         images: tensor or array [N, C, H, W], floating point in [-1, 1], or uint8 in 0..255, on any device. Floats
@@ -245,7 +245,7 @@ class FeatureExtractor:
         return x if x.dtype == torch.uint8 else x.to(dtype)
 
     def anchor(self, images: Tensor) -> Tensor:
-        """A tensor of the network's dtype on its device: its first of floating point, else float32 where images are."""
+        """A tensor of the network's dtype and device: its first one of floats, else a float32 one beside images."""
         tensors = chain(self.module.parameters(), self.module.buffers())
         return next((t for t in tensors if t.is_floating_point()), images.new_empty(0, dtype=torch.float32))
 

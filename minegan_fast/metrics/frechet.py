@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from ..files.atomic import atomic_path
-from ._inputs import as_features, as_tensor
+from ._inputs import Array, as_features, as_tensor
 
 _ASYMMETRY = 1e-5  # of the largest entry; files made in float32 have about 1e-7
-_NEGATIVE = 1e-3  # of the largest eigenvalue: beyond it no rounding
+_NEGATIVE = 1e-3  # of the largest eigenvalue; rounding makes no eigenvalue more negative than that
 
 
 class Normal(NamedTuple):
@@ -65,8 +65,8 @@ class FeatureStatistics:
         object.__setattr__(self, "count", None if self.count is None else int(self.count))
 
     @classmethod
-    def of(cls, x) -> "FeatureStatistics":
-        """Of features x [N >= 2, D]."""
+    def of(cls, x: Array) -> "FeatureStatistics":
+        """The statistics of features x [N >= 2, D]."""
         return cls.of_normal(normal_of(x, "x"))
 
     @classmethod
@@ -75,7 +75,7 @@ class FeatureStatistics:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "FeatureStatistics":
-        """From an .npz file with `mu` and `sigma`, as pytorch-fid writes it, and `count` where `save` wrote it.
+        """Reads an .npz file with `mu` and `sigma`, as pytorch-fid writes it, and `count` where `save` wrote it.
 
         Such numbers mean something only against features of the very network and image range that made the file.
         ValueError where the file holds anything else; a pickle within is never opened.
@@ -95,12 +95,15 @@ class FeatureStatistics:
                 raise ValueError(f"{path}: {error}") from error
 
     def save(self, path: str | os.PathLike) -> None:
-        """To an .npz file that `load` and pytorch-fid read: `mu`, `sigma`, and `count` where it is known."""
-        count = {} if self.count is None else {"count": np.int64(self.count)}
+        """Writes an .npz file that `load` and pytorch-fid read: `mu`, `sigma`, and `count` where it is known."""
+        mu, sigma = self.mean.cpu().numpy(), self.covariance.cpu().numpy()
         with atomic_path(path) as temporary, open(temporary, "wb") as file:
-            np.savez(file, mu=self.mean.cpu().numpy(), sigma=self.covariance.cpu().numpy(), **count)
+            if self.count is None:
+                np.savez(file, mu=mu, sigma=sigma)
+            else:
+                np.savez(file, mu=mu, sigma=sigma, count=np.int64(self.count))
 
-    def to(self, device) -> "FeatureStatistics":
+    def to(self, device: str | torch.device) -> "FeatureStatistics":
         return FeatureStatistics(self.mean.to(device), self.covariance.to(device), self.count)
 
     def normal(self) -> Normal:
@@ -109,14 +112,14 @@ class FeatureStatistics:
             raise ValueError(
                 f"covariance has eigenvalues from {float(values[0]):.4g} to {float(values[-1]):.4g}: it is not one"
             )
-        # What rounding made of eigenvalues that are 0 would count with its root.
+        # Rounding turns eigenvalues of 0 into small numbers, whose roots would count.
         D = len(values)
         values = torch.where(values > D * torch.finfo(values.dtype).eps * values[-1], values, 0.0)
         rank = D if self.count is None else min(D, self.count - 1)
         return Normal(self.mean, (vectors * values.sqrt())[:, -rank:].T, self.count)
 
 
-def normal_of(x, name: str) -> Normal:
+def normal_of(x: Array, name: str) -> Normal:
     x = as_features(x, name, 2, torch.float64)
     mean = x.mean(0)
     root = (x - mean) / (len(x) - 1) ** 0.5
@@ -140,7 +143,7 @@ def frechet_distance(x: Normal, y: Normal, names: tuple[str, str], stacklevel: i
     return max(0.0, float((x.mean - y.mean).square().sum() + variance - 2 * fidelity))
 
 
-def fid(x, y) -> float:
+def fid(x: "Array | FeatureStatistics", y: "Array | FeatureStatistics") -> float:
     """Frechet distance of two normal distributions fitted to the features: FID, for Inception features.
 
     |mu_x - mu_y|^2 + tr(S_x + S_y - 2 (S_x S_y)^(1/2)), S the unbiased covariances, in float64.
@@ -155,9 +158,9 @@ def fid(x, y) -> float:
     unbiased.
     Source: Heusel et al., "GANs Trained by a Two Time-Scale Update Rule", 2017.
     """
-    x, y = (z.normal() if isinstance(z, FeatureStatistics) else normal_of(z, n) for z, n in ((x, "x"), (y, "y")))
-    if len(x.mean) != len(y.mean):
-        raise ValueError(f"x and y must have the same number of dimensions, got {len(x.mean)} and {len(y.mean)}")
-    if x.mean.device != y.mean.device:
-        raise ValueError(f"x and y must be on the same device, got {x.mean.device} and {y.mean.device}")
-    return frechet_distance(x, y, ("x", "y"))
+    fake, real = (z.normal() if isinstance(z, FeatureStatistics) else normal_of(z, n) for z, n in ((x, "x"), (y, "y")))
+    if len(fake.mean) != len(real.mean):
+        raise ValueError(f"x and y must have the same number of dimensions, got {len(fake.mean)} and {len(real.mean)}")
+    if fake.mean.device != real.mean.device:
+        raise ValueError(f"x and y must be on the same device, got {fake.mean.device} and {real.mean.device}")
+    return frechet_distance(fake, real, ("x", "y"))

@@ -13,12 +13,14 @@ Two sets of weights are in use, and their pools differ:
                  maximum, unlike the paper's.
 """
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 CLASSES = {1000: "torchvision", 1008: "fid"}  # the rows of fc.weight tell the weights apart
-SMALLEST = 75  # a smaller image leaves nothing for the last convolutions
+SMALLEST = 75  # of a smaller image nothing is left for the last convolutions
 _UNUSED = ("AuxLogits.", "fc.")
 _COUNTER = ".num_batches_tracked"
 
@@ -83,7 +85,7 @@ _BLOCKS = {
 
 
 class _Conv(nn.Module):
-    def __init__(self, inputs, channels, kernel, stride=1, padding="same"):
+    def __init__(self, inputs: int, channels: int, kernel, stride: int = 1, padding: int | str = "same"):
         super().__init__()
         self.conv = nn.Conv2d(inputs, channels, kernel, stride, padding, bias=False)
         self.bn = nn.BatchNorm2d(channels, eps=1e-3)
@@ -104,9 +106,9 @@ class _Block(nn.Module):
                 layer = layer if isinstance(layer, list) else [layer]
                 suffixes = [""] if len(layers) == 1 else [f"_{i}"] if len(layer) == 1 else [f"_{i}a", f"_{i}b"]
                 steps.append([branch + suffix for suffix in suffixes])
-                last = reduces and i == len(layers)
+                stride, padding = (2, 0) if reduces and i == len(layers) else (1, "same")
                 for name, (channels, kernel) in zip(steps[-1], layer, strict=True):
-                    self.add_module(name, _Conv(width, channels, kernel, *((2, 0) if last else ())))
+                    self.add_module(name, _Conv(width, channels, kernel, stride, padding))
                 width = sum(channels for channels, _ in layer)
             self.names[branch] = steps
             self.channels += width
@@ -161,7 +163,7 @@ def is_inception(state: dict) -> bool:
     return any(isinstance(name, str) and name.startswith(("Conv2d_1a_3x3.", "Mixed_5b.")) for name in state)
 
 
-def from_weights(state: dict[str, Tensor], device="cpu") -> tuple[Inception, str]:
+def from_weights(state: dict[str, Tensor], device: str | torch.device = "cpu") -> tuple[Inception, str]:
     """(network, its variant) with these weights in memory of its own: float64 if one of them is, else float32.
 
     Raises:
@@ -203,6 +205,6 @@ def from_weights(state: dict[str, Tensor], device="cpu") -> tuple[Inception, str
     return network.requires_grad_(False).eval(), variant
 
 
-def shortened(names, most=6) -> str:
+def shortened(names: Iterable, most: int = 6) -> str:
     names = sorted(map(str, names))
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -9,13 +9,18 @@ from torch import Tensor
 
 from ..ops._features import median_distance
 from ..ops.mmd import check_value, mmd2, mmd2_of_subsets
-from ._inputs import as_pair, warn_of_few
+from ._inputs import Array, as_pair, warn_of_few
 
 FEW = 10  # fewer vary by as much as they measure
 
 
 def kid(
-    x, y, subsets: int = 100, subset_size: int = 1000, seed: int = 0, indices: tuple | None = None
+    x: Array,
+    y: Array,
+    subsets: int = 100,
+    subset_size: int = 1000,
+    seed: int = 0,
+    indices: tuple[Array, Array] | None = None,
 ) -> tuple[float, float]:
     """Kernel inception distance: unbiased MMD^2 with the kernel (a.b / D + 1)^3, over random subsets.
 
@@ -55,7 +60,7 @@ def kid(
 
 
 def _draw(N: int, M: int, subsets: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
-    """[subsets, size] of each, drawn in turn."""
+    """Rows of x and of y, [subsets, size] each. Each subset draws those of x and then those of y."""
     random = np.random.RandomState(seed)
     drawn = [[random.choice(n, size, replace=False) for n in (N, M)] for _ in range(subsets)]
     rows, columns = (torch.from_numpy(np.stack(part)) for part in zip(*drawn, strict=True))
@@ -75,7 +80,7 @@ def _check_indices(indices, N: int, M: int) -> tuple[Tensor, Tensor]:
     return rows, columns
 
 
-def kmmd(x, y, sigma: float = 1.0) -> float:
+def kmmd(x: Array, y: Array, sigma: float = 1.0) -> float:
     """Kernel MMD: unbiased MMD^2 with a gaussian kernel of bandwidth sigma * (median distance of the real features).
 
     x [N, D], y [M, D]: features of the fakes and of the reals, N, M >= 2. The median of |y_i - y_j|_2 over i < j makes

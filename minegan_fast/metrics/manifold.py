@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor
 
-from ._inputs import as_pair, warn_of_few
+from ._inputs import Array, as_pair, warn_of_few
 from ._points import Points, distances
 
 FEW = 100  # the standard error of a fraction is up to 0.05
 
 
-def precision_recall(x, y, k: int = 3) -> tuple[float, float]:
+def precision_recall(x: Array, y: Array, k: int = 3) -> tuple[float, float]:
     """Improved precision and recall: (precision, recall), each in [0, 1].
 
     precision: the fraction of the fakes that lie in the reals' manifold; recall: the fraction of the reals that lie in
@@ -40,7 +40,7 @@ def precision_recall(x, y, k: int = 3) -> tuple[float, float]:
 
 
 def _radii(points: Points, k: int) -> Tensor:
-    """[N]: the distance of each to its k-th nearest other."""
+    """[N]: the distance of each point to the k-th nearest of the others."""
     radii = []
     for rows in points.slices(points):
         z, index = points.z[rows], torch.arange(rows.start, rows.stop, device=points.z.device)[:, None]
@@ -58,7 +58,7 @@ def _radii(points: Points, k: int) -> Tensor:
 
 
 def _inside(points: Points, other: Points, radii: Tensor) -> Tensor:
-    """[N] bool: whether each lies in some ball around the other sample's."""
+    """[N] bool: whether each point lies in a ball around some point of the other sample."""
     result = []
     for rows in points.slices(other):
         squares, bound = points.squares(rows, other)

@@ -4,11 +4,11 @@ import torch
 from torch import Tensor
 
 from . import _points
-from ._inputs import as_features, as_pair
+from ._inputs import Array, as_features, as_pair
 from ._points import Points, distances
 
 
-def mean_variance(x) -> float:
+def mean_variance(x: Array) -> float:
     """Mean over the D dimensions of the unbiased variance over the samples; x [N >= 2, D]. Higher: more diverse.
 
     Half the mean squared distance between two samples, per dimension. In squared units of the features: compare only
@@ -17,7 +17,7 @@ def mean_variance(x) -> float:
     return float(as_features(x, "x", 2, torch.float64).var(0).mean())
 
 
-def diversity(x) -> float:
+def diversity(x: Array) -> float:
     """Mean euclidean distance |x_i - x_j| over the pairs i < j; x [N >= 2, D]. Higher: more diverse.
 
     In float64, in tiles of the distance matrix.
@@ -30,7 +30,7 @@ def diversity(x) -> float:
     return float(total / (N * (N - 1) / 2))
 
 
-def nearest(x, y) -> tuple[Tensor, Tensor]:
+def nearest(x: Array, y: Array) -> tuple[Tensor, Tensor]:
     """Distance [N] (float64) and index [N] (int64) of the nearest row of y [M, D] for every row of x [N, D].
 
     Euclidean, in float64. Distances that products cannot tell apart are computed from differences, so the nearest is

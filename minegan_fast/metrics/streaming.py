@@ -1,16 +1,18 @@
 """Metrics of features that come batch by batch: update, compute, reset."""
 
+from typing import Any, TypeVar
+
 import torch
 from torch import Tensor
 
-from ._inputs import as_features
+from ._inputs import Array, as_features
 from .frechet import FeatureStatistics, Normal, frechet_distance
 from .kernel import kid, kmmd
 from .manifold import precision_recall
 
 
 class _Rows:
-    """A sample, kept."""
+    """A sample of which all rows are kept."""
 
     def __init__(self, count: int, rows: Tensor):
         self.count, self.parts = count, [rows]
@@ -93,8 +95,11 @@ class _Variance:
         return {"count": self.count, "mean": self.mean, "squares": self.squares}
 
 
+S = TypeVar("S", bound="_Streaming")
+
+
 class _Streaming:
-    """What all have in common; `update` documents the rules.
+    """What the metrics below have in common. `update` says what a batch must be.
 
     samples: {"fake": ..., "real": ...}, those of which there is anything. kind: D, dtype and device of every batch.
     """
@@ -112,9 +117,10 @@ class _Streaming:
     @property
     def counts(self) -> tuple[int, int]:
         """Fake and real samples seen."""
-        return tuple(self._samples[side].count if side in self._samples else 0 for side in ("fake", "real"))
+        fake, real = (self._samples[side].count if side in self._samples else 0 for side in ("fake", "real"))
+        return fake, real
 
-    def update(self, features, real: bool) -> None:
+    def update(self, features: Array, real: bool) -> None:
         """Adds a batch: features [B >= 1, D] of reals (real=True) or of fakes, tensor or array.
 
         The first batch of either fixes D, dtype (float64, or float32 for all else) and device; ValueError for a batch
@@ -148,8 +154,8 @@ class _Streaming:
             raise ValueError(f"{type(self).__name__} has seen {seen} samples, it needs at least {least}{each}")
         return [self._samples[side] for side in self._sides]
 
-    def merge(self, other) -> None:
-        """Adds what another of the same class has seen, of another process, say."""
+    def merge(self, other: "_Streaming") -> None:
+        """Adds what another of the same class has seen, for example in another process."""
         if type(other) is not type(self):
             raise TypeError(f"{type(self).__name__} cannot merge {type(other).__name__}")
         if other._kind is not None:
@@ -158,11 +164,11 @@ class _Streaming:
             self._add(side, self._sample(**sample.state()))
 
     def reset(self, keep_real: bool = False) -> None:
-        """Forgets all samples, or with keep_real the fakes only, as a training run wants whose reals stay the same."""
+        """Forgets all samples. With keep_real it keeps the reals, for a training run whose reals stay the same."""
         self._samples = {side: sample for side, sample in self._samples.items() if keep_real and side == "real"}
         self._kind = self._kind if self._samples else None
 
-    def to(self, device):
+    def to(self: S, device: str | torch.device) -> S:
         """Moves what is kept to a device, in place; returns itself. Later batches must be there."""
         self.load_state_dict(_moved(self.state_dict(), device))
         return self
@@ -170,7 +176,7 @@ class _Streaming:
     def state_dict(self) -> dict:
         """Tensors, numbers and strings that `torch.save` writes and `torch.load(weights_only=True)` reads; not the
         options of the class."""
-        state = {"metric": type(self).__name__}
+        state: dict[str, Any] = {"metric": type(self).__name__}
         if self._kind is not None:
             D, dtype, device = self._kind
             state["like"] = torch.empty(0, D, dtype=dtype, device=device)
@@ -210,7 +216,7 @@ class FID(_Streaming):
         return frechet_distance(fake.normal(), real.normal(), ("fake", "real"))
 
     def statistics(self, real: bool) -> FeatureStatistics:
-        """Of the reals or the fakes seen, to be saved or compared with others; ValueError before 2 samples."""
+        """The statistics of the reals or of the fakes seen, to save or to compare; ValueError before 2 samples."""
         side = "real" if real else "fake"
         count = self.counts[real]
         if count < 2:
@@ -263,7 +269,7 @@ class MeanVariance(_Streaming):
     _sample = _Variance
     _sides = ("fake",)
 
-    def update(self, features, real: bool = False) -> None:
+    def update(self, features: Array, real: bool = False) -> None:
         """Adds a batch, features [B >= 1, D]; reals are checked, as every metric checks them, and not counted."""
         super().update(features, real)
 

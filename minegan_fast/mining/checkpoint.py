@@ -21,8 +21,8 @@ def save_miner(path: str | Path, miner: Miner | Mined) -> None:
     where the miner acts, and the prior.
     """
     mined = miner if isinstance(miner, Mined) else None
-    miner = mined.miner if mined else miner
-    tensors, metadata = miner.state_dict(), {"format": FORMAT, "config": json.dumps(miner.config)}
+    of_latent = miner if mined is None else mined.miner
+    tensors, metadata = of_latent.state_dict(), {"format": FORMAT, "config": json.dumps(of_latent.config)}
     if mined:
         metadata |= {"place": mined.place, "prior": mined.prior}
         if mined.class_miner is not None:

@@ -2,11 +2,12 @@
 
 import copy
 import itertools
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from .prior import Whitening, check_prior, latent_statistics, prior_penalty, project
+from .prior import Mapped, Whitening, check_prior, latent_statistics, prior_penalty, project
 
 PLACES = ("z", "w")
 
@@ -28,9 +29,9 @@ class Mined(nn.Module):
         place: "z" | "w". "w" needs a generator with `mapping(z) -> w` and the keyword `latents`.
         constant: [1, C, 4, 4], copied: takes the place of the generator's learned constant, and trains.
         prior: "sphere" | "moments" | "sphere+moments" | "shell" | "none": how the mined z or w stays near what the
-            generator was trained on, see `prior`. The sphere is a part of the network, z only; the penalty is for
-            whoever trains.
-        reference: where the generator's own w lie (`prior.own_latents`); its penalty and statistics need it.
+            generator was trained on, see `prior`. The sphere, for z alone, is a part of the network; a trainer adds the
+            penalty to its loss.
+        reference: where the generator's own w lie (`prior.own_latents`); the penalty and the statistics of w need it.
 
     Keywords of the call go to the generator.
     """
@@ -87,9 +88,9 @@ class Mined(nn.Module):
         return self.images(self.latents(u), u, **keywords)
 
     def latents(self, u: Tensor) -> Tensor:
-        """What the generator gets for u: z [B, latent_dim] after the projection, or w [B, style_dim]; no class."""
+        """What the generator gets for u: z [B, latent_dim] after the projection, or w [B, style_dim]; not the class."""
         if self.place == "w":
-            return self.miner(self.generator.mapping(u))
+            return self.miner(cast(Mapped, self.generator).mapping(u))
         return project(self.miner(u), self.prior)
 
     def images(self, latents: Tensor, u: Tensor, **keywords) -> Tensor:

@@ -64,14 +64,15 @@ class Miner(nn.Module):
             )
         self.input_dim, self.output_dim = input_dim, output_dim
         sizes = [input_dim] + [width] * (depth - 1) + [output_dim]
-        layers = [nn.Linear(*sizes[:2])]
-        for pair in itertools.pairwise(sizes[1:]):
-            layers += [ACTIVATIONS[activation](), nn.Linear(*pair)]
+        linears = [nn.Linear(inputs, outputs) for inputs, outputs in itertools.pairwise(sizes)]
+        layers: list[nn.Module] = [linears[0]]
+        for linear in linears[1:]:
+            layers += [ACTIVATIONS[activation](), linear]
         self.layers = nn.Sequential(*layers)
         self.skip = nn.Linear(input_dim, output_dim) if affine else nn.Identity() if residual else None
         if residual:
-            nn.init.zeros_(self.layers[-1].weight)
-            nn.init.zeros_(self.layers[-1].bias)
+            nn.init.zeros_(linears[-1].weight)
+            nn.init.zeros_(linears[-1].bias)
 
     def forward(self, u: Tensor) -> Tensor:
         if u.ndim != 2 or u.shape[1] != self.input_dim:

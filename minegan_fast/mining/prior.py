@@ -22,12 +22,20 @@ d / (effective dimension) - 1, without centring: a cost of collapse.
 The same for w, whose distribution the mapping network makes: w is whitened first (`Whitening`).
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 PRIORS = ("sphere", "moments", "sphere+moments", "shell", "none")
+
+
+class Mapped(Protocol):
+    """A generator with a mapping network z [B, latent_dim] -> w [B, style_dim]."""
+
+    latent_dim: int
+
+    def mapping(self, z: Tensor) -> Tensor: ...
 
 
 class Whitening(NamedTuple):
@@ -69,8 +77,9 @@ def own_latents(generator: nn.Module, place: str = "z", samples: int = 4096) -> 
     if place == "z":
         return None
     like = next(generator.parameters())
-    z = torch.randn(samples, generator.latent_dim, generator=torch.Generator().manual_seed(0))
-    return whitening(generator.mapping(z.to(like)))
+    mapped = cast(Mapped, generator)
+    z = torch.randn(samples, mapped.latent_dim, generator=torch.Generator().manual_seed(0))
+    return whitening(mapped.mapping(z.to(like)))
 
 
 def default_prior(place: str = "z") -> str:

@@ -13,6 +13,7 @@ orthogonal. Parameter names and shapes are those of BigGAN-PyTorch, so its files
 
 import itertools
 from collections.abc import Iterable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,7 @@ from .biggan_layers import (
     initialise,
     linear,
 )
+from .network import Network
 from .spectral_norm import SpectralEmbedding
 
 # Channels after each block, in units of the width.
@@ -56,7 +58,7 @@ class GBlock(nn.Module):
         self.shared = shared
 
     def neuron_parameters(self) -> list:
-        """bn2 scales and shifts what conv1 gives. What bn1 scales is a sum of several layers': neurons of their own."""
+        """bn2 scales and shifts the output of conv1. bn1 scales a sum of several layers, so its neurons are its own."""
         axis = 0 if self.shared else 1
         first, second = ([(f"{bn}.{p}.weight", axis) for p in ("gain", "bias")] for bn in ("bn1", "bn2"))
         return [first, [("conv1.weight", 0), ("conv1.bias", 0), *second]]
@@ -121,9 +123,9 @@ class BigGANGenerator(ConditionalGenerator):
         condition = self.class_dim + (self.chunk if hierarchical else 0)
         self.shared = ClassTable(num_classes, class_dim) if shared else None
         self.linear = linear(self.chunk, 16 * channels[0], sn_eps)
-        self.blocks = nn.ModuleList()
+        self.blocks = nn.ModuleList()  # of ModuleLists: a block, and the attention that may follow it
         for i, (cin, cout) in enumerate(itertools.pairwise(channels)):
-            stage = [GBlock(cin, cout, condition, bn_eps, sn_eps, shared)]
+            stage: list[nn.Module] = [GBlock(cin, cout, condition, bn_eps, sn_eps, shared)]
             if 8 << i in self.config["attention"]:
                 stage.append(Attention(cout, sn_eps))
             self.blocks.append(nn.ModuleList(stage))
@@ -139,7 +141,7 @@ class BigGANGenerator(ConditionalGenerator):
         c = self.class_vectors(z, y, self.shared if self.shared is not None else nn.Identity())
         chunks = z.split(self.chunk, 1)
         x = self.linear(chunks[0]).unflatten(1, (-1, 4, 4))
-        for i, (block, *attention) in enumerate(self.blocks):
+        for i, (block, *attention) in enumerate(cast(Iterable[nn.ModuleList], self.blocks)):
             x = block(x, torch.cat((c, chunks[i + 1].to(c.dtype)), 1) if len(chunks) > 1 else c)
             for layer in attention:
                 x = layer(x)
@@ -152,7 +154,7 @@ class BigGANGenerator(ConditionalGenerator):
         return self.shared.weight
 
     @torch.no_grad()
-    def standing_statistics(self, inputs: Iterable[tuple[Tensor, Tensor]]):
+    def standing_statistics(self, inputs: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Replaces the stored batch-norm statistics by their mean over batches (z, y) ("standing statistics" of the
         paper), so that eval mode does not depend on the last batches of the training. Nothing else moves."""
         norms = [module for module in self.modules() if isinstance(module, BatchNorm)]
@@ -161,7 +163,7 @@ class BigGANGenerator(ConditionalGenerator):
         try:
             for i, (z, y) in enumerate(inputs):
                 for norm in norms:
-                    norm.training = True  # not its spectrally normalised layers
+                    norm.training = True  # of the norm alone: its spectrally normalised layers stay in eval mode
                     norm.momentum = 1 / (i + 1)
                 self(z, y)
         finally:
@@ -187,7 +189,7 @@ class DBlock(nn.Module):
         return y + (x if self.conv_sc is None else self.conv_sc(x))
 
 
-class BigGANDiscriminator(nn.Module):
+class BigGANDiscriminator(Network):
     """BigGAN projection discriminator: images [B, image_channels, R, R] and labels -> logits [B].
 
     Args: as the generator's, and
@@ -230,13 +232,15 @@ class BigGANDiscriminator(nn.Module):
         self.blocks = nn.ModuleList()
         for i, (cin, cout) in enumerate(zip([image_channels, *channels], channels, strict=False)):
             downsample = i < 2 if resolution == 32 else i < len(channels) - 1
-            stage = [DBlock(cin, cout, cout if wide else cin, i == 0, downsample, sn_eps)]
+            stage: list[nn.Module] = [DBlock(cin, cout, cout if wide else cin, i == 0, downsample, sn_eps)]
             if discriminator_size(resolution, i) in self.config["attention"]:
                 stage.append(Attention(cout, sn_eps))
             self.blocks.append(nn.Sequential(*stage))
         self.linear = linear(channels[-1], 1, sn_eps)
-        embedding = nn.Embedding if sn_eps is None else SpectralEmbedding
-        self.embed = embedding(num_classes, channels[-1], **({} if sn_eps is None else {"eps": sn_eps}))
+        if sn_eps is None:
+            self.embed = nn.Embedding(num_classes, channels[-1])
+        else:
+            self.embed = SpectralEmbedding(num_classes, channels[-1], eps=sn_eps)
         initialise(self)
 
     def features(self, x: Tensor) -> Tensor:
@@ -256,5 +260,5 @@ class BigGANDiscriminator(nn.Module):
 
 
 def discriminator_size(resolution: int, block: int) -> int:
-    """Of the feature map behind a block, as BigGAN-PyTorch counts."""
+    """The size of the feature map behind a block, as BigGAN-PyTorch counts it."""
     return 16 if resolution == 32 else max(resolution >> (block + 1), 4)

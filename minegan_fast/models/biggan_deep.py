@@ -28,6 +28,9 @@ def conv2d(cin: int, cout: int, kernel: int, eps: float, bias: bool = True) -> n
 class StandingNorm(nn.Module):
     """Normalisation of x [B, C, H, W] by the statistics stored for a truncation."""
 
+    running_means: Tensor
+    running_vars: Tensor
+
     def __init__(self, channels: int, steps: int, eps: float):
         super().__init__()
         self.eps = eps
@@ -41,9 +44,11 @@ class StandingNorm(nn.Module):
         low = int(low)
         if share == 0:
             return self.running_means[low], self.running_vars[low]
-        # Between two steps the project gives the lower one the share of the upper; so its images are had.
+        # Between two steps the project weighs the lower step with the share of the upper one. Only the same mistake
+        # gives the same images.
         high = min(low + 1, last)
-        return tuple(t[low] * share + t[high] * (1 - share) for t in (self.running_means, self.running_vars))
+        mean, var = (t[low] * share + t[high] * (1 - share) for t in (self.running_means, self.running_vars))
+        return mean, var
 
     def normalise(self, x: Tensor, truncation: float) -> Tensor:
         if self.collect is not None:
@@ -116,7 +121,7 @@ class DeepBlock(nn.Module):
         self.conv_3 = conv2d(inner, cout, 1, eps)
 
     def neuron_parameters(self) -> list:
-        """A norm scales and shifts the convolution in front of it; what bn_0 scales is a sum of several layers'."""
+        """A norm scales and shifts the convolution in front of it. bn_0 scales a sum of several layers."""
         norms = [[(f"bn_{i}.{p}.weight_orig", 0) for p in ("scale", "offset")] for i in range(4)]
         convs = [[(f"conv_{i}.weight_orig", 0), (f"conv_{i}.bias", 0)] for i in range(3)]
         return [norms[0], *(conv + norm for conv, norm in zip(convs, norms[1:], strict=True))]
@@ -133,7 +138,9 @@ class DeepBlock(nn.Module):
 class DeepLayers(nn.Module):
     """c [B, condition] -> images."""
 
-    def __init__(self, channels: list[int], attention: list[int], condition: int, image_channels: int, steps, eps):
+    def __init__(
+        self, channels: list[int], attention: list[int], condition: int, image_channels: int, steps: int, eps: float
+    ):
         super().__init__()
         self.image_channels = image_channels
         self.gen_z = TorchSpectralLinear(condition, 16 * channels[0], eps=eps)
@@ -144,7 +151,7 @@ class DeepLayers(nn.Module):
             if 8 << i in attention:
                 self.layers.append(SelfAttention(cout, eps))
         self.bn = OutputNorm(channels[-1], steps, eps)
-        # As many outputs as inputs, of which the first ones are the image: so the public files have it.
+        # In the public files it has as many outputs as inputs, and the first outputs are the image.
         self.conv_to_rgb = conv2d(channels[-1], channels[-1], 3, eps)
 
     def forward(self, c: Tensor, truncation: float) -> Tensor:
@@ -226,9 +233,11 @@ class BigGANDeepGenerator(ConditionalGenerator):
         return self.generator(torch.cat((z, c.to(z.dtype)), 1), truncation)
 
     @torch.no_grad()
-    def standing_statistics(self, inputs: Iterable[tuple[Tensor, Tensor]]):
-        """Takes the stored statistics anew, for weights that have moved: for every row, the mean over batches (z, y) of
-        truncation 1, z scaled by the row's truncation."""
+    def standing_statistics(self, inputs: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Replaces the stored statistics, which do not fit weights that have moved.
+
+        Each row becomes the mean over the batches (z, y), whose z is of truncation 1 and is scaled by the row's.
+        """
         inputs = list(inputs)
         norms = [module for module in self.modules() if isinstance(module, StandingNorm)]
         modes = {module: module.training for module in self.modules()}

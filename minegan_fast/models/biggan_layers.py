@@ -1,11 +1,12 @@
 """What BigGAN and BigGAN-deep share: channel tables, class embeddings, batch norm, attention, initial weights."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .network import Network
 from .spectral_norm import SpectralConv2d, SpectralLinear
 
 # Channels in units of the width: of the 4 x 4 map, and after each doubling of the size.
@@ -38,7 +39,7 @@ def checked(arguments: dict, *names: str) -> dict:
 def checked_labels(y: Tensor, classes: int) -> Tensor:
     if y.ndim != 1 or y.is_floating_point():
         raise ValueError(f"labels must be integers of shape [B], got {y.dtype} {list(y.shape)}")
-    # On a GPU this would wait for the device, which reports it itself.
+    # On a GPU the check would wait for the device, whose own kernel reports a wrong label.
     if y.device.type == "cpu" and not torch.compiler.is_compiling() and y.numel():
         low, high = int(y.min()), int(y.max())
         if low < 0 or high >= classes:
@@ -46,9 +47,12 @@ def checked_labels(y: Tensor, classes: int) -> Tensor:
     return y.long()
 
 
-class ConditionalGenerator(nn.Module):
+class ConditionalGenerator(Network):
     """What generators of z and classes have in common: their sizes, which `config` holds with all arguments of the
     constructor, and the checks of what they are given."""
+
+    latent_dim: int
+    class_dim: int
 
     def __init__(
         self,
@@ -80,7 +84,7 @@ class ConditionalGenerator(nn.Module):
         self.resolution, self.latent_dim, self.class_dim = resolution, latent_dim, class_dim
         self.num_classes, self.image_channels = num_classes, image_channels
 
-    def class_vectors(self, z: Tensor, y: Tensor | None, table) -> Tensor:
+    def class_vectors(self, z: Tensor, y: Tensor | None, table: Callable[[Tensor], Tensor]) -> Tensor:
         """y where it is embeddings [B, class_dim], `table(y)` where it is labels [B]. ValueError: z or y of another
         shape."""
         if z.ndim != 2 or z.shape[1] != self.latent_dim:
@@ -99,7 +103,7 @@ class ConditionalGenerator(nn.Module):
 
 
 def conv2d(cin: int, cout: int, kernel: int, eps: float | None, bias: bool = True) -> nn.Conv2d:
-    """Spectrally normalised with that eps, plain with None; the size stays."""
+    """A convolution that keeps the size, spectrally normalised with that eps, or plain where eps is None."""
     if eps is None:
         return nn.Conv2d(cin, cout, kernel, padding=kernel // 2, bias=bias)
     return SpectralConv2d(cin, cout, kernel, padding=kernel // 2, bias=bias, eps=eps)
@@ -109,24 +113,27 @@ def linear(cin: int, cout: int, eps: float | None, bias: bool = True) -> nn.Line
     return nn.Linear(cin, cout, bias) if eps is None else SpectralLinear(cin, cout, bias, eps=eps)
 
 
-def initialise(model: nn.Module):
-    """Orthogonal weights, biases of zero."""
+def initialise(model: nn.Module) -> None:
+    """Makes the weights orthogonal and the biases 0."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Linear | nn.Embedding):
             nn.init.orthogonal_(module.weight)
-            if getattr(module, "bias", None) is not None:
-                nn.init.zeros_(module.bias)
+            if isinstance(bias := getattr(module, "bias", None), Tensor):
+                nn.init.zeros_(bias)
 
 
 class ClassTable(nn.Embedding):
-    """A row for every class: of labels [B], or the mixture that weights [B, classes] name."""
+    """A row for every class: of labels [B] their rows, of weights [B, classes] the mixtures of all rows."""
 
     def forward(self, y: Tensor) -> Tensor:
         return F.linear(y.to(self.weight.dtype), self.weight.t()) if y.is_floating_point() else super().forward(y)
 
 
 class BatchNorm(nn.Module):
-    """Normalisation by the batch in train mode, which moves the stored statistics, and by these in eval mode."""
+    """In train mode it normalises by the batch and moves the stored statistics; in eval mode it normalises by those."""
+
+    stored_mean: Tensor
+    stored_var: Tensor
 
     def __init__(self, channels: int, eps: float):
         super().__init__()
@@ -144,9 +151,10 @@ class ConditionalBatchNorm(BatchNorm):
 
     def __init__(self, channels: int, condition: int, eps: float, sn_eps: float | None, shared: bool):
         super().__init__(channels, eps)
-        for name in ("gain", "bias"):
-            table = linear(condition, channels, sn_eps, bias=False) if shared else ClassTable(condition, channels)
-            setattr(self, name, table)
+        self.gain, self.bias = (
+            linear(condition, channels, sn_eps, bias=False) if shared else ClassTable(condition, channels)
+            for _ in range(2)
+        )
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         y = self.normalise(x)
@@ -167,7 +175,7 @@ class OutputBatchNorm(BatchNorm):
 
 def attend(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
     """For every pixel of theta [B, K, H, W], the mean of g over the pixels of phi's size, weighed by softmax(θ·φ)."""
-    # Written out: the fused attention of PyTorch cannot be differentiated twice.
+    # It is written out because PyTorch's fused attention cannot be differentiated twice.
     weights = torch.bmm(theta.flatten(2).transpose(1, 2), phi.flatten(2)).softmax(-1)
     return torch.bmm(g.flatten(2), weights.transpose(1, 2)).unflatten(2, theta.shape[2:])
 

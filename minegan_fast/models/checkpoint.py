@@ -16,46 +16,12 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ..files.atomic import atomic_path, save_tensors
-from ..files.reading import PART, Contents, read
+from ..files.reading import Contents, read
 from .layouts import MODELS, Layout, State, describe, families, find
+from .network import Network, Origin
 from .stylegan2 import StyleGAN2Discriminator, StyleGAN2Generator
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Where a loaded network's weights come from; a network of `load_generator` has it as its attribute `origin`.
-
-    Attributes:
-        path: the file that was read; of a folder, or of a file with others beside it, the one that holds the network.
-        project: whose layout the file has.
-        container: the file's key that held the network, or the role of the file in its folder (`G_ema`); None: the
-            file itself.
-        averaged: whether the weights are an exponential moving average; None: the file does not say.
-        passed_over: other keys of the file that hold the same network.
-        missing: parameters that the file lacks, and that keep the values the network was built with.
-        unexpected: the file's tensors that the network does not have, or whose shape does not fit it.
-        converted: for a file that `convert` wrote, where these weights come from, in words.
-    """
-
-    path: str
-    project: str
-    container: str | None = None
-    averaged: bool | None = None
-    passed_over: tuple[str, ...] = ()
-    missing: tuple[str, ...] = ()
-    unexpected: tuple[str, ...] = ()
-    converted: str | None = None
-
-    def __str__(self) -> str:
-        name = Path(self.path).name
-        is_file = (part := PART.fullmatch(name)) and part["stem"] == self.container
-        where = f"{self.container!r} in {name}" if self.container and not is_file else name
-        kind = {True: "averaged weights (EMA)", False: "weights", None: "weights"}[self.averaged]
-        beside = f"; the raw weights in {', '.join(map(repr, self.passed_over))} were left" if self.passed_over else ""
-        before = f", converted from {self.converted}" if self.converted else ""
-        return f"{kind} from {where}, the layout of {self.project}{before}{beside}"
 
 
 def save_model(path: str | Path, generator: nn.Module, discriminator: nn.Module | None = None) -> Path:
@@ -121,7 +87,7 @@ def export_rosinality(path: str | Path, generator: StyleGAN2Generator, discrimin
 
 def load_generator(
     path: str | Path | Contents, family: str | None = None, strict: bool = True, resolution: int | None = None
-) -> nn.Module:
+) -> Network:
     """The generator in a file of this project or of a public one, told by its keys and sized by its shapes.
 
     Args:
@@ -150,7 +116,7 @@ def load_generator(
 
 def load_discriminator(
     path: str | Path | Contents, family: str | None = None, strict: bool = True, resolution: int | None = None
-) -> nn.Module:
+) -> Network:
     """The discriminator in a file. Arguments, result and errors are as in `load_generator`."""
     return load_network(read(path), "discriminator", family, strict, resolution)
 
@@ -161,7 +127,7 @@ def has_discriminator(path: str | Path | Contents) -> bool:
 
 
 def writable(path: str | Path) -> Path:
-    """The path, where a file can be written there. OSError: it cannot."""
+    """The path. OSError where no file can be written there."""
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path} cannot be written: there is no folder {path.parent}; make it first")
@@ -176,7 +142,7 @@ def _on_cpu(model: nn.Module) -> dict[str, Tensor]:
 
 def load_network(
     contents: Contents, role: str, family: str | None, strict: bool, resolution: int | None = None
-) -> nn.Module:
+) -> Network:
     """What `load_generator` and `load_discriminator` do, for either role."""
     model = _filled(written_network(contents, role, family, resolution), strict)
     # Only a choice between several networks, made for the user, is worth a line.
@@ -189,13 +155,13 @@ def load_network(
 class Written:
     """A network as a file has it: what to build, and the file's tensors under the names of the network's own."""
 
-    model: type[nn.Module]
+    model: type[Network]
     config: dict
     state: State
     origin: Origin
     optional: str | None = None
 
-    def on_meta(self) -> nn.Module:
+    def on_meta(self) -> Network:
         """The network without memory. So nothing is allocated before the sizes are known to fit the file, and no random
         number is drawn."""
         try:
@@ -257,7 +223,7 @@ def written_network(contents: Contents, role: str, family: str | None = None, re
         raise ValueError(f"{path} holds no {role} of a layout known here. {describe(contents.data, role)}")
     layout = found.layout
     _check_family(path, role, layout.model.family, family)
-    path = contents.files.get(found.container, path)
+    path = contents.files.get(found.container or "", path)
     critic = find(contents.data, "discriminator") if layout.beside else None
     config, state = _sized(layout, found.state, path, resolution, critic.state if critic else {})
     origin = Origin(str(path), layout.project, found.container, found.averaged, found.passed_over)
@@ -294,8 +260,8 @@ def _check_resolution(what: str, config: dict, wanted: int | None) -> None:
         raise ValueError(f"{what} of {config.get('resolution')} px, which has no other resolution; got {wanted}")
 
 
-def _filled(written: Written, strict: bool) -> nn.Module:
-    """The network with the tensors of the file in CPU memory of its own."""
+def _filled(written: Written, strict: bool) -> Network:
+    """The network, in CPU memory of its own, with the tensors of the file."""
     model, origin = written.on_meta(), written.origin
     own = model.state_dict()
     missing, extra, wrong = written.differences(own)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import upfirdn2d
+from .network import Network
 
 
 def channel_table(
@@ -28,6 +29,7 @@ class Blur(nn.Module):
     def __init__(self, padding: int, gain: float = 1.0):
         super().__init__()
         taps = torch.tensor((1.0, 3.0, 3.0, 1.0))
+        self.kernel: Tensor
         self.register_buffer("kernel", torch.outer(taps, taps) / 64 * gain)
         self.padding = padding
 
@@ -51,7 +53,7 @@ class PixelNorm(nn.Module):
 
 
 def mean_2x2(x: Tensor, stride: int = 2, padding: int = 0) -> Tensor:
-    """Average pooling, whose native CPU code is many times slower."""
+    """Average pooling by `upfirdn2d`: PyTorch's own code for a CPU is many times slower."""
     return upfirdn2d(x, x.new_ones(2), down=stride, padding=padding, gain=0.25)
 
 
@@ -62,7 +64,7 @@ def check_images(x: Tensor, channels: int, resolution: int) -> None:
         raise ValueError(f"images must have shape {shape}, got {list(x.shape)}")
 
 
-class Progressive(nn.Module):
+class Progressive(Network):
     """A network of growing resolution: its sizes, and the weight `alpha` of the highest resolution while it fades in.
 
     `config` holds the constructor's arguments, alpha as it is now; `widths` the channels at every resolution.

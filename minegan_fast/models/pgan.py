@@ -13,6 +13,8 @@ facebookresearch/pytorch_GAN_zoo, so its files load by name. Images leave the ge
 
 import itertools
 import math
+from collections.abc import Iterable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,14 @@ from torch.nn import functional as F
 
 from ..ops import bias_act, minibatch_stddev
 from .layers import PixelNorm, Progressive, check_images, mean_2x2
+
+
+class _Parameters(nn.Module):
+    """The parameters of a layer, which the layout keeps in a module of their own."""
+
+    def __init__(self, shape: Sequence[int]):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(shape)), nn.Parameter(torch.zeros(shape[0]))
 
 
 class Equalised(nn.Module):
@@ -31,9 +41,7 @@ class Equalised(nn.Module):
     def __init__(self, cin: int, cout: int, kernel: int | None = None, activate: bool = True, pool: bool = False):
         super().__init__()
         shape = (cout, cin) if kernel is None else (cout, cin, kernel, kernel)
-        self.module = nn.Module()
-        self.module.weight = nn.Parameter(torch.randn(shape))
-        self.module.bias = nn.Parameter(torch.zeros(cout))
+        self.module = _Parameters(shape)
         self.constant = math.sqrt(2 / math.prod(shape[1:]))
         self.kernel, self.pool, self.act = kernel, pool, "lrelu" if activate else "linear"
 
@@ -112,7 +120,7 @@ class PGANGenerator(Progressive):
         x = self.norm(z if y is None and not self.num_classes else torch.cat((z, self._labels(z, y)), 1))
         x = self.norm(self.formatLayer(x).unflatten(1, (-1, 4, 4)))
         below = x = self.norm(self.groupScale0[0](x))
-        for first, second in self.scaleLayers:
+        for first, second in cast(Iterable[nn.ModuleList], self.scaleLayers):
             below = x
             x = self.norm(first(F.interpolate(x, scale_factor=2, mode="nearest")))
             x = self.norm(second(x))
@@ -182,7 +190,7 @@ class PGANDiscriminator(Progressive):
         if self.alpha < 1 and len(self.scaleLayers):
             low = self.fromRGBLayers[-2](mean_2x2(x))
         x = self.fromRGBLayers[-1](x)
-        for first, second in reversed(self.scaleLayers):
+        for first, second in reversed(cast(Sequence[nn.ModuleList], self.scaleLayers)):
             x = second(first(x))
             x = x if self.fused else mean_2x2(x)
             if low is not None:

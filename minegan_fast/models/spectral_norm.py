@@ -13,8 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .._torch import own_parameters
-
 
 def power_iteration(weight: Tensor, u: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """(σ, u', v): scalar, [O] and [I·k·k], of weight [O, ...] and u [O]; σ is differentiable by the weight."""
@@ -25,16 +23,34 @@ def power_iteration(weight: Tensor, u: Tensor, eps: float) -> tuple[Tensor, Tens
     return torch.dot(image, u), u, v
 
 
-class _StoredU:
-    """The layer of BigGAN-PyTorch, mixed into the plain one."""
+class _Normalised(nn.Module):
+    """A layer whose weight is divided by σ. The two subclasses, one for each layout, are mixed into a plain layer."""
 
-    def remember(self, eps: float):
+    eps: float
+
+    def remember(self, eps: float) -> None:
+        """Makes the buffers of the layout."""
+        raise NotImplementedError
+
+    def normalised(self) -> Tensor:
+        """W / σ; in train mode the power iteration makes a step."""
+        raise NotImplementedError
+
+
+class _StoredU(_Normalised):
+    """The layout of BigGAN-PyTorch."""
+
+    weight: Tensor
+    u0: Tensor
+    sv0: Tensor
+
+    def remember(self, eps: float) -> None:
         self.eps = eps
         self.register_buffer("u0", torch.randn(1, self.weight.shape[0]))
         self.register_buffer("sv0", torch.ones(1))
 
     def normalised(self) -> Tensor:
-        # σ divides every weight of the layer: it is not for autocast to round.
+        # Autocast must not round σ, which divides every weight of the layer.
         with torch.autocast(self.weight.device.type, enabled=False):
             sigma, u, _ = power_iteration(self.weight, self.u0[0], self.eps)
             if self.training:
@@ -44,19 +60,25 @@ class _StoredU:
             return self.weight / sigma
 
 
-class _StoredUV:
-    """The layer of torch.nn.utils.spectral_norm, mixed into the plain one."""
+class _StoredUV(_Normalised):
+    """The layout of torch.nn.utils.spectral_norm."""
 
-    def remember(self, eps: float):
+    weight: nn.Parameter  # the plain layer's, until `remember`
+    weight_orig: nn.Parameter
+    weight_u: Tensor
+    weight_v: Tensor
+
+    def remember(self, eps: float) -> None:
         self.eps = eps
-        self.weight_orig = own_parameters(self).pop("weight")
+        self.weight_orig = self.weight
+        del self.weight
         self.register_buffer("weight_u", F.normalize(torch.randn(self.weight_orig.shape[0]), dim=0))
         self.register_buffer("weight_v", torch.empty(self.weight_orig[0].numel()))
         self.follow()
 
     @torch.no_grad()
-    def follow(self):
-        """One power iteration: u and v of the weight as it is."""
+    def follow(self) -> None:
+        """One power iteration: u and v follow the weight as it is now."""
         _, u, v = power_iteration(self.weight_orig, self.weight_u, self.eps)
         self.weight_u.copy_(u)
         self.weight_v.copy_(v)
@@ -70,7 +92,7 @@ class _StoredUV:
             return self.weight_orig / sigma
 
 
-class _Conv2d(nn.Conv2d):
+class _Conv2d(_Normalised, nn.Conv2d):
     def __init__(self, *arguments, eps: float, **keywords):
         super().__init__(*arguments, **keywords)
         self.remember(eps)
@@ -79,7 +101,7 @@ class _Conv2d(nn.Conv2d):
         return F.conv2d(x, self.normalised(), self.bias, self.stride, self.padding)
 
 
-class _Linear(nn.Linear):
+class _Linear(_Normalised, nn.Linear):
     def __init__(self, *arguments, eps: float, **keywords):
         super().__init__(*arguments, **keywords)
         self.remember(eps)

@@ -12,6 +12,8 @@ are those of rosinality/style-based-gan-pytorch.
 """
 
 import itertools
+from collections.abc import Iterable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +63,14 @@ class StyledConvBlock(nn.Module):
         return self.adain2(x, w2)
 
 
+class _Progression(nn.Module):
+    """The blocks of a generator and what makes images of their features, by resolution; the layout's `generator`."""
+
+    def __init__(self, blocks: Iterable[StyledConvBlock], to_rgb: Iterable[EqualConv2d]):
+        super().__init__()
+        self.progression, self.to_rgb = nn.ModuleList(blocks), nn.ModuleList(to_rgb)
+
+
 class StyleGANGenerator(StyleBased, Progressive):
     """StyleGAN generator: z [B, latent_dim] -> images [B, image_channels, R, R], about [-1, 1].
 
@@ -106,17 +116,17 @@ class StyleGANGenerator(StyleBased, Progressive):
         for cin, cout in itertools.pairwise(dims):
             layers += [EqualLinear(cin, cout), nn.LeakyReLU(0.2)]
         self.style = nn.Sequential(*layers)
-        self.generator = nn.Module()
-        self.generator.progression = nn.ModuleList(
-            StyledConvBlock(widths.get(r // 2), c, style_dim, fused_from is not None and r >= fused_from)
-            for r, c in widths.items()
+        self.generator = _Progression(
+            (
+                StyledConvBlock(widths.get(r // 2), c, style_dim, fused_from is not None and r >= fused_from)
+                for r, c in widths.items()
+            ),
+            (EqualConv2d(c, image_channels, 1) for c in widths.values()),
         )
-        self.generator.to_rgb = nn.ModuleList(EqualConv2d(c, image_channels, 1) for c in widths.values())
 
     @property
     def learned_constant(self) -> Tensor:
-        """What the synthesis begins with, [1, C, 4, 4]."""
-        return self.generator.progression[0].conv1.input
+        return cast(ConstantInput, self.generator.progression[0].conv1).input
 
     def synthesis(self, w: Tensor, noise: str | list[Tensor] = "random", constant: Tensor | None = None) -> Tensor:
         """w [B, L, style_dim] -> images.
@@ -128,7 +138,7 @@ class StyleGANGenerator(StyleBased, Progressive):
         """
         self._check_synthesis(w, constant)
         maps, blocks, to_rgb = self._noise_maps(noise, w), self.generator.progression, self.generator.to_rgb
-        x = constant
+        below = x = constant
         for i, block in enumerate(blocks):
             below = x
             x = block(x, w[:, 2 * i], w[:, 2 * i + 1], maps[i])
@@ -171,6 +181,18 @@ class ConvBlock(nn.Module):
         return self.conv2(self.conv1(x))
 
 
+class _LastBlock(nn.Module):
+    """The two convolutions at 4 x 4, whose input has the deviation over the batch as one more channel."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv1 = nn.Sequential(EqualConv2d(channels + 1, channels, 3, 1, activate=True))
+        self.conv2 = nn.Sequential(EqualConv2d(channels, channels, 4, activate=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv2(self.conv1(x))
+
+
 class StyleGANDiscriminator(Progressive):
     """StyleGAN discriminator: images [B, image_channels, R, R] in [-1, 1] -> logits [B].
 
@@ -195,16 +217,14 @@ class StyleGANDiscriminator(Progressive):
         sizes = (resolution, channel_base, channel_max, image_channels, channels, alpha)
         super().__init__(*sizes, fused_from=fused_from, from_rgb_activate=from_rgb_activate)
         widths = self.widths
-        last = nn.Module()
-        last.conv1 = nn.Sequential(EqualConv2d(widths[4] + 1, widths[4], 3, 1, activate=True))
-        last.conv2 = nn.Sequential(EqualConv2d(widths[4], widths[4], 4, activate=True))
-        sizes = list(widths)[::-1]
-        self.progression = nn.ModuleList(
+        last = _LastBlock(widths[4])
+        descending = list(widths)[::-1]
+        blocks = [
             ConvBlock(widths[high], widths[low], fused_from is not None and high >= fused_from)
-            for high, low in itertools.pairwise(sizes)
-        )
-        self.progression.append(last)
-        from_rgb = (EqualConv2d(image_channels, widths[r], 1, activate=from_rgb_activate) for r in sizes)
+            for high, low in itertools.pairwise(descending)
+        ]
+        self.progression = nn.ModuleList([*blocks, last])
+        from_rgb = (EqualConv2d(image_channels, widths[r], 1, activate=from_rgb_activate) for r in descending)
         self.from_rgb = nn.ModuleList(nn.Sequential(conv) if from_rgb_activate else conv for conv in from_rgb)
         self.linear = EqualLinear(widths[4], 1)
 
@@ -227,7 +247,7 @@ class StyleGANDiscriminator(Progressive):
             if low is not None:
                 x, low = torch.lerp(low, x, self.alpha), None
         x = minibatch_stddev(x, group)
-        return last.conv2(last.conv1(x)).flatten(1)
+        return last(x).flatten(1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(self.features(x))[:, 0]

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from ..ops import bias_act, minibatch_stddev, modulated_conv2d, upfirdn2d
 from .layers import Blur, PixelNorm, Upsample, channel_table, check_images
+from .network import Network
 from .styles import StyleBased
 
 SQRT2 = math.sqrt(2.0)
@@ -63,7 +64,9 @@ class EqualConv2d(nn.Module):
 class ModulatedConv2d(nn.Module):
     """The convolution of eq. 1-3: x [B, in, H, W], style [B, style_dim] -> [B, out, H or 2H, W or 2W]."""
 
-    def __init__(self, cin: int, cout: int, kernel: int, style_dim: int, demodulate=True, upsample=False):
+    def __init__(
+        self, cin: int, cout: int, kernel: int, style_dim: int, demodulate: bool = True, upsample: bool = False
+    ):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(1, cout, cin, kernel, kernel))
         self.modulation = EqualLinear(style_dim, cin, bias=1.0)
@@ -72,20 +75,19 @@ class ModulatedConv2d(nn.Module):
         self.blur = Blur(padding=1, gain=4.0) if upsample else None
 
     def _apply(self, fn, recurse=True):
-        # `to(memory_format=torch.channels_last)`, on this module or one around it, asks that of every 5-D tensor too,
-        # which have no such format. Flat, the weight goes where the others go and keeps its own.
+        # `to(memory_format=torch.channels_last)`, on this module or one around it, asks for that format of each tensor
+        # of 4 or 5 axes, and one of 5 has no such format. So the weight moves as a flat tensor and keeps its layout.
         return super()._apply(lambda t: fn(t.flatten()).view(t.shape) if t.ndim == 5 else fn(t), recurse)
 
     def forward(self, x: Tensor, style: Tensor, **epilogue) -> Tensor:
         """epilogue: what follows in the same pass, as of the op."""
-        up = self.blur is not None
         return modulated_conv2d(
             x,
             self.weight[0],
             self.modulation(style),
             demodulate=self.demodulate,
-            up=up,
-            kernel=self.blur.kernel if up else None,
+            up=self.blur is not None,
+            kernel=None if self.blur is None else self.blur.kernel,
             scale=self.scale,
             **epilogue,
         )
@@ -143,7 +145,9 @@ class ToRGB(nn.Module):
     def forward(self, x: Tensor, style: Tensor, skip: Tensor | None) -> Tensor:
         y = self.conv(x, style)
         y = y + self.bias.to(y.dtype)
-        return y if skip is None else y + self.upsample(skip)
+        if skip is None:
+            return y
+        return y + (skip if self.upsample is None else self.upsample(skip))
 
 
 class UpsampledSkip(nn.Sequential):
@@ -268,7 +272,7 @@ class StyleGAN2Generator(StyleBased):
                 # The next block's first convolution reads this w as well.
                 image = self.to_rgbs[j](y, w[:, i + 3], image)
             x = y if skip else (y + self.skips[j](x)) / SQRT2
-        return image if skip else self.to_rgb(x, w[:, -1], None)
+        return self.to_rgb(x, w[:, -1], None) if image is None else image
 
     def _noise_maps(self, noise: str | list[Tensor], w: Tensor) -> list[Tensor | None]:
         constant = [getattr(self.noises, f"noise_{k}") for k in range(self.num_layers - 1)]
@@ -291,7 +295,7 @@ class ConvLayer(nn.Sequential):
     """[blur,] convolution [, bias and leaky ReLU]; `downsample` halves the size."""
 
     def __init__(self, cin: int, cout: int, kernel: int, downsample: bool = False, activate: bool = True):
-        # A convolution of single pixels needs no pixel that it would leave out.
+        # A 1x1 convolution of stride 2 reads every second pixel alone: so the filter computes no other.
         single = kernel == 1
         before = [Downsample() if single else Blur(padding=(kernel + 1) // 2)] if downsample else []
         stride, padding = (1 if single else 2, 0) if downsample else (1, kernel // 2)
@@ -330,7 +334,7 @@ class Downsample(Blur):
         return upfirdn2d(x, self.kernel, down=2, padding=self.padding)
 
 
-class StyleGAN2Discriminator(nn.Module):
+class StyleGAN2Discriminator(Network):
     """StyleGAN2 discriminator: images [B, image_channels, R, R] in [-1, 1] -> logits [B].
 
     Args: as the generator's, but `architecture`, which is "resnet" (figure 7c) or "skip" (figure 7b: at each resolution
@@ -378,7 +382,7 @@ class StyleGAN2Discriminator(nn.Module):
         """Activations before the last layer: [B, channels at 4x4]. With group=1 no sample sees its batch."""
         check_images(x, self.image_channels, self.resolution)
         image, x = x, self.convs[0](x)
-        for i, block in enumerate(self.convs[1:]):
+        for i, block in enumerate([*self.convs][1:]):
             x = block(x)
             if self.config["architecture"] == "skip":
                 image = self.downsample(image)

@@ -17,12 +17,19 @@ def _weight(*shape: int, fan_in: int) -> tuple[nn.Parameter, float]:
     return nn.Parameter(torch.randn(shape)), math.sqrt(2 / fan_in)
 
 
+class _Parameters(nn.Module):
+    """The parameters of a layer, which the layout keeps in a module of their own."""
+
+    def __init__(self, weight: nn.Parameter):
+        super().__init__()
+        self.weight_orig, self.bias = weight, nn.Parameter(torch.zeros(len(weight)))
+
+
 class EqualLinear(nn.Module):
     def __init__(self, cin: int, cout: int):
         super().__init__()
-        self.linear = nn.Module()
-        self.linear.weight_orig, self.scale = _weight(cout, cin, fan_in=cin)
-        self.linear.bias = nn.Parameter(torch.zeros(cout))
+        weight, self.scale = _weight(cout, cin, fan_in=cin)
+        self.linear = _Parameters(weight)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.linear.weight_orig * self.scale, self.linear.bias)
@@ -33,9 +40,8 @@ class EqualConv2d(nn.Module):
 
     def __init__(self, cin: int, cout: int, kernel: int, padding: int = 0, pool: bool = False, activate: bool = False):
         super().__init__()
-        self.conv = nn.Module()
-        self.conv.weight_orig, self.scale = _weight(cout, cin, kernel, kernel, fan_in=cin * kernel * kernel)
-        self.conv.bias = nn.Parameter(torch.zeros(cout))
+        weight, self.scale = _weight(cout, cin, kernel, kernel, fan_in=cin * kernel * kernel)
+        self.conv = _Parameters(weight)
         self.padding, self.pool, self.activate = padding, pool, activate
 
     def forward(self, x: Tensor) -> Tensor:
@@ -83,8 +89,9 @@ class Blur(nn.Module):
         super().__init__()
         taps = torch.tensor((1.0, 2.0, 1.0))
         kernel = (torch.outer(taps, taps) / 16).expand(channels, 1, 3, 3)
+        self.weight: Tensor
         self.register_buffer("weight", kernel.clone())
-        self.register_buffer("weight_flip", kernel.clone())  # the layout's; the filter is symmetric
+        self.register_buffer("weight_flip", kernel.clone())  # the layout has it, and the filter is symmetric
 
     def forward(self, x: Tensor) -> Tensor:
         return upfirdn2d(x, self.weight[0, 0], padding=1)

@@ -3,9 +3,25 @@
 import torch
 from torch import Tensor, nn
 
+from .network import Network
 
-class StyleBased(nn.Module):
-    """Needs `style` (the mapping network), `latent_dim`, `style_dim`, `num_layers`, `learned_constant`, `synthesis`."""
+
+class StyleBased(Network):
+    """A subclass has `style` (the mapping network), `latent_dim`, `style_dim`, `num_layers` and the methods below."""
+
+    style: nn.Module
+    latent_dim: int
+    style_dim: int
+    num_layers: int
+
+    @property
+    def learned_constant(self) -> Tensor:
+        """What the synthesis begins with, [1, C, 4, 4]."""
+        raise NotImplementedError
+
+    def synthesis(self, w: Tensor, noise: str | list[Tensor] = "random", constant: Tensor | None = None) -> Tensor:
+        """w [B, L, style_dim] -> images."""
+        raise NotImplementedError
 
     def mapping(self, z: Tensor) -> Tensor:
         """z [B, latent_dim] -> w [B, style_dim]."""

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from types import ModuleType
+from typing import Any, Generic, ParamSpec, TypeVar, overload
 
 import torch
 
@@ -26,8 +27,11 @@ _INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") == "1"
 _AUTOMATIC = {"cpu": ("cpp",), "cuda": ("cuda",) if _INTERPRETING else ("cuda", "triton")}  # and then the reference
 _DEVICES = {"cpp": ("cpu",), "triton": ("cpu", "cuda") if _INTERPRETING else ("cuda",), "cuda": ("cuda",)}
 
+P = ParamSpec("P")  # the arguments of an op
+R = TypeVar("R")  # its result
+
 _forced: ContextVar[str | None] = ContextVar("minegan_backend", default=os.environ.get("MINEGAN_BACKEND") or None)
-_ops: dict[str, list["Op"]] = {}
+_ops: dict[str, list["Op"]] = {}  # all ops of the process by family, in the order in which they are defined
 
 
 class BackendUnavailable(RuntimeError):  # noqa: N818
@@ -52,20 +56,23 @@ def use_backend(name: str | None) -> Iterator[None]:
 
 
 def forced_backend() -> str | None:
-    """The backend forced here and now. Autograd may run a backward in another thread: its forward hands this on."""
+    """The backend that is forced here and now. A forward keeps it for its backward, which autograd may run in a thread
+    of its own."""
     return None if torch.compiler.is_compiling() else _forced.get()
 
 
 def device_and_stream(x: torch.Tensor) -> tuple[int, int]:
-    """What a native launch needs to join PyTorch's work on x: the device's index and its current stream's handle."""
+    """The index of x's device and the handle of its current stream, by which a native launch joins PyTorch's work."""
     return x.device.index, torch.cuda.current_stream(x.device).cuda_stream
 
 
 def backward_wants(ctx, i: int, place: int | None = None) -> bool:
-    """Whether the backward that runs now asks for the gradient of input i of a Function: the inner pass of a penalty
-    wants that of the images alone, and needs_input_grad does not say so.
+    """Whether the backward that runs now asks for the gradient of input i of a Function.
 
-    place: the index of input i among the inputs that are tensors, where an earlier one is none."""
+    ctx.needs_input_grad[i] does not say so: it is True for every input that requires a gradient, and the inner pass of
+    a penalty asks for that of the images alone.
+
+    place: the index of input i among the inputs that are tensors, where some input before it is not a tensor."""
     if not ctx.needs_input_grad[i]:
         return False
     if torch.compiler.is_compiling():
@@ -87,69 +94,83 @@ def refuse_transforms(name: str, *gradients: torch.Tensor | None) -> None:
 
 
 def memory_format(x: torch.Tensor) -> torch.memory_format:
-    """channels_last where x [B, C, H, W] has its strides, also where sizes of 1 make both orders the same memory."""
+    """channels_last where x [B, C, H, W] has the strides of that format, else contiguous_format.
+
+    Sizes of 1 can make both formats the same memory: the strides decide then too."""
     C, H, W = x.shape[1:]
     last = C * H * W > 1 and x.stride()[1:] == (1, C * W, C)
     return torch.channels_last if last else torch.contiguous_format
 
 
-class Op:
+class Op(Generic[P, R]):
     """A decorator: makes of a reference function an op that faster implementations can be registered for.
 
     The first argument is the tensor whose device and dtype decide. All implementations return new tensors, laid out in
     memory as the reference's are. The module that defines an op names its family: `backends()` lists it under that
     name, and its Triton kernels are in `minegan_fast.kernels.<family>`.
 
-    mutates: the op writes into what it is given, as an optimizer's step does; such an op is always called directly and
-    has no bridge to the compiler. Its first argument is anything with a device and a dtype.
+    mutates: the op writes into its arguments, as an optimizer's step does. Such an op is always called directly and has
+        no bridge to the compiler. Its first argument is anything with a device and a dtype.
     """
 
-    def __init__(self, reference: Callable, mutates: bool = False):
+    def __init__(self, reference: Callable[P, R], mutates: bool = False):
         functools.update_wrapper(self, reference)
         self.name = reference.__name__
         self.family = reference.__module__.rpartition(".")[2]
-        self._launchers: dict[str, tuple[Callable, tuple[torch.dtype, ...]]] = {}
-        self._chosen: dict[tuple[str | None, str, torch.dtype], Callable] = {}
+        self._launchers: dict[str, tuple[Callable[..., R], tuple[torch.dtype, ...]]] = {}
+        self._chosen: dict[tuple[str | None, str, torch.dtype], Callable[..., R]] = {}
         self.reference = reference
         self.library = None
         if not mutates:
-            # Its calls cost several times the kernel of a small tensor: only the compiler and fake tensors go there.
+            # A call of a custom op costs several times the kernel of a small tensor. So only the compiler and fake
+            # tensors take that way.
             schema = torch.library.infer_schema(reference, mutates_args=())
             name = f"minegan_fast::{self.name}"
             self.library = torch.library.custom_op(name, self._run, mutates_args=(), schema=schema)
             self.library.register_fake(reference)
         _ops.setdefault(self.family, []).append(self)
 
-    def register(self, backend: str, dtypes: tuple[torch.dtype, ...] = tuple(DTYPE_CODES)) -> Callable:
-        """Decorator of a launcher: it gets the module with the backend's code, then the reference's arguments."""
+    def register(
+        self, backend: str, dtypes: tuple[torch.dtype, ...] = tuple(DTYPE_CODES)
+    ) -> Callable[[Callable[..., R]], Callable[..., R]]:
+        """Decorator of a launcher, which gets the module with the backend's code and then the reference's arguments.
 
-        def add(launcher: Callable) -> Callable:
+        dtypes: those of the first argument that the launcher takes."""
+
+        def add(launcher: Callable[..., R]) -> Callable[..., R]:
             self._launchers[backend] = (launcher, dtypes)
             return launcher
 
         return add
 
-    def __call__(self, *args, backend: str | None = None):
+    # A signature cannot add a keyword to those of a ParamSpec: so there are two.
+    @overload
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R: ...
+    @overload
+    def __call__(self, *args: Any, backend: str | None) -> R: ...
+    def __call__(self, *args, backend: str | None = None) -> R:
+        """The op of the reference's arguments, all given by position. `backend` forces one; None leaves the choice."""
         if self.library is not None and (
             torch.compiler.is_compiling() or type(args[0]) not in (torch.Tensor, torch.nn.Parameter)
         ):
             return self.library(*args)
         return self._run(*args, backend=backend)
 
-    def _run(self, *args, backend: str | None = None):
+    def _run(self, *args, backend: str | None = None) -> R:
         key = (backend or _forced.get(), args[0].device.type, args[0].dtype)
         chosen = self._chosen.get(key)
         if chosen is None:
             chosen = self._chosen[key] = self._choose(*key)
         return chosen(*args)
 
-    def _choose(self, forced: str | None, device: str, dtype: torch.dtype) -> Callable:
+    def _choose(self, forced: str | None, device: str, dtype: torch.dtype) -> Callable[..., R]:
+        reason = None
         for name in (forced,) if forced else (*_AUTOMATIC.get(device, ()), "reference"):
             if name == "reference":
                 return self.reference
-            if self.lacks(name, device, dtype) is None:
+            reason = self.lacks(name, device, dtype)
+            if reason is None:
                 return functools.partial(self._launchers[name][0], self._code(name))
-        reason = self.lacks(forced, device, dtype)
         reasons = {name: self.lacks(name, device, dtype) for name in BACKENDS}
         raise BackendUnavailable(
             f"{self.name} cannot use the backend {forced!r} for a {device} tensor: {reason}. "
@@ -217,17 +238,22 @@ def _build_notes() -> str:
     return f" (the installation noted: {'; '.join(notes)})" if notes else ""
 
 
+def mutating(reference: Callable[P, R]) -> Op[P, R]:
+    """The decorator `Op` for a reference that writes into its arguments."""
+    return Op(reference, mutates=True)
+
+
 def backends() -> dict[str, list[str]]:
     """For every op the backends that can run it in this process, `reference` always among them."""
     return {family: [b for b in BACKENDS if not any(op.lacks(b) for op in ops)] for family, ops in _ops.items()}
 
 
 def backend_report() -> dict[str, tuple[bool, str]]:
-    """For every backend: whether any op can use it in this process, and if not, why."""
+    """For every backend whether any op can use it in this process, and "available" or the reason why none can."""
     report = {}
     for backend in BACKENDS:
-        reasons = [op.lacks(backend) for ops in _ops.values() for op in ops if backend in (*op._launchers, "reference")]
-        available = None in reasons
-        reason = "available" if available else _missing(backend) or "; ".join(dict.fromkeys(reasons))
-        report[backend] = (available, reason)
+        lacks = [op.lacks(backend) for ops in _ops.values() for op in ops if backend in (*op._launchers, "reference")]
+        reasons = dict.fromkeys(reason for reason in lacks if reason is not None)
+        available = None in lacks
+        report[backend] = (available, "available" if available else _missing(backend) or "; ".join(reasons))
     return report

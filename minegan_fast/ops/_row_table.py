@@ -20,9 +20,12 @@ WORDS = (  # of a tensor's row in the table, int64 each: RowTensor in csrc/ops.h
 class RowTensor:
     """One parameter of a `RowUpdate`.
 
-    leaf: [k, ...], what trains; dense: the weight that it is rows of, None for a parameter that trains as a whole.
-    rows: int64 [k], distinct, along `axis` of dense. state: where "step" (float32 [k]), "exp_avg", "exp_avg_sq",
-    "momentum_buffer" and "ema" are, or are put, as far as the optimizer has them.
+    leaf: the values that train, [k, ...].
+    state: holds "step" (float32 [k]), "exp_avg", "exp_avg_sq", "momentum_buffer" and "ema", as far as the optimizer has
+        them; those that are missing are put there.
+    dense: the weight whose rows the leaf holds; None for a parameter that trains as a whole.
+    rows: which rows of dense they are, int64 [k], distinct; None where dense is.
+    axis: the axis of dense along which its rows lie.
     """
 
     leaf: Tensor
@@ -31,15 +34,16 @@ class RowTensor:
     rows: Tensor | None = None
     axis: int = 0
 
-    def write(self):
+    def write(self) -> None:
         """Writes the leaf through to the dense weight."""
-        if self.dense is not None:
+        if self.dense is not None and self.rows is not None:
             write_rows(self.dense, self.axis, self.rows, self.leaf)
 
 
-def write_rows(weight: Tensor, axis: int, rows: Tensor | None, values: Tensor):
-    """Writes values [k, ...] into the slices `rows` of weight along `axis`, rounded to its dtype; a 0-d weight is one
-    slice."""
+def write_rows(weight: Tensor, axis: int, rows: Tensor, values: Tensor) -> None:
+    """Writes values [k, ...] into the slices `rows` of weight along `axis`, rounded to the weight's dtype.
+
+    A 0-d weight is one slice, and rows are not looked at."""
     values = values.to(weight.device, weight.dtype)
     if weight.ndim == 0:
         weight.copy_(values.reshape(()))
@@ -56,12 +60,13 @@ class Table:
 
     def __init__(self, rule: str, tensors: list[RowTensor], flat: bool):
         self.rule, self.tensors, self.flat = rule, tensors, flat
+        self.grads: Sequence[Tensor | None] = ()
         self.device, self.dtype = tensors[0].leaf.device, tensors[0].leaf.dtype
         if not flat:
             return
         self.dense_dtype = self.dtype if tensors[0].dense is None else tensors[0].dense.dtype
         self.contiguous = all(t.leaf.is_contiguous() for t in tensors)
-        self.addresses, self.grads, self.indirect, self.on_device = None, None, [], None
+        self.addresses, self.indirect, self.on_device = None, [], None
         self.rows = [None if t.rows is None else t.rows.to(self.device).contiguous() for t in tensors]
         words = []
         for t, rows in zip(tensors, self.rows, strict=True):
@@ -70,12 +75,12 @@ class Table:
                 self.indirect.append(t)
             k, length = _matrix(t.leaf)
             mean = t.state.get("momentum_buffer") if rule == "momentum" else t.state.get("exp_avg")
-            tensors = {"leaf": t.leaf, "mean": mean, "square": t.state.get("exp_avg_sq"), "average": t.state.get("ema")}
+            parts = {"leaf": t.leaf, "mean": mean, "square": t.state.get("exp_avg_sq"), "average": t.state.get("ema")}
             if place:
-                tensors |= {"dense": t.dense, "rows": rows}
+                parts |= {"dense": t.dense, "rows": rows}
             if rule in ("adam", "adamw"):
-                tensors["step"] = t.state["step"]
-            row = dict.fromkeys(WORDS, 0) | {name: p.data_ptr() for name, p in tensors.items() if p is not None}
+                parts["step"] = t.state["step"]
+            row = dict.fromkeys(WORDS, 0) | {name: p.data_ptr() for name, p in parts.items() if p is not None}
             row |= {"count": k, "length": length}
             strides = "row_stride", "outer_stride", "inner", "inner_stride"
             row |= zip(strides, place or (0, 0, max(length, 1), 1), strict=True)
@@ -88,20 +93,19 @@ class Table:
             words.append([*(row | {"wide": int(wide)}).values()])
         self.words = torch.tensor(words, dtype=torch.int64, device="cpu").reshape(-1, len(WORDS))
 
-    def take(self, grads: Sequence[Tensor | None]):
-        """Makes `grads` the gradients of this step; what does not lie as its leaf does is copied."""
+    def take(self, grads: Sequence[Tensor | None]) -> None:
+        """Makes `grads` the gradients of this step. One whose layout in memory is not its leaf's is copied."""
         self.grads = grads
         if not self.flat:
             check_grads(self.tensors, grads)
             return
         try:
+            # Most steps find their gradients where those of the step before were, and have nothing to check or copy.
             addresses = [0 if g is None else g.data_ptr() for g in grads]
             known = addresses == self.addresses and self.contiguous
-            if known and all(
-                map(Tensor.is_contiguous, grads if all(addresses) else [g for g in grads if g is not None])
-            ):
+            if known and all(map(Tensor.is_contiguous, [g for g in grads if g is not None])):
                 return
-        except (RuntimeError, AttributeError):  # a sparse tensor, or none at all: named below
+        except (RuntimeError, AttributeError):  # of a sparse tensor, or no tensor at all: check_grads names it
             pass
         check_grads(self.tensors, grads)
         self.grads = [g if g is None else _alike(t.leaf, g) for t, g in zip(self.tensors, grads, strict=True)]
@@ -112,7 +116,7 @@ class Table:
                 self.on_device["grads"].copy_(_pinned(torch.tensor(addresses, device="cpu")), non_blocking=True)
             self.addresses = addresses
 
-    def write_indirect(self):
+    def write_indirect(self) -> None:
         for t in self.indirect:
             t.write()
 
@@ -143,16 +147,16 @@ class Table:
         return self.on_device
 
 
-def check(t: RowTensor):
-    """TypeError, ValueError where the parts of a tensor do not fit each other."""
+def check(t: RowTensor) -> None:
+    """TypeError or ValueError where leaf, dense weight, rows and axis do not fit each other."""
     leaf, dense, rows = t.leaf, t.dense, t.rows
     if not leaf.is_floating_point() or leaf.layout != torch.strided:
         raise TypeError(f"a leaf must be a dense floating-point tensor, got {leaf.dtype}, {leaf.layout}")
     if overlaps_itself(leaf):
         raise ValueError("elements of a leaf share memory (an expanded tensor?); give it memory of its own: clone() it")
-    if (dense is None) != (rows is None):
-        raise ValueError("dense and rows belong together: give both or neither")
-    if dense is None:
+    if dense is None or rows is None:
+        if dense is not rows:
+            raise ValueError("dense and rows belong together: give both or neither")
         return
     if dense.dtype != leaf.dtype and (leaf.dtype, dense.dtype) not in _MASTERS:
         raise TypeError(
@@ -176,7 +180,7 @@ def check(t: RowTensor):
 _MASTERS = {(torch.float32, torch.bfloat16), (torch.float32, torch.float16)}
 
 
-def check_grads(tensors: list[RowTensor], grads: Sequence[Tensor | None]):
+def check_grads(tensors: list[RowTensor], grads: Sequence[Tensor | None]) -> None:
     for t, g in zip(tensors, grads, strict=True):
         if g is None:
             continue
@@ -190,7 +194,7 @@ def check_grads(tensors: list[RowTensor], grads: Sequence[Tensor | None]):
             )
 
 
-def refuse_capture(tensors: list[Tensor]):
+def refuse_capture(tensors: list[Tensor]) -> None:
     if any(t.is_cuda for t in tensors[:1]) and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "memory that row_update works on has moved, which a CUDA graph under capture cannot follow; take one step "
@@ -210,7 +214,7 @@ def _alike(leaf: Tensor, tensor: Tensor) -> Tensor:
     return torch.empty_like(leaf).copy_(tensor)
 
 
-def fill_state(t: RowTensor, rule: str, ema: bool):
+def fill_state(t: RowTensor, rule: str, ema: bool) -> None:
     names = {"sgd": (), "momentum": ("momentum_buffer",)}.get(rule, ("exp_avg", "exp_avg_sq"))
     leaf, state = t.leaf.detach(), t.state
     for name in (*names, *(("ema",) if ema else ())):
@@ -253,8 +257,11 @@ def flat_rows(leaf: Tensor) -> bool:
 
 
 def _place(leaf: Tensor, dense: Tensor, axis: int) -> tuple[int, int, int, int] | None:
-    """(row_stride, outer_stride, inner, inner_stride): element j of a row, counted in the leaf's memory, is at
-    row row_stride + j // inner outer_stride + j % inner inner_stride in `dense`. None where it is not so simple."""
+    """(row_stride, outer_stride, inner, inner_stride), by which a kernel finds an element of the leaf in `dense`.
+
+    Element j of a row, counted in the leaf's memory, is at row * row_stride + j // inner * outer_stride + j % inner *
+    inner_stride. None where four numbers cannot say it.
+    """
     if dense.ndim == 0:
         return 1, 0, 1, 1
     moved, blocks = dense.movedim(axis, 0), []

@@ -10,8 +10,6 @@ piecewise constant, so backward and second order are each other's adjoint, and e
 x, y, dx, dy, ddx, ddy have one shape; b, db, ddb have the shape [x.shape[dim]].
 """
 
-import math
-
 import torch
 from torch import Tensor
 from torch.autograd import Function
@@ -19,6 +17,7 @@ from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from ._op import DTYPE_CODES, Op, backward_wants, device_and_stream, forced_backend, refuse_transforms
+from .checks import check_beside, check_factor, check_tensor
 
 _SLOPES = {"linear": 1.0, "relu": 0.0}
 
@@ -130,33 +129,23 @@ def bias_act(
     """
     if has_torch_function_variadic(x, b):
         return handle_torch_function(bias_act, (x, b), x, b, dim=dim, act=act, alpha=alpha, gain=gain)
-    if not isinstance(x, Tensor) or x.dtype not in DTYPE_CODES:
-        raise TypeError(f"x must be a float32, float64, bfloat16 or float16 tensor, got {_kind(x)}")
+    check_tensor(x, "x")
     if act not in ("linear", "relu", "lrelu"):
         raise ValueError(f'act must be "linear", "relu" or "lrelu", got {act!r}')
-    if not (math.isfinite(alpha) and alpha >= 0):
-        raise ValueError(f"alpha must be finite and >= 0, got {alpha}")
-    if not (math.isfinite(gain) and gain > 0):
-        raise ValueError(f"gain must be finite and > 0, got {gain}")
+    check_factor(alpha, "alpha", zero=True)
+    check_factor(gain, "gain")
     if b is not None:
-        if not isinstance(b, Tensor) or b.dtype not in DTYPE_CODES:
-            raise TypeError(f"b must be a float32, float64, bfloat16 or float16 tensor or None, got {_kind(b)}")
+        check_beside(b, "b", x, "x", optional=True)
         if not -x.dim() <= dim < x.dim():
             raise ValueError(f"dim must be an axis of x, whose shape is {list(x.shape)}, got {dim}")
         if b.shape != x.shape[dim : dim + 1 or None]:
             raise ValueError(f"b must have shape [{x.shape[dim]}], x's size along dim {dim}, got {list(b.shape)}")
-        if b.device != x.device:
-            raise ValueError(f"b must be on the device of x, {x.device}, got {b.device}; move it with b.to(x.device)")
         b = (b if b.dtype == x.dtype else b.to(x.dtype)).contiguous()
     slope = _SLOPES.get(act, float(alpha))
     if b is None and slope == 1 and gain == 1:
         return x
     refuse_transforms("bias_act")
     return _BiasAct.apply(x, b, dim % max(x.dim(), 1), slope, float(gain), forced_backend())
-
-
-def _kind(x) -> str:
-    return str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
 
 
 def _along(dim: int, x: Tensor) -> list[int]:
@@ -184,7 +173,7 @@ def _axis(x: Tensor, dim: int | None) -> tuple[int, int, int]:
     n, C = x.numel(), 1 if dim is None else x.shape[dim]
     if n == 0:
         return 0, C, 1
-    inner = n if C == 1 else x.stride(dim)
+    inner = n if dim is None or C == 1 else x.stride(dim)
     return n // (C * inner), C, inner
 
 

@@ -20,6 +20,7 @@ from torch.autograd import Function
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from ._op import DTYPE_CODES, Op, forced_backend, memory_format, refuse_transforms
+from .checks import check_tensor
 
 _EPS = 1e-8
 
@@ -141,7 +142,7 @@ class _MinibatchStddevDoubleBackward(Function):
     def backward(ctx, *cotangents):
         again = torch.is_grad_enabled()
         with torch.enable_grad():
-            # Views: dy may depend on x, and what x does through dy is not asked for here.
+            # Views, because dy may depend on x, and the gradient by x through dy is not asked for here.
             tensors = [t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in ctx.saved_tensors]
             results = minibatch_stddev_double_backward.reference(*tensors, *ctx.args[:2])
             gradients = torch.autograd.grad(results, tensors, cotangents, create_graph=again)
@@ -171,9 +172,7 @@ def minibatch_stddev(x: Tensor, group: int | None = 4, features: int = 1) -> Ten
     """
     if has_torch_function_unary(x):
         return handle_torch_function(minibatch_stddev, (x,), x, group=group, features=features)
-    if not isinstance(x, Tensor) or x.dtype not in DTYPE_CODES:
-        kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"x must be a float32, float64, bfloat16 or float16 tensor, got {kind}")
+    check_tensor(x, "x")
     if x.dim() != 4:
         raise ValueError(f"x must have shape [B, C, H, W], got {list(x.shape)}")
     B, C = x.shape[:2]
@@ -184,7 +183,7 @@ def minibatch_stddev(x: Tensor, group: int | None = 4, features: int = 1) -> Ten
     most = max(B if group is None else min(group, B), 1)
     size = next(g for g in range(most, 0, -1) if B % g == 0)
     refuse_transforms("minibatch_stddev")
-    # Before the Function: a copy made within it would be saved without its history, which higher orders need.
+    # x is laid out here, because a copy made within the Function would lack the history that higher orders need.
     return _MinibatchStddev.apply(_laid_out_as(x, x), size, features, forced_backend())
 
 

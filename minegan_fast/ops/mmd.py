@@ -35,7 +35,7 @@ gradient, hess its derivative along a cotangent h of it.
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,15 +55,14 @@ _PARTS = 15
 
 
 class Plan(NamedTuple):
-    """A kernel and the numbers of its f, c or c and b; the weights of a pair within x, within y and across; m; how a
-    GPU multiplies."""
+    """What is summed over the pairs, and how."""
 
-    kernel: str
-    numbers: Tensor
-    squarings: list[int]
-    weights: tuple[float, float, float]
-    center: Tensor
-    precision: str
+    kernel: str  # one of KERNELS
+    numbers: Tensor  # of f, float64: a c for each bandwidth, widest first; for polynomial c and b; for energy unused
+    squarings: list[int]  # of every c, see `squarings`
+    weights: tuple[float, float, float]  # w of a pair within x, of one within y, and of one across
+    center: Tensor  # m, [D]
+    precision: str  # how a GPU multiplies float32: "tf32x3" or "tf32"
 
     @property
     def squared(self) -> bool:
@@ -81,7 +80,9 @@ def derivatives(kernel: str, numbers: Tensor, t: Tensor) -> tuple[Tensor, Tensor
         inverse = torch.where(t > 0, 1 / root, 0.0)  # no force between points that coincide
         return -root, -inverse / 2, inverse**3 / 4
     terms = [torch.exp(c * t) for c in numbers]
-    return tuple(sum(c**k * e for c, e in zip(numbers, terms, strict=True)) for k in range(3))
+    zero = t.new_zeros(())
+    f, first, second = (sum((c**k * e for c, e in zip(numbers, terms, strict=True)), zero) for k in range(3))
+    return f, first, second
 
 
 @Op
@@ -100,12 +101,15 @@ def mmd_tile(
     diagonal: bool,
     order: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The sum of w f over a tile [r, c] (0-d, float64), A and B, which are empty below order 1 and 2. At order 2 the
-    sum has no meaning.
+    """The sum of w f over a tile [r, c] (0-d, float64), and the tile's matrices A and B. At order 2 the sum has no
+    meaning.
 
-    p [r, D] and hp are rows, q [c, D] and hq columns, op [2, r] and oq [2, c] what `_offsets` says, of one dtype; rows
-    are contiguous. numbers are float64. `diagonal`: p are the first of q, and only the pairs i < j count. Order -1
-    gives w f itself in the place of A.
+    p [r, D] and q [c, D]: the points of its rows and of its columns. hp and hq: their parts of a cotangent h, for order
+        2. op [2, r] and oq [2, c]: their `_offsets`. All are of one dtype and have contiguous rows.
+    numbers, squarings, kernel, precision: as in `Plan`. weight: w.
+    diagonal: the points of the rows are the first of the columns, and only the pairs i < j count.
+    order: 0 for the sum alone; 1 for A too; 2 for A and B; -1 for w f itself in the place of A. A matrix that the order
+        does not ask for is empty.
     """
     a, b = p.double(), q.double()
     if kernel == "polynomial":
@@ -114,7 +118,7 @@ def mmd_tile(
         t = torch.cdist(a, b, p=1.0)
     elif kernel == "gaussian":
         t = torch.addmm(b.square().sum(1), a, b.T, alpha=-2) + a.square().sum(1, keepdim=True)
-    else:  # whose derivatives divide by the distance
+    else:  # the derivatives of energy divide by the distance, so products, which round it, will not do
         t = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist").square()
     f, first, second = derivatives(kernel, numbers, t)
     if kernel == "energy":
@@ -125,7 +129,7 @@ def mmd_tile(
         A = f.to(p.dtype)
     if order >= 1:
         A = (first * (2 if kernel in ("gaussian", "energy") else 1)).to(p.dtype)
-    if order == 2:
+    if order == 2 and hp is not None and hq is not None:
         u, v = hp.double(), hq.double()
         if kernel == "laplacian":
             along = manhattan_slopes.reference(a, b, u, v)
@@ -140,7 +144,7 @@ def mmd_tile(
 
 
 def _offsets(z: Tensor, h: Tensor | None, plan: Plan) -> Tensor:
-    """[2, n]: what a row adds to t and, where there is an h, to its derivative along it, beside the products."""
+    """[2, n]: what a point adds to t beside the products, and what it adds to the derivative of t along h."""
     out = z.new_zeros(2, len(z))
     if plan.kernel == "polynomial":
         out[0] = z @ plan.center
@@ -152,7 +156,10 @@ def _offsets(z: Tensor, h: Tensor | None, plan: Plan) -> Tensor:
 
 
 def tiles(N: int, n: int, weights: Sequence[float], rows: int, columns: int) -> Iterator[tuple]:
-    """(rows i:j, columns k:l, weight, diagonal) of all tiles above the diagonal; none reaches from x into y."""
+    """(rows, columns, weight, whether on the diagonal) of all tiles on and above the diagonal of the pairs of z.
+
+    The rows of a tile are all of x or all of y, and so are its columns: so one weight holds for the tile.
+    """
     within_x, within_y, across = weights
     for begin, end, within in ((0, N, within_x), (N, n, within_y)):
         for i in range(begin, end, rows):
@@ -165,13 +172,14 @@ def tiles(N: int, n: int, weights: Sequence[float], rows: int, columns: int) -> 
 
 def sum_and_slope(
     z: Tensor, N: int, plan: Plan, h: Tensor | None, order: int, wanted: tuple[bool, bool], backend: str | None
-) -> tuple[Tensor, Tensor | None]:
-    """The sum of w f over all pairs (0-d, float64) and for order 1 its gradient by z, for order 2 that along h.
+) -> tuple[Tensor, Tensor]:
+    """The sum of w f over all pairs (0-d, float64), and a slope shaped as z, which is empty for order 0.
 
-    wanted: whether x's rows of it are, and y's; the others are not computed and undefined.
+    order: 0 for no slope; 1 for the gradient of the sum by z; 2 for the derivative of that gradient along h.
+    wanted: whether the slope's rows of x are wanted, and those of y; rows that are not wanted are 0.
     """
     total = torch.zeros((), dtype=torch.float64, device=z.device)
-    slope = torch.zeros_like(z) if order else None
+    slope = torch.zeros_like(z) if order else z.new_empty(0, 0)
     sizes = _TILE["cuda" if z.is_cuda else "cpu"]
     fused = z.is_cuda and backend in (None, "triton") and mmd_tile.lacks("triton", "cuda", z.dtype) is None
     if fused and order == 0 and plan.kernel != "laplacian":
@@ -185,7 +193,7 @@ def sum_and_slope(
             this = order if any(sides) else 0
             if order == 2 and not this:
                 continue
-            hr, hc = (h[r], h[c]) if this == 2 else (None, None)
+            hr, hc = (None, None) if h is None else (h[r], h[c])
             f, A, B = mmd_tile(
                 z[r], z[c], hr, hc, offsets[:, r], offsets[:, c], plan.numbers, plan.squarings, plan.kernel,
                 plan.precision, weight, diagonal, this, backend=backend,
@@ -206,7 +214,7 @@ def _norms_of_pairs(squares: Tensor, N: int, weights: Sequence[float]) -> Tensor
 
 
 def _add_slopes(out: Tensor, plan: Plan, A, B, p, q, hp, hq, backend: str | None) -> None:
-    """Adds to out what the columns of A, and of B where there is an h, do to the rows."""
+    """Adds to out, the slope at the points p, what their pairs with the points q contribute: gp or hess above."""
     if plan.kernel == "laplacian":
         out += manhattan_signs(A if hp is None else B, p, q, backend=backend)
         return
@@ -220,7 +228,7 @@ def _add_slopes(out: Tensor, plan: Plan, A, B, p, q, hp, hq, backend: str | None
 
 
 class _Mmd(Function):
-    """The sum over all pairs. The gradient is made with the value: of the tiles it needs their forward anyway."""
+    """The sum over all pairs. The forward makes the gradient too, because it would need the same tiles again."""
 
     @staticmethod
     def forward(ctx, x, y, plan, backend):
@@ -273,10 +281,11 @@ def _center(x: Tensor, y: Tensor) -> Tensor:
     return means.sort(0).values[parts // 2] if z.is_cuda else means.median(0).values
 
 
-def check_bandwidths(bandwidth, name: str = "bandwidth") -> list[float]:
+def check_bandwidths(bandwidth: float | Tensor | Iterable[float], name: str = "bandwidth") -> list[float]:
     if isinstance(bandwidth, Tensor) and bandwidth.requires_grad:
         raise ValueError(f"{name} gets no gradient: give bandwidth.detach()")
-    values = bandwidth.tolist() if hasattr(bandwidth, "tolist") else bandwidth
+    tolist = getattr(bandwidth, "tolist", None)  # of a tensor or an array
+    values: Any = bandwidth if tolist is None else tolist()
     values = [] if isinstance(values, str) else values
     try:
         values = [float(s) for s in (values if isinstance(values, Iterable) else [values])]
@@ -290,24 +299,40 @@ def check_bandwidths(bandwidth, name: str = "bandwidth") -> list[float]:
 
 
 def plan_of(
-    kernel: str, bandwidths: Sequence[float], x: Tensor, y: Tensor, N: int, M: int, unbiased: bool, precision="tf32x3"
+    kernel: str,
+    bandwidths: Sequence[float],
+    x: Tensor,
+    y: Tensor,
+    N: int,
+    M: int,
+    unbiased: bool,
+    precision: str = "tf32x3",
 ) -> Plan:
-    """What is summed over the pairs i < j of N rows of x and M of y; bandwidths is empty for polynomial and energy."""
+    """The plan for N rows of x and M of y, or for as many in each of several subsets.
+
+    bandwidths: empty for polynomial and energy.
+    """
     center = _center(x, y)
     # Widest first: where the next is a power of two narrower, a native kernel squares instead of taking exp again.
-    scale = {"gaussian": lambda s: -0.5 / s**2, "laplacian": lambda s: -1 / s}.get(kernel)
-    values = [scale(s) for s in sorted(bandwidths, reverse=True)] or [1 / x.shape[1]]
+    widest_first = sorted(bandwidths, reverse=True)
+    if kernel == "gaussian":
+        values = [-0.5 / s**2 for s in widest_first]
+    elif kernel == "laplacian":
+        values = [-1 / s for s in widest_first]
+    else:
+        values = [1 / x.shape[1]]
     numbers = torch.tensor(values, dtype=torch.float64, device=x.device)
     if kernel == "polynomial":
         m = center.double()
         numbers = torch.cat([numbers, 1 + (m @ m)[None] / x.shape[1]])
     share = 1 / max(1, len(bandwidths))
-    within = [2 * share / (n * max(1, n - 1) if unbiased else n * n) for n in (N, M)]
-    return Plan(kernel, numbers, squarings(values), (*within, -2 * share / (N * M)), center, precision)
+    within_x, within_y = (2 * share / (n * max(1, n - 1) if unbiased else n * n) for n in (N, M))
+    weights = within_x, within_y, -2 * share / (N * M)
+    return Plan(kernel, numbers, squarings(values), weights, center, precision)
 
 
 def squarings(numbers: Sequence[float]) -> list[int]:
-    """How often exp(c t) of the number before has to be squared to be that of this one; 0: it has to be made anew."""
+    """For each number c, how many squarings turn exp(c' t) of the number before into exp(c t); 0: take exp anew."""
     found = [0] * len(numbers)
     for i in range(1, len(numbers)):
         power = math.log2(numbers[i] / numbers[i - 1])
@@ -320,7 +345,7 @@ def mmd2(
     x: Tensor,
     y: Tensor,
     kernel: str = "gaussian",
-    bandwidth=None,
+    bandwidth: float | Tensor | Iterable[float] | None = None,
     unbiased: bool = True,
     validate: bool = True,
     input_precision: str = "tf32x3",
@@ -333,12 +358,12 @@ def mmd2(
         distance over the pairs i < j of the pooled sample (L1 distances for laplacian; `median_distance` says what
         happens beyond 4,096 rows), a constant for the gradient, at which torch.compile breaks its graph. polynomial and
         energy do not use it.
-    unbiased: leave the pairs i = j within a sample out (needs N, M >= 2); such an estimate can be negative, and with
-        the polynomial kernel has no lower bound: minimised over samples that may go anywhere, it sends one away.
-    validate: look for NaN and inf, in the inputs and in the value, for which a GPU has to be waited for; False in a
-        loop that must not wait. Compiled code does not look.
-    input_precision: how a GPU multiplies float32, "tf32x3", with float32's accuracy, or "tf32", several times as fast
-        and with 10 bits of mantissa; the gradient's products follow PyTorch's own setting.
+    unbiased: leave out the pairs i = j within a sample (needs N, M >= 2). Such an estimate can be negative. With the
+        polynomial kernel it has no lower bound: minimised over samples that may go anywhere, it sends one away.
+    validate: check the inputs and the value for NaN and inf, which has to wait for a GPU. Give False in a loop that
+        must not wait. Compiled code does not check.
+    input_precision: how a GPU multiplies float32. "tf32x3" has float32's accuracy; "tf32" is several times as fast and
+        has 10 bits of mantissa. The gradient's products follow PyTorch's own setting.
 
     Returns a scalar: float64 for float64 inputs, else float32. Pairs of float32, and of bfloat16 and float16 converted
     to it, are computed in float32 and summed in float64: |error| <= 1e-8 + 1e-3 |value|. Of the energy distance this
@@ -377,7 +402,7 @@ def mmd2(
             bandwidths = [median_distance(torch.cat([x.detach(), y.detach()]), 1.0 if kernel == "laplacian" else 2.0)]
         else:
             bandwidths = check_bandwidths(bandwidth)
-    # Here and not inside, so that gradients meet the loss scale, and each other, before they are rounded.
+    # The conversion is outside of the Function, so that gradients are scaled and added up before they are rounded.
     wide = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
     x, y = x.to(wide), y.to(wide)
     plan = plan_of(kernel, bandwidths, x, y, N, M, unbiased, input_precision)
@@ -391,7 +416,7 @@ def mmd2(
 
 
 def check_value(value: Tensor, x: Tensor, y: Tensor, whose: str = "") -> None:
-    """Raise where a distance of finite samples is none."""
+    """ValueError where a distance is not finite although the samples are."""
     if not value.isfinite().all():
         low, high = torch.stack([*x.detach().aminmax(), *y.detach().aminmax()]).aminmax()
         raise ValueError(
@@ -431,7 +456,7 @@ def mmd2_of_subsets(x: Tensor, y: Tensor, rows: Tensor, columns: Tensor) -> Tens
                 z[r], z[c], None, None, offsets[:, r], offsets[:, c], plan.numbers, plan.squarings, plan.kernel,
                 plan.precision, 1.0, diagonal, -1,
             )  # fmt: skip
-            # A subset has a share in a pair that it holds both of.
+            # A pair counts in each subset that holds both of its points.
             sums += weight * (K @ members[c]).mul_(members[r]).sum(0, dtype=torch.float64)
     return sums
 

@@ -1,12 +1,12 @@
 """Maximum mean discrepancy of several groups of features at once, between samples that move and targets that do not.
 
-Of every group g, with x [N, D_g], y [M, D_g] and the mean k of the gaussian kernels of its bandwidths,
+For every group g, with x [N, D_g], y [M, D_g] and k the mean of the gaussian kernels of its bandwidths,
 
     mmd2_g = mean k(x_i, x_j) + mean k(y_i, y_j) - 2 mean k(x_i, y_j)
 
 as in mmd.py, which says what the biased and the unbiased means are. The mean of k(y_i, y_j), the target's centre and
-its squared norms are computed once. All samples are centred at the target's mean: distances do not see a common shift,
-rounding does.
+its squared norms are computed once. All samples are centred at the target's mean: a common shift does not change a
+distance, but it changes the rounding.
 
 With f(t) = sum of exp(c t) over K bandwidths, c = -1 / (2 sigma^2), and t = |a - b|^2, what remains for a step is
 
@@ -87,7 +87,7 @@ def _weights(N: int, M: int, K: int, unbiased: bool) -> tuple[float, float]:
 
 
 class _Distances(Function):
-    """What the gradient shares with the value, the weights of the pairs, is made with it."""
+    """The forward makes the matrices A and B too, which hold what value and gradient share."""
 
     @staticmethod
     def forward(ctx, target, wanted, backend, *xs):
@@ -130,7 +130,7 @@ class _Gradient(Function):
     def backward(ctx, h):
         target, wanted, backend = ctx.args
         centers, ys, along = (t.split(target.sizes, -1) for t in (target.center, target.y, h))
-        second = [None] * len(wanted)
+        second: list[Tensor | None] = [None] * len(wanted)
         for g, x in enumerate(ctx.saved_tensors):
             if wanted[g]:
                 z, hz = torch.cat([x - centers[g], ys[g]]), torch.cat([along[g], torch.zeros_like(ys[g])])
@@ -154,7 +154,12 @@ class MmdTarget:
     do not fit, NaN or inf, and fewer than 2 samples for the unbiased distance.
     """
 
-    def __init__(self, groups: Sequence[Tensor], bandwidths, unbiased: bool = True):
+    def __init__(
+        self,
+        groups: Sequence[Tensor],
+        bandwidths: float | Iterable[float | Tensor | Iterable[float]],
+        unbiased: bool = True,
+    ):
         groups = _check_groups(groups, "groups")
         if isinstance(bandwidths, (int, float)):
             bandwidths = [bandwidths] * len(groups)
@@ -193,7 +198,7 @@ class MmdTarget:
         self.own = torch.stack(within) + (0 if unbiased else 1 / self.count)
 
     def plan(self, g: int, N: int) -> Plan:
-        """Of group g, for N samples that are compared with the target, or with themselves for the target's own."""
+        """The plan of group g for N samples that are compared with the target, or for the target's own pairs."""
         first = sum(self.counts[:g])
         own = slice(first, first + self.counts[g])
         within, across = _weights(N, self.count, self.counts[g], self.unbiased)
@@ -228,15 +233,16 @@ def mmd_groups(xs: Sequence[Tensor], target: MmdTarget, validate: bool = True) -
 
     xs: one [N, D_g] floating-point tensor a group, on the target's device; N may differ from call to call. Half
         precision is converted, float32 is to a target in float64.
-    validate: look for NaN and inf, in xs and in the distances, for which a GPU has to be waited for; False in a loop
-        that must not wait. Compiled code does not look.
+    validate: check xs and the distances for NaN and inf, which has to wait for a GPU. Give False in a loop that must
+        not wait. Compiled code does not check.
 
     Each entry is `mmd2(x_g, y_g, bandwidth=b_g, unbiased=...)` in the target's dtype, float32 or float64. Pairs of
     float32 are computed in it and summed in float64: |error| <= 1e-8 + 1e-3 |value|. Differentiable twice in xs; a
-    group that needs no gradient costs none, and without any the call is the cheaper. The N (N + M) pairs of every group
-    are held during the call, nothing of their number afterwards.
+    group that needs no gradient costs none, and the call is cheaper where none needs one. The N (N + M) pairs of every
+    group are held during the call; afterwards nothing of that size is.
 
-    Raises TypeError for a target or features that are none, and for float64 where the target is float32; ValueError,
+    Raises TypeError for a target that is no MmdTarget, for features that are no tensors of floats, and for float64
+    where the target is float32; ValueError,
     with the group, for numbers of groups, samples and dimensions or devices that do not fit, 1 sample where the
     distance is unbiased, NaN or inf, with the row, and values that overflow; NotImplementedError inside a transform of
     torch.func, vmap, grad or jacrev say.

@@ -26,6 +26,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from .._torch import version_of
 from ._op import DTYPE_CODES, Op, forced_backend, refuse_transforms
 from .bias_act import _dense, _laid_out_like
+from .checks import check_beside
 from .noise_bias_act import addresses, check, noise_bias_act, planes, wide
 from .transposed_conv2d import transposed_conv2d
 from .upfirdn2d import upfirdn2d
@@ -84,7 +85,10 @@ class _Backward(Function):
 
 
 def _keeping_factors(x: Tensor, s: Tensor, xs: Tensor):
-    """Inside, what autograd would save of xs = s x becomes x and s, which are kept anyway; xs is made again for use."""
+    """A context in which autograd does not save xs = s x. A backward that needs xs computes it again of x and s.
+
+    `_Modulate` keeps x and s anyway. xs itself would be one more copy of the activations in each layer.
+    """
     if torch.compiler.is_compiling() or type(xs) is not Tensor or not torch.is_grad_enabled():
         return nullcontext()
     x, s, backend, version = x.detach(), s.detach(), forced_backend(), version_of(x)
@@ -148,17 +152,14 @@ def modulated_conv2d(
         RuntimeError: a backend is forced (`use_backend`, MINEGAN_BACKEND) that is missing here or takes no such tensor.
         NotImplementedError: inside a transform of torch.func, vmap, grad or jacrev say.
     """
-    if has_torch_function_variadic(x, style):  # any other tensor is given as it is to functions that ask it themselves
+    # Of other tensors, such as a held weight, the functions of torch below ask the subclass themselves.
+    if has_torch_function_variadic(x, style):
         options = {"demodulate": demodulate, "up": up, "down": down, "kernel": kernel, "scale": scale, "eps": eps}
         options |= {"noise": noise, "strength": strength, "bias": bias, "act": act, "alpha": alpha, "gain": gain}
         return handle_torch_function(modulated_conv2d, (x, style), x, weight, style, **options)
     check(x, None, None, None, None, act, alpha, gain, "x")
     for name, tensor in (("weight", weight), ("style", style)):
-        if not isinstance(tensor, Tensor) or tensor.dtype not in DTYPE_CODES:
-            kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise TypeError(f"{name} must be a float32, float64, bfloat16 or float16 tensor, got {kind}")
-        if tensor.device != x.device:
-            raise ValueError(f"{name} must be on the device of x, {x.device}, got {tensor.device}")
+        check_beside(tensor, name, x, "x")
     # Each look at a weight whose rows train costs microseconds, so there are few.
     dtype, shape = weight.dtype, weight.shape
     if len(shape) != 4 or shape[1] != x.shape[1] or shape[2] != shape[3]:
@@ -185,7 +186,7 @@ def modulated_conv2d(
         if demodulate:  # Squares overflow float16, and bfloat16 has too few digits for their sum.
             w = weight if dtype == s.dtype else weight.to(s.dtype)
             d = torch.rsqrt(F.linear(s.square(), w.square().sum((2, 3))) + eps)
-        if down:
+        if down and kernel is not None:
             before, after = (n + size - 2) // 2, (n + size - 3) // 2
             x = upfirdn2d(x, kernel, padding=(before, after, before, after))
         x = _dense(x)
@@ -196,7 +197,7 @@ def modulated_conv2d(
                 y = transposed_conv2d(xs, w.transpose(0, 1))
             else:
                 y = F.conv2d(xs, w, stride=2 if down else 1, padding=0 if down else size // 2)
-        if up:
+        if up and kernel is not None:
             before, after = (n - size) // 2 + 1, (n - size - 1) // 2 + 1
             y = upfirdn2d(y, kernel, padding=(before, after, before, after))
         return noise_bias_act(y, d, noise, strength, bias, act=act, alpha=alpha, gain=gain)

@@ -14,8 +14,6 @@ second order therefore has a gradient by y, which autograd sends through the for
 c, y, gy, gc are [B, C, H, W]; d, f, h and their gradients [B, C]; n is [B or 1, 1, H, W].
 """
 
-import math
-
 import torch
 from torch import Tensor
 from torch.autograd import Function
@@ -23,6 +21,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from ._op import DTYPE_CODES, Op, forced_backend, refuse_transforms
 from .bias_act import _dense, _laid_out_like
+from .checks import check_beside, check_factor, check_tensor
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -35,8 +34,8 @@ def _each(k: Tensor) -> Tensor:
 
 
 def _factor(y: Tensor, k: Tensor, slope: float, gain: float) -> Tensor:
-    gain, leak = (torch.scalar_tensor(v, dtype=k.dtype, device=k.device) for v in (gain, slope * gain))
-    return torch.where(y > 0, gain, leak)
+    above, below = (torch.scalar_tensor(v, dtype=k.dtype, device=k.device) for v in (gain, slope * gain))
+    return torch.where(y > 0, above, below)
 
 
 @Op
@@ -66,7 +65,7 @@ def noise_bias_act_backward(
 def noise_bias_act_double_backward(
     hc: Tensor, gy: Tensor, y: Tensor, n: Tensor | None, k: Tensor, slope: float, gain: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """k [4, B, C]: d, e, f, h of m (d hc + e y / m + f n + h). Gives that, e gy and the sum of m gy hc."""
+    """m (d hc + e y / m + f n + h), e gy, and the sum of m gy hc; k [4, B, C] holds d, e, f and h."""
     d, e, f, h = _each(k)
     m = _factor(y, k, slope, gain)
     hc, g = hc.to(k.dtype), gy.to(k.dtype)
@@ -158,32 +157,36 @@ def noise_bias_act(
     kind, size = wide(c.dtype), c.shape[:2]
     d = c.new_ones(size, dtype=kind) if d is None else d.to(kind)
     h = c.new_zeros(size, dtype=kind) if bias is None else bias.to(kind).expand(size)
-    f = c.new_zeros(size, dtype=kind) if noise is None else strength.to(kind).reshape(-1, 1).expand(size)
+    f = c.new_zeros(size, dtype=kind) if strength is None else strength.to(kind).reshape(-1, 1).expand(size)
     n = noise if noise is None else noise.to(kind)
     slope = 1.0 if act == "linear" else float(alpha)
-    if n is not None and n.requires_grad and torch.is_grad_enabled():  # maps that are searched for, as projectors do
+    # A projector searches for noise maps. Their gradient is PyTorch's own, through the reference.
+    if n is not None and n.requires_grad and torch.is_grad_enabled():
         return noise_bias_act_forward.reference(c, n, torch.stack((d, f, h)), slope, float(gain))
     n = n if n is None else n.contiguous()
     refuse_transforms("noise_bias_act")
     return _NoiseBiasAct.apply(c, n, d, f, h, slope, float(gain), forced_backend())
 
 
-def check(c, d, noise, strength, bias, act, alpha, gain, name: str = "c") -> None:
+def check(
+    c: Tensor,
+    d: Tensor | None,
+    noise: Tensor | None,
+    strength: Tensor | None,
+    bias: Tensor | None,
+    act: str,
+    alpha: float,
+    gain: float,
+    name: str = "c",
+) -> None:
     """Raises what noise_bias_act says it raises; c is called `name`."""
-    if not isinstance(c, Tensor) or c.dtype not in DTYPE_CODES:
-        kind = c.dtype if isinstance(c, Tensor) else type(c).__name__
-        raise TypeError(f"{name} must be a float32, float64, bfloat16 or float16 tensor, got {kind}")
+    check_tensor(c, name)
     if c.dim() != 4:
         raise ValueError(f"{name} must have shape [B, C, H, W], got {list(c.shape)}")
     b, channels, *size = c.shape
     for label, tensor in (("d", d), ("noise", noise), ("strength", strength), ("bias", bias)):
-        if tensor is None:
-            continue
-        if not isinstance(tensor, Tensor) or tensor.dtype not in DTYPE_CODES:
-            kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise TypeError(f"{label} must be a float32, float64, bfloat16 or float16 tensor or None, got {kind}")
-        if tensor.device != c.device:
-            raise ValueError(f"{label} must be on the device of {name}, {c.device}, got {tensor.device}")
+        if tensor is not None:
+            check_beside(tensor, label, c, name, optional=True)
     if (noise is None) != (strength is None):
         raise ValueError("noise and strength go together: give both or neither")
     if d is not None and d.shape != (b, channels):
@@ -196,10 +199,8 @@ def check(c, d, noise, strength, bias, act, alpha, gain, name: str = "c") -> Non
         raise ValueError(f"bias must have shape [{channels}] or [{b}, {channels}], got {list(bias.shape)}")
     if act not in ("linear", "lrelu"):
         raise ValueError(f'act must be "linear" or "lrelu", got {act!r}')
-    if not (math.isfinite(alpha) and alpha > 0):
-        raise ValueError(f"alpha must be finite and > 0, got {alpha}")
-    if not (math.isfinite(gain) and gain > 0):
-        raise ValueError(f"gain must be finite and > 0, got {gain}")
+    check_factor(alpha, "alpha")
+    check_factor(gain, "gain")
 
 
 # Launchers. c, y and their gradients are dense and laid out alike, n and k contiguous.

@@ -12,6 +12,8 @@ m is a running mean, or the center with decay 0. Its second order is the referen
 layers/penalties.py.
 """
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 from torch.autograd import Function
@@ -90,8 +92,15 @@ class _Penalty(Function):
         return dg, *[None] * (2 + len(ctx.args))
 
 
-def penalty_on(g: Tensor, mean: Tensor | None = None, center=0.0, decay=0.0, parts=1, squared=False):
-    """P, r and a; the last two without a graph."""
+def penalty_on(
+    g: Tensor,
+    mean: Tensor | None = None,
+    center: float = 0.0,
+    decay: float = 0.0,
+    parts: int = 1,
+    squared: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """P, r and a of the equations above; the last two have no graph."""
     return _Penalty.apply(g, mean, float(center), float(decay), parts, squared, forced_backend())
 
 
@@ -121,8 +130,12 @@ def check_images(x: Tensor, name: str) -> None:
         raise ValueError(f"{name} must be a batch [B, ...] with at least one element, got {list(x.shape)}")
 
 
-def random_like(draw, shape, like: Tensor, generator) -> Tensor:
-    """Random numbers of at least float32, drawn where the generator lives."""
+def random_like(
+    draw: Callable[..., Tensor], shape: Sequence[int], like: Tensor, generator: torch.Generator | None
+) -> Tensor:
+    """Random numbers by `draw` (torch.rand or torch.randn), in float32 or wider, on the device of `like`.
+
+    They are drawn on the generator's device, where it has one."""
     device = like.device if generator is None else generator.device
     return draw(shape, generator=generator, device=device, dtype=wide_dtype(like.dtype)).to(like.device)
 
@@ -133,7 +146,12 @@ def _norm(squares: Tensor) -> Tensor:
     return torch.where(positive, torch.where(positive, squares, 1.0).sqrt(), 0.0)
 
 
-def interpolate(real: Tensor, fake: Tensor, alpha=None, generator: torch.Generator | None = None) -> Tensor:
+def interpolate(
+    real: Tensor,
+    fake: Tensor,
+    alpha: float | Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
     """alpha * real + (1 - alpha) * fake, one alpha a sample.
 
     real, fake: [B, ...] of the same shape, floating dtype and device.
@@ -172,7 +190,7 @@ def interpolate(real: Tensor, fake: Tensor, alpha=None, generator: torch.Generat
 
 
 def _draws_in_a_kernel(real: Tensor, fake: Tensor, generator: torch.Generator | None) -> bool:
-    """Whether one kernel may draw and interpolate: outside of CUDA graphs, whose replays must draw anew."""
+    """Whether one kernel may draw and interpolate. Within a CUDA graph it may not: each replay has to draw anew."""
     return (
         real.is_cuda
         and (generator is None or generator.device.type == "cuda")
@@ -185,7 +203,7 @@ def _draws_in_a_kernel(real: Tensor, fake: Tensor, generator: torch.Generator | 
 
 
 def _next_draw(device: torch.device, generator: torch.Generator | None) -> tuple[int, int]:
-    """The generator's seed and offset, which moves on as for one draw."""
+    """The generator's seed and offset. The offset then moves on as one draw of torch's moves it."""
     generator = generator or torch.cuda.default_generators[device.index]
     seed, offset = generator.initial_seed(), generator.get_offset()
     generator.set_offset(offset + 4)

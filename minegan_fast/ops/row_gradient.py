@@ -25,7 +25,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .._torch import convolution_backward
-from ._op import DTYPE_CODES, Op, forced_backend, refuse_transforms
+from ._op import Op, forced_backend, refuse_transforms
+from .checks import check_tensor
 
 
 @Op
@@ -40,7 +41,8 @@ def row_gradient_convolution(
     groups: int,
     choose: bool,
 ) -> Tensor:
-    """`groups` is 1 or k: then x holds k times the channels that one neuron sees. `choose`: by the cross-over table."""
+    """groups: 1, or k, where x holds k times the channels that one neuron sees. choose: whether the cross-over table
+    decides between our kernel and the library's."""
     if x.numel() == 0 or gy.numel() == 0:
         return x.new_zeros(_weight_shape(x, gy, kernel, groups))
     # The gradient of a transposed convolution is that of a convolution with its operands exchanged.
@@ -117,10 +119,8 @@ def row_gradient(
         RuntimeError: a backend is forced (`use_backend`, MINEGAN_BACKEND) that is missing here or takes no such tensor.
         NotImplementedError: inside a transform of torch.func, vmap, grad or jacrev say.
     """
-    for name, tensor in (("x", x), ("gy", gy)):
-        if not isinstance(tensor, Tensor) or tensor.dtype not in DTYPE_CODES:
-            kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise TypeError(f"{name} must be a float32, float64, bfloat16 or float16 tensor, got {kind}")
+    check_tensor(x, "x")
+    check_tensor(gy, "gy")
     if gy.dtype != x.dtype or gy.device != x.device:
         raise TypeError(
             f"gy must have x's dtype and device, {x.dtype} on {x.device}, got {gy.dtype} on {gy.device}; "
@@ -221,7 +221,7 @@ def dense_is_faster(
 
 
 def _library_is_faster(processor: str, x: Tensor, gy: Tensor, kernel, stride, transposed: bool, groups: int) -> bool:
-    """Of the layouts only the dense one was measured, and no groups."""
+    """By the cross-over table. Only a contiguous x and a single group were measured, so all else is the library's."""
     if groups > 1 or not x.is_contiguous():
         return True
     name = geometry_name(kernel, stride, transposed)

@@ -118,9 +118,14 @@ def _kind(x: Tensor) -> str:
 # Launchers. row_score saw to shapes, dtypes, devices and to rows that do not overlap.
 
 
-def dense_table(grads, weights, axes, starts):
-    """Per dtype what a kernel reads, (g's address, w's address or 0, outer, C, inner, start) for each gradient that has
-    elements, and the tensors that must live until it has: the copies of those that are not dense."""
+def dense_table(
+    grads: list[Tensor], weights: list[Tensor], axes: list[int], starts: list[int]
+) -> dict[torch.dtype, tuple[list[tuple[int, ...]], list[Tensor | None]]]:
+    """For each dtype the rows that a kernel reads, and the tensors that must live until it has read them.
+
+    A row is (g's address, w's address or 0, outer, C, inner, start), one for each gradient that has elements. Tensors
+    that are not dense are copied, and the copies are among those that must live.
+    """
     tables: dict[torch.dtype, tuple[list, list]] = {}
     for i, (g, axis, start) in enumerate(zip(grads, axes, starts, strict=True)):
         if g.numel() == 0:

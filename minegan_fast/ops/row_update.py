@@ -22,13 +22,12 @@ import math
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from .._torch import PastSubclasses
-from ._op import DTYPE_CODES, Op, device_and_stream
+from ._op import DTYPE_CODES, device_and_stream, mutating
 from ._row_table import RowTensor, Table, check, fill_state, flat_rows, refuse_capture
 
 OPTIMIZERS = ("adam", "adamw", "sgd")
@@ -37,14 +36,14 @@ RULES = ("adam", "adamw", "sgd", "momentum")  # Rule in csrc/ops.h
 
 @dataclass(slots=True)
 class Hyperparameters:
-    """Of one step. lr: a number or a one-element tensor; ema_decay: None where there is no average."""
+    """The numbers of one step, as torch.optim names them."""
 
-    lr: float | Tensor
+    lr: float | Tensor  # a tensor has one element
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.0
     momentum: float = 0.0
-    ema_decay: float | None = None
+    ema_decay: float | None = None  # None where no average is kept
 
 
 class RowUpdate:
@@ -92,7 +91,7 @@ class RowUpdate:
         return [(t.data_ptr(), t.dtype, t.stride()) for t in self.held]
 
     def moved(self) -> bool:
-        """Whether a leaf or dense weight lies elsewhere or otherwise than it was planned."""
+        """Whether a leaf or dense weight has other memory, dtype or strides than it was planned with."""
         with PastSubclasses():
             return self.layouts != self._layouts()
 
@@ -104,11 +103,12 @@ class RowUpdate:
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
         moved: bool | None = None,
-    ):
+    ) -> None:
         """Steps every tensor by its gradient; those with None only have their average moved.
 
-        grads: one for each tensor, of its leaf's shape; read, never written. grad_scale, found_inf: one-element tensors
-        as torch.amp.GradScaler gives them. moved: what `moved()` says, by one who knows; None: compare the addresses.
+        grads: one for each tensor, of its leaf's shape; read, never written.
+        grad_scale, found_inf: one-element tensors as torch.amp.GradScaler gives them.
+        moved: the answer of `moved()`, from a caller that has it; None compares the addresses.
         """
         if len(grads) != len(self.tensors):
             raise ValueError(
@@ -126,7 +126,7 @@ class RowUpdate:
                 try:
                     row_update(table, hyper, _on(grad_scale, table.device), _on(found_inf, table.device))
                 finally:
-                    table.grads = None
+                    table.grads = ()
             written = self.held
             if any(g is None for g in grads):
                 written = [
@@ -136,7 +136,7 @@ class RowUpdate:
             torch.autograd.graph.increment_version(written)
 
 
-@partial(Op, mutates=True)
+@mutating
 def row_update(table: Table, hyper: Hyperparameters, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
     if found_inf is not None and found_inf.item():
         return
@@ -180,7 +180,7 @@ def _step(rule: str, t: RowTensor, grad: Tensor, hyper: Hyperparameters):
 
 
 @torch.no_grad()
-def dense_step(optimizer: str, tensor: RowTensor, grad: Tensor, hyper: Hyperparameters):
+def dense_step(optimizer: str, tensor: RowTensor, grad: Tensor, hyper: Hyperparameters) -> None:
     """One step of one tensor without a plan, by the reference; makes the state that is missing."""
     rule = "momentum" if optimizer == "sgd" and hyper.momentum else optimizer
     fill_state(tensor, rule, False)
@@ -191,7 +191,7 @@ def dense_step(optimizer: str, tensor: RowTensor, grad: Tensor, hyper: Hyperpara
 
 
 def _numbers(hyper: Hyperparameters) -> array:
-    """RowStep in csrc/ops.h. An lr on a GPU is read there."""
+    """RowStep in csrc/ops.h. An lr on a GPU is 0 here: the kernel reads it from its own argument."""
     lr = 0.0 if isinstance(hyper.lr, Tensor) and hyper.lr.is_cuda else float(hyper.lr)
     ema = 0.0 if hyper.ema_decay is None else 1 - hyper.ema_decay
     logs = [math.log2(beta) if beta else -math.inf for beta in hyper.betas]
@@ -199,7 +199,7 @@ def _numbers(hyper: Hyperparameters) -> array:
 
 
 def _on(flag: Tensor | None, device: torch.device) -> Tensor | None:
-    """A number of GradScaler's as the kernels read it."""
+    """One of GradScaler's numbers on that device in float32, as the kernels read it."""
     if flag is None or (flag.dtype == torch.float32 and flag.device == device):
         return flag
     return flag.to(device, torch.float32)

@@ -1,4 +1,4 @@
-"""The transposed convolution of stride 2 as PyTorch should have it: four plain convolutions where those are faster.
+"""The transposed convolution of stride 2, as four plain convolutions where those are faster.
 
 Every second output along an axis sees every second tap alone: with y[2 i + a] = sum over j of W[a + 2 j] x[i - j], the
 outputs of one parity are a plain convolution of x with the taps of that parity. On a CPU the library's own transposed
@@ -74,7 +74,7 @@ def _weight_gradient(x: Tensor, gy: Tensor, weight: Tensor) -> Tensor:
 
 def transposed_conv2d(x: Tensor, weight: Tensor) -> Tensor:
     """conv_transpose2d(x, weight, stride=2) for x [B, I, H, W], weight [I, O, kh, kw] of one dtype; differentiable to
-    any order. Weights that are no plain tensors, compilers and transforms see PyTorch's function."""
+    any order. Weights that are no plain tensors, compilers and transforms get PyTorch's own function."""
     others = torch.compiler.is_compiling() or transforms_active() or has_torch_function_variadic(x, weight)
     if others or type(x) is not Tensor:
         return F.conv_transpose2d(x, weight, stride=2)

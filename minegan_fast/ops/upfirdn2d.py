@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from ._op import DTYPE_CODES, Op, forced_backend, memory_format, refuse_transforms
+from .checks import check_beside, check_tensor
 
 _AXES = ("vertical", "horizontal")
 
@@ -118,16 +119,12 @@ def upfirdn2d(
         return handle_torch_function(
             upfirdn2d, (x, kernel), x, kernel, up=up, down=down, padding=padding, flip=flip, gain=gain
         )
-    for name, tensor in (("x", x), ("kernel", kernel)):
-        if not isinstance(tensor, Tensor) or tensor.dtype not in DTYPE_CODES:
-            kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise TypeError(f"{name} must be a float32, float64, bfloat16 or float16 tensor, got {kind}")
+    check_tensor(x, "x")
+    check_beside(kernel, "kernel", x, "x")
     if x.dim() != 4 or 0 in x.shape[2:]:
         raise ValueError(f"x must have shape [B, C, H >= 1, W >= 1], got {list(x.shape)}")
     if kernel.dim() not in (1, 2) or kernel.numel() == 0:
         raise ValueError(f"kernel must have shape [kh, kw] or [k], no size 0, got {list(kernel.shape)}")
-    if kernel.device != x.device:
-        raise ValueError(f"kernel must be on the device of x, {x.device}, got {kernel.device}; kernel.to(x.device)")
     if kernel.requires_grad:
         raise ValueError("kernel must not require a gradient: the filter is a constant here; pass kernel.detach()")
     if not abs(gain) < math.inf:
@@ -169,7 +166,7 @@ def _empty_result(x, kernel, up, down, padding) -> Tensor:
 # Launchers. x is dense, kernel is contiguous and of the type in which sums are: upfirdn2d and _Upfirdn2d saw to it.
 
 
-def _geometry(x: Tensor, y: Tensor, kernel: Tensor, up, down, padding) -> tuple[list[int], ...]:
+def _geometry(x: Tensor, y: Tensor, kernel: Tensor, up, down, padding) -> tuple[Sequence[int], ...]:
     """[outer, inner] of x as it lies in memory, [outer, H, W, inner]; sizes of x, of y, of the kernel; the rest."""
     B, C = x.shape[:2]
     outer = [B, C] if memory_format(x) == torch.channels_last else [B * C, 1]

@@ -26,10 +26,10 @@ LAYOUTS: tuple[Layout, ...] = (
 # What a file of this project may hold: {(family, role): class}.
 MODELS = {(layout.model.family, layout.role): layout.model for layout in LAYOUTS}
 
-# How projects call an exponential moving average of a network.
+# The names that projects give an exponential moving average of a network.
 AVERAGED = r"(?i)ema|avg|average|running|^Gs$"
 
-# Keys by which a miner of the original MineGAN is known, and of which family.
+# Keys by which a miner of the original MineGAN is told, with what it mines and for which family.
 MINERS = {
     "transform.0.weight": "miner of the original MineGAN for StyleGAN or StyleGAN2",
     "linear8.weight": "miner of the original MineGAN for BigGAN",
@@ -37,7 +37,7 @@ MINERS = {
     "relu2.bias": "miner of the learned constant, of the original MineGAN for StyleGAN2",
 }
 
-# Keys of what is no GAN that is read here, but is taken for one or lies beside one.
+# Keys of networks that are not read here, but that are taken for one of these GANs or lie beside one.
 OTHERS = {
     "layer1.0.conv1.weight": "ResNet classifier",
     "synthesis.input.freqs": "StyleGAN3 generator",
@@ -63,16 +63,16 @@ class Found:
     passed_over: tuple[str, ...] = ()
 
 
-def families(name: str | None) -> tuple[str, ...] | None:
+def families(name: str) -> tuple[str, ...]:
     """The families that a user means by `name`: "biggan" is either of the BigGANs."""
-    return None if name is None else ("biggan", "biggan_deep") if name == "biggan" else (name,)
+    return ("biggan", "biggan_deep") if name == "biggan" else (name,)
 
 
 def find(data: Mapping, role: str) -> Found | None:
     """The network of that role in a file's data: in a training file's container, or the file itself.
 
-    Averaged weights go before raw ones. Where no container that the layout names holds the network, one of another name
-    does; its name may say that it is averaged.
+    Averaged weights are preferred to raw ones. Containers that the layout names are searched first, then the others,
+    whose name may say that they are averaged.
     """
     held = []
     for layout in LAYOUTS:
@@ -100,7 +100,7 @@ def _tensors(candidate) -> State:
 
 
 def describe(data: Mapping, role: str) -> str:
-    """Why no layout of that role fits: what the file looks like, its first keys, and ten keys that would have told."""
+    """For an error: what the file looks like, its first keys, and ten keys by which a layout would have been told."""
     states = [_tensors(data), *map(_tensors, data.values())]
     known = {layout.signature[0]: f"{layout.model.family} {layout.role}" for layout in LAYOUTS} | OTHERS
     looks = (

@@ -4,7 +4,9 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor
+
+from ..network import Network
 
 State = dict[str, Tensor]
 
@@ -52,7 +54,7 @@ class Layout:
 
     project: str
     role: str
-    model: type[nn.Module]
+    model: type[Network]
     signature: tuple[str, ...]
     containers: tuple[str, ...]
     config: Callable[[State], dict]

@@ -11,7 +11,7 @@ def _blocks(state: State) -> int:
 
 
 def _normalised(state: State) -> dict:
-    # A network without spectral norm has no u; the eps in it cannot be told and hardly matters.
+    # A network without spectral norm has no u. The shapes do not tell its eps, which hardly matters.
     return {} if "linear.u0" in state else {"sn_eps": None}
 
 

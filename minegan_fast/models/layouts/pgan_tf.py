@@ -45,7 +45,9 @@ def _converted(state: State, entry: _Entry) -> State:
     return {f"{entry.ours}.module.weight": weight * (entry.gain / SQRT2), f"{entry.ours}.module.bias": bias}
 
 
-def _layers(state: State, resolution: int | None, images: str, table: list[_Entry], block: tuple) -> State:
+def _layers(
+    state: State, resolution: int | None, images: str, table: list[_Entry], block: tuple[tuple[str, bool], ...]
+) -> State:
     """The layers up to a resolution, or those that `lod` says are in use, and how far the highest of them faded in.
 
     images: "ToRGB" or "FromRGB". block: of both layers of a resolution, the name in the file and whether it upsamples.
