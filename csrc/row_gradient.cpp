@@ -2,7 +2,8 @@
 //
 // With the positions q that x is read at as the inner dimension, dW = x [channels, q] G [q, rows and taps], where G
 // holds for each row and tap the element of gy that x meets at q, or 0. x is large and is read as it lies; G is made
-// block by block, small enough for the L2 cache.
+// block by block, small enough for the L2 cache. An x whose channels lie side by side has another kernel, that of
+// row_gradient_last.h.
 #include <algorithm>
 
 #include "lanes.h"

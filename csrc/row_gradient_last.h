@@ -211,7 +211,7 @@ struct RowGradientLast {
   template <int R, int T>
   static MINEGAN_INLINE void multiply(const LastWork& w, const Phase& phase, const Phase::Tap* taps, int64_t v0,
                                       int64_t v1, const Slab& slab, double* sums) {
-    constexpr int most = 4 * R * T <= kSums ? 4 : 2 * R * T <= kSums ? 2 : 1;
+    constexpr int most = kSums / (R * T);  // vectors of a tile
     const int64_t x_step = phase.x_step[2] * w.strides.x[3], y_step = phase.y_step[2] * R;
     const int64_t column = vectors(w.s) * L, row = w.s.taps() * column;
     const float* gy[T];
@@ -226,16 +226,26 @@ struct RowGradientLast {
       const int64_t whole = std::min(v1, w.s.C / L) - v;
       // The last vector is a whole one, too: what it shares with the one before is not read from its sums.
       const float* x = w.x + std::min(v * L, w.s.C - L);
-      if (most == 4 && whole >= 4) {
-        tile<R, T, std::min(most, 4)>(x, x_step, gy, y_step, slab, v * L, to, row);
-        v += 4;
-      } else if (most >= 2 && whole >= 2) {
-        tile<R, T, std::min(most, 2)>(x, x_step, gy, y_step, slab, v * L, to, row);
-        v += 2;
-      } else {
-        tile<R, T, 1>(x, x_step, gy, y_step, slab, v * L, to, row);
-        v += 1;
-      }
+      if constexpr (most >= 8)
+        if (whole >= 8) {
+          tile<R, T, 8>(x, x_step, gy, y_step, slab, v * L, to, row);
+          v += 8;
+          continue;
+        }
+      if constexpr (most >= 4)
+        if (whole >= 4) {
+          tile<R, T, 4>(x, x_step, gy, y_step, slab, v * L, to, row);
+          v += 4;
+          continue;
+        }
+      if constexpr (most >= 2)
+        if (whole >= 2) {
+          tile<R, T, 2>(x, x_step, gy, y_step, slab, v * L, to, row);
+          v += 2;
+          continue;
+        }
+      tile<R, T, 1>(x, x_step, gy, y_step, slab, v * L, to, row);
+      v += 1;
     }
   }
 
@@ -249,14 +259,14 @@ struct RowGradientLast {
       for (int t = 0; t < T; ++t) gs[t] = gy[t] + line.gy * R;
       for (int64_t u = 0; u < slab.width; ++u) {
         V lanes[N];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int n = 0; n < N; ++n) memcpy(&lanes[n], xs + n * L, sizeof(V));
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r)
 #pragma GCC unroll 3
           for (int t = 0; t < T; ++t) {
             const float one = gs[t][u * y_step + r];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
             for (int n = 0; n < N; ++n) total[r][t][n] += lanes[n] * one;
           }
         xs += x_step;

@@ -127,7 +127,7 @@ def row_gradient(
 
     Raises:
         TypeError, ValueError: an argument is not as said above; the message names it.
-        IndexError: on a CPU, an element of rows is none of gy's outputs.
+        IndexError, RuntimeError: on a CPU, as of index_select, an element of rows is none of gy's outputs.
         RuntimeError: a backend is forced (`use_backend`, MINEGAN_BACKEND) that is missing here or takes no such tensor.
         NotImplementedError: inside a transform of torch.func, vmap, grad or jacrev say.
     """
@@ -179,7 +179,7 @@ def row_gradient(
     # A gradient of gy is one of all its outputs, and of groups each neuron gets its own x.
     if groups != 1 or (torch.is_grad_enabled() and (x.requires_grad or gy.requires_grad)):
         gy, rows = _gathered(gy, rows), None
-    if gy.shape[1] == 0 or (rows is not None and len(rows) == 0):
+    if gy.shape[1] == 0 or (rows is not None and rows.shape[0] == 0):
         return x.new_zeros(0, x.shape[1] // groups, *kernel)
     if groups != 1:
         if transposed:
@@ -270,7 +270,7 @@ def _in_three_dimensions(x, gy, kernel, stride, padding, dilation):
 def _(native, x, gy, kernel, stride, padding, dilation, transposed, groups, choose, rows=None):
     args = kernel, stride, padding, dilation, transposed, groups
     processor = f"cpu {('baseline', 'avx2', 'avx512')[native.cpu_isa()]}"
-    k = gy.shape[1] if rows is None else len(rows)
+    k = gy.shape[1] if rows is None else rows.shape[0]
     empty = x.numel() == 0 or gy.numel() == 0 or k == 0
     if empty or (choose and _library_is_faster(processor, x, k, kernel, stride, transposed, groups)):
         return row_gradient_convolution.reference(x, gy, *args, choose, rows)
