@@ -209,7 +209,7 @@ def test_a_row_that_is_none_of_the_outputs(backend, device):
     x, gy = torch.randn(2, 16, 4, 5), torch.randn(2, 3, 4, 5)
     for image in (x, channels_last(x)):
         for wrong in (3, -1):
-            with pytest.raises((IndexError, RuntimeError), match="out of|rows must be from 0 to 2"):
+            with pytest.raises((IndexError, RuntimeError), match=r"out of|rows must be from 0 to 2"):
                 row_gradient(image, gy, (3, 3), 1, 1, rows=torch.tensor([0, wrong]))
 
 
