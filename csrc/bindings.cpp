@@ -25,6 +25,18 @@ minegan::Resampling resampling(Pair counts, Pair in, Pair out, std::vector<int64
       {up[0], up[1]}, {down[0], down[1]}, {before[0], before[1]}, kernel.size() == 1, flip};
 }
 
+using Axes = std::array<std::array<int64_t, 3>, 6>;
+
+minegan::Convolution convolution(const std::array<int64_t, 6>& counts, const Axes& axes, bool transposed) {
+  minegan::Convolution shape{};
+  std::tie(shape.B, shape.C, shape.k, shape.groups, shape.x_batch, shape.x_channel) = std::tuple_cat(counts);
+  int64_t (*const fields[])[3] = {&shape.size,   &shape.positions, &shape.kernel,
+                                  &shape.stride, &shape.padding,   &shape.dilation};
+  for (int i = 0; i < 6; ++i) std::copy(axes[i].begin(), axes[i].end(), *fields[i]);
+  shape.transposed = transposed;
+  return shape;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -76,15 +88,23 @@ PYBIND11_MODULE(_C, m) {
 
   m.def(
       "row_gradient_cpu",
-      [](Address x, Address gy, Address dW, std::array<int64_t, 6> counts, std::array<std::array<int64_t, 3>, 6> axes,
-         bool transposed, int threads) {
-        minegan::Convolution shape{};
-        std::tie(shape.B, shape.C, shape.k, shape.groups, shape.x_batch, shape.x_channel) = std::tuple_cat(counts);
-        int64_t (*const fields[])[3] = {&shape.size,   &shape.positions, &shape.kernel,
-                                        &shape.stride, &shape.padding,   &shape.dilation};
-        for (int i = 0; i < 6; ++i) std::copy(axes[i].begin(), axes[i].end(), *fields[i]);
-        shape.transposed = transposed;
+      [](Address x, Address gy, Address dW, const std::array<int64_t, 6>& counts, const Axes& axes, bool transposed,
+         int threads) {
+        const auto shape = convolution(counts, axes, transposed);
         minegan::row_gradient_cpu((const float*)at(x), (const float*)at(gy), (float*)at(dW), shape, threads);
+      },
+      no_gil);
+  m.def(
+      "row_gradient_last_cpu",
+      [](Address x, Address gy, Address rows, Address dW, const std::array<int64_t, 4>& counts, const Axes& axes,
+         std::array<int64_t, 4> x_strides, std::array<int64_t, 5> gy_strides, bool transposed, int threads) {
+        const auto shape = convolution({counts[0], counts[1], counts[2], 1, 0, 0}, axes, transposed);
+        minegan::Strides strides{};
+        strides.channels = counts[3];
+        std::copy(x_strides.begin(), x_strides.end(), strides.x);
+        std::copy(gy_strides.begin(), gy_strides.end(), strides.gy);
+        minegan::row_gradient_last_cpu((const float*)at(x), (const float*)at(gy), (const int64_t*)at(rows),
+                                       (float*)at(dW), shape, strides, threads);
       },
       no_gil);
 

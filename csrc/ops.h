@@ -109,6 +109,7 @@ struct Convolution {
   int64_t kernel[3], stride[3], padding[3], dilation[3];
   bool transposed;
   int64_t y_channel() const { return positions[0] * positions[1] * positions[2]; }
+  int64_t taps() const { return kernel[0] * kernel[1] * kernel[2]; }
 };
 
 // With sums in float, in an order that depends on the shape and the instruction set alone, not on how many threads:
@@ -116,6 +117,16 @@ struct Convolution {
 //   transposed:   sum over b, q of gy[b, r, q stride + d dilation - padding] x[b, c, q]
 // x [B, groups C, *size], gy [B, k, *positions], dW [k, C, *kernel]; row r is of group r / (k / groups).
 void row_gradient_cpu(const float* x, const float* gy, float* dW, const Convolution&, int threads);
+
+struct Strides {
+  int64_t x[4], gy[5], channels;  // of x's B and *size; of gy's B, channels and *positions; how many channels gy has
+};
+
+// The same for one group and an x of at least 16 channels that lie side by side. gy may lie in any way, and row r is
+// its channel rows[r], where rows is null channel r; x_batch and x_channel are not read. Sums of about 128 positions
+// are in float, those of more in double. Throws std::out_of_range where gy has no such channel.
+void row_gradient_last_cpu(const float* x, const float* gy, const int64_t* rows, float* dW, const Convolution&,
+                           const Strides&, int threads);
 
 // ---- upfirdn2d ----
 // Sizes are vertical, then horizontal. x [outer, *in, inner] and y [outer, *out, inner] as they lie in memory.

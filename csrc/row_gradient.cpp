@@ -2,10 +2,13 @@
 //
 // With the positions q that x is read at as the inner dimension, dW = x [channels, q] G [q, rows and taps], where G
 // holds for each row and tap the element of gy that x meets at q, or 0. x is large and is read as it lies; G is made
-// block by block, small enough for the L2 cache.
+// block by block, small enough for the L2 cache. An x whose channels lie side by side has another kernel, that of
+// row_gradient_last.h.
 #include <algorithm>
 
+#include "lanes.h"
 #include "ops.h"
+#include "row_gradient_last.h"
 
 namespace minegan {
 namespace {
@@ -18,27 +21,6 @@ constexpr int64_t kCached = 1 << 16;        // floats of G
 constexpr int64_t kBlock[2] = {512, 2048};  // positions of a block: at least, at most
 constexpr int64_t kInPlace = 256;  // positions a sample from which on blocks are cut at samples, x being read in place
 constexpr int64_t kAlone = 1 << 22;  // below this many products a second thread costs more to start than it gives
-
-#ifdef __GNUC__
-template <int L>
-struct Lanes {
-  typedef float type __attribute__((vector_size(L * 4)));
-};
-#else
-template <int L>
-struct Lanes {
-  struct type {
-    float at[L];
-    friend type operator*(type a, const type& b) {
-      for (int j = 0; j < L; ++j) a.at[j] *= b.at[j];
-      return a;
-    }
-    void operator+=(const type& b) {
-      for (int j = 0; j < L; ++j) at[j] += b.at[j];
-    }
-  };
-};
-#endif
 
 MINEGAN_INLINE void prefetch(const float* p) {
 #ifdef __GNUC__
@@ -291,6 +273,49 @@ void row_gradient_cpu(const float* x, const float* gy, float* dW, const Convolut
     if (current_isa() == Isa::avx2) return run_avx2<RowGradient<8>>(x, gy, dW, shape, begin, end);
 #endif
     RowGradient<4>::run(x, gy, dW, shape, begin, end);
+  });
+}
+
+void row_gradient_last_cpu(const float* x, const float* gy, const int64_t* rows, float* dW, const Convolution& s,
+                           const Strides& strides, int threads) {
+  const int64_t positions = s.size[0] * s.size[1] * s.size[2], products = s.B * positions * s.C * s.k * s.taps();
+  const int64_t lanes = current_isa() == Isa::avx512 ? 16 : current_isa() == Isa::avx2 ? 8 : 4;
+  const int64_t blocks = (s.C + kUnit - 1) / kUnit, columns = (s.C + lanes - 1) / lanes * lanes;
+  for (int64_t r = 0; rows && r < s.k; ++r)
+    if (rows[r] < 0 || rows[r] >= strides.channels)
+      throw std::out_of_range("rows must be from 0 to " + std::to_string(strides.channels - 1) +
+                              ", gy's outputs, got " + std::to_string(rows[r]));
+  LastWork work{x, gy, rows, s, strides, {}, 1, nullptr};
+  for (int64_t i = 0; i < (s.transposed ? 1 : s.stride[0] * s.stride[1] * s.stride[2]); ++i) {
+    const Phase phase(s, i);
+    if (phase.taps.empty() || phase.positions() == 0) continue;
+    work.parts.push_back({phase, Slabs(s, phase)});
+    work.shares = std::max(work.shares, work.parts.back().slabs.count);
+  }
+  work.shares = std::min({work.shares, kShares, std::max<int64_t>(1, products / kShare)});
+  const int64_t size = s.k * s.taps() * columns;
+  std::vector<double> sums(work.shares * size);
+  work.sums = sums.data();
+  const int sharing = products < kAlone ? 1 : threads;
+  parallel_for(work.shares * blocks, sharing, [&](int64_t begin, int64_t end) {
+    const LastWork* const w = &work;
+#if MINEGAN_X86
+    if (lanes == 16) return run_avx512<RowGradientLast<16>>(w, begin, end);
+    if (lanes == 8) return run_avx2<RowGradientLast<8>>(w, begin, end);
+#endif
+    RowGradientLast<4>::run(w, begin, end);
+  });
+  parallel_for(s.k, sharing, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r)
+      for (int64_t t = 0; t < s.taps(); ++t) {
+        double* total = sums.data() + (r * s.taps() + t) * columns;
+        for (int64_t share = 1; share < work.shares; ++share)
+          for (int64_t i = 0; i < columns; ++i) total[i] += total[share * size + i];
+        for (int64_t c = 0; c < s.C; ++c) {
+          const int64_t first = c / lanes * lanes;
+          dW[(r * s.C + c) * s.taps() + t] = float(total[c + first - std::min(first, s.C - lanes)]);
+        }
+      }
   });
 }
 

@@ -31,8 +31,9 @@ from ..ops.transposed_conv2d import transposed_forward
 class Linear:
     """x [..., I], W [O, I] -> [..., O].
 
-    forward, input_gradient and weight_gradient are L, I and G, without derivatives; row_gradient is G of some rows,
-    [k, ...], and sample_gradients that of every sample apart, [B, ...]. as_torch is L with PyTorch's own derivatives.
+    forward, input_gradient and weight_gradient are L, I and G, without derivatives; row_gradient is G of `rows`,
+    [k, ...], from gy of all outputs, and sample_gradients that of every sample apart, [B, ...]. as_torch is L with
+    PyTorch's own derivatives.
     """
 
     name = "linear"
@@ -50,7 +51,7 @@ class Linear:
         return gy.reshape(-1, gy.shape[-1]).mT @ x.reshape(-1, x.shape[-1])
 
     def row_gradient(self, x: Tensor, gy: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
-        return row_gradient(x, gy)
+        return row_gradient(x, _selected(gy, rows, self.channel))
 
     def sample_gradients(self, x: Tensor, gy: Tensor, weight: Tensor) -> Tensor:
         return gy.reshape(len(x), -1, weight.shape[0]).mT @ x.reshape(len(x), -1, weight.shape[1])
@@ -102,7 +103,7 @@ class Conv:
     def row_gradient(self, x: Tensor, gy: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
         group = None if self.groups == 1 else rows // (weight.shape[0] // self.groups)
         geometry = tuple(weight.shape[2:]), self.stride, self.padding, self.dilation, self.transposed, self.groups
-        return row_gradient(x, gy, *geometry, group)
+        return row_gradient(x, gy, *geometry, group, rows if len(rows) < gy.shape[1] else None)
 
     def sample_gradients(self, x: Tensor, gy: Tensor, weight: Tensor) -> Tensor:
         # The samples become the groups of one convolution, which has a weight for each of them. Only its shape is read.
@@ -152,7 +153,7 @@ def _gradient_of_rows(op, x, gy, trained, weight, rows) -> Tensor:
     if len(rows) < n and dense_is_faster(len(rows), n, x, *op.geometry(weight)):
         gradient = op.row_gradient(x, gy, weight, torch.arange(n, device=rows.device)).index_select(0, rows)
     else:
-        gradient = op.row_gradient(x, _selected(gy, rows, op.channel), weight, rows)
+        gradient = op.row_gradient(x, gy, weight, rows)
     return gradient.movedim(0, op.axis)
 
 

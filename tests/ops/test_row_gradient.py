@@ -1,5 +1,5 @@
 import importlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -53,12 +53,13 @@ class Layer:
         axis = 1 if self.kernel else -1
         return gy.index_select(axis % gy.dim(), torch.tensor(self.rows, device=gy.device))
 
-    def ours(self, x, gy):
+    def ours(self, x, gy, rows=None):
+        """gy is of the selected outputs or, with `rows`, of all."""
         group = None
         if self.groups > 1:
             group = torch.tensor(self.rows, device=x.device) // (self.n // self.groups)
         geometry = self.kernel, self.stride, self.padding, self.dilation, self.transposed, self.groups, group
-        return row_gradient(x, gy, *geometry)
+        return row_gradient(x, gy, *geometry, rows)
 
     def dense(self, x, gy):
         """PyTorch's gradient of the whole weight, and of it the rows."""
@@ -136,10 +137,80 @@ def test_equals_the_rows_of_the_dense_gradient(backend, device, name, dtype):
     if dtype == torch.float64:
         torch.testing.assert_close(actual, truth, rtol=1e-12, atol=1e-12)
         return
-    # At most twice PyTorch's own error, which may be small by luck: then one rounding of the largest sum of magnitudes.
+    assert (actual - truth).abs().max() <= tolerance(layer, x, gy, truth)
+
+
+def tolerance(layer, x, gy, truth):
+    """Twice PyTorch's own error, which may be small by luck: then one rounding of the largest sum of magnitudes."""
     error = (layer.dense(x, gy) - truth).abs().max()
     scale = layer.dense(x.double().abs(), gy.double().abs()).max()
-    assert (actual - truth).abs().max() <= 2 * error + torch.finfo(dtype).eps * scale
+    return 2 * error + torch.finfo(x.dtype).eps * scale
+
+
+# One has the taps, strides and axes of L, the others are cut in every way: along each axis, by channels, into shares.
+LAST = {name: replace(layer, x=(layer.x[0], 37, *layer.x[2:])) for name, layer in L.items()
+        if layer.kernel and layer.groups == 1 and layer.x[0]}  # fmt: skip
+LAST |= {
+    "1d_long": Layer((2, 16, 700), 5, (1, 3), (5,), 1, 2),
+    "3d_long": Layer((1, 16, 9, 7, 6), 3, (0, 2), (3, 3, 3), 1, 1),
+    "300_channels": Layer((2, 300, 16, 17), 7, (0, 2, 3, 4, 6), (3, 3), 1, 1),
+    "300_channels_transposed": Layer((2, 300, 16, 17), 4, (3, 1), (3, 3), 2, transposed=True),
+    "300_channels_1x1": Layer((2, 300, 16, 17), 2, (0, 1), (1, 1)),
+    "300_channels_stride_2": Layer((3, 300, 21, 22), 9, tuple(range(9)), (3, 3), 2, 1),
+}  # fmt: skip
+
+
+def channels_last(t):
+    return t.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+@pytest.mark.parametrize("name", LAST)
+def test_channels_side_by_side(backend, device, name):
+    layer = LAST[name]
+    x, gy, selected = operands(layer, torch.float32, device)
+    rows = torch.tensor(layer.rows, device=device)
+    truth = layer.dense(x.double(), gy.double())
+    allowed = tolerance(layer, x, gy, truth)
+    actual = layer.ours(channels_last(x), channels_last(gy), rows)
+    assert actual.is_contiguous()
+    assert (actual - truth).abs().max() <= allowed
+    if backend == "cpp":  # others lay all of them out alike
+        for one, two, which in ((x, gy, rows), (channels_last(x), gy, rows), (channels_last(x), selected, None)):
+            assert (layer.ours(one, two, which) - truth).abs().max() <= allowed
+
+
+@pytest.mark.parametrize("name", ["linear_3d", "conv2d_3x3", "conv2d_groups", "depthwise", "transposed2d", "conv1d"])
+def test_rows_of_all_outputs_equal_the_gathered_ones(backend, device, name):
+    layer = L[name]
+    x, gy, selected = operands(layer, torch.float32, device)
+    rows = torch.tensor(layer.rows, device=device)
+    torch.testing.assert_close(layer.ours(x, gy, rows), layer.ours(x, selected), rtol=0, atol=0)
+    none = replace(layer, rows=())
+    shape = layer.ours(x, selected).shape
+    assert none.ours(x, gy, rows[:0]).shape == (0, *shape[1:])
+    twice = replace(layer, rows=layer.rows * 2)
+    double = layer.ours(x, selected).repeat(2, *[1] * (len(shape) - 1))
+    torch.testing.assert_close(twice.ours(x, gy, rows.repeat(2)), double, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["linear", "conv2d_stride_2", "conv2d_groups", "transposed2d"])
+def test_gradients_through_rows(name):
+    layer = L[name]
+    x, gy, _ = operands(layer, torch.float64)
+    rows = torch.tensor(layer.rows)
+    x, gy = (t.requires_grad_() for t in (x, gy))
+    assert gradcheck(lambda x, gy: layer.ours(x, gy, rows), (x, gy))
+    assert gradgradcheck(lambda x, gy: layer.ours(x, gy, rows), (x, gy))
+
+
+def test_a_row_that_is_none_of_the_outputs(backend, device):
+    if device == "cuda":
+        pytest.skip("a GPU says so later, and is lost")
+    x, gy = torch.randn(2, 16, 4, 5), torch.randn(2, 3, 4, 5)
+    for image in (x, channels_last(x)):
+        for wrong in (3, -1):
+            with pytest.raises((IndexError, RuntimeError), match=r"out of|rows must be from 0 to 2"):
+                row_gradient(image, gy, (3, 3), 1, 1, rows=torch.tensor([0, wrong]))
 
 
 @pytest.mark.parametrize("name", ["conv2d_3x3", "conv2d_stride_2", "transposed2d_output_padding", "conv2d_groups"])
@@ -207,16 +278,18 @@ def test_one_operand_alone_may_need_a_gradient():
 
 
 @pytest.mark.parametrize(
-    "name", ["conv2d_three_rows", "conv2d_stride_2", "transposed2d_dilation", "conv3d", "depthwise"]
+    "name", ["conv2d_three_rows", "conv2d_stride_2", "transposed2d_dilation", "conv3d", "depthwise", "300_channels"]
 )
 def test_same_bits_whatever_the_number_of_threads(backend, device, name):
-    x, _, gy = operands(L[name], torch.float32, device)
+    layer = L.get(name) or LAST[name]
+    x, _, gy = operands(layer, torch.float32, device)
+    x = channels_last(x) if name in LAST and name not in L else x
     threads = torch.get_num_threads()
     results = []
     try:
         for count in (1, 2, 3, 5):
             torch.set_num_threads(count)
-            results.append(L[name].ours(x, gy))
+            results.append(layer.ours(x, gy))
     finally:
         torch.set_num_threads(threads)
     if backend != "reference":  # the library's sums are its own affair
@@ -247,15 +320,19 @@ def test_opcheck(backend, device):
             x = x[:, list(layer.rows)]
         groups = 1 if layer.groups == 1 else len(layer.rows)
         args = (x, gy, list(layer.kernel), *axes, layer.transposed, groups, True)
-        torch.library.opcheck(row_gradient_convolution.library, args, test_utils=("test_schema", "test_faketensor"))
+        for more in ((), (torch.tensor([1], device=device),) if groups == 1 else (None,)):
+            tests = "test_schema", "test_faketensor"
+            torch.library.opcheck(row_gradient_convolution.library, args + more, test_utils=tests)
 
 
 @pytest.mark.parametrize("name", ["linear", "conv2d_3x3", "transposed2d_output_padding"])
 def test_compiles_in_one_graph(backend, device, name):
     torch.compiler.reset()
-    x, _, gy = operands(L[name], torch.float32, device)
+    x, gy, selected = operands(L[name], torch.float32, device)
     compiled = torch.compile(L[name].ours, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x, gy), L[name].ours(x, gy))
+    torch.testing.assert_close(compiled(x, selected), L[name].ours(x, selected))
+    rows = torch.tensor(L[name].rows, device=device)
+    torch.testing.assert_close(compiled(x, gy, rows), L[name].ours(x, selected))
 
 
 @pytest.fixture
@@ -302,6 +379,30 @@ def test_unforced_the_table_chooses_and_forced_it_does_not(table, monkeypatch):
     assert len(calls) == 1
 
 
+def test_each_layout_has_its_own_part_of_the_table(table, monkeypatch):
+    native = pytest.importorskip("minegan_fast._C", reason="the native module is not built here")
+    calls = []
+    for name in ("row_gradient_cpu", "row_gradient_last_cpu"):
+        own = getattr(native, name)
+        monkeypatch.setattr(native, name, lambda *args, own=own, name=name: (calls.append(name), own(*args)))
+    layer = replace(L["conv2d_three_rows"], x=(3, 16, 9, 33))
+    x, gy, _ = operands(layer, torch.float32)
+    rows = torch.tensor(layer.rows)
+    processor = f"cpu {('baseline', 'avx2', 'avx512')[native.cpu_isa()]}"
+    cases = [{"channels": 16, "positions": 300, "rows": 3}]
+    for key, expected in (
+        ("3x3 stride 1", "row_gradient_cpu"),
+        ("3x3 stride 1, channels last", "row_gradient_last_cpu"),
+    ):
+        table["own"][processor] = {key: cases}
+        calls.clear()
+        with use_backend(None):
+            layer.ours(x, gy, rows)
+            layer.ours(channels_last(x), gy, rows)
+            layer.ours(channels_last(x)[:, :15], gy, rows)
+        assert calls == [expected]
+
+
 def test_every_instruction_set_is_right():
     native = pytest.importorskip("minegan_fast._C", reason="the native module is not built here")
     best = native.cpu_isa()
@@ -314,6 +415,12 @@ def test_every_instruction_set_is_right():
                     actual = L[name].ours(x, selected)
                 expected = L[name].dense(x.double(), gy.double())
                 torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-4)
+            for layer in LAST.values():
+                x, gy, _ = operands(layer, torch.float32)
+                truth = layer.dense(x.double(), gy.double())
+                with use_backend("cpp"):
+                    actual = layer.ours(channels_last(x), channels_last(gy), torch.tensor(layer.rows))
+                assert (actual - truth).abs().max() <= tolerance(layer, x, gy, truth)
     finally:
         native.set_cpu_isa(best)
 
@@ -344,6 +451,10 @@ X, GY = torch.randn(2, 4, 6, 5), torch.randn(2, 3, 6, 5)
         ((X, GY, (3, 3), 1, 1), {"groups": 2}, ValueError, r"group must be int64 \[3\] on cpu, .* got None"),
         ((X, GY, (3, 3), 1, 1), {"groups": 2, "group": torch.zeros(3)}, ValueError, "got torch.float32"),
         ((X, GY, (3, 3), 1, 1), {"groups": 2, "transposed": True}, ValueError, "1 for a transposed convolution, got 2"),
+        ((X, GY, (3, 3), 1, 1), {"rows": [0]}, ValueError, r"rows must be int64 \[k\] on cpu, got \[0\]"),
+        ((X, GY, (3, 3), 1, 1), {"rows": torch.ones(3)}, ValueError, r"rows must be .* got torch.float32 \[3\] on cpu"),
+        ((X, GY, (3, 3), 1, 1), {"rows": torch.zeros(1, 1).long()}, ValueError, r"rows must be .* \[1, 1\]"),
+        ((X, GY[0], (3, 3), 1, 1), {"rows": torch.tensor([0])}, ValueError, "with 4 axes and one B"),
     ],
 )  # fmt: skip
 def test_wrong_arguments_are_named(args, kwargs, error, message):
