@@ -18,10 +18,12 @@ def ema_model(state: Mapping, module: nn.Module) -> nn.Module:
     live = dict(module.named_parameters())
     for name, parameter in copied.named_parameters():
         source = live[name]
-        held = isinstance(source, HeldWeight)
-        mean = state.get(source.link.leaf if held else source, {}).get("ema")
-        if mean is not None and held:
-            write_rows(parameter, source.link.axis, source.link.rows, mean)
-        elif mean is not None:
+        link = source.link if isinstance(source, HeldWeight) else None
+        mean = state.get(source if link is None else link.leaf, {}).get("ema")
+        if mean is None:
+            continue
+        if link is None or link.rows is None:
             parameter.copy_(mean.view_as(parameter))
+        else:
+            write_rows(parameter, link.axis, link.rows, mean)
     return copied
