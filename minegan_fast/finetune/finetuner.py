@@ -11,20 +11,18 @@ from torch import Tensor, nn
 
 from .._torch import PastSubclasses, UnscalingOptimizer, own_grad
 from ..collectives import active, average_gradients
-from ..ops import Hyperparameters, RowTensor, RowUpdate
-from ..ops.row_update import dense_step
 from . import distributed, report, saving
 from .arguments import check_arguments, check_options, check_scoring, refuse_rivals
 from .delta import save_delta
-from .ema import ema_model
 from .evidence import WITHOUT_EVIDENCE, Evidence, check_dense
 from .neurons import Member, filter_layers, find_layers, split_affine, split_groups
 from .rows import ddp
 from .rows.freezing import Held, check_parameters
-from .rows.link import Ledger
+from .rows.link import Link
 from .samples.buffers import BufferCopy
 from .samples.passes import collect
 from .selection import Selection, choose, selection_by_hand
+from .updates import Updates, ema_model
 
 _living: "weakref.WeakSet[SparseFinetuner]" = weakref.WeakSet()
 
@@ -123,7 +121,7 @@ class SparseFinetuner(UnscalingOptimizer):
         parts = split_groups(self.layers, groups or [])
         self._own = len(parts)
         self._group = {m.name: i for i, (part, _) in enumerate(parts) for layer in part for m in layer.members}
-        self._plans: dict[int, tuple[RowUpdate, Ledger | None]] = {}  # of a group, by its number
+        self.updates = Updates(optimizer, ema_decay)
         # drop-in "movement" gives the buffers of now back, not those after the first forward
         self.buffers = BufferCopy(self.model) if criterion == "movement" else None
         # As torch.optim has them: schedulers ask which of betas and momentum there is.
@@ -249,7 +247,7 @@ class SparseFinetuner(UnscalingOptimizer):
                     self.state[leaf] = saving.carry(old, rows, leaf.link.rows, leaf)
         for i, group in enumerate(self.own_groups):
             group["params"][:] = leaves[i]
-            self._plans.pop(i, None)
+        self.updates.forget()
 
     def step(self, closure=None):  # pyright: ignore[reportIncompatibleMethodOverride] - torch has two overloads
         """One step: scores while nothing is selected, trains the selected rows afterwards.
@@ -285,14 +283,17 @@ class SparseFinetuner(UnscalingOptimizer):
             self._unchecked = False
             distributed.check_gradients(self.param_groups, self.process_group)
         for i in range(0 if self.selection is not None else self._own, len(self.param_groups)):
-            self._update(i, scale, found_inf)
+            self.updates.step(i, self.param_groups[i], self.state, i < self._own, scale, found_inf)
         if self.selection is None and self.evidence.count >= self.score_steps:
             self.select()
         return loss
 
+    def _links(self) -> list[Link]:
+        return [leaf.link for group in self.own_groups for leaf in group["params"]]
+
     def _settle(self):
         """Takes the gradients as others have left them; RuntimeError where a weight was replaced or left the model."""
-        links = [p.link for group in self.own_groups for p in group["params"]]
+        links = self._links()
         with PastSubclasses():
             if not all(link.in_place() for link in links):
                 for link in links:
@@ -336,50 +337,19 @@ class SparseFinetuner(UnscalingOptimizer):
             self.evidence.end_movement()
             self.buffers.restore(self.model)
 
-    def _update(self, index: int, scale: Tensor | None, found_inf: Tensor | None):
-        """One step of a parameter group; of the first one, whose parameters are leaves, with their dense weights."""
-        group = self.param_groups[index]
-        momentum, ema = bool(group.get("momentum")) and self.optimizer == "sgd", self.ema_decay is not None
-        plan, ledger = self._plans.get(index, (None, None))
-        parameters = group["params"]
-        if plan is None or plan.momentum != momentum or not _planned(plan, parameters, self.state):
-            if index < self._own:
-                for p in parameters:
-                    p.link.sync()
-                ledger = Ledger.join([p.link for p in parameters])
-            tensors = [RowTensor(p, self.state[p], *_tied(p)) for p in parameters]
-            plan = RowUpdate(self.optimizer, tensors, momentum, ema)
-            self._plans[index] = plan, ledger
-        moved = None if ledger is None else ledger.sync() and plan.moved()
-        hyper = self._hyper(group, self.ema_decay)
-        plan.step([own_grad(p) for p in parameters], hyper, scale, found_inf, moved)
-        if ledger is not None:
-            ledger.settle()
-
     def _dense_step(self, member: Member, grad: Tensor, state: dict):
-        """One ordinary step of a whole candidate parameter, as criterion "movement" measures it."""
-        hyper = self._hyper(self.param_groups[self._group[member.name]], None)
-        dense_step(self.optimizer, RowTensor(member.parameter, state), grad, hyper)
-
-    def _hyper(self, group: dict, ema_decay: float | None) -> Hyperparameters:
-        if self.optimizer == "sgd":
-            momentum = group["momentum"]
-            return Hyperparameters(
-                group["lr"], weight_decay=group["weight_decay"], momentum=momentum, ema_decay=ema_decay
-            )
-        betas, eps = group["betas"], group["eps"]
-        return Hyperparameters(group["lr"], betas, eps, group["weight_decay"], ema_decay=ema_decay)
+        self.updates.dense_step(member, grad, self.param_groups[self._group[member.name]], state)
 
     def zero_grad(self, set_to_none: bool = True):
         """As torch.optim has it, of leaves and weights alike."""
         if self.selection is None or not set_to_none:
             return super().zero_grad(set_to_none)
-        for group in self.own_groups:
-            for leaf in group["params"]:
-                new = leaf.link.replacement()
+        with PastSubclasses():
+            for link in self._links():
+                new = link.replacement()
                 if new is not None:  # until the step: the graph of a loss may lead to it
                     new.grad = None
-                leaf.link.gradient.write(None)
+                link.gradient.write(None)
         for group in self.added_groups:
             for p in group["params"]:
                 p.grad = None
@@ -436,7 +406,7 @@ class SparseFinetuner(UnscalingOptimizer):
         own = copy.deepcopy({name: state_dict[name] for name in ("state", "param_groups", "neurons")})
         neurons = own.pop("neurons")
         super().load_state_dict(own)
-        self._plans.clear()
+        self.updates.forget()
         saving.adopt(neurons, self.held, self.evidence, self.buffers)
         self.evidence_used = neurons["evidence_used"]
 
@@ -488,18 +458,3 @@ class SparseFinetuner(UnscalingOptimizer):
     def _check_usable(self, what: str):
         if self._released:
             raise RuntimeError(f"{what} after release(): the model is plain again; build a new SparseFinetuner")
-
-
-def _tied(parameter: nn.Parameter) -> tuple:
-    """The weight, rows and axis of a leaf; nothing of an added parameter."""
-    link = getattr(parameter, "link", None)
-    return () if link is None else (link.weight, link.rows, link.axis)
-
-
-def _planned(plan: RowUpdate, parameters: list[nn.Parameter], state: dict) -> bool:
-    """Whether the plan is of these parameters and this state: someone may have put others there."""
-    if len(plan.tensors) != len(parameters):
-        return False
-    return not parameters or (
-        plan.tensors[-1].leaf is parameters[-1] and plan.tensors[-1].state is state.get(parameters[-1])
-    )
