@@ -96,6 +96,14 @@ def transforms_active() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+def apply_function(function: type[torch.autograd.Function], *args):
+    """`function.apply(*args)`. Without a transform of torch.func it leaves out what Function does for one, such as
+    reading the signature of its forward, which takes longer than a small layer."""
+    if torch.compiler.is_compiling() or transforms_active():
+        return function.apply(*args)
+    return super(torch.autograd.Function, function).apply(*args)  # pyright: ignore[reportAttributeAccessIssue]
+
+
 is_batched = torch._C._functorch.is_legacy_batchedtensor
 """Whether a tensor stands for several, as gradients do in a backward pass with is_grads_batched."""
 

@@ -264,6 +264,32 @@ def test_transforms():
     assert said == [True, True, False]
 
 
+class Doubled(Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, factor):
+        return factor * x
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.factor = inputs[1]
+
+    @staticmethod
+    def backward(ctx, gy):
+        return ctx.factor * gy, None
+
+
+def test_a_function_is_applied_with_and_without_transforms(monkeypatch):
+    x = random(3).requires_grad_()
+    _torch.apply_function(Doubled, x, 2).sum().backward()
+    assert torch.equal(x.grad, torch.full_like(x, 2))
+    both = torch.func.vmap(lambda x: _torch.apply_function(Doubled, x, 2))(torch.ones(2, 3))
+    assert torch.equal(both, torch.full((2, 3), 2.0))
+    monkeypatch.setattr(Function, "apply", None)  # it is gone past without a transform
+    assert torch.equal(_torch.apply_function(Doubled, x, 2), 2 * x)
+
+
 def test_hooks_on_saved_tensors():
     assert not _torch.saved_tensors_are_hooked()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from .._torch import convolution, convolution_backward, without_view
+from .._torch import apply_function, convolution, convolution_backward, without_view
 from ..ops._op import backward_wants
 from ..ops.row_gradient import dense_is_faster, row_gradient
 from ..ops.transposed_conv2d import transposed_forward
@@ -264,7 +264,7 @@ class _ScaledLayer(Function):
 
 def layer(op: Linear | Conv, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """op of plain tensors of one dtype and device, differentiable any number of times in each; weight as in `op`."""
-    return _Layer.apply(x, weight, bias, None, None, None, None, op)
+    return apply_function(_Layer, x, weight, bias, None, None, None, None, op)
 
 
 def layer_by_rows(
@@ -282,14 +282,14 @@ def layer_by_rows(
     trained: the `rows` of weight along op.axis, with a graph; None where none trains. bias_trained: likewise those of
         the bias; where it is None the gradient goes to the bias itself.
     """
-    return _Layer.apply(x, trained, bias, bias_trained, weight, rows, bias_rows, op)
+    return apply_function(_Layer, x, trained, bias, bias_trained, weight, rows, bias_rows, op)
 
 
 def scaled_layer_by_rows(
     op: Linear | Conv, x: Tensor, trained: Tensor, factor: Tensor, weight: Tensor, rows: Tensor
 ) -> Tensor:
     """op(x, factor * weight) for a 0-d factor, differentiable in x, in the rows and in the factor."""
-    return _ScaledLayer.apply(x, trained, factor, weight, rows, op)
+    return apply_function(_ScaledLayer, x, trained, factor, weight, rows, op)
 
 
 def _tuple(value, n: int) -> tuple[int, ...]:

@@ -46,8 +46,10 @@ class Equalised(nn.Module):
         self.kernel, self.pool, self.act = kernel, pool, "lrelu" if activate else "linear"
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.module.weight * self.constant
-        y = F.linear(x, weight) if self.kernel is None else F.conv2d(x, weight, padding=self.kernel // 2)
+        if self.kernel is None:
+            y = F.linear(x * self.constant, self.module.weight)  # x is the smaller one
+        else:
+            y = F.conv2d(x, self.module.weight * self.constant, padding=self.kernel // 2)
         y = mean_2x2(y) if self.pool else y
         return bias_act(y, self.module.bias * self.constant, act=self.act)
 

@@ -45,6 +45,8 @@ class EqualLinear(nn.Module):
         self.scale, self.lr_mul, self.activate = lr_mul / math.sqrt(cin), lr_mul, activate
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.lr_mul == 1 and not self.activate:
+            return F.linear(x * self.scale, self.weight, self.bias)  # x is smaller than the weight
         y = F.linear(x, self.weight * self.scale)
         bias = self.bias * self.lr_mul
         return bias_act(y, bias, act="lrelu", gain=SQRT2) if self.activate else y + bias.to(y.dtype)
@@ -83,7 +85,7 @@ class ModulatedConv2d(nn.Module):
         """epilogue: what follows in the same pass, as of the op."""
         return modulated_conv2d(
             x,
-            self.weight[0],
+            self.weight,
             self.modulation(style),
             demodulate=self.demodulate,
             up=self.blur is not None,

@@ -32,7 +32,7 @@ class EqualLinear(nn.Module):
         self.linear = _Parameters(weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.linear.weight_orig * self.scale, self.linear.bias)
+        return F.linear(x * self.scale, self.linear.weight_orig, self.linear.bias)  # x is the smaller one
 
 
 class EqualConv2d(nn.Module):

@@ -15,6 +15,7 @@ plain convolution, plus what comes through d: dW = wgrad(s x, d gy) - W_oik sum_
 x [B, I, H, W], s [B, I], W [O, I, k, k], d [B, O], y [B, O, H', W'].
 """
 
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
@@ -23,10 +24,10 @@ from torch.autograd import Function
 from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from .._torch import version_of
+from .._torch import is_tracing, version_of
 from ._op import DTYPE_CODES, Op, forced_backend, refuse_transforms
 from .bias_act import _dense, _laid_out_like
-from .checks import check_beside
+from .checks import check_beside, check_tensor
 from .noise_bias_act import addresses, check, noise_bias_act, planes, wide
 from .transposed_conv2d import transposed_conv2d
 from .upfirdn2d import upfirdn2d
@@ -109,6 +110,28 @@ def _keeping_factors(x: Tensor, s: Tensor, xs: Tensor):
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
+class ModulatedWeight:
+    """What the op asks of its weight [O, I, k, k], or [1, O, I, k, k]."""
+
+    def __init__(self, weight: Tensor):
+        self.weight = weight[0] if weight.dim() == 5 and len(weight) == 1 else weight
+
+    def expected_squares(self, squares: Tensor) -> Tensor:
+        """squares [B, I] of the styles -> [B, O], sum_i s_i^2 sum_k W_oik^2, in their dtype."""
+        w = self.weight if self.weight.dtype == squares.dtype else self.weight.to(squares.dtype)
+        return F.linear(squares, w.square().sum((2, 3)))
+
+    def convolve(self, x: Tensor, stride: int, padding: int, transposed: bool) -> Tensor:
+        w = self.weight if self.weight.dtype == x.dtype else self.weight.to(x.dtype)
+        if transposed:
+            return transposed_conv2d(x, w.transpose(0, 1))
+        return F.conv2d(x, w, stride=stride, padding=padding)
+
+
+own_weights: dict[type, Callable[[Tensor], ModulatedWeight | None]] = {}
+"""By the class of a weight, what answers in its place: a weight whose rows train is asked once, not at every step."""
+
+
 def modulated_conv2d(
     x: Tensor,
     weight: Tensor,
@@ -132,7 +155,7 @@ def modulated_conv2d(
     Args:
         x: [B, I, H, W], contiguous or channels-last, which the result then is too; float32, float64, bfloat16 or
             float16. Under autocast it is converted to autocast's dtype, unless it is float64.
-        weight: [O, I, k, k], k odd; of any floating dtype.
+        weight: [O, I, k, k], k odd, or [1, O, I, k, k] as StyleGAN2 keeps it; of any floating dtype.
         style: [B, I], of any floating dtype; s = scale style is computed in float32, for a float64 x in float64.
         demodulate: divide each output by the expected norm d, eq. 3, whose sum is taken in s's dtype.
         up: twice the size: a transposed convolution of stride 2, then the filter `kernel`.
@@ -158,10 +181,14 @@ def modulated_conv2d(
         options |= {"noise": noise, "strength": strength, "bias": bias, "act": act, "alpha": alpha, "gain": gain}
         return handle_torch_function(modulated_conv2d, (x, style), x, weight, style, **options)
     check(x, None, None, None, None, act, alpha, gain, "x")
-    for name, tensor in (("weight", weight), ("style", style)):
+    own = None if is_tracing() or torch.compiler.is_compiling() else own_weights.get(type(weight))
+    w = None if own is None else own(weight)
+    if w is None:
+        check_tensor(weight, "weight")
+        w = ModulatedWeight(weight)
+    for name, tensor in (("weight", w.weight), ("style", style)):
         check_beside(tensor, name, x, "x")
-    # Each look at a weight whose rows train costs microseconds, so there are few.
-    dtype, shape = weight.dtype, weight.shape
+    shape = w.weight.shape
     if len(shape) != 4 or shape[1] != x.shape[1] or shape[2] != shape[3]:
         raise ValueError(f"weight must have shape [O, {x.shape[1]}, k, k], got {list(shape)}")
     if shape[2] % 2 == 0:
@@ -184,19 +211,14 @@ def modulated_conv2d(
         s = (style.to(wide(x.dtype)) * scale).contiguous()
         d = None
         if demodulate:  # Squares overflow float16, and bfloat16 has too few digits for their sum.
-            w = weight if dtype == s.dtype else weight.to(s.dtype)
-            d = torch.rsqrt(F.linear(s.square(), w.square().sum((2, 3))) + eps)
+            d = torch.rsqrt(w.expected_squares(s.square()) + eps)
         if down and kernel is not None:
             before, after = (n + size - 2) // 2, (n + size - 3) // 2
             x = upfirdn2d(x, kernel, padding=(before, after, before, after))
         x = _dense(x)
         xs = _Modulate.apply(x, s, forced_backend())
-        w = weight if dtype == xs.dtype else weight.to(xs.dtype)
         with _keeping_factors(x, s, xs):
-            if up:
-                y = transposed_conv2d(xs, w.transpose(0, 1))
-            else:
-                y = F.conv2d(xs, w, stride=2 if down else 1, padding=0 if down else size // 2)
+            y = w.convolve(xs, 2 if up or down else 1, 0 if up or down else size // 2, up)
         if up and kernel is not None:
             before, after = (n - size) // 2 + 1, (n - size - 1) // 2 + 1
             y = upfirdn2d(y, kernel, padding=(before, after, before, after))

@@ -127,6 +127,12 @@ def test_matches_reference(backend, device, name, dtype):
         assert a <= 2 * b + 16 * torch.finfo(dtype).eps * truth.norm().clamp_min(tensors[2].double().norm()), i
 
 
+def test_the_weight_may_have_the_axis_that_stylegan2_gives_it():
+    (x, weight, style, *_), _, _, _, options = make("up", torch.float64, "cpu")
+    both = [modulated_conv2d(x, w, style, **options) for w in (weight, weight[None])]
+    assert torch.equal(*both)
+
+
 @pytest.mark.parametrize("name", ["3x3_channels_last", "up", "down", "1x1_plain"])
 def test_first_and_second_order_gradients(backend, device, name):
     if (backend, device) == ("triton", "cpu"):
@@ -285,7 +291,7 @@ X, W, S = torch.zeros(2, 3, 4, 5), torch.zeros(6, 3, 3, 3), torch.zeros(2, 3)
         ((X, 1.0, S), {}, TypeError, "weight must be .*got float"),
         ((X, W, S.long()), {}, TypeError, "style must be .*got torch.int64"),
         ((X, W.to("meta"), S), {}, ValueError, "weight must be on the device of x, cpu, got meta"),
-        ((X, W[None], S), {}, ValueError, r"weight must have shape \[O, 3, k, k\], got \[1, 6, 3, 3, 3\]"),
+        ((X, W[None, None], S), {}, ValueError, r"weight must have shape \[O, 3, k, k\], got \[1, 1, 6, 3, 3, 3\]"),
         ((X, W[:, :2], S), {}, ValueError, r"weight must have shape \[O, 3, k, k\], got \[6, 2, 3, 3\]"),
         ((X, W[:, :, :2, :2], S), {}, ValueError, "weight must have an odd kernel size, got 2"),
         ((X, W, S[:1]), {}, ValueError, r"style must have shape \[2, 3\].*got \[1, 3\]"),

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..._torch import apply_function
 from .link import Alias, Link
 
 
@@ -37,7 +38,9 @@ class Expression(NamedTuple):
         if self.trained is not None and value.ndim == 1:  # small: a copy by one native op costs less than the alias
             value = value.index_copy(0, self.rows, self.trained.to(value.dtype))
         elif self.trained is not None:
-            value = Alias.apply(self.trained.movedim(self.axis, 0), self.weight, self.rows, self.axis, self.links, use)
+            value = apply_function(
+                Alias, self.trained.movedim(self.axis, 0), self.weight, self.rows, self.axis, self.links, use
+            )
         return value if self.factor is None else value * self.factor.to(value.dtype)
 
     def transposed(self) -> "Expression":

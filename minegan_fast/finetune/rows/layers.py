@@ -13,22 +13,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..._torch import transforms_active
+from ..._torch import PastSubclasses, transforms_active
 from ...layers.bilinear import Conv, Linear, functions_of, layer_by_rows, scaled_layer_by_rows
+from ...ops.modulated_conv2d import ModulatedWeight
 from .expressions import Expression, expression_of
 
 
-def _run(op, x: Tensor, weight: Expression, bias):
+def _run(op, x: Tensor, weight: Expression, bias: Tensor | None = None, held: Expression | None = None):
+    """held: the expression of the bias, where it is held."""
     if weight.axis != op.axis:
         return NotImplemented
-    held = None if bias is None else expression_of(bias)
     dtype = _autocast_dtype(x)
     if weight.trained is not None:
         for link in weight.links:
             link.row_uses.add(op.name)
     if weight.factor is not None:
         if weight.trained is None:
-            y = _run(op, x, weight._replace(factor=None), None)
+            y = _run(op, x, weight._replace(factor=None))
             y = y * weight.factor.to(y.dtype)
         else:
             x, trained = (x, weight.trained) if dtype is None else (x.to(dtype), weight.trained.to(dtype))
@@ -53,21 +54,21 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     return None
 
 
-def _takes(input, e: Expression | None, bias) -> bool:
+def _takes(input, e: Expression | None, held: Expression | None = None) -> bool:
     """Whether these are an ordinary input, a held weight and a bias that is ordinary or held."""
-    held = None if bias is None else expression_of(bias)
     return e is not None and (held is None or held.factor is None) and expression_of(input) is None
 
 
 def _layer(input, weight, bias, ndim: int):
     e = expression_of(weight)
-    if not _takes(input, e, bias) or e.weight.ndim != ndim:
+    held = None if bias is None else expression_of(bias)
+    if not _takes(input, e, held) or e.weight.ndim != ndim:
         return NotImplemented
 
     def call(op, x):
         if isinstance(op, Conv) and op.transposed and op.groups != 1:
             return NotImplemented
-        return _run(op, differentiable(x, e), e, bias)
+        return _run(op, differentiable(x, e), e, bias, held)
 
     return call
 
@@ -85,11 +86,11 @@ def _matmul(a, b):
     """x @ W with the neurons along the columns, and W @ x with them along the rows."""
     right = expression_of(b)
     _check_square(right)
-    if _takes(a, right, None) and right.weight.ndim == 2 and right.axis == 1:
-        return _run(Linear(), differentiable(a, right), right.transposed(), None)
+    if _takes(a, right) and right.weight.ndim == 2 and right.axis == 1:
+        return _run(Linear(), differentiable(a, right), right.transposed())
     left = expression_of(a)
-    if _takes(b, left, None) and left.weight.ndim == 2 and left.axis == 0 and b.ndim in (1, 2):
-        y = _run(Linear(), differentiable(b, left).t(), left, None)
+    if _takes(b, left) and left.weight.ndim == 2 and left.axis == 0 and b.ndim in (1, 2):
+        y = _run(Linear(), differentiable(b, left).t(), left)
         return y.t()
     return NotImplemented
 
@@ -105,13 +106,13 @@ def _check_square(e: Expression | None):
 
 def _addmm(input, mat1, mat2, *, beta=1, alpha=1):
     """bias + x @ W, as GPT-2's layers have it."""
-    e = expression_of(mat2)
+    e, held = expression_of(mat2), expression_of(input)
     _check_square(e)
-    if (beta, alpha) != (1, 1) or input.ndim != 1 or not _takes(mat1, e, input):
+    if (beta, alpha) != (1, 1) or input.ndim != 1 or not _takes(mat1, e, held):
         return NotImplemented
     if e.weight.ndim != 2 or e.axis != 1:
         return NotImplemented
-    return _run(Linear(), differentiable(mat1, e), e.transposed(), input)
+    return _run(Linear(), differentiable(mat1, e), e.transposed(), input, held)
 
 
 def _einsum(equation, *operands):
@@ -124,6 +125,38 @@ def _einsum(equation, *operands):
         e.value("einsum") if (e := expression_of(x)) is not None else differentiable(x, frozen[0]) for x in operands
     ]
     return torch.einsum(equation, *operands)
+
+
+class _ModulatedRows(ModulatedWeight):
+    """A modulated convolution's weight, of which some rows train."""
+
+    def __init__(self, e: Expression):
+        self.weight, self.e = e.weight, e
+
+    def expected_squares(self, squares):
+        e = self.e.to(squares.dtype)
+        trained = None if e.trained is None else e.trained.square().sum((2, 3))
+        return _run(Linear(), squares, e._replace(weight=e.weight.square().sum((2, 3)), trained=trained))
+
+    def convolve(self, x, stride, padding, transposed):
+        e = self.e.to(x.dtype)
+        if transposed:
+            trained = None if e.trained is None else e.trained.transpose(0, 1)
+            e = e._replace(weight=e.weight.transpose(0, 1), trained=trained, axis=1)
+        op = Conv((stride, stride), (padding, padding), (1, 1), 1, transposed, (0, 0))
+        return _run(op, x, e)
+
+
+def modulated_rows(weight: Tensor) -> _ModulatedRows | None:
+    """None where modulated_conv2d has to ask the weight step by step, as it does any other."""
+    if not torch.is_grad_enabled() or transforms_active():
+        return None
+    with PastSubclasses():
+        e = expression_of(weight)
+    if e is not None and e.weight.ndim == 5 and e.axis == 1 and len(e.weight) == 1:
+        e = e._replace(weight=e.weight[0], trained=None if e.trained is None else e.trained[0], axis=0)
+    fits = e is not None and e.weight.ndim == 4 and e.axis == 0 and e.factor is None
+    return _ModulatedRows(e) if fits else None
 
 
 def _mv(a, b):

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from ..._torch import (
     PastSubclasses,
+    apply_function,
     has_gradient_hooks,
     own_data,
     own_grad,
@@ -23,7 +24,7 @@ class Alias(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(leaf, weight, rows, axis, links=(), use=""):
+    def forward(leaf, weight, rows, axis, links, use):
         return weight.view_as(weight)
 
     @staticmethod
@@ -284,8 +285,8 @@ class Link:
         if self.leaf is None or not self.leaf.requires_grad or not torch.is_grad_enabled():
             return self.weight
         if self.hooked:
-            return OwnGradient.apply(self.weight, self.rows, self.axis)
-        return Alias.apply(self.leaf, self.weight, self.rows, self.axis)
+            return apply_function(OwnGradient, self.weight, self.rows, self.axis)
+        return apply_function(Alias, self.leaf, self.weight, self.rows, self.axis, (), "")
 
     def traced(self) -> Tensor:
         """`alias` for torch.compile, which refuses a Function that returns a view: the same values by a copy."""

@@ -28,10 +28,11 @@ from ..._torch import (
     own_requires_grad,
     set_own_grad,
 )
+from ...ops.modulated_conv2d import own_weights
 from . import ddp
 from .containers import map_tensors
 from .expressions import Expression, expression_of, follow
-from .layers import dispatch
+from .layers import dispatch, modulated_rows
 from .link import Link
 
 
@@ -184,6 +185,7 @@ class RowWise(torch.Tensor):
 
 
 _TYPES = (HeldWeight, RowWise)
+own_weights.update(dict.fromkeys(_TYPES, modulated_rows))
 
 
 def _hand_on(expression: Expression, grad: torch.Tensor):

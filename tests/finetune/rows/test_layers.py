@@ -12,6 +12,27 @@ from minegan_fast import gradient_penalty, path_length_penalty, r1_penalty
 from minegan_fast.finetune import SparseFinetuner
 from minegan_fast.finetune.rows.parameters import HeldWeight
 from minegan_fast.models import StyleGAN2Discriminator, StyleGAN2Generator
+from minegan_fast.ops import modulated_conv2d
+
+
+class Modulated(nn.Module):
+    """A modulated convolution, its style the mean of its input; its weight has four axes, or five as in StyleGAN2."""
+
+    bias = None
+
+    def __init__(self, axes=5, **options):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(1, 6, 3, 3, 3)[0 if axes == 4 else slice(None)])
+        self.options = options
+
+    def neuron_parameters(self):
+        return [[("weight", self.weight.ndim - 4)]]
+
+    def forward(self, x):
+        return modulated_conv2d(x, self.weight, 1 + x.mean((2, 3)), **self.options)
+
+
+TAPS = torch.ones(2, 2, dtype=torch.float64)
 
 LAYERS = {
     "linear": (lambda: nn.Linear(5, 6), (4, 5)),
@@ -33,6 +54,10 @@ LAYERS = {
     "conv3d": (lambda: nn.Conv3d(2, 6, 2, stride=2), (2, 2, 4, 5, 4)),
     "transposed 1d": (lambda: nn.ConvTranspose1d(3, 6, 4, stride=2, padding=1), (2, 3, 5)),
     "transposed 2d": (lambda: nn.ConvTranspose2d(3, 6, 3, stride=2, output_padding=1, padding=1), (2, 3, 4, 5)),
+    "modulated": (Modulated, (2, 3, 5, 4)),
+    "modulated, four axes": (lambda: Modulated(4, demodulate=False), (2, 3, 5, 4)),
+    "modulated up": (lambda: Modulated(up=True, kernel=TAPS), (2, 3, 3, 4)),
+    "modulated down": (lambda: Modulated(4, down=True, kernel=TAPS / 4), (2, 3, 6, 4)),
     "transposed 3d": (lambda: nn.ConvTranspose3d(2, 6, 2, stride=2), (2, 2, 3, 3, 2)),
 }
 
