@@ -172,6 +172,8 @@ class TransferConfig:
         _one_of("method", self.method, METHODS)
         self.loss = self.loss or (KERNEL if self.loss_features else "nonsaturating")
         self.mining_loss, self.finetune_loss = self.mining_loss or self.loss, self.finetune_loss or self.loss
+        if self.train_miner is False and self.mining_steps is None:
+            self.mining_steps = 0
         for name, value in chosen(self.method, self.mining_loss, self.finetune_loss).items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
@@ -235,6 +237,11 @@ class TransferConfig:
                 raise ValueError(f"{name} must be a number >= 0, got {getattr(self, name)!r}")
         if self.total_steps == 0:
             raise ValueError("mining_steps and finetune_steps are both 0: nothing would train")
+        if self.mining_steps and not self.train_miner:
+            raise ValueError(
+                f"mining_steps is {self.mining_steps}, but without a miner (train_miner false, as in method "
+                f"{self.method}) nothing trains in stage 1: leave mining_steps out, or take method minegan or minegan++"
+            )
         if not 0 < self.density <= 1:
             raise ValueError(
                 f"density is the fraction of neurons that train, above 0 and at most 1; got {self.density!r}"

@@ -114,7 +114,7 @@ def _reset(generator: nn.Module) -> None:
 def own_samples(generator: Generator, count: int) -> Tensor:
     """Images [count, C, R, R] of latents (and labels) of the generator's own prior."""
     device = next(generator.parameters()).device
-    z = torch.randn(count, generator.latent_dim, device=device)
+    z = torch.randn(count, generator.latent_dim).to(device)  # drawn on the CPU, whose seed is that of the run
     if classes := class_count(generator):
-        return generator(z, torch.randint(classes, (count,), device=device))
+        return generator(z, torch.randint(classes, (count,)).to(device))
     return generator(z)

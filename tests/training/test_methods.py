@@ -48,6 +48,12 @@ def test_methods_without_a_miner_leave_it_the_identity(tiny, method):
     assert moved
 
 
+def test_without_a_miner_there_is_no_stage_1():
+    assert TransferConfig(train_miner=False).mining_steps == 0
+    with pytest.raises(ValueError, match=r"mining_steps is 5, but without a miner .* transfergan\) nothing trains"):
+        TransferConfig(method="transfergan", mining_steps=5)
+
+
 def test_scale_shift_trains_vectors_alone(tiny):
     trainer, moved = finetuned(tiny, method="scale_shift")
     vectors = {name for name, p in trainer.generator.named_parameters() if p.numel() == max(p.shape, default=1)}
