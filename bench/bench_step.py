@@ -15,7 +15,7 @@ import torch
 from measure import OURS
 from torch.nn import functional as F
 
-from minegan_fast import SparseFinetuner
+from minegan_fast import SparseFinetuner, data, load_generator
 from minegan_fast.models import StyleGAN2Discriminator, StyleGAN2Generator
 
 DENSE = "dense fused Adam"
@@ -133,6 +133,38 @@ def test_iteration(benchmark, device, recorder, size):
             extra["peak_bytes"] = peaks[name]
         recorder["rows"].append(row("iteration, 5 %", list(real.shape), name, density=0.05, **timed(seconds), **extra))
     benchmark.pedantic(runs[OURS].iteration, args=(z, real))
+
+
+@pytest.mark.parametrize("batch", [16, 32])
+def test_small_step(benchmark, device, recorder, pytestconfig, batch):
+    """A step of the embedded generator, whose images have 32 pixels: calls cost as much as arithmetic."""
+    plain = load_generator(data.GENERATOR).to(device).requires_grad_(True)
+    z = torch.randn(batch, plain.latent_dim, device=device)
+    runs = {OURS: Training(copy.deepcopy(plain), torch.nn.Linear(1, 1), 0.05)}
+    runs[DENSE] = Training(plain, torch.nn.Linear(1, 1), None)
+
+    def step(run):
+        run.g.zero_grad()
+        loss = run.G(z).square().mean()
+        loss.backward()
+        run.generator_step()
+        return loss.detach()
+
+    torch.testing.assert_close(*(step(run) for run in runs.values()), rtol=1e-3, atol=1e-3)
+    times = {name: [] for name in runs}
+    for turn in range(10 if pytestconfig.getoption("--quick") else 100):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            step(run)
+            if device == "cuda":
+                torch.cuda.synchronize()
+            if turn >= 3:
+                times[name].append(time.perf_counter() - start)
+    medians = {name: statistics.median(seconds) for name, seconds in times.items()}
+    for name, seconds in times.items():
+        extra = {"ratio": {DENSE: medians[DENSE] / medians[OURS]}} if name == OURS else {}
+        recorder["rows"].append(row("step, 32 px", [batch, 1, 32, 32], name, density=0.05, **timed(seconds), **extra))
+    benchmark.pedantic(step, args=(runs[OURS],))
 
 
 def test_memory(benchmark, device, recorder, size):

@@ -17,6 +17,7 @@ if not torch.cuda.is_available():
 import torch._dynamo.trace_rules  # imports triton
 from tiny_run import run_settings, tiny  # noqa: F401
 
+from minegan_fast.layers.bilinear import Conv, Linear
 from minegan_fast.ops import backend_report, backends, use_backend
 
 # Which functions are torch's is noted now, while torch.empty still is, and never forgotten: reset() would note it anew.
@@ -83,3 +84,20 @@ def unwritten_memory_is_nan(monkeypatch):
 
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, filled(getattr(owner, name)))
+
+
+@pytest.fixture
+def row_gradients(monkeypatch) -> list[torch.Tensor]:
+    """The gradients of some rows alone that layers compute, [k, ...] each, in their order."""
+    found = []
+    for layer in (Linear, Conv):
+        monkeypatch.setattr(layer, "row_gradient", noted(layer.row_gradient, found))
+    return found
+
+
+def noted(function, results: list):
+    def call(*args):
+        results.append(function(*args))
+        return results[-1]
+
+    return call

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from .._torch import apply_function, convolution, convolution_backward, without_view
 from ..ops._op import backward_wants
-from ..ops.row_gradient import dense_is_faster, row_gradient
+from ..ops.row_gradient import dense_is_faster, gradient_of_rows
 from ..ops.transposed_conv2d import transposed_forward
 
 
@@ -51,7 +51,9 @@ class Linear:
         return gy.reshape(-1, gy.shape[-1]).mT @ x.reshape(-1, x.shape[-1])
 
     def row_gradient(self, x: Tensor, gy: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
-        return row_gradient(x, _selected(gy, rows, self.channel))
+        gy = _selected(gy, rows, self.channel)
+        with _exactly(x):
+            return self.weight_gradient(x, gy, weight)
 
     def sample_gradients(self, x: Tensor, gy: Tensor, weight: Tensor) -> Tensor:
         return gy.reshape(len(x), -1, weight.shape[0]).mT @ x.reshape(len(x), -1, weight.shape[1])
@@ -102,8 +104,8 @@ class Conv:
 
     def row_gradient(self, x: Tensor, gy: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
         group = None if self.groups == 1 else rows // (weight.shape[0] // self.groups)
-        geometry = tuple(weight.shape[2:]), self.stride, self.padding, self.dilation, self.transposed, self.groups
-        return row_gradient(x, gy, *geometry, group, rows if len(rows) < gy.shape[1] else None)
+        geometry = list(weight.shape[2:]), self.stride, self.padding, self.dilation, self.transposed, self.groups
+        return gradient_of_rows(x, gy, *geometry, group, rows if len(rows) < gy.shape[1] else None)
 
     def sample_gradients(self, x: Tensor, gy: Tensor, weight: Tensor) -> Tensor:
         # The samples become the groups of one convolution, which has a weight for each of them. Only its shape is read.
@@ -157,6 +159,13 @@ def _gradient_of_rows(op, x, gy, trained, weight, rows) -> Tensor:
     return gradient.movedim(0, op.axis)
 
 
+def _input_gradient(gy, trained, weight, rows, op, shape, like) -> Tensor:
+    if torch.is_grad_enabled():
+        return _InputGradient.apply(gy, trained, weight, rows, op, shape, like)
+    with _exactly(gy):  # a first derivative, of which no second one is asked
+        return op.input_gradient(gy, trained if weight is None else weight, shape, like)
+
+
 class _Layer(Function):
     @staticmethod
     def forward(ctx, x, trained, bias, bias_trained, weight, rows, bias_rows, op):
@@ -164,20 +173,22 @@ class _Layer(Function):
         ctx.op, ctx.shape = op, x.shape
         biases = bias_trained if bias_trained is not None else bias
         ctx.biases = biases if biases is None else (biases.numel(), biases.dtype)
-        ctx.given = [t is not None for t in (x, trained, bias, bias_trained)]
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, trained, weight, rows, bias_rows)
+        first = 1 + (trained is not None)
+        ctx.places = 0, 1, first, first + (bias is not None)  # of the four among the inputs that are tensors
+        ctx.rows, ctx.bias_rows = rows, bias_rows  # nobody writes to them, so they need no version
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, trained, weight)
         with _exactly(x):
             return op.forward(x, trained if weight is None else weight, bias)
 
     @staticmethod
     def backward(ctx, gy):
-        x, trained, weight, rows, bias_rows = ctx.saved_tensors
-        op = ctx.op
-        wants = [backward_wants(ctx, i, sum(ctx.given[:i])) for i in range(4)]
+        x, trained, weight = ctx.saved_tensors
+        op, rows = ctx.op, ctx.rows
+        wants = [backward_wants(ctx, i, place) for i, place in enumerate(ctx.places)]
         gx = gtrained = total = None
         if gy is not None and wants[0]:
             like = x if x is None else x.detach()
-            gx = _InputGradient.apply(gy, trained, weight, rows, op, ctx.shape, like)
+            gx = _input_gradient(gy, trained, weight, rows, op, ctx.shape, like)
         if gy is not None and wants[1]:
             gtrained = _gradient_of_rows(op, x, gy, trained, weight, rows)
         if wants[2] or wants[3]:
@@ -185,7 +196,7 @@ class _Layer(Function):
                 size, dtype = ctx.biases
                 total = (trained if weight is None else weight).new_zeros(size, dtype=dtype)
             else:
-                chosen = _selected(gy, bias_rows if wants[3] else None, op.channel)
+                chosen = _selected(gy, ctx.bias_rows if wants[3] else None, op.channel)
                 channel = op.channel % gy.ndim
                 total = chosen.sum([d for d in range(gy.ndim) if d != channel]) if gy.ndim > 1 else chosen
         return gx, gtrained, total if wants[2] else None, total if wants[3] else None, None, None, None, None

@@ -146,7 +146,7 @@ class ToRGB(nn.Module):
 
     def forward(self, x: Tensor, style: Tensor, skip: Tensor | None) -> Tensor:
         y = self.conv(x, style)
-        y = y + self.bias.to(y.dtype)
+        y = (y + self.bias).to(y.dtype)
         if skip is None:
             return y
         return y + (skip if self.upsample is None else self.upsample(skip))

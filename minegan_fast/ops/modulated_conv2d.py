@@ -114,7 +114,7 @@ class ModulatedWeight:
     """What the op asks of its weight [O, I, k, k], or [1, O, I, k, k]."""
 
     def __init__(self, weight: Tensor):
-        self.weight = weight[0] if weight.dim() == 5 and len(weight) == 1 else weight
+        self.weight = weight.flatten(0, 1) if weight.dim() == 5 and len(weight) == 1 else weight
 
     def expected_squares(self, squares: Tensor) -> Tensor:
         """squares [B, I] of the styles -> [B, O], sum_i s_i^2 sum_k W_oik^2, in their dtype."""

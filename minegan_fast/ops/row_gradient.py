@@ -176,17 +176,38 @@ def row_gradient(
             f"stride {tuple(stride)}, padding {tuple(padding)} and dilation {tuple(dilation)} make of "
             f"{'gy' if transposed else 'x'}'s {list(big.shape[2:])}, got {list(small.shape[2:])}"
         )
+    if groups != 1 and transposed:
+        raise ValueError(f"groups must be 1 for a transposed convolution, got {groups}")
+    return gradient_of_rows(x, gy, list(kernel), stride, padding, dilation, bool(transposed), groups, group, rows)
+
+
+def gradient_of_rows(
+    x: Tensor,
+    gy: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    groups: int,
+    group: Tensor | None,
+    rows: Tensor | None,
+) -> Tensor:
+    """`row_gradient` of a convolution whose arguments are known to fit."""
     # A gradient of gy is one of all its outputs, and of groups each neuron gets its own x.
-    if groups != 1 or (torch.is_grad_enabled() and (x.requires_grad or gy.requires_grad)):
+    differentiable = torch.is_grad_enabled() and (x.requires_grad or gy.requires_grad)
+    if groups != 1 or differentiable:
         gy, rows = _gathered(gy, rows), None
     if gy.shape[1] == 0 or (rows is not None and rows.shape[0] == 0):
         return x.new_zeros(0, x.shape[1] // groups, *kernel)
     if groups != 1:
-        if transposed:
-            raise ValueError(f"groups must be 1 for a transposed convolution, got {groups}")
         x, groups = _own_channels(x, gy, groups, group), gy.shape[1]
     refuse_transforms("row_gradient")
-    return _RowGradient.apply(x, gy, rows, list(kernel), stride, padding, dilation, bool(transposed), groups)
+    geometry = kernel, stride, padding, dilation, transposed, groups
+    if differentiable:
+        return _RowGradient.apply(x, gy, rows, *geometry)
+    forced = forced_backend()
+    return row_gradient_convolution(x, gy, *geometry, forced is None, rows, backend=forced)
 
 
 def _per_axis(name: str, value: int | Sequence[int], n: int, least: int) -> list[int]:

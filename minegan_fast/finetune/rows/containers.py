@@ -10,7 +10,15 @@ def map_tensors(f, x, kinds=Tensor, *arguments):
     if isinstance(x, dict):
         return {k: map_tensors(f, v, kinds, *arguments) for k, v in x.items()}
     if isinstance(x, (list, tuple)):  # no union: Dynamo of torch 2.8 traces this
-        items = [map_tensors(f, v, kinds, *arguments) for v in x]
+        # What is no container takes no call of its own: a layer's arguments are seldom nested.
+        items = [
+            f(v, *arguments)
+            if isinstance(v, kinds)
+            else map_tensors(f, v, kinds, *arguments)
+            if isinstance(v, (dict, list, tuple))
+            else v
+            for v in x
+        ]
         return type(x)(*items) if hasattr(x, "_fields") else type(x)(items)
     return x
 

@@ -154,7 +154,8 @@ def modulated_rows(weight: Tensor) -> _ModulatedRows | None:
     with PastSubclasses():
         e = expression_of(weight)
     if e is not None and e.weight.ndim == 5 and e.axis == 1 and len(e.weight) == 1:
-        e = e._replace(weight=e.weight[0], trained=None if e.trained is None else e.trained[0], axis=0)
+        trained = None if e.trained is None else e.trained.squeeze(0)
+        e = e._replace(weight=e.weight.squeeze(0), trained=trained, axis=0)
     fits = e is not None and e.weight.ndim == 4 and e.axis == 0 and e.factor is None
     return _ModulatedRows(e) if fits else None
 

@@ -11,6 +11,7 @@ from torch import nn
 from minegan_fast import gradient_penalty, path_length_penalty, r1_penalty
 from minegan_fast.finetune import SparseFinetuner
 from minegan_fast.finetune.rows.parameters import HeldWeight
+from minegan_fast.layers import bilinear
 from minegan_fast.models import StyleGAN2Discriminator, StyleGAN2Generator
 from minegan_fast.ops import modulated_conv2d
 
@@ -147,34 +148,24 @@ def test_a_layer_without_selected_rows_keeps_no_input(name):
     assert_close(x.grad, twin.grad)
 
 
-def test_no_gradient_of_a_weight_is_dense(monkeypatch):
+def test_no_gradient_of_a_weight_is_dense(row_gradients):
     """Every weight gradient that the backward computes has k rows."""
-    from minegan_fast.layers import bilinear as layers
-
-    seen = []
-    original = layers.row_gradient
-    monkeypatch.setattr(layers, "row_gradient", lambda *a: seen.append(original(*a)) or seen[-1])
     net = nn.Sequential(nn.Conv2d(3, 20, 3), nn.ReLU(), nn.Flatten(), nn.Linear(20 * 16, 30))
     ft = SparseFinetuner(net)
     ft.select({"0.weight": [4], "3.weight": [1, 7]})
     net(torch.randn(2, 3, 6, 6)).square().sum().backward()
-    assert sorted(tuple(t.shape) for t in seen) == [(1, 3, 3, 3), (2, 320)]
+    assert sorted(tuple(t.shape) for t in row_gradients) == [(1, 3, 3, 3), (2, 320)]
     assert [tuple(p.grad.shape) for p in ft.parameters()] == [(1, 3, 3, 3), (1,), (2, 320), (2,)]
 
 
-def test_the_inner_pass_of_a_penalty_computes_no_weight_gradient(monkeypatch):
-    from minegan_fast.layers import bilinear as layers
-
-    calls = []
-    original = layers.row_gradient
-    monkeypatch.setattr(layers, "row_gradient", lambda *a: calls.append(a) or original(*a))
+def test_the_inner_pass_of_a_penalty_computes_no_weight_gradient(row_gradients):
     critic = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Softplus(), nn.Conv2d(6, 1, 4), nn.Flatten(0))
     SparseFinetuner(critic).select({"0.weight": [1], "2.weight": [0]})
     penalty = r1_penalty(critic, torch.randn(2, 3, 6, 6))
-    assert not calls
+    assert not row_gradients
     penalty.backward()
     # the second layer: its input gradient's; the first: its layer's and its input gradient's
-    assert len(calls) == 3
+    assert len(row_gradients) == 3
 
 
 @pytest.mark.parametrize("name", ["linear", "conv2d", "transposed 2d"])
@@ -332,17 +323,12 @@ def test_the_output_of_a_frozen_mapping_network_can_be_differentiated_by():
 
 
 @pytest.mark.parametrize("name", ["linear", "conv2d", "conv2d grouped", "transposed 2d"])
-def test_where_the_dense_gradient_is_faster_it_is_computed_and_gathered(name, monkeypatch):
-    from minegan_fast.layers import bilinear as layers
-
-    seen = []
-    original = layers.row_gradient
-    monkeypatch.setattr(layers, "row_gradient", lambda *a: seen.append(original(*a)) or seen[-1])
-    monkeypatch.setattr(layers, "dense_is_faster", lambda *a: True)
+def test_where_the_dense_gradient_is_faster_it_is_computed_and_gathered(name, monkeypatch, row_gradients):
+    monkeypatch.setattr(bilinear, "dense_is_faster", lambda *a: True)
     make, shape = LAYERS[name]
     plain, module, ft = held(make)
     x = torch.randn(shape, dtype=torch.float64)
     for net in (plain, module):
         net(x).square().sum().backward()
-    assert [len(t) for t in seen] == [6]
+    assert [len(t) for t in row_gradients] == [6]
     assert_close(ft.parameters()[0].grad, taken(plain.weight.grad, module.weight))
