@@ -15,6 +15,7 @@ import fnmatch
 import multiprocessing
 import os
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -97,8 +98,18 @@ def asked_for(options: argparse.Namespace) -> list[Cell]:
 
 def processes(jobs: int) -> Executor:
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that start from here
-    # what a run warns of, its cell measures
-    return ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), warnings.simplefilter, ("ignore",))
+    return ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), begin_process)
+
+
+def begin_process() -> None:
+    warnings.simplefilter("ignore")  # what a run warns of, its cell measures
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def end_with_parent() -> None:
+    """Ends this process when the one that started it has ended, also by a signal that it could not catch."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def run(

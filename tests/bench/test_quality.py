@@ -2,6 +2,7 @@
 
 import io
 import json
+import subprocess
 import sys
 import threading
 from collections import Counter
@@ -106,6 +107,24 @@ def test_a_run_goes_on_where_it_stopped(places, console):
     assert [cell.method for cell in left()] == ["mined"]
     assert quality.run(left(), places, {}, 2, None, console, work, ThreadPoolExecutor) == {}
     assert Counter(ran) == Counter({cell: 1 + (cell.method == "mined") for cell in plan})
+
+
+def test_processes_end_with_the_one_that_started_them(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"""import os, sys, time
+sys.path.insert(0, {str(Path(quality.__file__).parent)!r})
+import quality
+if __name__ == "__main__":
+    pool = quality.processes(1)
+    print(pool.submit(os.getpid).result(), flush=True)
+    pool.submit(time.sleep, 600).result()
+"""
+    )
+    process = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True)
+    assert int(process.stdout.readline()) != process.pid
+    process.kill()
+    process.communicate(timeout=60)  # until nobody can write there any more
 
 
 def test_a_budget_starts_nothing_more(places, console):
