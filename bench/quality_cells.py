@@ -15,7 +15,7 @@ import torch
 from quality_measure import found_class, measure
 from quality_pictures import write_strip
 from quality_plan import Cell
-from quality_settings import Places, Target, digits, hidden_label, source, target
+from quality_settings import Places, Setting, Target, digits, hidden_label, source, target
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -39,8 +39,9 @@ def prepare(cells: list[Cell], places: Places) -> None:
     """What several cells share is computed before any of them starts; a package or folder that is missing says so."""
     (places.cache / "cells").mkdir(parents=True, exist_ok=True)
     families = {cell.family for cell in cells}
-    if "digits" in families:
-        networks.digit_judge(places.judge, *digits(places.mnist))
+    for setting in {planned.setting_of(cell) for cell in cells}:
+        if setting.family == "digits":
+            networks.digit_judge(places.judge(setting), *digits(places.mnist), setting.negatives)
     for family in families:
         networks.loss_features(family), source(family)
     for cell in {(c.setting, c.seed): c for c in cells}.values():
@@ -49,18 +50,22 @@ def prepare(cells: list[Cell], places: Places) -> None:
 
 def held_out(cell: Cell, places: Places, judge=None) -> tuple[Target, Tensor, Tensor]:
     """The cell's images, and the judge's features [N, D] of those to validate with and of those that judge; kept."""
-    images = target(planned.setting_of(cell), cell.count, cell.seed, places)
+    setting = planned.setting_of(cell)
+    images = target(setting, cell.count, cell.seed, places)
     digest = hashlib.sha256(b"".join(part.numpy().tobytes() for part in (images.validation, images.test)))
-    of = places.judge.stem if cell.family == "digits" else "efficientnet_lite2"
-    path = places.cache / "held_out" / f"{of}-{digest.hexdigest()[:16]}.safetensors"
+    path = places.cache / "held_out" / f"{judge_name(setting, places)}-{digest.hexdigest()[:16]}.safetensors"
     if not path.exists():
-        judge = judge or judging(cell.family, places.judge)
+        judge = judge or judging(cell.family, places.judge(setting))
         path.parent.mkdir(parents=True, exist_ok=True)
         features = {name: judge(getattr(images, name)) for name in ("validation", "test")}
         with atomic_path(path) as temporary:
             save_file(features, temporary)
     kept = load_file(path)
     return images, kept["validation"], kept["test"]
+
+
+def judge_name(setting: Setting, places: Places) -> str:
+    return places.judge(setting).stem if setting.family == "digits" else "efficientnet_lite2"
 
 
 @cache
@@ -70,7 +75,7 @@ def judging(family: str, path: Path) -> networks.Recorder:
 
 def run_cell(cell: Cell, places: Places, rates: dict[str, float], **overrides) -> Path:
     """Runs `cell` and writes its file, which exists only when it has come to its end. overrides: of settings."""
-    judge = judging(cell.family, places.judge)
+    judge = judging(cell.family, places.judge(planned.setting_of(cell)))
     images, validation, test = held_out(cell, places, judge)
     judge.seen.clear()
     settings = planned.settings(cell, rates) | overrides
@@ -140,7 +145,7 @@ def conditions(cell: Cell, places: Places, rates: dict[str, float]) -> dict:
     settings = planned.settings(cell, rates).items()
     return {
         "settings": {name: value.name if isinstance(value, Path) else value for name, value in settings},
-        "judge": places.judge.stem if cell.family == "digits" else "efficientnet_lite2",
+        "judge": judge_name(planned.setting_of(cell), places),
         "samples": planned.SAMPLES[cell.family],
     }
 

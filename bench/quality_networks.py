@@ -112,34 +112,38 @@ class Pooled(nn.Module):
 class DigitJudge(nn.Module):
     """A classifier of digits unlike the embedded one: images [B, 1, 32, 32] -> features [B, 96] of unit RMS."""
 
-    def __init__(self):
+    def __init__(self, classes: int = 10):
         super().__init__()
         layers = []
         for i, o in ((1, 16), (16, 32), (32, 96)):
             layers += [nn.Conv2d(i, o, 3, padding=1, bias=False), nn.BatchNorm2d(o), nn.SiLU(), nn.AvgPool2d(2)]
-        self.layers, self.output = nn.Sequential(*layers), nn.Linear(96, 10)
+        self.layers, self.output = nn.Sequential(*layers), nn.Linear(96, classes)
         self.register_buffer("rms", torch.ones(()))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x).mean((2, 3)) / self.rms
 
 
-def digit_judge(path: Path, images: Tensor, labels: Tensor) -> nn.Module:
-    """The judge in `path`, or one trained on uint8 images [N, 1, 32, 32], each also in negative, and written there."""
-    judge = DigitJudge()
+def digit_judge(path: Path, images: Tensor, labels: Tensor, negatives: bool = False) -> nn.Module:
+    """The judge in `path`, or one trained on uint8 images [N, 1, 32, 32], each also in negative, and written there.
+
+    negatives: whether a negative is of another class than the digit."""
     if path.exists():
-        judge.load_state_dict(load_file(path))
+        state = load_file(path)
+        judge = DigitJudge(len(state["output.bias"]))
+        judge.load_state_dict(state)
         return judge.eval().requires_grad_(False)
     with torch.random.fork_rng([]):
         torch.manual_seed(JUDGE_SEED)
-        judge = DigitJudge()
+        judge = DigitJudge(20 if negatives else 10)
         optimizer = torch.optim.Adam(judge.parameters(), lr=3e-3)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=JUDGE_STEPS)
         for _ in range(JUDGE_STEPS):
             index = torch.randint(len(images), (JUDGE_BATCH,))
             x = diff_augment(to_float(images[index]), "translation")
-            x = x * (torch.randint(2, (JUDGE_BATCH, 1, 1, 1)) * 2 - 1)
-            loss = F.cross_entropy(judge.output(judge(x)), labels[index].long())
+            positive = torch.randint(2, (JUDGE_BATCH,))
+            x = x * (positive * 2 - 1)[:, None, None, None]
+            loss = F.cross_entropy(judge.output(judge(x)), labels[index].long() + 10 * negatives * positive)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

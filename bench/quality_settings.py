@@ -30,7 +30,11 @@ FOLDER/<style>/00000.png and so on. Styles: avataaars, lorelei, and personas for
 
 @dataclass(frozen=True)
 class Setting:
-    """family: "faces" | "digits" | "eyes"; counts: how many target images; critic: whether the source's is given."""
+    """family: "faces" | "digits" | "eyes"; counts: how many target images; critic: whether the source's is given.
+
+    negatives: whether the judge of digits has learnt to tell a digit from its negative. The other one learnt to take
+        both for the same.
+    """
 
     name: str
     family: str
@@ -38,6 +42,7 @@ class Setting:
     counts: tuple[int, ...] = (30, 100)
     critic: bool = False
     every_method: bool = False
+    negatives: bool = False
 
 
 SETTINGS = {
@@ -46,7 +51,7 @@ SETTINGS = {
         Setting("avataaars", "faces", "face GAN to avataaars", (10, 30, 100), every_method=True),
         Setting("lorelei", "faces", "face GAN to lorelei"),
         Setting("nines", "digits", "digits 0 to 8 to nines", (10, 30, 100), critic=True, every_method=True),
-        Setting("inverted", "digits", "digits to white paper, without their critic", (30, 100, 1000)),
+        Setting("inverted", "digits", "digits to white paper, without their critic", (30, 100, 1000), negatives=True),
         Setting("hidden", "eyes", "eye GAN to one class that is hidden from it"),
         Setting("hue", "eyes", "eye GAN to its images of other colours"),
     )
@@ -78,10 +83,10 @@ class Places:
     data: Path | None = None
     mnist: Path | None = None
 
-    @property
-    def judge(self) -> Path:
-        """Of digits; trained on other images where MNIST is not given."""
-        return self.cache / f"digit_judge_{'mnist' if self.mnist else 'shipped'}.safetensors"
+    def judge(self, setting: Setting) -> Path:
+        """That of digits; trained on other images where MNIST is not given."""
+        words = ["digit_judge", "mnist" if self.mnist else "shipped", *["negatives"] * setting.negatives]
+        return self.cache / f"{'_'.join(words)}.safetensors"
 
 
 def target(setting: Setting, count: int, seed: int, places: Places) -> Target:

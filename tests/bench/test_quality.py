@@ -179,7 +179,7 @@ def test_a_whole_cell(monkeypatch, places):
     monkeypatch.setitem(planned.STEPS, "digits", 8)
     cells.judging.cache_clear()
     images = torch.randint(0, 256, (64, 1, 32, 32), dtype=torch.uint8)
-    networks.digit_judge(places.judge, images, torch.arange(64) % 10)
+    networks.digit_judge(places.judge(planned.setting_of(DIGITS)), images, torch.arange(64) % 10)
     path = cells.run_cell(DIGITS, places, {}, score_samples=2)
     record = json.loads(path.read_text())
     assert [row["step"] for row in record["curve"]] == [0, 2, 4, 6, 8]

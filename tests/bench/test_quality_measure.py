@@ -80,3 +80,17 @@ def test_a_digit_judge_is_trained_once(monkeypatch, tmp_path):
     x = torch.randn(4, 1, 32, 32)
     assert torch.equal(first(x), again(x))
     assert first(images / 127.5 - 1).square().mean().sqrt() == pytest.approx(1, rel=1e-3)
+
+
+def test_a_digit_judge_takes_negatives_for_the_same_or_tells_them(monkeypatch, tmp_path):
+    monkeypatch.setattr(networks, "JUDGE_STEPS", 200)
+    images = torch.zeros(64, 1, 32, 32, dtype=torch.uint8)
+    for i in range(64):
+        images[i, 0, 3 * (i % 10) : 3 * (i % 10) + 4] = 255
+    x, apart = images / 127.5 - 1, []
+    for negatives in (False, True):
+        path = tmp_path / f"{negatives}.safetensors"
+        networks.digit_judge(path, images, torch.arange(64) % 10, negatives)
+        judge = networks.digit_judge(path, images[:0], torch.empty(0))
+        apart.append((judge(x).mean(0) - judge(-x).mean(0)).norm() / judge(x).std(0).norm())
+    assert apart[1] > 2 * apart[0]
