@@ -10,10 +10,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from sample_networks import build, data
+from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from minegan_fast.finetune import SparseFinetuner
+from minegan_fast.ops import modulated_conv2d
 
 ARGUMENTS = {"lr": 1e-2, "density": 0.3, "betas": (0.5, 0.9), "ema_decay": 0.9}
 
@@ -119,6 +121,29 @@ def begun_by_one(folder: str):
     step(DistributedDataParallel(net), ft, mine(data(4, seed=2)))
     ft.verify()
     return net.state_dict(), ft.selection.rows, ft.scores()
+
+
+class Modulated(nn.Module):
+    """Its only weight is that of an op, which asks it without a call of torch."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(6, 3, 3, 3, dtype=torch.float64))
+
+    def forward(self, x):
+        return modulated_conv2d(x, self.weight, 1 + x.mean((2, 3)))
+
+
+def ddp_around_a_weight_of_an_op():
+    net = Modulated()
+    model = DistributedDataParallel(net)
+    ft = SparseFinetuner(net, **ARGUMENTS)
+    ft.select({"weight": [1, 4]})
+    x = torch.randn(4, 3, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    step(model, ft, mine(x))
+    same_everywhere([p.grad for p in ft.parameters()])
+    same_everywhere(net.parameters())
 
 
 def without_ddp():
@@ -233,6 +258,7 @@ def main(rank: int, folder: str):
         "around, after": ddp_around(late=True, gradient_as_bucket_view=True),
         **{name: by_sample(name, lambda x: x[:3] if rank == 0 else x[3:]) for name in ("agreement", "contrast")},
     }
+    ddp_around_a_weight_of_an_op()
     without_ddp()
     selections_by_hand()
     ranks_that_differ()

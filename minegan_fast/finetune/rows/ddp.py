@@ -6,7 +6,7 @@ import weakref
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..._torch import reduce_these
+from ..._torch import PastSubclasses, active_ddp, reduce_these
 from .link import Link
 
 # DDP wrappers that reduce leaves: {wrapper: (Link.epoch then, the parameters that it reduces)}.
@@ -21,6 +21,13 @@ def changed(model: nn.Module):
     for ddp in list(_told):
         if not set(ddp.module.modules()).isdisjoint(ours):
             tell(ddp)
+
+
+def tell_active():
+    """Tells the wrapper whose forward runs, if one does."""
+    if (wrapper := active_ddp()) is not None:
+        with PastSubclasses():
+            tell(wrapper)
 
 
 def tell(ddp: DistributedDataParallel):

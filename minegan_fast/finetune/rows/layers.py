@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from ..._torch import PastSubclasses, transforms_active
 from ...layers.bilinear import Conv, Linear, functions_of, layer_by_rows, scaled_layer_by_rows
 from ...ops.modulated_conv2d import ModulatedWeight
+from . import ddp
 from .expressions import Expression, expression_of
 
 
@@ -151,6 +152,7 @@ def modulated_rows(weight: Tensor) -> _ModulatedRows | None:
     """None where modulated_conv2d has to ask the weight step by step, as it does any other."""
     if not torch.is_grad_enabled() or transforms_active():
         return None
+    ddp.tell_active()
     with PastSubclasses():
         e = expression_of(weight)
     if e is not None and e.weight.ndim == 5 and e.axis == 1 and len(e.weight) == 1:

@@ -20,7 +20,6 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..._torch import (
     PastSubclasses,
-    active_ddp,
     is_in_torch_dispatch_mode,
     is_view,
     own_data,
@@ -113,9 +112,7 @@ class HeldWeight(nn.Parameter):
         kwargs = kwargs or {}
         if torch.compiler.is_dynamo_compiling():
             return func(*map_tensors(_traced, args, _TYPES), **map_tensors(_traced, kwargs, _TYPES))
-        if (wrapper := active_ddp()) is not None:
-            with PastSubclasses():
-                ddp.tell(wrapper)
+        ddp.tell_active()
         if torch.jit.is_tracing():  # which knows the weight, and no leaf
             with PastSubclasses():
                 return func(*args, **kwargs)
