@@ -159,6 +159,11 @@ def test_a_cu_file_is_one_with_a_cuda_kernel(path):
     assert (path.suffix == ".cu") == ("__global__" in path.read_text())
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "csrc").glob("*.cu")), ids=lambda path: path.name)
+def test_a_gpu_is_asked_for_a_kernel_of_every_cu_file(path):
+    assert f"minegan::{path.stem}_cuda_problem" in (ROOT / "csrc" / "bindings.cpp").read_text()
+
+
 def test_every_op_and_kernel_file_has_its_test():
     for folder in (PACKAGE / "ops", ROOT / "kernels"):
         for path in folder.glob("*.py"):
