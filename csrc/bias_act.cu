@@ -290,6 +290,8 @@ void with_index(int64_t count, F&& f) {
 
 }  // namespace
 
+std::string bias_act_cuda_problem(int device) { return problem_of(bias_act_kernel<float, uint32_t, 1>, device); }
+
 void bias_act_cuda(DType dtype, const void* x, const void* b, const void* y, void* out, Axis axis, double slope,
                    double gain, int device, uintptr_t stream) {
   const int64_t count = axis.outer * axis.C * axis.inner;

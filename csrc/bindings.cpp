@@ -283,6 +283,15 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda_version") = MINEGAN_CUDA_VERSION;
   m.attr("cuda_architectures") = MINEGAN_CUDA;
   m.def(
+      "cuda_problem",
+      [](int device) {
+        // One kernel of each .cu file: the kernels of a file are compiled for the same architectures.
+        for (const auto problem : {minegan::bias_act_cuda_problem, minegan::row_update_cuda_problem})
+          if (const std::string found = problem(device); !found.empty()) return found;
+        return std::string();
+      },
+      no_gil, "Why the device cannot run the CUDA kernels; empty where it can.");
+  m.def(
       "bias_act_cuda",
       [](int dtype, Address x, Address b, Address y, Address out, int64_t outer, int64_t C, int64_t inner, double slope,
          double gain, int device, Address stream) {

@@ -241,6 +241,25 @@ class DeviceGuard {
   bool changed_ = false;
 };
 
+// Why `device` cannot run a kernel, "" where it can: the driver may be too old, or no machine code be for the device.
+template <class Kernel>
+std::string problem_of(Kernel* kernel, int device) {
+  try {
+    DeviceGuard guard(device);
+    cudaFuncAttributes attributes;
+    check_cuda(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
+    return "";
+  } catch (const std::runtime_error& error) {
+    cudaGetLastError();  // else a launch on another device would report this error as its own
+    int driver = 0, runtime = 0;
+    cudaDriverGetVersion(&driver);  // stays 0 without a driver
+    cudaRuntimeGetVersion(&runtime);
+    const auto text = [](int v) { return std::to_string(v / 1000) + "." + std::to_string(v % 1000 / 10); };
+    return std::string(error.what()) + "; the kernels need CUDA " + text(runtime) + ", the driver " +
+           (driver ? "has " + text(driver) : "is missing");
+  }
+}
+
 // V elements that travel in one access of up to 16 bytes.
 template <class T, int V>
 struct alignas(sizeof(T) * V) Pack {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 #include "common.h"
 
@@ -27,6 +28,8 @@ void bias_act_backward_cpu(DType, const void* dy, const void* y, void* dx, void*
                            int threads);
 
 #ifdef MINEGAN_CUDA
+std::string bias_act_cuda_problem(int device);  // "", or why the device cannot run the kernels of bias_act.cu
+
 void bias_act_cuda(DType, const void* x, const void* b, const void* y, void* out, Axis, double slope, double gain,
                    int device, uintptr_t stream);
 
@@ -76,6 +79,8 @@ void row_update_cpu(DType, DType dense, Rule, const RowTensor* tensors, const vo
 struct RowItem {
   int32_t tensor, row, rows, part;
 };
+
+std::string row_update_cuda_problem(int device);  // "", or why the device cannot run the kernels of row_update.cu
 
 // All pointers are on the device; lr, a float or a double, takes the place of step.lr unless it is null.
 void row_update_cuda(DType, DType dense, Rule, const RowTensor* tensors, const uintptr_t* grads, const RowItem* items,

@@ -288,6 +288,10 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
+std::string row_update_cuda_problem(int device) {
+  return problem_of(row_update_kernel<Rule::sgd, float, float>, device);
+}
+
 void row_update_cuda(DType dtype, DType dense, Rule rule, const RowTensor* tensors, const uintptr_t* grads,
                      const RowItem* items, int64_t n, const RowStep& step, const void* lr, bool lr_is_float,
                      const float* grad_scale, const float* found_inf, int device, uintptr_t stream) {

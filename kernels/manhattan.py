@@ -15,11 +15,18 @@ def _sign(v):
 
 
 @triton.jit
+def _tile(across):
+    """This program's tile, `across` of them in a row, by row and column: a grid's second axis takes 65535 at most."""
+    return tl.program_id(0) // across, tl.program_id(0) % across
+
+
+@triton.jit
 def pairs_kernel(
     p_ptr, q_ptr, hp_ptr, hq_ptr, out_ptr, rows, columns, D, SLOPES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
 ):
-    i = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)[:, None]
-    j = (tl.program_id(1) * BN + tl.arange(0, BN)).to(tl.int64)[None, :]
+    tile_i, tile_j = _tile(tl.cdiv(columns, BN))
+    i = (tile_i * BM + tl.arange(0, BM)).to(tl.int64)[:, None]
+    j = (tile_j * BN + tl.arange(0, BN)).to(tl.int64)[None, :]
     total = tl.zeros((BM, BN), tl.float32)
     for d in range(D):
         v = tl.load(p_ptr + i * D + d, i < rows, other=0.0) - tl.load(q_ptr + j * D + d, j < columns, other=0.0)
@@ -38,8 +45,9 @@ def signs_kernel(
     BM: tl.constexpr, BD: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """A program takes BM rows and BD dimensions, and all columns one after the other."""
-    i = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)[:, None]
-    d = tl.program_id(1) * BD + tl.arange(0, BD)[None, :]
+    tile_i, tile_d = _tile(tl.cdiv(D, BD))
+    i = (tile_i * BM + tl.arange(0, BM)).to(tl.int64)[:, None]
+    d = tile_d * BD + tl.arange(0, BD)[None, :]
     p = tl.load(p_ptr + i * D + d, (i < rows) & (d < D), other=0.0)
     total = tl.zeros((BM, BD), tl.float32)
     for first in range(0, columns, UNROLL):
@@ -55,7 +63,7 @@ def signs_kernel(
 def pairs(p, q, hp, hq) -> torch.Tensor:
     """[r, c]: distances, or with hp and hq their slopes."""
     out = p.new_empty(len(p), len(q))
-    grid = triton.cdiv(len(p), _TILE["BM"]), triton.cdiv(len(q), _TILE["BN"])
+    grid = (triton.cdiv(len(p), _TILE["BM"]) * triton.cdiv(len(q), _TILE["BN"]),)
     with torch.cuda.device_of(p):
         pairs_kernel[grid](
             p, q, hp, hq, out, len(p), len(q), p.shape[1], SLOPES=hp is not None, **_TILE, **_OPTIONS
@@ -66,7 +74,7 @@ def pairs(p, q, hp, hq) -> torch.Tensor:
 def signs(A, p, q) -> torch.Tensor:
     """[r, D]"""
     out = p.new_empty(p.shape)
-    grid = triton.cdiv(len(p), _SIGNS["BM"]), triton.cdiv(p.shape[1], _SIGNS["BD"])
+    grid = (triton.cdiv(len(p), _SIGNS["BM"]) * triton.cdiv(p.shape[1], _SIGNS["BD"]),)
     with torch.cuda.device_of(p):
         signs_kernel[grid](A, p, q, out, len(p), len(q), p.shape[1], *A.stride(), **_SIGNS, **_OPTIONS)
     return out

@@ -56,7 +56,7 @@ def minibatch_stddev_kernel(
     s = tl.sqrt(tl.sum(d * d, 0, keep_dims=True) / count + tl.full((1, 1), _EPS, WIDE))
     averaged = s
     if PASS != "forward":
-        scale = tl.load(D_ptr + m * features + f) / ((width * pixels).to(WIDE) * count * s)
+        scale = tl.load(D_ptr + m * features + f) / (tl.full((), width * pixels, WIDE) * count * s)
     if PASS == "forward":
         tl.store(y_ptr + above, x, mask)
     elif PASS == "backward":
@@ -95,7 +95,7 @@ def append_kernel(
     for start in range(0, tiles, BT):
         t = start + tl.arange(0, BT)
         total += tl.load(partial_ptr + pid * tiles + t, t < tiles, other=0.0)
-    value = (tl.sum(total) / (C // features * pixels).to(WIDE)).to(y_ptr.dtype.element_ty)
+    value = (tl.sum(total) / tl.full((), C // features * pixels, WIDE)).to(y_ptr.dtype.element_ty)
     for start in range(0, size * pixels, BLOCK):
         i = start + tl.arange(0, BLOCK)
         sample, p = (i // pixels).to(tl.int64) * groups + m, i % pixels

@@ -6,6 +6,7 @@ import triton.language as tl
 
 SQUARED_KERNELS = ("gaussian", "energy")  # those of a squared distance
 _CLOSE = tl.constexpr(1 / 256)  # kClose in csrc/mmd_rows.h
+_OPTIONS = {"enable_fp_fusion": True}
 
 
 @triton.jit
@@ -188,7 +189,7 @@ def mmd_tile(
             mmd_tile_kernel[grid](
                 p, q, hp, hq, op, oq, numbers, t, s, close, part, A, B, len(p), len(q), p.shape[1], op.stride(0),
                 oq.stride(0), weight, KERNEL=kernel, ORDER=order, DIAGONAL=diagonal, SQUARINGS=tuple(squarings),
-                PRECISION=precision, EXACT=bool(exact), **option,
+                PRECISION=precision, EXACT=bool(exact), **option, **_OPTIONS,
             )  # fmt: skip
     empty = p.new_empty(0, 0)
     return totals, empty if A is None else A, empty if B is None else B

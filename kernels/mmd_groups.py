@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .mmd import _CLOSE
+from .mmd import _CLOSE, _OPTIONS
 
 # Sizes that are 1 must not become constants of another type than the sizes that they meet in a branch.
 _SIZES = ["N", "M", "stride"]
@@ -201,10 +201,10 @@ def pairs(x, y, numbers, sizes, counts, unbiased: bool, gradient: bool):
     with torch.cuda.device_of(x):
         pairs_kernel[(columns, rows, G)](
             x, y, starts, firsts, numbers, totals, A, B, N, M, stride, UNBIASED=unbiased, GRADIENT=gradient,
-            ALIGNED=_aligned(sizes), **tile,
+            ALIGNED=_aligned(sizes), **tile, **_OPTIONS,
         )  # fmt: skip
         if gradient:
-            diagonal_kernel[(G * N,)](A, B, N, M, BLOCK=256)
+            diagonal_kernel[(G * N,)](A, B, N, M, BLOCK=256, **_OPTIONS)
     return totals, A, B
 
 
@@ -215,7 +215,9 @@ def slopes(x, y, A, B, g, sizes):
     out = torch.empty_like(x)
     grid = triton.cdiv(max(sizes), tile["BD"]), triton.cdiv(N, tile["BM"]), G
     with torch.cuda.device_of(x):
-        slopes_kernel[grid](x, y, A, B, g, starts, out, N, M, stride, ALIGNED=_aligned(sizes), **tile)
+        slopes_kernel[grid](
+            x, y, A, B, g, starts, out, N, M, stride, ALIGNED=_aligned(sizes), **tile, **_OPTIONS
+        )  # fmt: skip
     return out
 
 

@@ -33,6 +33,12 @@ def store_sums(sums_ptr, total, which: tl.constexpr, SUMS: tl.constexpr, B, C, B
 
 
 @triton.jit
+def _wide(n):
+    """A size in 64 bits; a size of 1 is a Python number in a compiled kernel."""
+    return tl.full((), n, tl.int64)
+
+
+@triton.jit
 def _noise(n_ptr, b, noise_batch, p, exists, like):
     """The noise of the positions p of sample b, in the shape of `like`."""
     return tl.load(n_ptr + b * noise_batch + p, exists, other=0.0) + tl.zeros_like(like)
@@ -53,7 +59,7 @@ def noise_bias_act_kernel(
     """k is d, f, h."""
     b, c, in_c, p, in_p, base, at = tile(0, B, C, P, channel_stride, position_stride, BC, BP, 1)
     gain, leak = _factors(slope, gain, WIDE)
-    k, n_k = k_ptr + b * C + c, B.to(tl.int64) * C  # the next coefficient of a channel lies n_k further on
+    k, n_k = k_ptr + b * C + c, _wide(B) * C  # the next coefficient of a channel lies n_k further on
     u = tl.load(c_ptr + base + at, in_c & in_p).to(WIDE) * tl.load(k, in_c)
     if HAS_NOISE:
         u += tl.load(k + n_k, in_c) * _noise(n_ptr, b, noise_batch, p, in_p, u)
@@ -73,7 +79,7 @@ def noise_bias_act_backward_kernel(
     of_c, of_n, of_1 = tl.zeros((BC, BP), WIDE), tl.zeros((BC, BP), WIDE), tl.zeros((BC, BP), WIDE)
     for step in range(STEPS):
         b, c, in_c, p, in_p, base, at = tile(step, B, C, P, channel_stride, position_stride, BC, BP, STEPS)
-        k, n_k = k_ptr + b * C + c, B.to(tl.int64) * C
+        k, n_k = k_ptr + b * C + c, _wide(B) * C
         gy = tl.load(gy_ptr + base + at, in_c & in_p, other=0.0).to(WIDE)
         y = tl.load(y_ptr + base + at, in_c & in_p, other=0.0).to(WIDE)
         m = tl.where(y > 0, gain, leak)
@@ -103,7 +109,7 @@ def noise_bias_act_double_backward_kernel(
     total = tl.zeros((BC, BP), WIDE)
     for step in range(STEPS):
         b, c, in_c, p, in_p, base, at = tile(step, B, C, P, channel_stride, position_stride, BC, BP, STEPS)
-        k, n_k, mask = k_ptr + b * C + c, B.to(tl.int64) * C, in_c & in_p
+        k, n_k, mask = k_ptr + b * C + c, _wide(B) * C, in_c & in_p
         hc = tl.load(hc_ptr + base + at, mask, other=0.0).to(WIDE)
         gy = tl.load(gy_ptr + base + at, mask, other=0.0).to(WIDE)
         y = tl.load(y_ptr + base + at, mask, other=0.0).to(WIDE)

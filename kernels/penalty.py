@@ -11,11 +11,20 @@ TABLE = 1024  # partial sums that the last step takes at a time
 
 
 @triton.jit
+def _sample(programs):
+    """The sample of this program, which is one of so many of its sample, and which of these it is; 64 bits each.
+
+    A grid has one axis: along another one a GPU takes 65535 programs at most."""
+    pid = tl.program_id(0).to(tl.int64)
+    return pid // programs, pid % programs
+
+
+@triton.jit
 def squares_kernel(
     g_ptr, partial_ptr, length, stride, splits, WIDE: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr
 ):
     """partial[b, split] of the sum of squares of sample b."""
-    b, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    b, split = _sample(splits)
     lanes = tl.zeros((BLOCK,), WIDE)
     for step in range(STEPS):
         i = (split * STEPS + step) * BLOCK + tl.arange(0, BLOCK)
@@ -76,7 +85,8 @@ def penalty_kernel(
 def penalty_backward_kernel(
     g_ptr, scale_ptr, dpenalty_ptr, dg_ptr, length, stride, out_stride, WIDE: tl.constexpr, BLOCK: tl.constexpr
 ):
-    b, i = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    b, block = _sample(tl.cdiv(length, BLOCK))
+    i = block * BLOCK + tl.arange(0, BLOCK)
     factor = tl.load(scale_ptr + b) * tl.load(dpenalty_ptr)
     v = tl.load(g_ptr + b * stride + i, i < length, other=0.0).to(WIDE)
     tl.store(dg_ptr + b * out_stride + i, factor * v, i < length)
@@ -87,11 +97,10 @@ def interpolate_kernel(
     real_ptr, fake_ptr, out_ptr, seed, low, high, length, stride, WIDE: tl.constexpr, BLOCK: tl.constexpr
 ):
     """low, high: the two halves of the generator's offset. The interpolation is torch.lerp's."""
-    b, i = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    zero = tl.program_id(0).to(tl.uint32) * 0
-    drawn, _, _, _ = tl.philox(
-        seed, tl.program_id(0).to(tl.uint32), zero + low.to(tl.uint32), zero + high.to(tl.uint32), zero
-    )
+    b, block = _sample(tl.cdiv(length, BLOCK))
+    i = block * BLOCK + tl.arange(0, BLOCK)
+    zero = b.to(tl.uint32) * 0
+    drawn, _, _, _ = tl.philox(seed, b.to(tl.uint32), zero + low.to(tl.uint32), zero + high.to(tl.uint32), zero)
     alpha = tl.uint_to_uniform_float(drawn).to(WIDE)
     real = tl.load(real_ptr + b * stride + i, i < length, other=0.0).to(WIDE)
     fake = tl.load(fake_ptr + b * stride + i, i < length, other=0.0).to(WIDE)
@@ -116,7 +125,7 @@ def penalty(g, mean, penalty, lengths, scale, new_mean, count, length, stride, c
     splits = triton.cdiv(length, steps * BLOCK)
     partial = torch.empty(count * splits, dtype=torch.float64, device=g.device)
     with torch.cuda.device_of(g):
-        squares_kernel[(count, splits)](
+        squares_kernel[(count * splits,)](
             g, partial, length, stride, splits, WIDE=_wide(g.dtype), STEPS=steps, BLOCK=BLOCK, **_OPTIONS
         )
         penalty_kernel[(1,)](
@@ -127,14 +136,14 @@ def penalty(g, mean, penalty, lengths, scale, new_mean, count, length, stride, c
 
 def penalty_backward(g, scale, dpenalty, dg, count, length, stride, out_stride) -> None:
     with torch.cuda.device_of(g):
-        penalty_backward_kernel[(count, triton.cdiv(length, BLOCK))](
+        penalty_backward_kernel[(count * triton.cdiv(length, BLOCK),)](
             g, scale, dpenalty, dg, length, stride, out_stride, WIDE=_wide(g.dtype), BLOCK=BLOCK, **_OPTIONS
         )
 
 
 def interpolate(real, fake, out, seed: int, offset: int, count, length, stride) -> None:
     with torch.cuda.device_of(real):
-        interpolate_kernel[(count, triton.cdiv(length, BLOCK))](
+        interpolate_kernel[(count * triton.cdiv(length, BLOCK),)](
             real, fake, out, seed, offset & 0xFFFFFFFF, offset >> 32, length, stride, WIDE=_wide(real.dtype),
             BLOCK=BLOCK, **_OPTIONS,
         )  # fmt: skip

@@ -105,6 +105,12 @@ def blocks(columns: int, half: bool) -> dict[str, int]:
     return {"BLOCK_C": _BLOCK_C, "BLOCK_Q": _BLOCK_Q, "BLOCK_N": wide}
 
 
+def _tf32_allowed() -> bool:
+    """PyTorch's setting for convolutions: since 2.9 it has a name of its own, and the old one may refuse to be read."""
+    cudnn = torch.backends.cudnn
+    return cudnn.conv.fp32_precision == "tf32" if hasattr(cudnn, "conv") else cudnn.allow_tf32
+
+
 def row_gradient(x, gy, S, P, kernel, stride, padding, dilation, transposed: bool) -> torch.Tensor:
     """[k, C, taps] of x [B, C, positions], any strides, and contiguous gy [B, k, ...]; the rest has three axes."""
     (B, C, positions), k = x.shape, gy.shape[1]
@@ -123,7 +129,7 @@ def row_gradient(x, gy, S, P, kernel, stride, padding, dilation, transposed: boo
         "TRANSPOSED": transposed,
     }
     flags |= {"K1": kernel[1], "K2": kernel[2], "TAPS": taps}
-    flags["PRECISION"] = "tf32" if torch.backends.cudnn.allow_tf32 else "tf32x3"
+    flags["PRECISION"] = "tf32" if _tf32_allowed() else "tf32x3"
     with torch.cuda.device_of(x):
         row_gradient_kernel[(*across, splits)](
             x, gy, partial, B, C, columns, steps, *x.stride(), *S, *P, k,

@@ -1,6 +1,7 @@
 """The repository's shape: who imports whom, and that a native function has its binding, its test and its benchmark."""
 
 import ast
+import importlib
 import io
 import os
 import re
@@ -157,6 +158,22 @@ def test_native_functions_are_bound_tested_and_measured(function):
 @pytest.mark.parametrize("path", sorted((ROOT / "csrc").iterdir()), ids=lambda path: path.name)
 def test_a_cu_file_is_one_with_a_cuda_kernel(path):
     assert (path.suffix == ".cu") == ("__global__" in path.read_text())
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "csrc").glob("*.cu")), ids=lambda path: path.name)
+def test_a_gpu_is_asked_for_a_kernel_of_every_cu_file(path):
+    assert f"minegan::{path.stem}_cuda_problem" in (ROOT / "csrc" / "bindings.cpp").read_text()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "kernels").glob("[!_]*.py")), ids=lambda path: path.stem)
+def test_every_launch_says_whether_products_are_fused_with_sums(path):
+    pytest.importorskip("triton")
+    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    launches = [call for call in calls if isinstance(call.func, ast.Subscript)]
+    assert launches
+    for launch in launches:
+        assert "_OPTIONS" in [ast.unparse(word.value) for word in launch.keywords if word.arg is None], launch.lineno
+    assert "enable_fp_fusion" in importlib.import_module(f"minegan_fast.kernels.{path.stem}")._OPTIONS
 
 
 def test_every_op_and_kernel_file_has_its_test():

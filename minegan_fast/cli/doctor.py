@@ -11,6 +11,7 @@ import torch
 
 from .. import __version__
 from ..ops import backend_report, backends
+from ..ops._op import gpu_report
 from ..training.sources import choose_device
 
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "pillow", "rich", "typer", "matplotlib", "tensorboard")
@@ -43,14 +44,19 @@ def _version(package: str) -> str:
 def _devices() -> dict[str, str]:
     processor = platform.processor() or platform.machine()
     found = {"cpu": f"{processor}, {os.cpu_count()} cores, torch uses {torch.get_num_threads()}"}
-    if torch.version.cuda is None:
+    hip = torch.version.hip
+    if hip is None and torch.version.cuda is None:
         return found | {"cuda": "this torch is a CPU build"}
     if not torch.cuda.is_available():
-        return found | {"cuda": f"torch is built for CUDA {torch.version.cuda}, but no GPU or driver is there"}
+        build = f"CUDA {torch.version.cuda}" if hip is None else f"ROCm {hip}"
+        return found | {"cuda": f"torch is built for {build}, but no GPU or driver is there"}
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
-        capability = f"sm_{properties.major}{properties.minor}"
-        found[f"cuda:{index}"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, {capability}"
+        kind = f"sm_{properties.major}{properties.minor}" if hip is None else f"ROCm {hip}"
+        found[f"cuda:{index}"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, {kind}"
+        for backend, reason in gpu_report(index).items():
+            if reason != "available":
+                found[f"cuda:{index} without {backend}"] = reason
     return found
 
 

@@ -6,7 +6,7 @@ from numbers import Integral, Real
 
 from torch import Tensor
 
-from ..ops.row_update import OPTIMIZERS
+from ..ops.row_update import OPTIMIZERS, check_lr
 from .evidence import CRITERIA
 from .selection import SCOPES
 
@@ -25,6 +25,7 @@ def check_arguments(
     ):
         if value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+    check_lr(lr)
     numbers = {"density": density, "eps": eps, "weight_decay": weight_decay, "momentum": momentum}
     numbers |= {"ema_decay": 0 if ema_decay is None else ema_decay, "lr": 0 if isinstance(lr, Tensor) else lr}
     for name, value in numbers.items():

@@ -118,7 +118,7 @@ class Op(Generic[P, R]):
         self.name = reference.__name__
         self.family = reference.__module__.rpartition(".")[2]
         self._launchers: dict[str, tuple[Callable[..., R], tuple[torch.dtype, ...]]] = {}
-        self._chosen: dict[tuple[str | None, str, torch.dtype], Callable[..., R]] = {}
+        self._chosen: dict[tuple[str | None, torch.device, torch.dtype], Callable[..., R]] = {}
         self.reference = reference
         self.library = None
         if not mutates:
@@ -157,15 +157,15 @@ class Op(Generic[P, R]):
         return self._run(*args, backend=backend)
 
     def _run(self, *args, backend: str | None = None) -> R:
-        key = (backend or _forced.get(), args[0].device.type, args[0].dtype)
+        key = (backend or _forced.get(), args[0].device, args[0].dtype)
         chosen = self._chosen.get(key)
         if chosen is None:
             chosen = self._chosen[key] = self._choose(*key)
         return chosen(*args)
 
-    def _choose(self, forced: str | None, device: str, dtype: torch.dtype) -> Callable[..., R]:
+    def _choose(self, forced: str | None, device: torch.device, dtype: torch.dtype) -> Callable[..., R]:
         reason = None
-        for name in (forced,) if forced else (*_AUTOMATIC.get(device, ()), "reference"):
+        for name in (forced,) if forced else (*_AUTOMATIC.get(device.type, ()), "reference"):
             if name == "reference":
                 return self.reference
             reason = self.lacks(name, device, dtype)
@@ -178,18 +178,19 @@ class Op(Generic[P, R]):
             + "; ".join(f"{name} ({reason})" for name, reason in reasons.items() if reason is not None)
         )
 
-    def lacks(self, backend: str, device: str | None = None, dtype: torch.dtype | None = None) -> str | None:
-        """Why `backend` cannot run this op (on that type of device and that dtype, where given); None where it can."""
+    def lacks(self, backend: str, device: torch.device | None = None, dtype: torch.dtype | None = None) -> str | None:
+        """Why `backend` cannot run this op (on that device and that dtype, where given); None where it can."""
         if backend == "reference":
             return None
         if backend not in BACKENDS:
             return f"there is no such backend, only {', '.join(BACKENDS)}"
         if backend not in self._launchers:
             return f"{self.name} has no {backend} implementation"
-        reason = _missing(backend)
+        gpu = device.index if device is not None and device.type == "cuda" else None
+        reason = _missing(backend) if gpu is None else _missing(backend, gpu)
         if reason is not None:
             return reason
-        if device is not None and device not in _DEVICES[backend]:
+        if device is not None and device.type not in _DEVICES[backend]:
             return f"it takes {' and '.join(_DEVICES[backend])} tensors"
         dtypes = self._launchers[backend][1]
         if dtype is not None and dtype not in dtypes:
@@ -207,29 +208,56 @@ class Op(Generic[P, R]):
 
 
 @functools.cache
-def _missing(backend: str) -> str | None:
-    """Why no op at all can use the backend in this process."""
+def _missing(backend: str, gpu: int | None = None) -> str | None:
+    """Why no op at all can use the backend in this process: on the GPU of that index or, with None, anywhere."""
     if backend == "triton":
         try:
             importlib.import_module("triton")
         except Exception as error:
             return f"triton cannot be imported: {type(error).__name__}: {error}"
-        if _INTERPRETING or torch.cuda.is_available():
+        if _INTERPRETING:
             return None
-        return "it needs a CUDA GPU, or TRITON_INTERPRET=1 (slow: for tests)"
-    try:
-        native = importlib.import_module("minegan_fast._C")
-    except Exception as error:
-        return f"the native module cannot be imported: {type(error).__name__}: {error}{_build_notes()}"
-    if backend == "cuda" and not native.cuda_version:
-        return f"the native module has no CUDA kernels{_build_notes()}"
-    if backend == "cuda" and not torch.cuda.is_available():
-        return "torch sees no CUDA GPU"
-    if backend == "cuda":
-        major, minor = torch.cuda.get_device_capability()
-        if 10 * major + minor < min(map(int, native.cuda_architectures.split(","))):
-            return f"the GPU's compute capability is {major}.{minor}, the kernels are for {native.cuda_architectures}"
-    return None
+    else:
+        try:
+            native = importlib.import_module("minegan_fast._C")
+        except Exception as error:
+            return f"the native module cannot be imported: {type(error).__name__}: {error}{_build_notes()}"
+        if backend == "cpp":
+            return None
+        if not native.cuda_version:
+            return f"the native module has no CUDA kernels{_build_notes()}"
+    if gpu is not None:
+        return _unfit(backend, gpu)
+    if not (torch.cuda.is_available() and torch.cuda.device_count()):
+        needed = "it needs a CUDA GPU, or TRITON_INTERPRET=1 (slow: for tests)"
+        return needed if backend == "triton" else "torch sees no CUDA GPU"
+    reasons = []
+    # The current GPU is asked first: asking takes memory on a GPU, and one that can do is enough.
+    for index in (torch.cuda.current_device(), *range(torch.cuda.device_count())):
+        reason = _unfit(backend, index)
+        if reason is None:
+            return None
+        reasons.append(reason)
+    return "; ".join(dict.fromkeys(reasons))
+
+
+@functools.cache
+def _unfit(backend: str, gpu: int) -> str | None:
+    """Why that GPU cannot run kernels of "triton" or "cuda"."""
+    if torch.version.hip is not None:
+        return "the kernels are for NVIDIA GPUs, and this torch is built for ROCm"
+    major, minor = torch.cuda.get_device_capability(gpu)
+    here = f"the GPU's compute capability is {major}.{minor}"
+    if backend == "triton":
+        return None if (major, minor) >= (7, 0) else f"{here}, and the kernels need 7.0"
+    native = importlib.import_module("minegan_fast._C")
+    problem = native.cuda_problem(gpu)
+    return f"{problem}; {here}, and the kernels are for {native.cuda_architectures}" if problem else None
+
+
+def gpu_report(gpu: int) -> dict[str, str]:
+    """For "triton" and "cuda" "available" on the GPU of that index, or the reason why not."""
+    return {backend: _missing(backend, gpu) or "available" for backend in ("triton", "cuda")}
 
 
 def _build_notes() -> str:

@@ -181,7 +181,7 @@ def sum_and_slope(
     total = torch.zeros((), dtype=torch.float64, device=z.device)
     slope = torch.zeros_like(z) if order else z.new_empty(0, 0)
     sizes = _TILE["cuda" if z.is_cuda else "cpu"]
-    fused = z.is_cuda and backend in (None, "triton") and mmd_tile.lacks("triton", "cuda", z.dtype) is None
+    fused = z.is_cuda and backend in (None, "triton") and mmd_tile.lacks("triton", z.device, z.dtype) is None
     if fused and order == 0 and plan.kernel != "laplacian":
         sizes = _ALL, _ALL  # one launch, which holds no tile
     with torch.autocast(z.device.type, enabled=False):

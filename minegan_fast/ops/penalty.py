@@ -197,7 +197,7 @@ def _draws_in_a_kernel(real: Tensor, fake: Tensor, generator: torch.Generator | 
         and not (torch.is_grad_enabled() and (real.requires_grad or fake.requires_grad))
         and type(real) is type(fake) is Tensor
         and not torch.compiler.is_compiling()
-        and interpolate_drawn.lacks("triton", "cuda", real.dtype) is None
+        and interpolate_drawn.lacks("triton", real.device, real.dtype) is None
         and not torch.cuda.is_current_stream_capturing()
     )
 

@@ -67,7 +67,8 @@ def row_score(
 
     Raises:
         TypeError, ValueError: an argument is not as said above; the message names it.
-        RuntimeError: a backend is forced (`use_backend`, MINEGAN_BACKEND) that is missing here.
+        RuntimeError: a backend is forced (`use_backend`, MINEGAN_BACKEND) that is missing here; or a CUDA graph is
+            under capture, where only the backend "reference" can run.
     """
     grads, starts = [g.detach() for g in grads], list(starts)
     weights = [w.detach() for w in weights or ()]
@@ -165,6 +166,11 @@ def _(native, totals, grads, weights, axes, starts, kind, factor):
 
 @row_score_add.register("triton", (torch.float64,))
 def _(kernels, totals, grads, weights, axes, starts, kind, factor):
+    if totals.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "row_score copies the addresses of the gradients from memory of the host that a CUDA graph under capture "
+            "would not keep; score outside the graph, or take use_backend('reference')"
+        )
     out = totals.clone()
     for dtype, (rows, kept) in dense_table(grads, weights, axes, starts).items():
         kernels.row_score(rows, kept, dtype, out, kind, factor)

@@ -21,7 +21,7 @@ through by PyTorch; tensors of other dtypes, or whose rows are not one run of me
 import math
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -38,12 +38,29 @@ RULES = ("adam", "adamw", "sgd", "momentum")  # Rule in csrc/ops.h
 class Hyperparameters:
     """The numbers of one step, as torch.optim names them."""
 
-    lr: float | Tensor  # a tensor has one element
+    lr: float | Tensor  # a tensor has one element, of any real dtype, and may be on any device
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.0
     momentum: float = 0.0
     ema_decay: float | None = None  # None where no average is kept
+
+
+def check_lr(lr: float | Tensor) -> None:
+    """TypeError where a learning rate is a tensor that does not hold one real number."""
+    if isinstance(lr, Tensor) and (lr.numel() != 1 or lr.is_complex() or lr.dtype == torch.bool):
+        raise TypeError(f"lr must be a number or a tensor of one real number, got {lr.dtype} {list(lr.shape)}")
+
+
+def _placed(hyper: Hyperparameters, device: torch.device) -> Hyperparameters:
+    """The same with lr as the kernels read it: a number or, from one GPU to another, float32 or float64 on `device`."""
+    lr = hyper.lr
+    if not isinstance(lr, Tensor):
+        return hyper
+    check_lr(lr)
+    if "cpu" in (lr.device.type, device.type):
+        return replace(hyper, lr=lr.item())
+    return replace(hyper, lr=lr.to(device, lr.dtype if lr.dtype == torch.float32 else torch.float64))
 
 
 class RowUpdate:
@@ -122,9 +139,10 @@ class RowUpdate:
             if moved or (moved is None and self.addresses != [t.data_ptr() for t in self.held]):
                 self._plan()
             for table, indices in self.tables:
+                numbers = _placed(hyper, table.device)
                 table.take(grads if len(self.tables) == 1 else [grads[i] for i in indices])
                 try:
-                    row_update(table, hyper, _on(grad_scale, table.device), _on(found_inf, table.device))
+                    row_update(table, numbers, _on(grad_scale, table.device), _on(found_inf, table.device))
                 finally:
                     table.grads = ()
             written = self.held
@@ -184,15 +202,15 @@ def dense_step(optimizer: str, tensor: RowTensor, grad: Tensor, hyper: Hyperpara
     """One step of one tensor without a plan, by the reference; makes the state that is missing."""
     rule = "momentum" if optimizer == "sgd" and hyper.momentum else optimizer
     fill_state(tensor, rule, False)
-    _step(rule, tensor, grad, hyper)
+    _step(rule, tensor, grad, _placed(hyper, tensor.leaf.device))
 
 
 # Launchers.
 
 
 def _numbers(hyper: Hyperparameters) -> array:
-    """RowStep in csrc/ops.h. An lr on a GPU is 0 here: the kernel reads it from its own argument."""
-    lr = 0.0 if isinstance(hyper.lr, Tensor) and hyper.lr.is_cuda else float(hyper.lr)
+    """RowStep in csrc/ops.h. An lr that is a tensor is 0 here: the kernel reads it from its own argument."""
+    lr = 0.0 if isinstance(hyper.lr, Tensor) else hyper.lr
     ema = 0.0 if hyper.ema_decay is None else 1 - hyper.ema_decay
     logs = [math.log2(beta) if beta else -math.inf for beta in hyper.betas]
     return array("d", (lr, *hyper.betas, *logs, hyper.eps, hyper.weight_decay, hyper.momentum, ema))
@@ -233,7 +251,7 @@ def _(native, table, hyper, grad_scale, found_inf):
 def _(kernels, table, hyper, grad_scale, found_inf):
     if not table.flat:
         return row_update.reference(table, hyper, grad_scale, found_inf)
-    lr = hyper.lr if isinstance(hyper.lr, Tensor) and hyper.lr.is_cuda else None
+    lr = hyper.lr if isinstance(hyper.lr, Tensor) else None
     kernels.row_update(
         table.rule, table.dtype, table.dense_dtype, table.to_device(), _numbers(hyper), lr, grad_scale, found_inf
     )
@@ -245,7 +263,7 @@ def _(native, table, hyper, grad_scale, found_inf):
     if not table.flat:
         return row_update.reference(table, hyper, grad_scale, found_inf)
     there, numbers = table.to_device(), _numbers(hyper)
-    lr = hyper.lr if isinstance(hyper.lr, Tensor) and hyper.lr.is_cuda else None
+    lr = hyper.lr if isinstance(hyper.lr, Tensor) else None
     native.row_update_cuda(
         DTYPE_CODES[table.dtype],
         DTYPE_CODES[table.dense_dtype],

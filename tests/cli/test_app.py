@@ -2,11 +2,12 @@
 
 import json
 import sys
+import types
 
 import pytest
 import torch
 
-from minegan_fast.cli import app
+from minegan_fast.cli import app, doctor
 from minegan_fast.training import estimate
 
 COMMANDS = ("demo", "transfer", "sample", "evaluate", "convert", "inspect", "doctor")
@@ -115,6 +116,24 @@ def test_doctor_says_what_is_there_and_why_not(call):
     assert code == 0
     for word in ("torch", "reference", "cpp", "triton", "cuda", "bias_act", "nvcc"):
         assert word in out
+
+
+@pytest.mark.parametrize(("hip", "build"), [(None, "CUDA 12.6"), ("6.4", "ROCm 6.4")])
+def test_doctor_names_the_build_and_what_a_gpu_cannot_run(monkeypatch, hip, build):
+    monkeypatch.setattr(torch.version, "cuda", None if hip else "12.6")
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert doctor.report()["devices"]["cuda"] == f"torch is built for {build}, but no GPU or driver is there"
+
+    properties = types.SimpleNamespace(name="P100", total_memory=2**34, major=6, minor=0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    monkeypatch.setattr(doctor, "gpu_report", lambda index: {"triton": f"{index} is too old", "cuda": "available"})
+    devices = doctor.report("cpu")["devices"]
+    assert devices["cuda:0"] == f"P100, 16 GiB, {'ROCm 6.4' if hip else 'sm_60'}"
+    assert devices["cuda:0 without triton"] == "0 is too old"
+    assert "cuda:0 without cuda" not in devices
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,26 @@ def test_against_all_differences(size, dtype, backend, device):
     torch.testing.assert_close(manhattan_signs(A.T, q, p), -(A[..., None] * apart.sign()).sum(0), **close)
 
 
+def test_a_grid_fits_a_gpu_however_many_points_there_are(monkeypatch):
+    pytest.importorskip("triton")
+    from minegan_fast.kernels import manhattan as kernels
+
+    grids = []
+
+    class Recorder:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return lambda *arguments, **options: None
+
+    for name in ("pairs_kernel", "signs_kernel"):
+        monkeypatch.setattr(kernels, name, Recorder())
+    few, many, long = (torch.empty(size, device="meta") for size in ((2, 3), (2**23, 3), (2, 2**23)))
+    kernels.pairs(few, many, None, None)
+    kernels.signs(few, long, long)
+    assert len(grids) == 2
+    assert all(grid[0] < 2**31 and max(grid[1:], default=0) < 2**16 for grid in grids)
+
+
 @pytest.mark.parametrize("isa", [0, 1, 2])
 def test_every_instruction_set(isa):
     native = pytest.importorskip("minegan_fast._C")

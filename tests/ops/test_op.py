@@ -1,6 +1,7 @@
 """The choice of a backend, on an op made here: twice(x) = 2 x."""
 
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -11,7 +12,7 @@ import torch
 
 from minegan_fast.ops import BackendUnavailable, _op, backend_report, backends, bias_act, use_backend
 
-NATIVE = types.SimpleNamespace(cuda_version="13.0")
+NATIVE = types.SimpleNamespace(cuda_version="13.0", cuda_architectures="80,90", cuda_problem=lambda gpu: "")
 
 
 @pytest.fixture
@@ -49,10 +50,10 @@ def test_cpu_takes_cpp_else_the_reference(twice, calls, monkeypatch):
     ("missing", "expected"), [((), "cuda"), (("cuda",), "triton"), (("cuda", "triton"), "reference")]
 )
 def test_cuda_takes_cuda_then_triton_then_the_reference(twice, calls, monkeypatch, missing, expected):
-    monkeypatch.setattr(_op, "_missing", lambda backend: "missing" if backend in missing else None)
+    monkeypatch.setattr(_op, "_missing", lambda backend, gpu=None: "missing" if backend in missing else None)
     monkeypatch.setattr(_op, "_AUTOMATIC", {"cuda": ("cuda", "triton")})
     monkeypatch.setattr(_op, "_DEVICES", {"cuda": ("cuda",), "triton": ("cuda",), "cpp": ("cpu",)})
-    twice._choose(None, "cuda", torch.float32)(torch.ones(2))
+    twice._choose(None, torch.device("cuda:0"), torch.float32)(torch.ones(2))
     assert calls == [expected]
 
 
@@ -99,7 +100,7 @@ def test_forcing_what_is_missing_raises(twice, calls):
 
 def test_forcing_the_wrong_device_raises(twice):
     with pytest.raises(BackendUnavailable, match=r"'cpp' for a cuda tensor: it takes cpu tensors\. Usable: reference"):
-        twice._choose("cpp", "cuda", torch.float32)
+        twice._choose("cpp", torch.device("cuda"), torch.float32)
 
 
 def test_forcing_what_the_op_does_not_have_raises(twice):
@@ -117,16 +118,82 @@ def test_dtypes(twice, calls):
         twice(torch.ones(2, dtype=torch.float64))
 
 
-def test_a_gpu_older_than_the_kernels(monkeypatch):
-    native = types.SimpleNamespace(cuda_version="13.0", cuda_architectures="80,90")
-    monkeypatch.setitem(sys.modules, "minegan_fast._C", native)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for capability, reason in (
-        ((7, 5), "the GPU's compute capability is 7.5, the kernels are for 80,90"),
-        ((9, 0), None),
-    ):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
-        assert _op._missing.__wrapped__("cuda") == reason
+@pytest.fixture
+def gpus(monkeypatch):
+    """Two GPUs that are not there, of these compute capabilities; the native module says what it cannot do on them."""
+
+    def plug(capabilities, problems=("", ""), hip=None):
+        native = types.SimpleNamespace(**{**vars(NATIVE), "cuda_problem": lambda gpu: problems[gpu]})
+        monkeypatch.setitem(sys.modules, "minegan_fast._C", native)
+        monkeypatch.setattr(_op, "_INTERPRETING", False)
+        monkeypatch.setattr(torch.version, "hip", hip)
+        for name, answer in {
+            "is_available": lambda: True,
+            "device_count": lambda: len(capabilities),
+            "current_device": lambda: 0,
+            "get_device_capability": lambda gpu: capabilities[gpu],
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, answer)
+
+    forgotten = _op._missing, _op._unfit
+    for function in forgotten:
+        function.cache_clear()
+    yield plug
+    for function in forgotten:
+        function.cache_clear()
+
+
+OLD_DRIVER = "cudaGetDevice: CUDA driver version is insufficient for CUDA runtime version"
+
+
+def test_what_a_gpu_cannot_run_is_known_before_the_first_launch(gpus):
+    gpus([(6, 1), (9, 0)], ["", OLD_DRIVER])
+    pascal = "the GPU's compute capability is 6.1, and the kernels need 7.0"
+    problem = f"{OLD_DRIVER}; the GPU's compute capability is 9.0, and the kernels are for 80,90"
+    assert _op.gpu_report(0) == {"triton": pascal, "cuda": "available"}
+    assert _op.gpu_report(1) == {"triton": "available", "cuda": problem}
+    assert _op._missing("triton") is None
+    assert _op._missing("cuda") is None
+
+
+def test_a_backend_that_no_gpu_can_run_is_missing(gpus):
+    gpus([(6, 1), (6, 0)], [OLD_DRIVER, OLD_DRIVER])
+    assert _op._missing("triton").count("and the kernels need 7.0") == 2
+    assert OLD_DRIVER in _op._missing("cuda")
+    assert "triton" not in backends()["bias_act"]
+    assert backend_report()["cuda"] == (False, _op._missing("cuda"))
+
+
+def test_rocm_has_no_kernels(gpus):
+    gpus([(9, 4)], hip="6.4")
+    assert set(_op.gpu_report(0).values()) == {"the kernels are for NVIDIA GPUs, and this torch is built for ROCm"}
+
+
+class Elsewhere(float):
+    """A number that calls itself a tensor of some device."""
+
+    dtype = torch.float32
+
+    def on(self, device: str):
+        self.device = torch.device(device)
+        return self
+
+
+def test_every_gpu_is_chosen_for_by_itself(twice, calls, monkeypatch):
+    monkeypatch.setattr(_op, "_missing", lambda backend, gpu=None: "too old" if gpu == 1 else None)
+    monkeypatch.setattr(_op, "_AUTOMATIC", {"cuda": ("cuda", "triton")})
+    for device in ("cuda:0", "cuda:1", "cuda:0"):
+        twice._run(Elsewhere().on(device))
+    assert calls == ["cuda", "reference", "cuda"]
+    with pytest.raises(BackendUnavailable, match="'cuda' for a cuda:1 tensor: too old"):
+        twice._run(Elsewhere().on("cuda:1"), backend="cuda")
+
+
+def test_the_native_module_says_that_there_is_no_driver():
+    native = pytest.importorskip("minegan_fast._C", reason="the native module is not built here")
+    if not native.cuda_version or torch.cuda.is_available():
+        pytest.skip("needs CUDA kernels and no driver")
+    assert re.search(r"CUDA driver.*; the kernels need CUDA \d+\.\d, the driver is missing$", native.cuda_problem(0))
 
 
 def test_broken_kernels_are_told(twice, calls, monkeypatch):

@@ -170,6 +170,36 @@ def test_the_penalty_is_differentiable_to_any_order(backend, device):
         assert torch.autograd.gradgradcheck(function, g)
 
 
+def test_a_grid_fits_a_gpu_however_large_a_sample_is(monkeypatch):
+    pytest.importorskip("triton")
+    from minegan_fast.kernels import penalty as kernels
+
+    grids = []
+
+    class Recorder:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return lambda *arguments, **options: None
+
+    for name in ("squares_kernel", "penalty_kernel", "penalty_backward_kernel", "interpolate_kernel"):
+        monkeypatch.setattr(kernels, name, Recorder())
+    count, length = 3, 2**33
+    g = torch.empty(0, device="meta")
+    monkeypatch.setattr(torch, "empty", lambda *size, **options: g)
+    kernels.penalty(g, None, g, g, g, g, count, length, length, 0.0, 0.0, 1, False)
+    kernels.penalty_backward(g, g, g, g, count, length, length, length)
+    kernels.interpolate(g, g, g, 0, 0, count, length, length)
+    assert len(grids) == 4
+    assert all(grid[0] < 2**31 and max(grid[1:], default=0) < 2**16 for grid in grids)
+
+
+def test_samples_of_several_blocks(backend, device):
+    g = torch.randn(3, 5000, generator=seeded()).to(device)
+    P, r, s, _ = penalty_forward(g, None, 1.0, 0.0, 1, False)
+    torch.testing.assert_close(r, g.double().norm(dim=1).float())
+    torch.testing.assert_close(penalty_backward(g, s, P), g * (P * s)[:, None])
+
+
 def test_a_drawn_interpolation(backend, device):
     if backend == "cpp":
         pytest.skip("drawn in a kernel on a GPU alone")
@@ -190,6 +220,8 @@ def test_a_drawn_interpolation(backend, device):
     for layout in (torch.contiguous_format, torch.channels_last):
         mixed = interpolate_drawn(real.to(memory_format=layout), fake.to(memory_format=layout), 1234567890123, 8)
         torch.testing.assert_close(mixed, expected, rtol=0, atol=2**-23 * float(expected.abs().max()))
+    long = interpolate_drawn(one[:3, :1].expand(3, 5000), zero[:3, :1].expand(3, 5000), 1234567890123, 8)
+    assert torch.equal(long, alpha[:3, None].expand(3, 5000))
     mixed = interpolate_drawn(real.to(memory_format=torch.channels_last), fake, 1234567890123, 8)
     torch.testing.assert_close(mixed, expected, rtol=0, atol=2**-23 * float(expected.abs().max()))
 

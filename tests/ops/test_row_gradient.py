@@ -296,6 +296,23 @@ def test_same_bits_whatever_the_number_of_threads(backend, device, name):
         assert all(torch.equal(result, results[0]) for result in results)
 
 
+@pytest.mark.parametrize("name", ["fp32_precision", "allow_tf32"])
+def test_either_setting_of_tf32_is_followed(name):
+    pytest.importorskip("triton")
+    from minegan_fast.kernels.row_gradient import _tf32_allowed
+
+    cudnn = torch.backends.cudnn
+    owner = cudnn if name == "allow_tf32" else getattr(cudnn, "conv", None)
+    if owner is None:
+        pytest.skip("this torch has the old setting alone")
+    try:
+        for allowed in (False, True):
+            setattr(owner, name, allowed if owner is cudnn else "tf32" if allowed else "ieee")
+            assert _tf32_allowed() == allowed
+    finally:
+        cudnn.allow_tf32 = True  # the default, of both
+
+
 def test_autocast_changes_nothing():
     for name in ("linear", "conv2d_3x3"):
         x, _, gy = (t.requires_grad_() for t in operands(L[name], torch.float32))

@@ -1,3 +1,5 @@
+import types
+
 import pytest
 import torch
 
@@ -52,6 +54,13 @@ def by_hand(totals, grads, starts, axes, weights, kind, factor=1.0):
             values = row * other if kind == "product" else row * row if kind == "square" else row.abs()
             totals[start + r] += factor * values.sum()
     return totals
+
+
+def test_a_graph_under_capture_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    totals = types.SimpleNamespace(is_cuda=True)
+    with pytest.raises(RuntimeError, match="score outside the graph"):
+        row_score_add._launchers["triton"][0](None, totals, [], [], [], [], "square", 1.0)
 
 
 @pytest.mark.parametrize("kind", KINDS)

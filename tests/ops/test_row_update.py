@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from minegan_fast import SparseFinetuner
 from minegan_fast.ops import Hyperparameters, RowTensor, RowUpdate, use_backend
 from minegan_fast.ops._row_table import Table
+from minegan_fast.ops.row_update import _placed, dense_step
 
 # (shape of the dense weight, axis, number of rows): rows of 4617, 27, 3 and 1 elements, whole 16-byte packs, a row
 # longer than a work item, transposed convolutions, a weight [1, out, in, k, k], a scalar.
@@ -264,12 +266,32 @@ def test_equals_torch(name, dtype, backend, device):
 
 
 def test_a_tensor_as_learning_rate(backend, device):
-    for dtype in (torch.float32, torch.float64):
+    for value, dtype in ((0.25, torch.float32), (0.25, torch.float64), (0.25, torch.bfloat16), (2, torch.int64)):
         tensors = [make(*shape, device=device) for shape in SHAPES[:5]]
         others, grads = copy.deepcopy(tensors), gradients(tensors)
-        plan("adam", tensors).step(grads, hyper("adam", lr=torch.tensor(0.25, dtype=dtype, device=device)))
-        plan("adam", others).step(grads, hyper("adam", lr=0.25))
+        plan("adam", tensors).step(grads, hyper("adam", lr=torch.tensor([value], dtype=dtype, device=device)))
+        plan("adam", others).step(grads, hyper("adam", lr=float(value)))
         assert all(torch.equal(t.leaf, o.leaf) for t, o in zip(tensors, others, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64], ids=str)
+def test_a_learning_rate_on_a_gpu_reaches_the_kernels_in_float32_or_float64(dtype):
+    placed = _placed(Hyperparameters(torch.ones((), dtype=dtype, device="meta")), torch.device("meta")).lr
+    assert placed.dtype == (torch.float32 if dtype == torch.float32 else torch.float64)
+    assert _placed(Hyperparameters(torch.full((1,), 3, dtype=dtype)), torch.device("cuda:1")).lr == 3.0
+
+
+@pytest.mark.parametrize("lr", [torch.ones(2), torch.ones(0), torch.tensor(1j), torch.tensor(True)], ids=repr)
+def test_a_learning_rate_that_is_no_number(lr):
+    tensor = make((5, 4), 0, 2)
+    before = tensor.leaf.clone()
+    with pytest.raises(TypeError, match=r"lr must be a number or a tensor of one real number, got torch\.\w+ \["):
+        RowUpdate("sgd", [tensor]).step([torch.ones_like(tensor.leaf)], Hyperparameters(lr))
+    with pytest.raises(TypeError, match="lr must be a number"):
+        dense_step("sgd", tensor, torch.ones_like(tensor.leaf), Hyperparameters(lr))
+    assert torch.equal(tensor.leaf, before)
+    with pytest.raises(TypeError, match="lr must be a number"):
+        SparseFinetuner(nn.Linear(2, 2), lr=lr)
 
 
 def test_results_do_not_depend_on_the_instruction_set(backend, device):
