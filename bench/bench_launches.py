@@ -16,7 +16,7 @@ from measure import OURS
 SCRIPT = Path(__file__).with_name("launches.py")
 PARTS = {  # what to run: arguments, and those of --quick
     "ops": (["--batch", "4", "--time", "0.3"], ["--batch", "2", "--time", "0.01"]),
-    "step": (["--batch", "4", "--size", "256", "--time", "20"], ["--batch", "2", "--size", "8", "--time", "0.01"]),
+    "step": (["--batch", "4", "--size", "256", "--time", "6"], ["--batch", "2", "--size", "8", "--time", "0.01"]),
 }
 
 
@@ -27,6 +27,7 @@ def test_launches(benchmark, device, recorder, pytestconfig, part):
     arguments = PARTS[part][pytestconfig.getoption("--quick")]
     command = [sys.executable, str(SCRIPT), part, "--json", *arguments]
     environment = {name: value for name, value in os.environ.items() if name != "MINEGAN_BACKEND"}
+    environment["OMP_NUM_THREADS"] = "1"  # a launch is one thread's work
     found = benchmark.pedantic(
         subprocess.run, (command,), {"env": environment, "stdout": subprocess.PIPE, "text": True}
     )

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 os.environ.pop("TRITON_INTERPRET", None)
 
@@ -165,24 +166,31 @@ def recording() -> Iterator[list[Launch]]:
         del _launches[start:]
 
 
-@contextmanager
-def launcher_times() -> Iterator[list[float]]:
-    """The seconds that each call of an op's launcher takes inside the block: all of the host's work for it, from the
-    choice of tiles to the launch, without what autograd and PyTorch's own operations take."""
-    seconds: list[float] = []
-    choose = _op.Op._choose
+class _Timed:
+    """A module of kernels whose functions' calls are timed."""
 
-    def timed(self, *key) -> Callable:
-        chosen = choose(self, *key)
+    def __init__(self, module: ModuleType, seconds: list[float]):
+        self.module, self.seconds = module, seconds
 
-        def call(*args):
+    def __getattr__(self, name: str) -> Callable:
+        function = getattr(self.module, name)
+
+        def call(*args, **kwargs):
             start = time.perf_counter()
             try:
-                return chosen(*args)
+                return function(*args, **kwargs)
             finally:
-                seconds.append(time.perf_counter() - start)
+                self.seconds.append(time.perf_counter() - start)
 
         return call
+
+
+@contextmanager
+def launcher_times() -> Iterator[list[float]]:
+    """The seconds that each call of a function of minegan_fast.kernels takes inside the block: the host's work from the
+    choice of tiles to the launch, without what autograd and, where an op falls back on them, PyTorch's kernels take."""
+    seconds: list[float] = []
+    code = _op.Op._code
 
     def forget():
         for ops in _op._ops.values():
@@ -190,11 +198,11 @@ def launcher_times() -> Iterator[list[float]]:
                 op._chosen.clear()
 
     forget()
-    _op.Op._choose = timed
+    _op.Op._code = lambda op, backend: _Timed(code(op, backend), seconds)
     try:
         yield seconds
     finally:
-        _op.Op._choose = choose
+        _op.Op._code = code
         forget()
 
 

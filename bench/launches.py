@@ -82,7 +82,7 @@ def examine(name: str, shape: list[int], dtype: str, make: Make, seconds: float 
 
 
 def timed(make: Make, seconds: float) -> dict:
-    """The host's time of one call, and the part of it that the launchers of our ops take."""
+    """The host's time of one call, and the part of it that our kernels' launchers take."""
     whole, ours, end = [], [], time.perf_counter() + seconds
     with launcher_times() as spent, recording():
         while len(whole) < REPEATS and (time.perf_counter() < end or len(whole) < 3):

@@ -26,8 +26,8 @@ KERNELS = [
     for path in sorted((ROOT / "kernels").glob("*.py"))
     for name in re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.MULTILINE)
 ]
-# row_score has a table of addresses, which differ from call to call.
-COPYING = ("row_score",)
+# These may copy numbers that differ from call to call to the GPU, without waiting: addresses, and bandwidths.
+COPYING = ("row_score", "mmd2")
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_ops(found, op, B):
     rows = of_batch(found["ops"]["rows"], op, B)
     check(rows)
     assert all(row["launches"] for row in rows if row["pass"].endswith("forward") or "," not in row["pass"])
-    assert all(bool(row["copies"]) == (op in COPYING) for row in rows)
+    assert op in COPYING or not any(row["copies"] for row in rows)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
