@@ -4,8 +4,8 @@
 
 Prints launches, specialisations and the host's time for each pass of each op, and for each step (critic, generator, R1,
 path length; both networks under a SparseFinetuner). Exits with 1 where a specialisation does not get through the
-compiler's front end, where a repetition waits for the GPU or copies to it, and with --compile where machine code for
-compute capability 9.0 cannot be made.
+compiler's front end, where a repetition waits for the GPU, and with --compile where machine code for compute capability
+9.0 cannot be made.
 """
 
 import argparse
@@ -59,8 +59,8 @@ def examine(name: str, shape: list[int], dtype: str, make: Make, seconds: float 
     and what in it waits for the GPU. seconds: time that is spent on timing."""
     row = {"pass": name, "shape": shape, "dtype": dtype, "every": [], "launches": 0, "specialisations": 0}
     row |= {"faults": [], "waits": [], "copies": [], "kernels": {}}
-    with recording() as all_launches, warnings.catch_warnings(record=True, category=UserWarning) as warned:
-        warnings.simplefilter("always")
+    with recording() as all_launches, warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always", UserWarning)
         try:
             make()()
             call = make()
@@ -75,7 +75,8 @@ def examine(name: str, shape: list[int], dtype: str, make: Make, seconds: float 
         row["faults"].append("a repetition launches other kernels, or does so while it is watched")
     every = dict.fromkeys(x.specialisation for x in (*all_launches, *unwatched, *launches))
     row |= {"every": [*every], "launches": len(launches), "specialisations": len({x.specialisation for x in launches})}
-    row["faults"] += [f"{s}: {s.fault}" for s in every if s.fault] + [f"warns: {w.message}" for w in warned]
+    row["faults"] += [f"{s}: {s.fault}" for s in every if s.fault]
+    row["faults"] += [f"warns: {w.message}" for w in warned if issubclass(w.category, UserWarning)]
     row |= {"waits": watch.waits, "copies": watch.copies}
     row |= {"kernels": Counter(x.specialisation.kernel for x in launches)}
     return row | (timed(make, seconds) if seconds else {})
