@@ -38,8 +38,9 @@ projects write it, with weights of every sample's own and grouped convolutions.
 """
 LAUNCHES = """\
 What the host does for a GPU, without one: launches of our Triton kernels, which compute nothing here. `host` is the
-whole call with autograd, `our launchers` what of it the ops' launchers take, from the choice of tiles to the launch;
-`waits` are the points at which the host waits for the GPU, `copies` what it copies there without waiting.
+whole call with autograd and what PyTorch's own operations compute on the CPU, `our launchers` what of it the launchers
+of our kernels take, from the choice of tiles to the launch; `waits` are the points at which the host waits for the GPU,
+`copies` what it copies there without waiting.
 
 """
 
