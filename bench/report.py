@@ -23,7 +23,7 @@ ORDER = ("", "cuda", "triton", "cpp", "reference")  # "": the automatic choice
 SECTIONS = {"README.md": ("goals", "demo"), "bench/TABLES.md": ("bench",), "docs/quality.md": report_quality.NAMES}
 TESTS = {  # of no op
     "step": "tests/finetune/test_masked_dense.py", "stylegan2": "tests/models/test_stylegan2.py",
-    "kernel_step": "tests/training/test_kernel_loss.py",
+    "kernel_step": "tests/training/test_kernel_loss.py", "launches": "tests/bench/test_launches.py",
 }  # fmt: skip
 PASSES = ("inference", "forward", "backward", "double backward")
 
@@ -35,6 +35,13 @@ training, which keeps what the backward needs; `of the ceiling` is the least tra
 copy bandwidth measured in the same run, or, where that is more, the arithmetic in percent of the rate of its matrix
 products; `clone` is `torch.clone` of as many bytes; `plain` is a layer in plain PyTorch, `public` as the public
 projects write it, with weights of every sample's own and grouped convolutions.
+"""
+LAUNCHES = """\
+What the host does for a GPU, without one: launches of our Triton kernels, which compute nothing here. `host` is the
+whole call with autograd and what PyTorch's own operations compute on the CPU, `our launchers` what of it the launchers
+of our kernels take, from the choice of tiles to the launch; `waits` are the points at which the host waits for the GPU,
+`copies` what it copies there without waiting.
+
 """
 
 
@@ -110,25 +117,15 @@ def render(machines: list[dict], red: set[str]) -> str:
         for (op, name), group in groupby(rows, key=lambda row: (row["op"], row["run"])):
             run = machine["runs"][name]
             title = f"**`{op}`, {run['device']}** "
+            written = launches if op == "launches" else table
             parts.append(
-                title + ("\n\nWithheld: the tests of this op fail.\n" if op in red else table(run, list(group)))
+                title + ("\n\nWithheld: the tests of this op fail.\n" if op in red else written(run, list(group)))
             )
     return "\n".join(parts)
 
 
 def table(run: dict, rows: list[dict]) -> str:
     """The facts of the run and a table of one op's rows: a line a case, a column a provider."""
-    ceilings = run["ceilings"]
-    products = [
-        f"{name.removeprefix('matmul_').removesuffix('_tflop_s')} {number(value)}"
-        for name, value in ceilings.items()
-        if name.startswith("matmul_")
-    ]
-    facts = (
-        f"(torch {run['torch']}, triton {run['triton']}, commit {run['commit']}, {run['date']}, "
-        f"threads: {run['threads']}; in the same run: copy {number(ceilings['copy_gb_s'])} GB/s, "
-        f"matrix products {', '.join(products)} TFLOP/s)\n\n"
-    )
     backends = [name for name in ORDER if any(row["backend"] == name for row in rows if row["provider"] == OURS)]
     competitors = list(dict.fromkeys(row["provider"] for row in rows if row["provider"] != OURS))
     competitors.sort(key=lambda name: name == "clone")
@@ -153,7 +150,7 @@ def table(run: dict, rows: list[dict]) -> str:
         line = [first["pass"], "×".join(map(str, first["shape"])), first["dtype"]]
         line += [spread(row) if row else "–" for row in ours]
         line += [duration(best["graph_us"]) if best.get("graph_us") else "–"] if graphs else []
-        line.append(of_ceiling(best, ceilings))
+        line.append(of_ceiling(best, run["ceilings"]))
         for name in competitors:
             row = by.get((name, ""))
             note = row["note"] if row and "note" in row else "not measured"
@@ -162,7 +159,32 @@ def table(run: dict, rows: list[dict]) -> str:
         other = by.get((rival, ""))
         line.append(f"{size(best['peak_bytes'])} / {size(other['peak_bytes']) if other else '–'}")
         lines.append(line)
-    return facts + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return facts(run) + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def facts(run: dict) -> str:
+    ceilings = run["ceilings"]
+    products = [
+        f"{name.removeprefix('matmul_').removesuffix('_tflop_s')} {number(value)}"
+        for name, value in ceilings.items()
+        if name.startswith("matmul_")
+    ]
+    return (
+        f"(torch {run['torch']}, triton {run['triton']}, commit {run['commit']}, {run['date']}, "
+        f"threads: {run['threads']}; in the same run: copy {number(ceilings['copy_gb_s'])} GB/s, "
+        f"matrix products {', '.join(products)} TFLOP/s)\n\n"
+    )
+
+
+def launches(run: dict, rows: list[dict]) -> str:
+    """The facts of the run and a table of what the host launches, a line a call."""
+    head = ["call", "shape", "type", "launches", "specialisations", "waits", "copies", "our launchers", "host"]
+    lines = [head, ["---"] * len(head)]
+    for row in rows:
+        counts = [str(row[name]) for name in head[3:7]]
+        host = [duration(row["launchers_us"]), spread(row) if "median_us" in row else "–"]
+        lines.append([row["pass"], "×".join(map(str, row["shape"])), row["dtype"], *counts, *host])
+    return facts(run) + LAUNCHES + "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def of_ceiling(row: dict, ceilings: dict) -> str:

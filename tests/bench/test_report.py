@@ -73,6 +73,24 @@ def test_the_table(root):
     assert readme.endswith(f"{DEMO[0]}\nNo demo recorded yet.\n{DEMO[1]}\nend\n")
 
 
+def test_the_table_of_launches(root):
+    counts = {"launches": 3, "specialisations": 2, "waits": 1, "copies": 0, "launchers_us": 81.23}
+    times = {"median_us": 200.0, "q1_us": 190.0, "q3_us": 210.0}
+    case = {"op": "launches", "shape": [4, 8], "dtype": "float32", "run": "r", "provider": "minegan_fast"} | counts
+    rows = [
+        case | {"pass": "twice, forward", "backend": "triton"} | times,
+        case | {"pass": "a step", "backend": "triton"},
+    ]
+    (root / "bench/results/gpu.json").write_text(json.dumps({"runs": {"r": RUN}, "rows": rows}))
+    (root / "tests/bench").mkdir()
+    (root / "tests/bench/test_launches.py").write_text("def test():\n    pass\n")
+    assert report.main([], root) == 0
+    head, _, one, two = [line for line in (root / "bench/TABLES.md").read_text().splitlines() if line.startswith("|")]
+    assert head.startswith("| call | shape | type | launches | specialisations | waits | copies |")
+    assert one == "| twice, forward | 4×8 | float32 | 3 | 2 | 1 | 0 | 81.2 µs | 200 µs (190 µs–210 µs) |"
+    assert two == "| a step | 4×8 | float32 | 3 | 2 | 1 | 0 | 81.2 µs | – |"
+
+
 def test_the_ceiling_is_the_one_that_is_nearer():
     ceilings = {"matmul_fp32_tflop_s": 2.0}
     assert report.of_ceiling(row("minegan_fast", "", 1.0, tflop_s=1.9), ceilings) == "95 % of products"
