@@ -321,7 +321,8 @@ def plan_of(
         values = [-1 / s for s in widest_first]
     else:
         values = [1 / x.shape[1]]
-    numbers = torch.tensor(values, dtype=torch.float64, device=x.device)
+    # Filled on the device: a copy from the host would wait for a GPU, and a captured graph could not repeat it.
+    numbers = torch.stack([x.new_full((), value, dtype=torch.float64) for value in values])
     if kernel == "polynomial":
         m = center.double()
         numbers = torch.cat([numbers, 1 + (m @ m)[None] / x.shape[1]])
