@@ -248,6 +248,7 @@ def sanitize():
 def check(native: Native, op: str, every: int = 1) -> list[str]:
     """Runs every n-th check of the op, and says of each whether it is right or how wrong."""
     lines = []
+    torch.manual_seed(0)
     for name, dtype, make, make_expected in list(sanitize().OPS[op]("cpu"))[::every]:
         outputs = make()()
         with use_backend("reference"):
@@ -262,7 +263,6 @@ def main(ops: list[str]) -> int:
     if reason := missing():
         sys.exit(reason)
     ops = ops or sorted({op.family for op in cuda_ops()})
-    torch.manual_seed(0)
     bad = 0
     with tempfile.TemporaryDirectory() as folder:
         for sanitizer in SANITIZERS:
