@@ -68,7 +68,7 @@ PLANTED = {
     ),
     "a pack too many": Planted("bias_act", "address", "p < packs", "p <= packs", "heap-buffer-overflow"),
     "an array in shared memory too short": Planted(
-        "bias_act", "address", "sums[kThreads * V];", "sums[kThreads];", "heap-buffer-overflow"
+        "bias_act", "address", "sums[kThreads * V];", "sums[kThreads];", "out of bounds for type"
     ),
     "a whole chunk at the end of a row": Planted(
         "row_update", "address", "min(length - first, uint32_t(kChunk))", "uint32_t(kChunk)", "heap-buffer-overflow"
