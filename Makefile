@@ -18,7 +18,7 @@ test: .venv/installed
 lint: .venv/extra-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror csrc/* bench/*.cu
+	$(BIN)/clang-format --dry-run --Werror csrc/* bench/*.cu tests/cuda_on_cpu/*.cpp tests/cuda_on_cpu/*.h
 
 bench: .venv/installed
 	$(BIN)/python -m pytest bench --benchmark-only --benchmark-columns=median,iqr --show-capture=no --record

@@ -48,36 +48,46 @@ from minegan_fast.ops.penalty import interpolate_drawn, penalty_backward, penalt
 Check = tuple[str, torch.dtype, Callable[[], Call], Callable[[], Call]]
 
 
+def shifted(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy that begins one element into its memory: no 16-byte access fits its address."""
+    return tensor.new_empty(tensor.numel() + 1).as_strided(tensor.shape, tensor.stride(), 1).copy_(tensor)
+
+
 def check_bias_act(device: str) -> Iterator[Check]:
-    """Rows of one element, rows no 16-byte access fits, channels last, several blocks a channel."""
+    """Rows of one element, rows no 16-byte access fits, rows of such packs, channels last, several blocks a channel."""
     shapes = [((1, 1), 1), ((5, 3), 0), ((3, 5, 7, 3), 1), ((2, 3, 8, 8), 1), ((2, 513, 3, 3), 1), ((2, 3, 33, 129), 1)]
+    shapes.append(((130, 264), 1))
     formats = (torch.contiguous_format, torch.channels_last)
     dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-    for (shape, dim), dtype, layout in itertools.product(shapes, dtypes, formats):
-        if layout == torch.channels_last and len(shape) != 4:
+    for (shape, dim), dtype, layout, shift in itertools.product(shapes, dtypes, formats, (False, True)):
+        if (layout == torch.channels_last and len(shape) != 4) or (shift and shape != (2, 3, 8, 8)):
             continue
         x, dy, ddx = (torch.randn(shape, dtype=dtype).contiguous(memory_format=layout) for _ in range(3))
         b, ddb = torch.randn(2, shape[dim], dtype=dtype)
         for act, which in itertools.product(("linear", "lrelu"), PASSES[1:]):
             calls = []
             for place, kind in ((device, dtype), ("cpu", torch.float64)):
-                one, two, *rest = [t.detach().to(place, kind).requires_grad_() for t in (x, b, dy, ddx, ddb)]
+                tensors = [t.detach().to(place, kind) for t in (x, b, dy, ddx, ddb)]
+                one, two, *rest = [(shifted(t) if shift else t).requires_grad_() for t in tensors]
 
                 def function(x, b, act=act, dim=dim):
                     return bias_act(x, b, dim=dim, act=act, gain=1.5)
 
                 calls.append(make_pass(which, function, (one, two), rest[0], tuple(rest[1:])))
-            yield f"{which} {act} {list(shape)} {dtype} {layout}", dtype, calls[0], calls[1]
+            yield f"{which} {act} {list(shape)} {dtype} {layout}{' shifted' * shift}", dtype, calls[0], calls[1]
 
 
 def check_row_update(device: str) -> Iterator[Check]:
-    """Rows of one, 3 and 27 elements, of several work items, of whole packs; transposed weights; a missing gradient."""
+    """Rows of one, 3 and 27 elements, of several work items, of whole packs; transposed weights; gradients that are
+    missing or shifted."""
     shapes = [((5, 513, 3, 3), 0), ((9, 3, 3, 3), 0), ((8, 3), 0), ((33,), 0), ((3, 4096), 0), ((4, 7, 4, 4), 1)]
     pairs = [(torch.float32, kind) for kind in (torch.float32, torch.bfloat16, torch.float16)]
     pairs.append((torch.float64, torch.float64))
     for optimizer, (wide, dtype) in itertools.product(("adam", "adamw", "sgd", "momentum"), pairs):
         dense = [torch.randn(shape, dtype=torch.float64).to(dtype) for shape, _ in shapes]
         grads = [torch.randn(shape, dtype=wide).movedim(axis, 0)[::2].contiguous() for shape, axis in shapes]
+        # Larger than weight decay's part: a sum that cancels to the size of Adam's eps has no digits for its quotient.
+        grads = [g + g.sign() for g in grads]
         hyper = Hyperparameters(lr=0.1, weight_decay=0.1, momentum=0.9 * (optimizer == "momentum"), ema_decay=0.9)
 
         def make(place, exact, dense=dense, grads=grads, hyper=hyper, optimizer=optimizer, wide=wide):
@@ -93,7 +103,9 @@ def check_row_update(device: str) -> Iterator[Check]:
 
             def call():
                 update.step(own, hyper)
-                update.step([None, *own[1:]], hyper, torch.ones(1, device=place), torch.zeros(1, device=place))
+                update.step(
+                    [None, *map(shifted, own[1:])], hyper, torch.ones(1, device=place), torch.zeros(1, device=place)
+                )
                 return [t for tensor in tensors for t in (tensor.leaf, tensor.dense, *tensor.state.values())]
 
             return call

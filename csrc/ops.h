@@ -47,8 +47,8 @@ int64_t bias_act_backward_splits(Axis);
 struct RowTensor {
   void *leaf, *mean, *square, *average, *dense;
   const int64_t* rows;
-  float* step;       // [k] steps that a row has taken
-  int32_t* tickets;  // [k] zeros, for rows that several GPU blocks share
+  float* step;        // [k] steps that a row has taken
+  uint32_t* tickets;  // [k] zeros, for rows that several GPU blocks share
   int64_t count, length, row_stride, outer_stride, inner, inner_stride;
   int64_t wide;  // addresses and strides allow accesses of 16 bytes, as far as the gradient's does
   int64_t reserved;

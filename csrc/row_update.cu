@@ -69,6 +69,28 @@ MINEGAN_HD A averaged(A e, A w, A average) {
   return average < A(0.5) ? e + average * (w - e) : w - (w - e) * (1 - average);
 }
 
+// Calls f with the types of the leaf and the dense weight, and the rule as a type.
+template <class F>
+void with_kinds(DType dtype, DType dense, Rule rule, F&& f) {
+  const auto with_rule = [&](auto leaf, auto weight) {
+    switch (rule) {
+      case Rule::adam:
+        return f(leaf, weight, std::integral_constant<Rule, Rule::adam>{});
+      case Rule::adamw:
+        return f(leaf, weight, std::integral_constant<Rule, Rule::adamw>{});
+      case Rule::sgd:
+        return f(leaf, weight, std::integral_constant<Rule, Rule::sgd>{});
+      case Rule::momentum:
+        return f(leaf, weight, std::integral_constant<Rule, Rule::momentum>{});
+    }
+  };
+  if (dtype == DType::float64 && dense == DType::float64) return with_rule(double{}, double{});
+  if (dtype == DType::float32 && dense == DType::float32) return with_rule(float{}, float{});
+  if (dtype == DType::float32 && dense == DType::bfloat16) return with_rule(float{}, BFloat16{});
+  if (dtype == DType::float32 && dense == DType::float16) return with_rule(float{}, Float16{});
+  throw std::invalid_argument("row_update takes no such pair of dtypes");
+}
+
 // ---- CPU ----
 
 constexpr int64_t kRun = 2048;       // elements stepped before they are written through: they are in the cache then
@@ -148,28 +170,6 @@ struct StepRows {
     }
   }
 };
-
-// Calls f with the types of the leaf and the dense weight, and the rule as a type.
-template <class F>
-void with_kinds(DType dtype, DType dense, Rule rule, F&& f) {
-  const auto with_rule = [&](auto leaf, auto weight) {
-    switch (rule) {
-      case Rule::adam:
-        return f(leaf, weight, std::integral_constant<Rule, Rule::adam>{});
-      case Rule::adamw:
-        return f(leaf, weight, std::integral_constant<Rule, Rule::adamw>{});
-      case Rule::sgd:
-        return f(leaf, weight, std::integral_constant<Rule, Rule::sgd>{});
-      case Rule::momentum:
-        return f(leaf, weight, std::integral_constant<Rule, Rule::momentum>{});
-    }
-  };
-  if (dtype == DType::float64 && dense == DType::float64) return with_rule(double{}, double{});
-  if (dtype == DType::float32 && dense == DType::float32) return with_rule(float{}, float{});
-  if (dtype == DType::float32 && dense == DType::bfloat16) return with_rule(float{}, BFloat16{});
-  if (dtype == DType::float32 && dense == DType::float16) return with_rule(float{}, Float16{});
-  throw std::invalid_argument("row_update takes no such pair of dtypes");
-}
 
 }  // namespace
 
@@ -272,15 +272,16 @@ __global__ void __launch_bounds__(kThreads)
     step_item<rule, T, D, 1>(t, item, grad, step, f);
   if (!has_age(rule) || !grad) return;
   // Every thread must have read the ages before one of them is advanced. Of the blocks that share a row, the last one
-  // to take a ticket advances it; the fence keeps the reads of each block before its ticket.
-  const int parts = int((t.length + kChunk - 1) / kChunk);
+  // to take a ticket advances it. One fence keeps the reads of each block before its ticket, the other keeps what the
+  // last block writes after the tickets of all.
+  const unsigned parts = unsigned((t.length + kChunk - 1) / kChunk);
   __syncthreads();
   if (parts == 1) {
     for (int r = threadIdx.x; r < item.rows; r += kThreads) t.step[item.row + r] += 1;
   } else if (threadIdx.x == 0) {
     __threadfence();
-    if (atomicAdd(t.tickets + item.row, 1) == parts - 1) {
-      t.tickets[item.row] = 0;
+    if (atomicInc(t.tickets + item.row, parts - 1) == parts - 1) {  // the last ticket makes it 0 again
+      __threadfence();
       t.step[item.row] += 1;
     }
   }
