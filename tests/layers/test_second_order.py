@@ -1,6 +1,7 @@
 """Critics under second_order(): what PyTorch's own functions give, and the passes that a penalty then runs."""
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -426,16 +427,21 @@ def test_outer_pass_under_autocast_stays_in_float32():
 
 
 def test_distributed_data_parallel(tmp_path):
-    critic = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(27, 1))
-    plain, x = copy.deepcopy(critic), torch.randn(2, 2, 5, 5)
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        wrapped = nn.parallel.DistributedDataParallel(critic)
-        for _ in range(2):  # the second forward would refuse a parameter that the first backward left out
-            wrapped.zero_grad()
-            (wrapped(x).mean() + r1_penalty(wrapped.module, x) + r1_penalty(wrapped, x)).backward()
+        in_one_process()
     finally:
+        gc.collect()  # the model goes before its group: DDP's destructor could wait for gloo's threads for ever
         torch.distributed.destroy_process_group()
+
+
+def in_one_process():
+    critic = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(27, 1))
+    plain, x = copy.deepcopy(critic), torch.randn(2, 2, 5, 5)
+    wrapped = nn.parallel.DistributedDataParallel(critic)
+    for _ in range(2):  # the second forward would refuse a parameter that the first backward left out
+        wrapped.zero_grad()
+        (wrapped(x).mean() + r1_penalty(wrapped.module, x) + r1_penalty(wrapped, x)).backward()
     (plain(x).mean() + 2 * r1_penalty(plain, x)).backward()
     for p, q in zip(critic.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad)
