@@ -225,7 +225,7 @@ def cuda_on_cpu(program: Path) -> Iterator[Native]:
                 launcher, dtypes = op._launchers["cuda"]
                 patch.setitem(launcher.__globals__, "device_and_stream", lambda x: (0, 0))
                 for dtype in dtypes:
-                    patch.setitem(op._chosen, ("cuda", "cpu", dtype), functools.partial(launcher, native))
+                    patch.setitem(op._chosen, ("cuda", torch.device("cpu"), dtype), functools.partial(launcher, native))
             yield native
             native.end()
         finally:
