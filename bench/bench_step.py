@@ -100,6 +100,38 @@ def networks(size: dict, device: str):
     )
 
 
+def taking_turns(runs: dict, work, rounds: int, untimed: int, device: str) -> tuple[dict, dict]:
+    """({name: seconds of work(run)}, {name: peak memory on a GPU}), in turns of which the first do not count. `work`
+    returns a loss. In the first turn nothing has trained yet, and the losses of all runs have to agree."""
+    times, peaks = {name: [] for name in runs}, {}
+    for turn in range(untimed + rounds):
+        losses = []
+        for name, run in runs.items():
+            torch.manual_seed(turn)
+            if device == "cuda":
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+            start = time.perf_counter()
+            losses.append(work(run))
+            if device == "cuda":
+                torch.cuda.synchronize()
+                peaks[name] = torch.cuda.max_memory_allocated()
+            if turn >= untimed:
+                times[name].append(time.perf_counter() - start)
+        if turn == 0:
+            torch.testing.assert_close(losses[0], losses[1], rtol=1e-3, atol=1e-3)
+    return times, peaks
+
+
+def record(recorder, which: str, shape: list[int], times: dict, peaks: dict):
+    medians = {name: statistics.median(seconds) for name, seconds in times.items()}
+    for name, seconds in times.items():
+        extra = {"ratio": {DENSE: medians[DENSE] / medians[OURS]}} if name == OURS else {}
+        if name in peaks:
+            extra["peak_bytes"] = peaks[name]
+        recorder["rows"].append(row(which, shape, name, density=0.05, **timed(seconds), **extra))
+
+
 def test_iteration(benchmark, device, recorder, size):
     torch.backends.cudnn.benchmark = True
     generator, critic = networks(size, device)
@@ -109,29 +141,8 @@ def test_iteration(benchmark, device, recorder, size):
     }
     z = torch.randn(2, size["batch"], 512, device=device)
     real = torch.randn(size["batch"], 3, size["resolution"], size["resolution"], device=device)
-    times, peaks = {name: [] for name in runs}, {}
-    for turn in range(size["rounds"] + 1):
-        losses = []
-        for name, run in runs.items():
-            torch.manual_seed(turn)
-            if device == "cuda":
-                torch.cuda.synchronize()
-                torch.cuda.reset_peak_memory_stats()
-            start = time.perf_counter()
-            losses.append(run.iteration(z, real))
-            if device == "cuda":
-                torch.cuda.synchronize()
-                peaks[name] = torch.cuda.max_memory_allocated()
-            if turn:
-                times[name].append(time.perf_counter() - start)
-        if turn == 0:  # nothing has trained yet: the same networks, latents and noise
-            torch.testing.assert_close(losses[0], losses[1], rtol=1e-3, atol=1e-3)
-    medians = {name: statistics.median(seconds) for name, seconds in times.items()}
-    for name, seconds in times.items():
-        extra = {"ratio": {DENSE: medians[DENSE] / medians[OURS]}} if name == OURS else {}
-        if name in peaks:
-            extra["peak_bytes"] = peaks[name]
-        recorder["rows"].append(row("iteration, 5 %", list(real.shape), name, density=0.05, **timed(seconds), **extra))
+    found = taking_turns(runs, lambda run: run.iteration(z, real), size["rounds"], 1, device)
+    record(recorder, "iteration, 5 %", list(real.shape), *found)
     benchmark.pedantic(runs[OURS].iteration, args=(z, real))
 
 
@@ -150,20 +161,8 @@ def test_small_step(benchmark, device, recorder, pytestconfig, batch):
         run.generator_step()
         return loss.detach()
 
-    torch.testing.assert_close(*(step(run) for run in runs.values()), rtol=1e-3, atol=1e-3)
-    times = {name: [] for name in runs}
-    for turn in range(10 if pytestconfig.getoption("--quick") else 100):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            step(run)
-            if device == "cuda":
-                torch.cuda.synchronize()
-            if turn >= 3:
-                times[name].append(time.perf_counter() - start)
-    medians = {name: statistics.median(seconds) for name, seconds in times.items()}
-    for name, seconds in times.items():
-        extra = {"ratio": {DENSE: medians[DENSE] / medians[OURS]}} if name == OURS else {}
-        recorder["rows"].append(row("step, 32 px", [batch, 1, 32, 32], name, density=0.05, **timed(seconds), **extra))
+    found = taking_turns(runs, step, 7 if pytestconfig.getoption("--quick") else 97, 3, device)
+    record(recorder, "step, 32 px", [batch, 1, 32, 32], *found)
     benchmark.pedantic(step, args=(runs[OURS],))
 
 

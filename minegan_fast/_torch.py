@@ -1,8 +1,8 @@
 """The one door to what PyTorch does not document: every private name that the package needs, under a name of ours.
 
-tests/test_torch.py calls each of them on the torch that is installed and checks what the package relies on. Where a new
-version of torch lacks a name, importing or calling it here is an AttributeError or an ImportError; nothing falls back
-to a guess.
+tests/test_torch.py and test_torch_ddp.py call each of them on the torch that is installed and check what the package
+relies on. Where a new version of torch lacks a name, importing or calling it here is an AttributeError or an
+ImportError; nothing falls back to a guess.
 """
 
 # pyright: reportPrivateImportUsage=false, reportAttributeAccessIssue=false

@@ -4,6 +4,7 @@ Without a GPU Triton's kernels run in its interpreter, which must be chosen befo
 """
 
 import functools
+import gc
 import os
 import random
 
@@ -93,6 +94,19 @@ def row_gradients(monkeypatch) -> list[torch.Tensor]:
     for layer in (Linear, Conv):
         monkeypatch.setattr(layer, "row_gradient", noted(layer.row_gradient, found))
     return found
+
+
+@pytest.fixture
+def group_of_one(tmp_path):
+    """A process group of this one process; a test skips where torch has none."""
+    if not torch.distributed.is_available():
+        pytest.skip("this torch is built without torch.distributed")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    # The model of the test goes first. DDP's destructor keeps the GIL, and where it is what frees the group it waits
+    # for gloo's threads, which may wait for the GIL.
+    gc.collect()
+    torch.distributed.destroy_process_group()
 
 
 def noted(function, results: list):

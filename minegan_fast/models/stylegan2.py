@@ -45,11 +45,10 @@ class EqualLinear(nn.Module):
         self.scale, self.lr_mul, self.activate = lr_mul / math.sqrt(cin), lr_mul, activate
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.lr_mul == 1 and not self.activate:
-            return F.linear(x * self.scale, self.weight, self.bias)  # x is smaller than the weight
-        y = F.linear(x, self.weight * self.scale)
-        bias = self.bias * self.lr_mul
-        return bias_act(y, bias, act="lrelu", gain=SQRT2) if self.activate else y + bias.to(y.dtype)
+        bias = self.bias if self.lr_mul == 1 else self.bias * self.lr_mul
+        if not self.activate:
+            return F.linear(x * self.scale, self.weight, bias)  # x is smaller than the weight
+        return bias_act(F.linear(x, self.weight * self.scale), bias, act="lrelu", gain=SQRT2)
 
 
 class EqualConv2d(nn.Module):

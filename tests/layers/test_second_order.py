@@ -1,7 +1,6 @@
 """Critics under second_order(): what PyTorch's own functions give, and the passes that a penalty then runs."""
 
 import copy
-import gc
 
 import pytest
 import torch
@@ -426,16 +425,7 @@ def test_outer_pass_under_autocast_stays_in_float32():
     torch.testing.assert_close(critic[0].weight.grad, plain[0].weight.grad)
 
 
-def test_distributed_data_parallel(tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        in_one_process()
-    finally:
-        gc.collect()  # the model goes before its group: DDP's destructor could wait for gloo's threads for ever
-        torch.distributed.destroy_process_group()
-
-
-def in_one_process():
+def test_distributed_data_parallel(group_of_one):
     critic = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(27, 1))
     plain, x = copy.deepcopy(critic), torch.randn(2, 2, 5, 5)
     wrapped = nn.parallel.DistributedDataParallel(critic)

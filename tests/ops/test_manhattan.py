@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from grids import fits_a_gpu, noted_grids
 
 from minegan_fast.ops.manhattan import manhattan_distance, manhattan_signs, manhattan_slopes
 
@@ -29,20 +30,12 @@ def test_a_grid_fits_a_gpu_however_many_points_there_are(monkeypatch):
     pytest.importorskip("triton")
     from minegan_fast.kernels import manhattan as kernels
 
-    grids = []
-
-    class Recorder:
-        def __getitem__(self, grid):
-            grids.append(grid)
-            return lambda *arguments, **options: None
-
-    for name in ("pairs_kernel", "signs_kernel"):
-        monkeypatch.setattr(kernels, name, Recorder())
+    grids = noted_grids(monkeypatch, kernels, ("pairs_kernel", "signs_kernel"))
     few, many, long = (torch.empty(size, device="meta") for size in ((2, 3), (2**23, 3), (2, 2**23)))
     kernels.pairs(few, many, None, None)
     kernels.signs(few, long, long)
     assert len(grids) == 2
-    assert all(grid[0] < 2**31 and max(grid[1:], default=0) < 2**16 for grid in grids)
+    assert all(map(fits_a_gpu, grids))
 
 
 @pytest.mark.parametrize("isa", [0, 1, 2])

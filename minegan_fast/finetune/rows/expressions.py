@@ -8,6 +8,7 @@ from it.
 A factor that depends on all rows, as the σ of spectral norm does, stays outside: conv(x, W s) = s conv(x, W).
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -43,14 +44,17 @@ class Expression(NamedTuple):
             )
         return value if self.factor is None else value * self.factor.to(value.dtype)
 
+    def mapped(self, function: Callable[[Tensor], Tensor], axis: int | None = None) -> "Expression":
+        """function of all rows, and of those that train; axis: the one that they lie along then, if it is another."""
+        trained = None if self.trained is None else function(self.trained)
+        return self._replace(weight=function(self.weight), trained=trained, axis=self.axis if axis is None else axis)
+
     def transposed(self) -> "Expression":
         """Of a matrix."""
-        trained = self.trained if self.trained is None else self.trained.t()
-        return self._replace(weight=self.weight.t(), trained=trained, axis=1 - self.axis)
+        return self.mapped(Tensor.t, 1 - self.axis)
 
     def to(self, dtype: torch.dtype) -> "Expression":
-        trained = self.trained if self.trained is None else self.trained.to(dtype)
-        return self._replace(weight=self.weight.to(dtype), trained=trained)
+        return self.mapped(lambda w: w.to(dtype))
 
 
 def expression_of(x) -> Expression | None:
@@ -87,9 +91,8 @@ def follow(func, args, kwargs) -> Expression:
 
 
 def _apply(e: Expression, func, args, kwargs, axis: int, factor: Tensor | None):
-    weight = func(e.weight, *args, **kwargs)  # no gradient is asked of it, nor of what it is computed with
-    trained = None if e.trained is None else func(e.trained, *args, **kwargs)
-    return Expression(weight, trained, e.rows, axis, e.links, factor)
+    # No gradient is asked of all rows, nor of what they are computed with.
+    return e.mapped(lambda w: func(w, *args, **kwargs), axis)._replace(factor=factor)
 
 
 def _is_constant(x) -> bool:

@@ -135,15 +135,12 @@ class _ModulatedRows(ModulatedWeight):
         self.weight, self.e = e.weight, e
 
     def expected_squares(self, squares):
-        e = self.e.to(squares.dtype)
-        trained = None if e.trained is None else e.trained.square().sum((2, 3))
-        return _run(Linear(), squares, e._replace(weight=e.weight.square().sum((2, 3)), trained=trained))
+        return _run(Linear(), squares, self.e.to(squares.dtype).mapped(lambda w: w.square().sum((2, 3))))
 
     def convolve(self, x, stride, padding, transposed):
         e = self.e.to(x.dtype)
         if transposed:
-            trained = None if e.trained is None else e.trained.transpose(0, 1)
-            e = e._replace(weight=e.weight.transpose(0, 1), trained=trained, axis=1)
+            e = e.mapped(lambda w: w.transpose(0, 1), 1)
         op = Conv((stride, stride), (padding, padding), (1, 1), 1, transposed, (0, 0))
         return _run(op, x, e)
 
@@ -156,8 +153,7 @@ def modulated_rows(weight: Tensor) -> _ModulatedRows | None:
     with PastSubclasses():
         e = expression_of(weight)
     if e is not None and e.weight.ndim == 5 and e.axis == 1 and len(e.weight) == 1:
-        trained = None if e.trained is None else e.trained.squeeze(0)
-        e = e._replace(weight=e.weight.squeeze(0), trained=trained, axis=0)
+        e = e.mapped(lambda w: w.squeeze(0), 0)
     fits = e is not None and e.weight.ndim == 4 and e.axis == 0 and e.factor is None
     return _ModulatedRows(e) if fits else None
 

@@ -2,7 +2,6 @@
 batch's."""
 
 import copy
-import gc
 
 import pytest
 import torch
@@ -265,19 +264,8 @@ def test_checkpointed_layers(name):
     assert_equal(scores, one_by_one(make(name), [data(4)]))
 
 
-def test_under_ddp(tmp_path):
+def test_under_ddp(group_of_one):
     """DDP waits for a gradient of every parameter, also of those whose samples' shares are taken instead."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        in_one_process()
-    finally:
-        # The model goes first: DDP's destructor keeps the GIL, and where it is what frees the group it waits for
-        # gloo's threads, which may wait for the GIL.
-        gc.collect()
-        torch.distributed.destroy_process_group()
-
-
-def in_one_process():
     net, batches = make("conv2d"), [data(4), data(3, seed=2)]
     model = nn.parallel.DistributedDataParallel(net)
     ft = SparseFinetuner(model)
