@@ -208,6 +208,8 @@ def differentiate(func, args, kwargs):
         if expression is not NotImplemented:
             return RowWise.of(expression)
         name = getattr(func, "__name__", "")
+        if args and _is_in_place(name):
+            map_tensors(_refuse_write, args[0], HeldWeight, name)
         result = func(*map_tensors(_ordinary, args, _TYPES, name), **map_tensors(_ordinary, kwargs, _TYPES, name))
     return result
 
@@ -226,11 +228,18 @@ def _ordinary(x, name: str) -> torch.Tensor:
             return expression.value(name)
         x.link.sync()
         return x.link.alias()
-    if isinstance(x, HeldWeight) and name.endswith("_") and not name.endswith("__"):
+    return expression.value(name)
+
+
+def _is_in_place(name: str) -> bool:
+    return name.endswith("_") and not name.endswith("__")
+
+
+def _refuse_write(p, name: str):
+    if p.link.leaf is not None and p.link.leaf.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(
             f"{name}: a parameter that trains was used in an in-place operation; do so in torch.no_grad()"
         )
-    return expression.value(name)
 
 
 def _traced(p):
@@ -341,6 +350,8 @@ _SPECIAL = {
     torch.Tensor.register_hook: _hook(torch.Tensor.register_hook),
     torch.Tensor.register_post_accumulate_grad_hook: _hook(torch.Tensor.register_post_accumulate_grad_hook),
     is_view: is_view,  # the alias is one, the weight is not
+    # They turn gradients off themselves.
+    **{f: f for name, f in vars(nn.init).items() if name.endswith("_") and not name.startswith("_")},
 }
 
 # With respect to a linked weight, these mean its leaf.
