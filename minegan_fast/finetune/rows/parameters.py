@@ -313,10 +313,12 @@ def _hook(register):
 
 
 def _note_writes(optimizer, args, kwargs):
-    """After a step of any optimizer: torch's fused ones write to leaves without a trace."""
+    """After a step of any optimizer: torch's fused ones write to leaves and to weights without a trace."""
     if not getattr(optimizer, "writes_through", False):
-        for p in (p for group in optimizer.param_groups for p in group["params"] if type(p) is LeafParameter):
-            p.link.access(leaf=True)
+        for p in (p for group in optimizer.param_groups for p in group["params"]):
+            is_leaf, is_weight = type(p) is LeafParameter, getattr(type(p), "held", False)
+            if is_leaf or is_weight:
+                p.link.access(is_weight, is_leaf)
 
 
 @functools.cache
