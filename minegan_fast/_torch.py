@@ -116,6 +116,10 @@ def saved_tensors_are_hooked() -> bool:
 is_tracing = torch.jit.is_tracing
 """Whether torch.jit.trace records this code."""
 
+untraced = torch._disable_dynamo
+"""A decorator: torch.compile leaves calls of the function to Python. torch.compiler.disable does the same, and imports
+the compiler at once."""
+
 # Modules.
 
 CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS = _ConvNd, _ConvTransposeNd

@@ -321,6 +321,23 @@ def test_tracing():
     assert said == [True, False]
 
 
+def test_untraced():
+    said = []
+
+    @_torch.untraced
+    def function(x):
+        said.append(torch.compiler.is_dynamo_compiling())
+        return x + 1
+
+    torch._dynamo.reset()
+    assert torch.equal(
+        torch.compile(lambda x: function(2 * x) * 3, backend="eager")(torch.ones(2)), torch.full((2,), 9.0)
+    )
+    assert said == [False]
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(lambda x: function(2 * x) * 3, backend="eager", fullgraph=True)(torch.ones(3))
+
+
 def test_dispatch_modes():
     class Mode(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):

@@ -27,6 +27,7 @@ from ..._torch import (
     own_grad,
     own_requires_grad,
     set_own_grad,
+    untraced,
 )
 from ...ops.modulated_conv2d import own_weights
 from . import ddp
@@ -112,6 +113,8 @@ class HeldWeight(nn.Parameter):
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if torch.compiler.is_dynamo_compiling():
+            if _is_more_than_arithmetic(func):
+                return _in_python(func, args, kwargs)
             return func(*map_tensors(_traced, args, _TYPES), **map_tensors(_traced, kwargs, _TYPES))
         if (wrapper := active_ddp()) is not None:
             with PastSubclasses():
@@ -193,6 +196,19 @@ def _hand_on(expression: Expression, grad: torch.Tensor):
     with torch.enable_grad():
         value = expression.value("a function of another library")
     torch.autograd.backward(value, grad, create_graph=further)
+
+
+def _is_more_than_arithmetic(func) -> bool:
+    """Whether it writes into a weight, or asks for its gradient or its memory. By names, which Dynamo can read."""
+    name = func.__name__
+    if name == "__get__":
+        return func.__self__.__name__ in ("grad", "data")
+    return name[-1:] == "_" and (name[-2:] != "__" or name in ("__set__", "__delete__", "__setitem__"))
+
+
+@untraced
+def _in_python(func, args, kwargs):
+    return HeldWeight.__torch_function__(func, (), args, kwargs)
 
 
 def differentiate(func, args, kwargs):
