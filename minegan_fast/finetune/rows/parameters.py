@@ -45,8 +45,7 @@ class LeafParameter(nn.Parameter):
     @property
     def data(self):
         self.link.sync()
-        self.link.access(leaf=True)
-        return own_data(self)
+        return self.link.lend(own_data(self), leaf=True)
 
     @data.setter
     def data(self, value):
@@ -303,8 +302,7 @@ def _detach(p):
 
 def _get_data(p):
     p.link.sync()
-    p.link.access(weight=True)
-    return own_data(p)
+    return p.link.lend(own_data(p))
 
 
 def _set_data(p, value):
