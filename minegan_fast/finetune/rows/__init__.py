@@ -22,6 +22,6 @@ Who sees a call of torch first, and what becomes of it:
     Sampled, Derived          inside `scoring()`, where weights  followed to where they meet the samples; the leaves
     (samples/)                are not held                       rest
     HeldWeight                a weight is among the arguments    an attribute, a layer, an expression, or the alias
-    RowWise                   the result of an expression is     likewise; a write makes an ordinary tensor of it
+    RowWise                   the result of an expression is     likewise; a write reaches all that shares its memory
     autocast                  last of all                        layers cast the rows as they would cast the weight
 """

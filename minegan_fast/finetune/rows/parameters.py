@@ -13,6 +13,8 @@ After a step the rows are written through to the weight, which the forward reads
 
 import functools
 import sys
+import weakref
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -32,7 +34,7 @@ from ..._torch import (
 from ...ops.modulated_conv2d import own_weights
 from . import ddp
 from .containers import map_tensors
-from .expressions import Expression, expression_of, follow
+from .expressions import SHARING, Expression, expression_of, follow
 from .layers import dispatch, modulated_rows
 from .link import Link
 
@@ -152,10 +154,17 @@ def held_class(kind: type) -> type:
 
 
 class RowWise(torch.Tensor):
-    """The result of a row-wise expression of held weights (expressions.py). It can be used like any other tensor."""
+    """The result of a row-wise expression of held weights (expressions.py). It can be used like any other tensor.
+
+    A write reaches whatever shares its memory: the weight that it is a view of, or the expression and all views of it.
+    """
 
     expression: Expression | None
     plain: torch.Tensor | None  # what it has become where someone wrote to it, or hooked it into the graph
+    weight: HeldWeight | None = None  # whose memory this is
+    base: "RowWise | None" = None  # whose memory this is, where that is no weight's; `view` leads there
+    view: Callable[[torch.Tensor], torch.Tensor]
+    views: tuple[weakref.ref, ...] = ()  # those whose base this is
 
     @staticmethod
     def of(expression: Expression) -> "RowWise":
@@ -167,6 +176,37 @@ class RowWise(torch.Tensor):
             result.register_hook(functools.partial(_hand_on, expression))
         return result
 
+    def share(self, base, func, args, kwargs):
+        """Notes that this is func(base, *args, **kwargs), where it is a view of a held weight or of another RowWise."""
+        if isinstance(base, HeldWeight) or base.weight is not None:
+            self.weight = base if isinstance(base, HeldWeight) else base.weight
+        else:
+            self.base, self.view = base, lambda tensor: func(tensor, *args, **kwargs)
+            base.views += (weakref.ref(self),)
+
+    def settle(self, use: str):
+        """Becomes an ordinary tensor, together with all that share its memory."""
+        if self.base is not None and self.base.plain is None:
+            return self.base.settle(use)
+        with torch.enable_grad():
+            self.plain = self.expression.value(use).clone() if self.base is None else self.view(self.base.plain)
+        self.expression = None
+        for view in self.views:
+            if (x := view()) is not None:
+                x.settle(use)
+        return None
+
+    def reach(self, func, args, kwargs):
+        """A write into the memory of the held weight, or a look at it."""
+        (link,) = self.expression.links
+        if func == torch.Tensor.data.__get__:
+            return link.lend(own_data(self.expression.weight))
+        name = func.__name__
+        _refuse_write(self.weight, name)
+        func(self.expression.weight, *map_tensors(_ordinary, args[1:], _TYPES, name), **kwargs)
+        link.sync()
+        return None if func is torch.Tensor.__setitem__ else self
+
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -175,13 +215,14 @@ class RowWise(torch.Tensor):
             if first is not None and first.plain is None:
                 if func in _SHAPELIKE:
                     return func(first.expression.weight, *args[1:], **kwargs)
-                if func is torch.Tensor.requires_grad.__get__:
+                if func == torch.Tensor.requires_grad.__get__:
                     return first.expression.trained is not None or first.expression.factor is not None
                 name = getattr(func, "__name__", "")
-                in_place = name.endswith("_") and not name.endswith("__")
-                if in_place or (name in _CHANGING and getattr(func, "__self__", None) not in VIEWS):
-                    first.plain = _ordinary(first, name).clone()
-                    first.expression = None
+                writes = _is_in_place(name) or name == "__setitem__"
+                if first.weight is not None and (writes or func == torch.Tensor.data.__get__):
+                    return first.reach(func, args, kwargs)
+                if writes or (name in _CHANGING and getattr(func, "__self__", None) not in VIEWS):
+                    first.settle(name)
             result = differentiate(func, args, kwargs)
             return first if first is not None and result is first.plain else result
 
@@ -221,7 +262,10 @@ def differentiate(func, args, kwargs):
     if result is NotImplemented:
         expression = follow(func, args, kwargs)
         if expression is not NotImplemented:
-            return RowWise.of(expression)
+            result = RowWise.of(expression)
+            if func in SHARING and args[0].data_ptr() == result.data_ptr():
+                result.share(args[0], func, args[1:], kwargs)
+            return result
         name = getattr(func, "__name__", "")
         if args and _is_in_place(name):
             map_tensors(_refuse_write, args[0], HeldWeight, name)
@@ -350,7 +394,7 @@ _SHAPELIKE = {
 }
 
 # What writes to a tensor, or shows its place in the graph.
-_CHANGING = {"retain_grad", "register_hook", "register_post_accumulate_grad_hook", "__get__", "__set__", "__setitem__"}
+_CHANGING = {"retain_grad", "register_hook", "register_post_accumulate_grad_hook", "__get__", "__set__"}
 
 _SPECIAL = {
     torch.Tensor.data.__get__: _get_data,
