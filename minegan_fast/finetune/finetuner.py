@@ -302,7 +302,7 @@ class SparseFinetuner(UnscalingOptimizer):
             for link in links:
                 if link.gradient.whole is not None or own_grad(link.weight) is not None:
                     link.gradient.settle()
-                    link.gradient.forget()
+                    link.gradient.end_step()
 
     @torch.no_grad()
     def _unscale(self, scale: Tensor | None):
