@@ -261,7 +261,10 @@ def test_transforms():
     torch.func.vmap(function)(torch.ones(2, 3))
     torch.func.grad(function)(torch.ones(3))
     function(torch.ones(3))
-    assert said == [True, True, False]
+    with torch.autograd.forward_ad.dual_level():
+        function(torch.ones(3))
+    function(torch.ones(3))
+    assert said == [True, True, False, True, False]
 
 
 class Doubled(Function):
