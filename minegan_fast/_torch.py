@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
@@ -92,8 +93,8 @@ def after_pass(callback: Callable[[], None]) -> None:
 
 
 def transforms_active() -> bool:
-    """Whether a transform of torch.func (vmap, grad, ...) runs this code."""
-    return torch._C._are_functorch_transforms_active()
+    """Whether a transform of torch.func (vmap, grad, ...) or forward-mode differentiation runs this code."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def apply_function(function: type[torch.autograd.Function], *args):
@@ -115,6 +116,10 @@ def saved_tensors_are_hooked() -> bool:
 
 is_tracing = torch.jit.is_tracing
 """Whether torch.jit.trace records this code."""
+
+untraced = torch._disable_dynamo
+"""A decorator: torch.compile leaves calls of the function to Python. torch.compiler.disable does the same, and imports
+the compiler at once."""
 
 # Modules.
 

@@ -260,7 +260,10 @@ def test_transforms():
     torch.func.vmap(function)(torch.ones(2, 3))
     torch.func.grad(function)(torch.ones(3))
     function(torch.ones(3))
-    assert said == [True, True, False]
+    with torch.autograd.forward_ad.dual_level():
+        function(torch.ones(3))
+    function(torch.ones(3))
+    assert said == [True, True, False, True, False]
 
 
 class Doubled(Function):
@@ -318,6 +321,23 @@ def test_tracing():
     torch.jit.trace(function, torch.ones(2), check_trace=False)
     function(torch.ones(2))
     assert said == [True, False]
+
+
+def test_untraced():
+    said = []
+
+    @_torch.untraced
+    def function(x):
+        said.append(torch.compiler.is_dynamo_compiling())
+        return x + 1
+
+    torch._dynamo.reset()
+    assert torch.equal(
+        torch.compile(lambda x: function(2 * x) * 3, backend="eager")(torch.ones(2)), torch.full((2,), 9.0)
+    )
+    assert said == [False]
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(lambda x: function(2 * x) * 3, backend="eager", fullgraph=True)(torch.ones(3))
 
 
 def test_dispatch_modes():

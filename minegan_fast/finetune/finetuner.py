@@ -19,6 +19,7 @@ from .neurons import Member, filter_layers, find_layers, split_affine, split_gro
 from .rows import ddp
 from .rows.freezing import Held, check_parameters
 from .rows.link import Link
+from .rows.parameters import HeldWeight
 from .samples.buffers import BufferCopy
 from .samples.passes import collect
 from .selection import Selection, choose, selection_by_hand
@@ -302,7 +303,7 @@ class SparseFinetuner(UnscalingOptimizer):
             for link in links:
                 if link.gradient.whole is not None or own_grad(link.weight) is not None:
                     link.gradient.settle()
-                    link.gradient.forget()
+                    link.gradient.end_step()
 
     @torch.no_grad()
     def _unscale(self, scale: Tensor | None):
@@ -386,6 +387,13 @@ class SparseFinetuner(UnscalingOptimizer):
     def state_dict(self) -> dict:
         """Optimizer state, selection, evidence, EMA and hashes: all that a run needs to go on as if never stopped."""
         self._check_usable("state_dict()")
+        for weight in [p for p in self.state if isinstance(p, HeldWeight)]:
+            if self.state[weight]:
+                raise RuntimeError(
+                    "the optimizer's state was given an entry of a weight that trains by rows, which no step reads: "
+                    "moments are those of the leaves, ft.parameters()"
+                )
+            del self.state[weight]  # someone only looked
         neurons = saving.describe(self.held, self.evidence, self.buffers)
         neurons |= {"optimizer": self.optimizer, "evidence_used": self.evidence_used}
         return {**super().state_dict(), "neurons": neurons}

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from .._torch import apply_function, convolution, convolution_backward, without_view
+from .._torch import apply_function, convolution, convolution_backward, is_batched, without_view
 from ..ops._op import backward_wants
 from ..ops.row_gradient import dense_is_faster, gradient_of_rows
 from ..ops.transposed_conv2d import transposed_forward
@@ -125,12 +125,18 @@ class Conv:
 _UPSAMPLING = Conv((2, 2), (0, 0), (1, 1), 1, True, (0, 0))
 
 
+def _is_batched(tensor: Tensor) -> bool:
+    """Whether it stands for several, as a gradient does where torch.autograd.grad was given is_grads_batched=True."""
+    return not torch.compiler.is_compiling() and is_batched(tensor)
+
+
 def _shaped(gy: Tensor, shape: Sequence[int]) -> Tensor:
     """A tensor of that shape and of gy's layout, of which nothing else is read.
 
     On a GPU it is one element, expanded, unless gy is channels-last; elsewhere the backward would make it dense.
     """
-    last = gy.dim() == 4 and not gy.is_contiguous() and gy.is_contiguous(memory_format=torch.channels_last)
+    last = gy.dim() == 4 and not gy.is_contiguous() and not _is_batched(gy)
+    last = last and gy.is_contiguous(memory_format=torch.channels_last)
     if gy.is_cuda and not last:
         return gy.new_empty(1).expand(shape)
     layout = torch.channels_last if last else torch.contiguous_format
@@ -147,8 +153,33 @@ def _selected(gy: Tensor, rows: Tensor | None, axis: int) -> Tensor:
     return gy if rows is None or len(rows) == gy.shape[axis] else gy.index_select(axis, rows)
 
 
+def needs_torch(*tensors: Tensor | None) -> bool:
+    """Whether these are to go through torch's own operations: from a batched tensor no Function's graph comes out."""
+    return torch.is_grad_enabled() and any(t is not None and _is_batched(t) for t in tensors)
+
+
+def _whole(op, trained, weight, rows) -> Tensor:
+    """The weight, where it matters with the graph of its rows."""
+    if weight is None:
+        return trained
+    if trained is None or not torch.is_grad_enabled():
+        return weight
+    return weight.index_copy(op.axis, rows, trained.to(weight.dtype))
+
+
+def _forward(op, x, trained, weight, rows) -> Tensor:
+    if needs_torch(x, trained):
+        with _exactly(x):
+            return op.as_torch(x, _whole(op, trained, weight, rows), None)
+    return _Layer.apply(x, trained, None, None, weight, rows, None, op)
+
+
 def _gradient_of_rows(op, x, gy, trained, weight, rows) -> Tensor:
     """dW of the rows, along the weight's own axis. Where `weight` is None `trained` is the whole weight."""
+    if needs_torch(x, gy):
+        with _exactly(x):
+            gradient = op.weight_gradient(x, gy, trained if weight is None else weight)
+        return gradient if weight is None else gradient.index_select(op.axis, rows)
     if weight is None:
         return _WeightGradient.apply(x, gy, trained.detach(), op)
     n = weight.shape[op.axis]
@@ -160,10 +191,10 @@ def _gradient_of_rows(op, x, gy, trained, weight, rows) -> Tensor:
 
 
 def _input_gradient(gy, trained, weight, rows, op, shape, like) -> Tensor:
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() and not needs_torch(gy, trained):
         return _InputGradient.apply(gy, trained, weight, rows, op, shape, like)
-    with _exactly(gy):  # a first derivative, of which no second one is asked
-        return op.input_gradient(gy, trained if weight is None else weight, shape, like)
+    with _exactly(gy):  # a first derivative, of which no second one is asked, or one in torch's own operations
+        return op.input_gradient(gy, _whole(op, trained, weight, rows), shape, like)
 
 
 class _Layer(Function):
@@ -216,7 +247,7 @@ class _InputGradient(Function):
         gy, trained, weight, rows = ctx.saved_tensors
         dgy = dtrained = None
         if hx is not None and backward_wants(ctx, 0):
-            dgy = _Layer.apply(hx, trained, None, None, weight, rows, None, ctx.op)
+            dgy = _forward(ctx.op, hx, trained, weight, rows)
         if hx is not None and backward_wants(ctx, 1):
             dtrained = _gradient_of_rows(ctx.op, hx, gy, trained, weight, rows)
         return dgy, dtrained, None, None, None, None, None
@@ -240,9 +271,9 @@ class _WeightGradient(Function):
         x, gy = ctx.saved_tensors
         dx = dgy = None
         if V is not None and backward_wants(ctx, 0):
-            dx = _InputGradient.apply(gy, V, None, None, ctx.op, ctx.shape, x if x is None else x.detach())
+            dx = _input_gradient(gy, V, None, None, ctx.op, ctx.shape, x if x is None else x.detach())
         if V is not None and backward_wants(ctx, 1):
-            dgy = _Layer.apply(x, V, None, None, None, None, None, ctx.op)
+            dgy = _forward(ctx.op, x, V, None, None)
         return dx, dgy, None, None
 
 
@@ -265,7 +296,7 @@ class _ScaledLayer(Function):
         wanted = [backward_wants(ctx, i) for i in range(3)]
         gx = gtrained = gfactor = None
         if wanted[0] or wanted[2]:
-            unscaled = _InputGradient.apply(gy, trained, weight.to(trained.dtype), rows, ctx.op, ctx.shape, x.detach())
+            unscaled = _input_gradient(gy, trained, weight.to(trained.dtype), rows, ctx.op, ctx.shape, x.detach())
             gx = unscaled * factor.to(gy.dtype) if wanted[0] else None
             gfactor = (unscaled * x).sum(dtype=factor.dtype) if wanted[2] else None
         if wanted[1]:

@@ -28,7 +28,7 @@ from .._torch import (
     transforms_active,
 )
 from ..ops._op import DTYPE_CODES
-from .bilinear import functions_of, layer
+from .bilinear import functions_of, layer, needs_torch
 
 
 class _Rectifier(Function):
@@ -50,7 +50,7 @@ class _Rectifier(Function):
     @staticmethod
     def backward(ctx, gy):
         (side,) = ctx.saved_tensors
-        return None if gy is None else _Rectified.apply(gy, side, ctx.slope), None, None
+        return None if gy is None else _rectified(gy, side, ctx.slope), None, None
 
 
 class _Rectified(Function):
@@ -61,14 +61,22 @@ class _Rectified(Function):
         ctx.set_materialize_grads(False)
         ctx.slope = slope
         ctx.save_for_backward(side)
-        if slope is None:
-            return threshold_backward(gy, side, 0)
-        return leaky_relu_backward(gy, side, slope, False)
+        return _masked(gy, side, slope)
 
     @staticmethod
     def backward(ctx, hx):
         (side,) = ctx.saved_tensors
-        return None if hx is None else _Rectified.apply(hx, side, ctx.slope), None, None
+        return None if hx is None else _rectified(hx, side, ctx.slope), None, None
+
+
+def _masked(gy, side, slope):
+    if slope is None:
+        return threshold_backward(gy, side, 0)
+    return leaky_relu_backward(gy, side, slope, False)
+
+
+def _rectified(gy, side, slope):
+    return (_masked if needs_torch(gy) else _Rectified.apply)(gy, side, slope)
 
 
 class _Pool(Function):
@@ -80,7 +88,11 @@ class _Pool(Function):
 
     @staticmethod
     def backward(ctx, gy):
-        return None if gy is None else _Pooled.apply(gy, ctx.shape, ctx.arguments), None
+        if gy is None:
+            return None, None
+        if needs_torch(gy):
+            return avg_pool2d_backward(gy, gy.new_empty(ctx.shape), *ctx.arguments), None
+        return _Pooled.apply(gy, ctx.shape, ctx.arguments), None
 
 
 class _Pooled(Function):
@@ -97,7 +109,9 @@ class _Pooled(Function):
 
     @staticmethod
     def backward(ctx, hx):
-        return None if hx is None else _Pool.apply(hx, ctx.arguments), None, None
+        if hx is None:
+            return None, None, None
+        return (avg_pool2d(hx, *ctx.arguments) if needs_torch(hx) else _Pool.apply(hx, ctx.arguments)), None, None
 
 
 class _Present(Function):

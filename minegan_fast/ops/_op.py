@@ -87,8 +87,9 @@ def refuse_transforms(name: str, *gradients: torch.Tensor | None) -> None:
         return
     if transforms_active() or any(g is not None and is_batched(g) for g in gradients):
         raise NotImplementedError(
-            f"{name} cannot run inside a transform, such as torch.func's vmap, grad and jacrev, vectorize=True or "
-            "is_grads_batched=True: take torch.autograd.grad, torch.autograd.functional.jacobian without vectorize, "
+            f"{name} cannot run inside a transform, such as torch.func's vmap, grad and jacrev, forward-mode "
+            "differentiation, vectorize=True or is_grads_batched=True: take torch.autograd.grad, "
+            "torch.autograd.functional.jacobian without vectorize, "
             "and a loop in the place of vmap"
         )
 

@@ -48,7 +48,8 @@ class _Transposed(Function):
 
     @staticmethod
     def backward(ctx, gy):
-        refuse_transforms("transposed_conv2d")
+        # A batched gradient goes through a Function once, but its graph does not.
+        refuse_transforms("transposed_conv2d", gy if torch.is_grad_enabled() else None)
         x, weight = ctx.saved_tensors
         gx = _Strided.apply(gy, weight) if backward_wants(ctx, 0) else None
         return gx, _weight_gradient(x, gy, weight) if backward_wants(ctx, 1) else None

@@ -294,6 +294,20 @@ def test_an_optimizer_is_neither_copied_nor_pickled():
             attempt(ft)
 
 
+def test_state_is_that_of_the_leaves():
+    net = build("mlp")
+    ft = SparseFinetuner(net)
+    ft.select({"1.weight": [1]})
+    net(data()).sum().backward()
+    ft.step()
+    assert not any(ft.state[p] for p in net.parameters())
+    SparseFinetuner(build("mlp")).load_state_dict(ft.state_dict())
+    ft.state[net[1].weight]["exp_avg"] = torch.zeros(7, 108)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"moments are those of the leaves, ft.parameters\(\)"):
+            ft.state_dict()
+
+
 def test_nothing_is_asked_of_a_released_optimizer():
     ft = SparseFinetuner(build("mlp"))
     ft.select({"1.weight": [1]})

@@ -100,6 +100,44 @@ def test_rows_get_the_gradient_of_rows(name):
     torch.testing.assert_close(y, layer(op, x, weight * factor))
 
 
+@pytest.mark.parametrize("name", ["linear", "linear 3d", "linear vector", "conv1d", "conv2d", "conv2d stride, grouped"])
+def test_gradients_of_several_cotangents_keep_their_graph(name):
+    """is_grads_batched, as a vectorised Jacobian has it."""
+    op, function, (x, weight, bias) = tensors(name)
+    rows = torch.tensor([0, 3])
+    part = weight.detach().index_select(op.axis, rows).requires_grad_()
+    gy = torch.randn(2, *function(x, weight, bias).shape, dtype=torch.float64, requires_grad=True)
+    results = []
+    for y, w in (
+        (layer(op, x, weight, bias), weight),
+        (layer_by_rows(op, x, part, weight.detach(), rows), part),
+        (function(x, weight, bias), weight),
+    ):
+        leaves = (gy, x, w)
+        first = torch.autograd.grad(y, leaves[1:], gy, create_graph=True, is_grads_batched=True)
+        cotangents = [torch.stack([torch.ones_like(t), t.detach().cos()]) for t in first]
+        second = torch.autograd.grad(first, leaves, cotangents, create_graph=True, is_grads_batched=True)
+        results.append([*first, *second, *torch.autograd.grad(sum(t.square().sum() for t in second), leaves)])
+    for ours, theirs in zip(results[0], results[2], strict=True):
+        torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(results[1][0], results[2][0])
+    torch.testing.assert_close(results[1][1], results[2][1].index_select(op.axis + 1, rows))
+
+
+@pytest.mark.parametrize("name", ["linear", "conv2d"])
+def test_a_scaled_layers_gradients_of_several_cotangents_keep_their_graph(name):
+    op, function, (x, weight, _) = tensors(name)
+    factor, rows = torch.tensor(0.7, dtype=torch.float64, requires_grad=True), torch.arange(len(weight))
+    results = []
+    for y in (scaled_layer_by_rows(op, x, weight, factor, weight.detach(), rows), function(x, weight * factor, None)):
+        gy = torch.stack([torch.ones_like(y), torch.ones_like(y).cumsum(0)])
+        first = torch.autograd.grad(y, (x, weight, factor), gy, create_graph=True, is_grads_batched=True)
+        total = sum(t.square().sum() for t in first)
+        results.append([*first, *torch.autograd.grad(total, (x, weight, factor))])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 class Nothing(torch.autograd.Function):
     """The identity, whose gradient is not there."""
 

@@ -1,6 +1,7 @@
 """Critics under second_order(): what PyTorch's own functions give, and the passes that a penalty then runs."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -279,6 +280,21 @@ def test_all_orders():
     assert torch.autograd.gradcheck(function, tensors)
     assert torch.autograd.gradcheck(penalty, tensors)
     assert torch.autograd.gradgradcheck(penalty, tensors)
+
+
+@pytest.mark.parametrize("act", [nn.ReLU, nn.LeakyReLU])
+def test_a_penalty_on_a_vectorised_jacobian(act):
+    torch.manual_seed(0)
+    D = nn.Sequential(nn.Conv2d(2, 4, 3), act(), nn.AvgPool2d(2), nn.Conv2d(4, 3, 2), nn.Flatten()).double()
+    x, results = torch.randn(2, 2, 6, 6).double(), []
+    for context in (second_order, nullcontext):
+        with context():
+            slopes = torch.autograd.functional.jacobian(D, x, create_graph=True, vectorize=True)
+            second = torch.autograd.grad(slopes.square().sum(), list(D.parameters()), allow_unused=True)
+        results.append([slopes, *(g for g in second if g is not None and g.any())])
+    assert len(results[0]) > 1
+    for ours, plain in zip(*results, strict=True):
+        torch.testing.assert_close(ours, plain)
 
 
 class Convolutions(TorchDispatchMode):

@@ -145,6 +145,22 @@ def test_values_in_transforms_are_right_or_refused(name):
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", OPS)
+def test_the_graph_of_a_batched_gradient_is_right_or_refused(name):
+    x, f = OPS[name]
+
+    def slope(*batch):
+        leaf = x.clone().requires_grad_()
+        y, several = f(leaf).square().sum(), bool(batch)
+        g = torch.autograd.grad(y, leaf, torch.tensor(batch or 1.0), create_graph=True, is_grads_batched=several)[0]
+        return torch.autograd.grad(g.flatten()[-leaf.numel() :].square().sum(), leaf)[0]
+
+    expected = slope()
+    found = right_or_refused(lambda: slope(2.0, 1.0))
+    if found is not None:
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["mmd2 energy", "mmd_groups", "bias_act", "upfirdn2d", "r1_penalty"])
 def test_second_order_in_transforms_is_refused(name):
     x, f = OPS[name]

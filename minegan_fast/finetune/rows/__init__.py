@@ -15,12 +15,13 @@ is; its class becomes `HeldWeight`, so that it sees every call of torch that it 
 Who sees a call of torch first, and what becomes of it:
 
     who                       when                               what becomes of the call
-    Dynamo, torch.jit.trace   the code is traced                 the rows are written into a copy of the weight
+    Dynamo, torch.jit.trace   the code is traced                 the rows are written into a copy of the weight; Dynamo
+                                                                 leaves writes and gradients to Python
     second_order()            a penalty runs a critic; it is a   layers of plain tensors become those of layers/; a
                               TorchFunctionMode                  held weight is not plain, so the call goes on
     Sampled, Derived          inside `scoring()`, where weights  followed to where they meet the samples; the leaves
     (samples/)                are not held                       rest
     HeldWeight                a weight is among the arguments    an attribute, a layer, an expression, or the alias
-    RowWise                   the result of an expression is     likewise; a write makes an ordinary tensor of it
+    RowWise                   the result of an expression is     likewise; a write reaches all that shares its memory
     autocast                  last of all                        layers cast the rows as they would cast the weight
 """

@@ -217,3 +217,6 @@ _RULES = {
     if hasattr(owner, name)
 }
 _TRANSPOSES = {torch.Tensor.T.__get__, torch.Tensor.mT.__get__}
+
+# Whose result may be a view of their argument, or the argument itself.
+SHARING = {func for func, rule in _RULES.items() if rule in (_cast, _moved, _indexed, _reshaped)} | _TRANSPOSES

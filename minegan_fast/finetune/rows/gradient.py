@@ -29,10 +29,10 @@ def spread(values: Tensor, like: Tensor, axis: int, rows: Tensor) -> Tensor:
 class WholeGradient:
     """`grad` of a weight that trains by rows: the leaf's gradient in the weight's own shape, zero elsewhere.
 
-    It exists from the moment someone reads it until the step or `zero_grad`. What is written into it counts: its rows
-    go back to the leaf before anything reads the leaf's gradient or adds to it. If both were written since they were
-    equal, the whole one counts. Writes are told by comparing values, because a write through `.data` leaves no other
-    trace.
+    It exists from the moment someone reads it until the step, one that was assigned until `zero_grad`, and follows what
+    backward() adds. What is written into it counts: its rows go back to the leaf before anything reads the leaf's
+    gradient or adds to it. If both were written since they were equal, the whole one counts. Writes are told by
+    comparing values, because a write through `.data` leaves no other trace.
 
     The weight may also get a gradient that no leaf knows of: from a function of another library that looks past
     `__torch_function__`, or because the weight has hooks. The rows of that gradient are added to the leaf's.
@@ -42,7 +42,8 @@ class WholeGradient:
         self.link = link
         self.whole: Tensor | None = None
         self.known: Tensor | None = None  # the rows of both when they were equal
-        self.handle = None
+        self.assigned = False  # as a part of the buffer of all gradients, say, which stays what `grad` is
+        self.handles = []
 
     @torch.no_grad()
     def settle(self):
@@ -76,13 +77,13 @@ class WholeGradient:
         if link.leaf is None:
             return own_grad(link.weight)
         self.settle()
-        with PastSubclasses(), torch.set_grad_enabled(False):
-            grad = own_grad(link.leaf)
+        grad = own_grad(link.leaf)
+        graph = grad is not None and grad.requires_grad  # after backward(create_graph=True)
+        with PastSubclasses(), torch.set_grad_enabled(graph):
             if grad is None:
                 self.forget()
-            elif self.whole is None:
-                whole = spread(grad.detach().to(link.weight.dtype), link.weight.detach(), link.axis, link.rows)
-                self._show(whole)
+            elif self.whole is None or (graph and not torch.equal(grad.to(self.whole.dtype), self.known)):
+                self._show(spread(grad.to(link.weight.dtype), link.weight.detach(), link.axis, link.rows))
             else:
                 rows = grad.to(self.whole.dtype)
                 if not torch.equal(rows, self.known):
@@ -111,18 +112,29 @@ class WholeGradient:
             )
         with PastSubclasses(), torch.no_grad():
             self._show(value)
+            self.assigned = True
             self._to_leaf(self.known)
         return None
 
     def _show(self, whole: Tensor):
-        self.whole, self.known = whole, compact(whole, self.link.axis, self.link.rows).clone()
-        if self.handle is None:  # what was written counts before another backward adds to it
-            leaf = self.link.leaf
-            if leaf.requires_grad:
-                self.handle = leaf.register_hook(lambda grad: self.settle())
+        self.whole, self.known = whole, compact(whole.detach(), self.link.axis, self.link.rows).clone()
+        leaf = self.link.leaf
+        if not self.handles and leaf.requires_grad:  # what was written counts before another backward adds to it
+            self.handles = [
+                leaf.register_hook(lambda grad: self.settle()),
+                leaf.register_post_accumulate_grad_hook(self._follow),
+            ]
+
+    def _follow(self, leaf: Tensor):
+        self.read()
+
+    def end_step(self):
+        """Forgets what a step has used up."""
+        if not self.assigned:
+            self.forget()
 
     def forget(self):
-        self.whole = self.known = None
-        if self.handle is not None:
-            self.handle.remove()
-            self.handle = None
+        self.whole, self.known, self.assigned = None, None, False
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []

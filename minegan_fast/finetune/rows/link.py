@@ -1,5 +1,7 @@
 """What ties the leaf of the selected rows to the weight that they are rows of."""
 
+import weakref
+
 import torch
 from torch import Tensor, nn
 
@@ -97,7 +99,8 @@ class Ledger:
 
     def settle(self):
         """Declares all leaves and weights equal: a step has written both."""
-        self.versions, self.accesses = self.read(), Link.accesses
+        self.versions = self.read()
+        self.accesses = -1 if any(link.lent for link in self.links) else Link.accesses
 
     @classmethod
     def join(cls, links: list["Link"]) -> "Ledger":
@@ -114,7 +117,7 @@ class Link:
 
     Both sides may be written from outside: `load_state_dict` and copies of an EMA write the weight, weight clipping
     writes the leaf. Version counters tell which. They miss writes through `.data`, so an access to it counts as a
-    suspicion, and the values decide.
+    suspicion, and so does what it gave for as long as that lives: the values decide.
 
     The leaf of a half-precision weight is float32. The two are equal where the leaf rounds to the weight.
     """
@@ -131,6 +134,8 @@ class Link:
         self.dense_uses: set[str] = set()  # through which functions a gradient of all rows came, for the summary
         self.row_uses: set[str] = set()  # layers that compute the gradient of the rows alone
         self.ledger, self.index = Ledger([self]), 0
+        # What `lend` gave, until it is dead at a look: (tensor, whether it is the leaf's).
+        self.lent: dict[int, tuple[weakref.ref | None, bool]] = {}
         self.plain = weight.data  # for the compiler, which cannot see past the subclass
         self.masters: Tensor | None = None  # of half precision: the leaf before writes from outside
         self.masters_left = -1  # the leaf's version counter after these writes
@@ -139,6 +144,8 @@ class Link:
     def settle(self):
         """Declares leaf and weight equal."""
         self.weight_accessed = self.leaf_accessed = False
+        if self.lent:
+            self.lent = {key: x for key, x in self.lent.items() if x[0] is None or x[0]() is not None}
         if self.leaf is not None:
             with PastSubclasses():
                 self.ledger.versions[2 * self.index : 2 * self.index + 2] = (
@@ -152,6 +159,19 @@ class Link:
         self.weight_accessed |= weight
         self.leaf_accessed |= leaf
 
+    def lend(self, data: Tensor, leaf: bool = False) -> Tensor:
+        """Gives `data`, a tensor of the weight's memory or the leaf's with a version counter of its own, to others."""
+        self.access(weight=not leaf, leaf=leaf)
+        if self.leaf is not None:
+            ref = weakref.ref(data, Link.note_end)
+            self.lent[id(ref)] = ref, leaf
+        return data
+
+    @staticmethod
+    def note_end(ref: weakref.ref):
+        """It may have been written at last: steps look once more."""
+        Link.accesses += 1
+
     def sync(self):
         """Makes leaf and weight equal after writes from outside; where both were written, the weight counts."""
         if self.leaf is None:
@@ -159,7 +179,7 @@ class Link:
         leaf_known, weight_known = self.ledger.versions[2 * self.index : 2 * self.index + 2]
         with PastSubclasses():
             leaf_changed, weight_changed = version_of(self.leaf) != leaf_known, version_of(self.weight) != weight_known
-        if weight_changed or leaf_changed or self.weight_accessed or self.leaf_accessed:  # seldom
+        if weight_changed or leaf_changed or self.weight_accessed or self.leaf_accessed or self.lent:  # seldom
             self._reconcile(weight_changed, leaf_changed)
 
     @torch.no_grad()
@@ -171,8 +191,10 @@ class Link:
                 return  # module.to() has converted one and comes to the other
             equal = current == self.leaf.to(current.dtype)
             if not equal.all():
-                # A version is proof of a write, an access to .data only a suspicion.
-                if weight_changed or (self.weight_accessed and not leaf_changed):
+                # A version is proof of a write, an access to .data a suspicion, and an old one the last.
+                lent = any(not of_leaf for _, of_leaf in self.lent.values())
+                suspected = self.weight_accessed or (lent and not self.leaf_accessed)
+                if weight_changed or (suspected and not leaf_changed):
                     self._take(current, equal)
                 else:
                     self.write()
@@ -201,7 +223,11 @@ class Link:
         """`weight.data = value`, as `model.half()`, `double()` and `to()` call it: the leaf and its gradient follow. A
         mere change of dtype leaves the leaf what counts: half precision rounds the weight alone."""
         self.sync()
-        self.access(weight=True)
+        for key in [key for key, (_, of_leaf) in self.lent.items() if not of_leaf]:  # other memory from now on
+            del self.lent[key]
+        self.lend(value)
+        if value.untyped_storage().nbytes() > value.nbytes:  # a part of a buffer, through which someone may write
+            self.lent[0] = None, False
         self.gradient.settle()
         plain = own_data(self.weight)
         converted = self.leaf is not None and value.dtype != plain.dtype and value.shape == plain.shape
@@ -267,13 +293,12 @@ class Link:
     def set_leaf(self, value: Tensor):
         """`leaf.data = value`. The rounding of the leaf to half precision moves it, and does not round it."""
         self.sync()
-        self.access(leaf=True)
         plain, dtype = own_data(self.leaf), master_dtype(value.dtype)
         if dtype != value.dtype:
             kept = plain.to(value.device)
             same = value.shape == kept.shape and torch.equal(kept.to(value.dtype), value)
             value = (kept if same else value).to(dtype)
-        set_own_data(self.leaf, value)
+        set_own_data(self.leaf, self.lend(value, leaf=True))
 
     @property
     def hooked(self) -> bool:

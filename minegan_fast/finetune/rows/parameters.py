@@ -13,6 +13,8 @@ After a step the rows are written through to the weight, which the forward reads
 
 import functools
 import sys
+import weakref
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -26,11 +28,12 @@ from ..._torch import (
     own_grad,
     own_requires_grad,
     set_own_grad,
+    untraced,
 )
 from ...ops.modulated_conv2d import own_weights
 from . import ddp
 from .containers import map_tensors
-from .expressions import Expression, expression_of, follow
+from .expressions import SHARING, Expression, expression_of, follow
 from .layers import dispatch, modulated_rows
 from .link import Link
 
@@ -43,8 +46,7 @@ class LeafParameter(nn.Parameter):
     @property
     def data(self):
         self.link.sync()
-        self.link.access(leaf=True)
-        return own_data(self)
+        return self.link.lend(own_data(self), leaf=True)
 
     @data.setter
     def data(self, value):
@@ -111,6 +113,8 @@ class HeldWeight(nn.Parameter):
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if torch.compiler.is_dynamo_compiling():
+            if _is_more_than_arithmetic(func):
+                return _in_python(func, args, kwargs)
             return func(*map_tensors(_traced, args, _TYPES), **map_tensors(_traced, kwargs, _TYPES))
         ddp.tell_active()
         if torch.jit.is_tracing():  # which knows the weight, and no leaf
@@ -147,10 +151,17 @@ def held_class(kind: type) -> type:
 
 
 class RowWise(torch.Tensor):
-    """The result of a row-wise expression of held weights (expressions.py). It can be used like any other tensor."""
+    """The result of a row-wise expression of held weights (expressions.py). It can be used like any other tensor.
+
+    A write reaches whatever shares its memory: the weight that it is a view of, or the expression and all views of it.
+    """
 
     expression: Expression | None
     plain: torch.Tensor | None  # what it has become where someone wrote to it, or hooked it into the graph
+    weight: HeldWeight | None = None  # whose memory this is
+    base: "RowWise | None" = None  # whose memory this is, where that is no weight's; `view` leads there
+    view: Callable[[torch.Tensor], torch.Tensor]
+    views: tuple[weakref.ref, ...] = ()  # those whose base this is
 
     @staticmethod
     def of(expression: Expression) -> "RowWise":
@@ -162,6 +173,37 @@ class RowWise(torch.Tensor):
             result.register_hook(functools.partial(_hand_on, expression))
         return result
 
+    def share(self, base, func, args, kwargs):
+        """Notes that this is func(base, *args, **kwargs), where it is a view of a held weight or of another RowWise."""
+        if isinstance(base, HeldWeight) or base.weight is not None:
+            self.weight = base if isinstance(base, HeldWeight) else base.weight
+        else:
+            self.base, self.view = base, lambda tensor: func(tensor, *args, **kwargs)
+            base.views += (weakref.ref(self),)
+
+    def settle(self, use: str):
+        """Becomes an ordinary tensor, together with all that share its memory."""
+        if self.base is not None and self.base.plain is None:
+            return self.base.settle(use)
+        with torch.enable_grad():
+            self.plain = self.expression.value(use).clone() if self.base is None else self.view(self.base.plain)
+        self.expression = None
+        for view in self.views:
+            if (x := view()) is not None:
+                x.settle(use)
+        return None
+
+    def reach(self, func, args, kwargs):
+        """A write into the memory of the held weight, or a look at it."""
+        (link,) = self.expression.links
+        if func == torch.Tensor.data.__get__:
+            return link.lend(own_data(self.expression.weight))
+        name = func.__name__
+        _refuse_write(self.weight, name)
+        func(self.expression.weight, *map_tensors(_ordinary, args[1:], _TYPES, name), **kwargs)
+        link.sync()
+        return None if func is torch.Tensor.__setitem__ else self
+
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -170,13 +212,14 @@ class RowWise(torch.Tensor):
             if first is not None and first.plain is None:
                 if func in _SHAPELIKE:
                     return func(first.expression.weight, *args[1:], **kwargs)
-                if func is torch.Tensor.requires_grad.__get__:
+                if func == torch.Tensor.requires_grad.__get__:
                     return first.expression.trained is not None or first.expression.factor is not None
                 name = getattr(func, "__name__", "")
-                in_place = name.endswith("_") and not name.endswith("__")
-                if in_place or (name in _CHANGING and getattr(func, "__self__", None) not in VIEWS):
-                    first.plain = _ordinary(first, name).clone()
-                    first.expression = None
+                writes = _is_in_place(name) or name == "__setitem__"
+                if first.weight is not None and (writes or func == torch.Tensor.data.__get__):
+                    return first.reach(func, args, kwargs)
+                if writes or (name in _CHANGING and getattr(func, "__self__", None) not in VIEWS):
+                    first.settle(name)
             result = differentiate(func, args, kwargs)
             return first if first is not None and result is first.plain else result
 
@@ -192,6 +235,19 @@ def _hand_on(expression: Expression, grad: torch.Tensor):
     torch.autograd.backward(value, grad, create_graph=further)
 
 
+def _is_more_than_arithmetic(func) -> bool:
+    """Whether it writes into a weight, or asks for its gradient or its memory. By names, which Dynamo can read."""
+    name = func.__name__
+    if name == "__get__":
+        return func.__self__.__name__ in ("grad", "data")
+    return name[-1:] == "_" and (name[-2:] != "__" or name in ("__set__", "__delete__", "__setitem__"))
+
+
+@untraced
+def _in_python(func, args, kwargs):
+    return HeldWeight.__torch_function__(func, (), args, kwargs)
+
+
 def differentiate(func, args, kwargs):
     """func(*args, **kwargs) as a differentiable function of the leaves of the weights among the arguments."""
     for x in (*args, *kwargs.values()):
@@ -203,8 +259,13 @@ def differentiate(func, args, kwargs):
     if result is NotImplemented:
         expression = follow(func, args, kwargs)
         if expression is not NotImplemented:
-            return RowWise.of(expression)
+            result = RowWise.of(expression)
+            if func in SHARING and args[0].data_ptr() == result.data_ptr():
+                result.share(args[0], func, args[1:], kwargs)
+            return result
         name = getattr(func, "__name__", "")
+        if args and _is_in_place(name):
+            map_tensors(_refuse_write, args[0], HeldWeight, name)
         result = func(*map_tensors(_ordinary, args, _TYPES, name), **map_tensors(_ordinary, kwargs, _TYPES, name))
     return result
 
@@ -223,11 +284,18 @@ def _ordinary(x, name: str) -> torch.Tensor:
             return expression.value(name)
         x.link.sync()
         return x.link.alias()
-    if isinstance(x, HeldWeight) and name.endswith("_") and not name.endswith("__"):
+    return expression.value(name)
+
+
+def _is_in_place(name: str) -> bool:
+    return name.endswith("_") and not name.endswith("__")
+
+
+def _refuse_write(p, name: str):
+    if p.link.leaf is not None and p.link.leaf.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(
             f"{name}: a parameter that trains was used in an in-place operation; do so in torch.no_grad()"
         )
-    return expression.value(name)
 
 
 def _traced(p):
@@ -275,8 +343,7 @@ def _detach(p):
 
 def _get_data(p):
     p.link.sync()
-    p.link.access(weight=True)
-    return own_data(p)
+    return p.link.lend(own_data(p))
 
 
 def _set_data(p, value):
@@ -301,10 +368,12 @@ def _hook(register):
 
 
 def _note_writes(optimizer, args, kwargs):
-    """After a step of any optimizer: torch's fused ones write to leaves without a trace."""
+    """After a step of any optimizer: torch's fused ones write to leaves and to weights without a trace."""
     if not getattr(optimizer, "writes_through", False):
-        for p in (p for group in optimizer.param_groups for p in group["params"] if type(p) is LeafParameter):
-            p.link.access(leaf=True)
+        for p in (p for group in optimizer.param_groups for p in group["params"]):
+            is_leaf, is_weight = type(p) is LeafParameter, getattr(type(p), "held", False)
+            if is_leaf or is_weight:
+                p.link.access(is_weight, is_leaf)
 
 
 @functools.cache
@@ -322,7 +391,7 @@ _SHAPELIKE = {
 }
 
 # What writes to a tensor, or shows its place in the graph.
-_CHANGING = {"retain_grad", "register_hook", "register_post_accumulate_grad_hook", "__get__", "__set__", "__setitem__"}
+_CHANGING = {"retain_grad", "register_hook", "register_post_accumulate_grad_hook", "__get__", "__set__"}
 
 _SPECIAL = {
     torch.Tensor.data.__get__: _get_data,
@@ -338,6 +407,8 @@ _SPECIAL = {
     torch.Tensor.register_hook: _hook(torch.Tensor.register_hook),
     torch.Tensor.register_post_accumulate_grad_hook: _hook(torch.Tensor.register_post_accumulate_grad_hook),
     is_view: is_view,  # the alias is one, the weight is not
+    # They turn gradients off themselves.
+    **{f: f for name, f in vars(nn.init).items() if name.endswith("_") and not name.startswith("_")},
 }
 
 # With respect to a linked weight, these mean its leaf.

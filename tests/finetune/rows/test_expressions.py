@@ -137,6 +137,12 @@ def test_an_expression_is_a_tensor_like_any_other():
         "in place": lambda w: w.add_(1),
         "in place, then used": lambda w: (w.mul_(2), w.t())[1],
         "item assignment": lambda w: (w.__setitem__(0, 3.0), w * 2)[1],
+        "in place through a view": lambda w: (w.t().mul_(2), w)[1],
+        "in place, with a view from before": lambda w: (w.t(), w.mul_(2))[0],
+        "in place, with a view of a view from before": lambda w: (w.t().unsqueeze(0), w.mul_(2))[0][0],
+        "item assignment through a view": lambda w: (w[None].__setitem__((0, 1), 3.0), w)[1],
+        "in place, divided by its norm": lambda w: ((v := w / w.norm()).t().mul_(2), v)[1],
+        "in place without gradients": lambda w: (torch.no_grad()(w.mul_)(2), w)[1],
         "indexing": lambda w: w[[1, 2]] + w[1:3] + w[1:3, 1:2],
         "cat": lambda w: torch.cat([w, w]),
         "two rows of it": lambda w: w @ w.t(),
@@ -173,6 +179,7 @@ def test_hooks_and_attributes_of_an_expression():
     assert isinstance(w, torch.Tensor)
     assert (w.shape, w.ndim, w.dtype, len(w), w.size(1)) == ((6, 4), 2, torch.float64, 6, 4)
     assert w.requires_grad
+    assert w.plain is None  # still followed
     assert w.grad_fn is not None
     w = module.weight * 2
     seen = []
@@ -185,3 +192,19 @@ def test_hooks_and_attributes_of_an_expression():
     with torch.no_grad():
         assert not (module.weight * 2).requires_grad
         assert type(module.weight * 2) is torch.Tensor
+
+
+def test_a_view_of_a_weight_is_written_where_it_may_be():
+    _, module, ft = held(lambda: nn.Linear(4, 6))
+    before = module.weight.detach().clone()
+    view = module.weight.t()
+    for write in (lambda: view.mul_(2), lambda: view.__setitem__(0, 1.0)):
+        with pytest.raises(RuntimeError, match=r"do so in torch.no_grad\(\)"):
+            write()
+    assert torch.equal(module.weight, before)
+    with torch.no_grad():
+        assert view.mul_(2) is view
+    assert torch.equal(module.weight, 2 * before)
+    assert torch.equal(ft.parameters()[0], 2 * before[ROWS])
+    F.linear(torch.eye(4).double(), view.t()).sum().backward()
+    assert_close(ft.parameters()[0].grad, torch.ones(len(ROWS), 4).double())

@@ -160,6 +160,26 @@ def test_writes_to_a_leaf_reach_the_dense_weight_before_it_is_used():
         ft.verify()
 
 
+def test_data_is_watched_while_someone_has_it():
+    net, ft = finetuned(lr=1.0, optimizer="sgd")
+    data_of = [p.data for p in [*net.parameters(), *ft.parameters()]]
+    link = net[1].weight.link
+    for kept in (data_of[0], data_of[4]):
+        net(data()).square().mean().backward()
+        ft.step()
+        net(data())
+        kept.mul_(0.5)
+        ft.step()
+        assert_in_step(ft)
+        assert len(link.lent) == 2
+    for p in [*net.parameters(), *ft.parameters()]:
+        p.data.mul_(1)
+    del data_of, kept
+    net(data())
+    assert not link.lent
+    assert not net[3].weight.link.lent
+
+
 def test_clipping_survives_scripts_that_read_data():
     """Weight clipping of the leaves and an EMA that reads `.data` of every parameter, in either order."""
     net, ft = finetuned(lr=1.0, optimizer="sgd")
