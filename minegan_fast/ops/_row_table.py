@@ -1,6 +1,7 @@
 """The tensors of a `row_update` as its kernels read them: checked, a table of addresses and strides, a work list."""
 
 import math
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -65,7 +66,8 @@ class Table:
         if not flat:
             return
         self.dense_dtype = self.dtype if tensors[0].dense is None else tensors[0].dense.dtype
-        self.contiguous = all(t.leaf.is_contiguous() for t in tensors)
+        self.leaves = [t.leaf for t in tensors]
+        self.contiguous = all(map(Tensor.is_contiguous, self.leaves))
         self.addresses, self.indirect, self.on_device = None, [], None
         self.rows = [None if t.rows is None else t.rows.to(self.device).contiguous() for t in tensors]
         words = []
@@ -100,20 +102,34 @@ class Table:
             check_grads(self.tensors, grads)
             return
         try:
-            # Most steps find their gradients where those of the step before were, and have nothing to check or copy.
-            addresses = [0 if g is None else g.data_ptr() for g in grads]
-            known = addresses == self.addresses and self.contiguous
-            if known and all(map(Tensor.is_contiguous, [g for g in grads if g is not None])):
+            # Most steps find their gradients where those of the step before were, and have nothing to check or copy;
+            # or elsewhere, as backward() makes them anew. Whole lists are compared: a call a tensor would take longer.
+            addresses = _addresses(grads)
+            present = [g for g in grads if g is not None] if some_missing(grads) else grads
+            known = self.contiguous and all(map(Tensor.is_contiguous, present))
+            if known and (addresses == self.addresses or self._fits(grads, present)):
+                self._move(addresses)
                 return
-        except (RuntimeError, AttributeError):  # of a sparse tensor, or no tensor at all: check_grads names it
+        except (RuntimeError, TypeError, AttributeError):  # sparse, or no tensor at all: check_grads names it
             pass
         check_grads(self.tensors, grads)
         self.grads = [g if g is None else _alike(t.leaf, g) for t, g in zip(self.tensors, grads, strict=True)]
-        addresses = [0 if g is None else g.data_ptr() for g in self.grads]
+        self._move(_addresses(self.grads))
+
+    def _fits(self, grads: Sequence[Tensor | None], present: Sequence[Tensor]) -> bool:
+        """Whether contiguous gradients have their leaves' shape, dtype and device."""
+        leaves = self.leaves
+        if len(present) < len(grads):
+            leaves = [leaf for leaf, g in zip(leaves, grads, strict=True) if g is not None]
+        kinds = {(g.dtype, g.device) for g in present}
+        return kinds <= {(self.dtype, self.device)} and [*map(Tensor.size, present)] == [*map(Tensor.size, leaves)]
+
+    def _move(self, addresses: list[int]) -> None:
         if addresses != self.addresses:
             if self.on_device is not None:
                 refuse_capture([self.tensors[0].leaf])
-                self.on_device["grads"].copy_(_pinned(torch.tensor(addresses, device="cpu")), non_blocking=True)
+                words = torch.frombuffer(array("q", addresses), dtype=torch.int64)
+                self.on_device["grads"].copy_(_pinned(words), non_blocking=True)
             self.addresses = addresses
 
     def write_indirect(self) -> None:
@@ -145,6 +161,17 @@ class Table:
             self.on_device |= {"tickets": tickets, "one": torch.ones(1, dtype=torch.float32, device=self.device)}
             self.on_device["zero"] = torch.zeros(1, dtype=torch.float32, device=self.device)
         return self.on_device
+
+
+def some_missing(tensors: Sequence[Tensor | None]) -> bool:
+    return type(None) in {*map(type, tensors)}
+
+
+def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
+    """0 for None."""
+    if some_missing(tensors):
+        return [0 if t is None else t.data_ptr() for t in tensors]
+    return [*map(Tensor.data_ptr, tensors)]
 
 
 def check(t: RowTensor) -> None:

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from .._torch import PastSubclasses
 from ._op import DTYPE_CODES, device_and_stream, mutating
-from ._row_table import RowTensor, Table, check, fill_state, flat_rows, refuse_capture
+from ._row_table import RowTensor, Table, check, fill_state, flat_rows, refuse_capture, some_missing
 
 OPTIMIZERS = ("adam", "adamw", "sgd")
 RULES = ("adam", "adamw", "sgd", "momentum")  # Rule in csrc/ops.h
@@ -136,7 +136,7 @@ class RowUpdate:
         if (self.rule == "sgd" and hyper.momentum) or (self.rule == "momentum" and not hyper.momentum):
             raise ValueError("momentum must be non-zero if and only if the plan was made with momentum=True")
         with PastSubclasses():
-            if moved or (moved is None and self.addresses != [t.data_ptr() for t in self.held]):
+            if moved or (moved is None and self.addresses != [*map(Tensor.data_ptr, self.held)]):
                 self._plan()
             for table, indices in self.tables:
                 numbers = _placed(hyper, table.device)
@@ -146,7 +146,7 @@ class RowUpdate:
                 finally:
                     table.grads = ()
             written = self.held
-            if any(g is None for g in grads):
+            if some_missing(grads):
                 written = [
                     s for t, g in zip(self.tensors, grads, strict=True) if g is not None for s in (t.leaf, t.dense)
                 ]
