@@ -183,8 +183,9 @@ def check_planes(device: str, op: str) -> Iterator[Check]:
             if op == "modulated_conv2d":
                 return lambda: (modulate_forward(x, k[0]), *modulate_backward(x, y, k[0]),
                                 *modulate_double_backward(x, y, z, k[:2]))  # fmt: skip
-            return lambda: (noise_bias_act_forward(x, n, k[:3], 0.2, 1.5),
-                            *noise_bias_act_backward(x, y, n, k[:3], 0.2, 1.5),
+            small = k[0], None if n is None else k[1, :, :1].contiguous(), k[2]
+            return lambda: (noise_bias_act_forward(x, n, *small, 0.2, 1.5),
+                            *noise_bias_act_backward(x, y, n, *small, 0.2, 1.5),
                             *noise_bias_act_double_backward(x, y, z, n, k, 0.2, 1.5))  # fmt: skip
 
         if noisy and op == "modulated_conv2d":

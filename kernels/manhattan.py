@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ._sizes import cdiv
+
 _OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}
 _TILE = {"BM": 64, "BN": 64}
 _SIGNS = {"BM": 32, "BD": 64, "UNROLL": 4}
@@ -63,7 +65,7 @@ def signs_kernel(
 def pairs(p, q, hp, hq) -> torch.Tensor:
     """[r, c]: distances, or with hp and hq their slopes."""
     out = p.new_empty(len(p), len(q))
-    grid = (triton.cdiv(len(p), _TILE["BM"]) * triton.cdiv(len(q), _TILE["BN"]),)
+    grid = (cdiv(len(p), _TILE["BM"]) * cdiv(len(q), _TILE["BN"]),)
     with torch.cuda.device_of(p):
         pairs_kernel[grid](
             p, q, hp, hq, out, len(p), len(q), p.shape[1], SLOPES=hp is not None, **_TILE, **_OPTIONS
@@ -74,7 +76,7 @@ def pairs(p, q, hp, hq) -> torch.Tensor:
 def signs(A, p, q) -> torch.Tensor:
     """[r, D]"""
     out = p.new_empty(p.shape)
-    grid = (triton.cdiv(len(p), _SIGNS["BM"]) * triton.cdiv(p.shape[1], _SIGNS["BD"]),)
+    grid = (cdiv(len(p), _SIGNS["BM"]) * cdiv(p.shape[1], _SIGNS["BD"]),)
     with torch.cuda.device_of(p):
         signs_kernel[grid](A, p, q, out, len(p), len(q), p.shape[1], *A.stride(), **_SIGNS, **_OPTIONS)
     return out

@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ._sizes import cdiv, power_of_2
+
 _TILE = 2048  # elements of all samples together, 16 a thread: they stay in registers from the mean to the result
 _EPS = tl.constexpr(1e-8)
 _OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
@@ -109,15 +111,15 @@ def append_kernel(
 
 
 def tile(size: int, elements: int) -> dict[str, int]:
-    BG = triton.next_power_of_2(size)
-    return {"BG": BG, "BE": max(1, min(_TILE // BG, triton.next_power_of_2(elements)))}
+    BG = power_of_2(size)
+    return {"BG": BG, "BE": max(1, min(_TILE // BG, power_of_2(elements)))}
 
 
 def _launch(which: str, x, given, D, y, out, size, groups, C, pixels, features, channels_last: bool) -> None:
     if x.numel() == 0:
         return
     blocks = tile(size, C // features * pixels)
-    tiles = triton.cdiv(C // features * pixels, blocks["BE"])
+    tiles = cdiv(C // features * pixels, blocks["BE"])
     partial = None
     if which != "backward":
         wide = torch.promote_types(x.dtype, torch.float32)

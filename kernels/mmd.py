@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ._sizes import cdiv
+
 SQUARED_KERNELS = ("gaussian", "energy")  # those of a squared distance
 _CLOSE = tl.constexpr(1 / 256)  # kClose in csrc/mmd_rows.h
 _OPTIONS = {"enable_fp_fusion": True}
@@ -175,7 +177,7 @@ def mmd_tile(
     """(float64 whose sum is the tile's, A, B); A and B, where there are any, lie where t and s did."""
     capability = torch.cuda.get_device_capability(p.device)[0] if p.is_cuda else 9
     options = [blocks(kernel, order, exact, capability) for exact in (False, True)[: 1 + (kernel in SQUARED_KERNELS)]]
-    grids = [(triton.cdiv(len(p), o["BM"]), triton.cdiv(len(q), o["BN"])) for o in options]
+    grids = [(cdiv(len(p), o["BM"]), cdiv(len(q), o["BN"])) for o in options]
     counts = [rows * columns for rows, columns in grids]
     totals = torch.empty(sum(counts), dtype=torch.float64, device=p.device)
     close = torch.empty(counts[0], dtype=torch.int32, device=p.device)

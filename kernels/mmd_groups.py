@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ._sizes import cdiv
 from .mmd import _CLOSE, _OPTIONS
 
 # Sizes that are 1 must not become constants of another type than the sizes that they meet in a branch.
@@ -195,7 +196,7 @@ def pairs(x, y, numbers, sizes, counts, unbiased: bool, gradient: bool):
     (N, stride), M, G = x.shape, len(y), len(sizes)
     starts, firsts = _tables(tuple(sizes), tuple(counts), x.device)
     tile, _ = blocks(N)
-    rows, columns = triton.cdiv(N, tile["BM"]), triton.cdiv(N, tile["BN"]) + triton.cdiv(M, tile["BN"])
+    rows, columns = cdiv(N, tile["BM"]), cdiv(N, tile["BN"]) + cdiv(M, tile["BN"])
     totals = torch.empty(G, rows * columns, dtype=torch.float64, device=x.device)
     A, B = (x.new_empty(G, N, n) if gradient else x.new_empty(0, 0, 0) for n in (N, M))
     with torch.cuda.device_of(x):
@@ -213,7 +214,7 @@ def slopes(x, y, A, B, g, sizes):
     starts, _ = _tables(tuple(sizes), (), x.device)
     _, tile = blocks(N)
     out = torch.empty_like(x)
-    grid = triton.cdiv(max(sizes), tile["BD"]), triton.cdiv(N, tile["BM"]), G
+    grid = cdiv(max(sizes), tile["BD"]), cdiv(N, tile["BM"]), G
     with torch.cuda.device_of(x):
         slopes_kernel[grid](
             x, y, A, B, g, starts, out, N, M, stride, ALIGNED=_aligned(sizes), **tile, **_OPTIONS

@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ._sizes import cdiv, power_of_2
+
 _OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 BLOCK = 2048  # elements that a program reads at a time
 MOST = 32  # blocks that a program of the forward adds up
@@ -116,13 +118,13 @@ def _wide(dtype: torch.dtype):
 
 def table(count: int, splits: int) -> dict[str, int]:
     """Samples, and partial sums of each, that the last step reads together."""
-    rows = min(128, triton.next_power_of_2(count))
-    return {"TABLE": rows, "SPLITS": min(TABLE // rows, triton.next_power_of_2(splits))}
+    rows = min(128, power_of_2(count))
+    return {"TABLE": rows, "SPLITS": min(TABLE // rows, power_of_2(splits))}
 
 
 def penalty(g, mean, penalty, lengths, scale, new_mean, count, length, stride, center, decay, parts, squared) -> None:
-    steps = min(MOST, max(1, triton.cdiv(count * length, 2048 * BLOCK)))  # some 2048 programs, if it is that large
-    splits = triton.cdiv(length, steps * BLOCK)
+    steps = min(MOST, max(1, cdiv(count * length, 2048 * BLOCK)))  # some 2048 programs, if it is that large
+    splits = cdiv(length, steps * BLOCK)
     partial = torch.empty(count * splits, dtype=torch.float64, device=g.device)
     with torch.cuda.device_of(g):
         squares_kernel[(count * splits,)](
@@ -136,14 +138,14 @@ def penalty(g, mean, penalty, lengths, scale, new_mean, count, length, stride, c
 
 def penalty_backward(g, scale, dpenalty, dg, count, length, stride, out_stride) -> None:
     with torch.cuda.device_of(g):
-        penalty_backward_kernel[(count * triton.cdiv(length, BLOCK),)](
+        penalty_backward_kernel[(count * cdiv(length, BLOCK),)](
             g, scale, dpenalty, dg, length, stride, out_stride, WIDE=_wide(g.dtype), BLOCK=BLOCK, **_OPTIONS
         )
 
 
 def interpolate(real, fake, out, seed: int, offset: int, count, length, stride) -> None:
     with torch.cuda.device_of(real):
-        interpolate_kernel[(count * triton.cdiv(length, BLOCK),)](
+        interpolate_kernel[(count * cdiv(length, BLOCK),)](
             real, fake, out, seed, offset & 0xFFFFFFFF, offset >> 32, length, stride, WIDE=_wide(real.dtype),
             BLOCK=BLOCK, **_OPTIONS,
         )  # fmt: skip

@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ._sizes import cdiv, power_of_2
+
 _BLOCK_C, _BLOCK_Q = 128, 32
 # Without a limit of its own ptxas spills a few registers for the sake of a second block on a multiprocessor.
 _OPTIONS = {"num_warps": 8, "num_stages": 2, "enable_fp_fusion": True, "maxnreg": 255}
@@ -101,7 +103,7 @@ def row_gradient_kernel(
 
 def blocks(columns: int, half: bool) -> dict[str, int]:
     """Sizes of a program's tile: as wide as the registers hold with the three products of tf32x3."""
-    wide = min(128 if half else 64, max(16, triton.next_power_of_2(columns)))
+    wide = min(128 if half else 64, max(16, power_of_2(columns)))
     return {"BLOCK_C": _BLOCK_C, "BLOCK_Q": _BLOCK_Q, "BLOCK_N": wide}
 
 
@@ -117,11 +119,11 @@ def row_gradient(x, gy, S, P, kernel, stride, padding, dilation, transposed: boo
     taps = math.prod(kernel)
     columns = k * taps
     tile = blocks(columns, x.dtype != torch.float32)
-    tiles = B * triton.cdiv(positions, tile["BLOCK_Q"])
-    across = triton.cdiv(C, tile["BLOCK_C"]), triton.cdiv(columns, tile["BLOCK_N"])
+    tiles = B * cdiv(positions, tile["BLOCK_Q"])
+    across = cdiv(C, tile["BLOCK_C"]), cdiv(columns, tile["BLOCK_N"])
     # Some 512 programs fill a large GPU. The shape alone decides: the order of the sums does not depend on the GPU.
-    steps = triton.cdiv(tiles, max(1, min(tiles, 512 // math.prod(across))))
-    splits = triton.cdiv(tiles, steps)
+    steps = cdiv(tiles, max(1, min(tiles, 512 // math.prod(across))))
+    splits = cdiv(tiles, steps)
     partial = torch.empty(splits, k, C, taps, dtype=torch.float32, device=x.device)
     axes = {"STRIDE": tuple(stride), "PADDING": tuple(padding), "DILATION": tuple(dilation)}
     flags = {

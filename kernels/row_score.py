@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ._sizes import cdiv
+
 _OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 # Words of an entry in the table, FIRST that of its first program, and how many they are.
 G, W, OUTER, CHANNELS, INNER, START, FIRST, WORDS = map(tl.constexpr, range(8))
@@ -104,7 +106,7 @@ def row_score(rows, kept, dtype, out, kind: str, factor: float) -> None:
         table, programs = [], 0
         for row in entries:
             table.append((*row, programs))
-            programs += triton.cdiv(row[3], BR)
+            programs += cdiv(row[3], BR)
         table = torch.tensor(table, dtype=torch.int64)
         if out.is_cuda:
             table = table.pin_memory().to(out.device, non_blocking=True)

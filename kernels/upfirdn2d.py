@@ -1,9 +1,13 @@
 """Triton kernel of upfirdn2d. A tensor is read as it lies in memory: [outer, H, W, inner], a row being W * inner
 elements, so that contiguous tensors (inner = 1) and channels-last ones (outer = B, inner = C) are the same to it."""
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
+
+from ._sizes import cdiv, power_of_2
 
 _TILE = 1024  # elements of a row, and of rows beside it in `outer`, that a program takes: 8 a thread
 _ROWS = 16  # about so many that it writes, one below the other: an input row is read once for all of them
@@ -32,7 +36,9 @@ def _taps(x_ptr, f_ptr, offsets, pixel, tap, width, inner, inside, K, UX, SEPARA
     return values
 
 
-@triton.jit
+# What depends on these alone is as fast where they are no constants: a kernel is compiled once for all of them. Where
+# before_x is one, or FLIP or STEPS is no constant, a program takes up to half as many registers again.
+@triton.jit(do_not_specialize=["outer", "H", "W", "OH", "before_y"])
 def upfirdn2d_kernel(
     x_ptr,
     f_ptr,
@@ -42,7 +48,7 @@ def upfirdn2d_kernel(
     H,
     W,
     OH,
-    OW,
+    row_length,
     before_y,
     before_x,
     gain: tl.float64,
@@ -60,15 +66,16 @@ def upfirdn2d_kernel(
     BE: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    """A program writes STEPS times UY rows, below each other. With PHASE = -before_y mod UY every step is alike: row r
-    of the UY begins at input row ceil((r DY + PHASE) / UY) of a window, which then moves down by DY."""
-    pid = tl.program_id(0).to(tl.int64)
-    tiles_e, tiles_r = tl.cdiv(OW * inner, BE), tl.cdiv(OH, STEPS * UY)
-    e = (pid % tiles_e * BE).to(tl.int32) + tl.arange(0, BE)[None, :]
-    row = (pid // tiles_e % tiles_r * (STEPS * UY)).to(tl.int32)
-    o0 = pid // tiles_e // tiles_r * BO
+    """A program writes STEPS times UY rows, below each other, of y's rows of row_length elements. With PHASE =
+    -before_y mod UY every step is alike: row r of the UY begins at input row ceil((r DY + PHASE) / UY) of a window,
+    which then moves down by DY."""
+    pid = tl.program_id(0)
+    tiles_e, tiles_r = tl.cdiv(row_length, BE), tl.cdiv(OH, STEPS * UY)
+    e = pid % tiles_e * BE + tl.arange(0, BE)[None, :]
+    row = pid // tiles_e % tiles_r * (STEPS * UY)
+    o0 = (pid // tiles_e // tiles_r).to(tl.int64) * BO
     o = tl.arange(0, BO)[:, None]
-    inside = (o0 + o < outer) & (e < OW * inner)
+    inside = (o0 + o < outer) & (e < row_length)
 
     # Of each element the first tap of the filter's row, and the input pixel that this tap meets.
     m = e // inner * DX - before_x
@@ -79,9 +86,9 @@ def upfirdn2d_kernel(
     pixel = (m + tap) // UX
     top = (row * DY - before_y - PHASE) // UY
     x_ptr += (o0 * H + top) * W * inner
-    y_ptr += (o0 * OH + row) * OW * inner
+    y_ptr += (o0 * OH + row) * row_length
     offsets = o * (H * W * inner) + pixel * inner + e % inner
-    out_offsets = o * (OH * OW * inner) + e
+    out_offsets = o * (OH * row_length) + e
     scale = tl.full((1, 1), gain, WIDE)
 
     NX: tl.constexpr = 1 if SEPARABLE else (KW + UX - 1) // UX
@@ -115,9 +122,9 @@ def upfirdn2d_kernel(
                             v = window[((r * DY + PHASE + UY - 1) // UY + s) * NX + i]
                             total += v * _weight(f_ptr + t * KW, tap + i * UX, KW, FLIP)
             out = (total * scale).to(y_ptr.dtype.element_ty)
-            elements = tl.where(row + r < OH, OW * inner, 0)
+            elements = tl.where(row + r < OH, row_length, 0)
             tl.store(y_ptr + out_offsets, out, inside & (e < elements))
-            y_ptr += OW * inner
+            y_ptr += row_length
         if KEPT > 0:
             window = window[DY * NX :]
         else:
@@ -127,38 +134,43 @@ def upfirdn2d_kernel(
         x_ptr += DY * W * inner
 
 
-def blocks(outer: int, rows: int, row: int, plane: int, up: int, down: int) -> dict[str, int]:
-    """The tile for `rows` of `row` elements in planes of at most `plane`: the widest that leaves the least empty."""
-    tile = _TILE if down == 1 else _TILE // 2  # a step reads `down` rows: of a whole contiguous tile they spill
-    BE = min((tile, 512, 256, 128, 64, 32), key=lambda size: (triton.cdiv(row, size) * size, -size))
-    BO = min(tile // BE, triton.next_power_of_2(outer))
+def heavy(down: int, inner: int, double: bool) -> bool:
+    """Whether a whole tile spills: a step reads `down` rows of it."""
+    return down > 1 and (inner == 1 or double)
+
+
+def blocks(outer: int, rows: int, row: int, plane: int, up: int, half: bool) -> dict[str, int]:
+    """The tile for `rows` of `row` elements in planes of at most `plane`: the widest that leaves the least empty.
+
+    The choice is small, because each is a kernel to compile."""
+    tile = _TILE // 2 if half else _TILE
+    BE = min((tile, 128, 32), key=lambda size: (cdiv(row, size) * size, -size))
+    BO = min(tile // BE, power_of_2(outer))
     while BO > 1 and BO * plane >= 2**31:
         BO //= 2
-    return {"BO": BO, "BE": BE, "STEPS": min(max(1, _ROWS // up), triton.next_power_of_2(triton.cdiv(rows, up)))}
+    return {"BO": BO, "BE": BE, "STEPS": max(1, (_ROWS if rows > _ROWS // 4 else _ROWS // 4) // up)}
+
+
+@functools.cache
+def _plan(outer, inner, size, out, up, half) -> tuple[int, dict[str, int]]:
+    """Programs, and the tile of each."""
+    plane = max(size[0] * size[1], out[0] * out[1]) * inner
+    tile = blocks(outer, out[0], out[1] * inner, plane, up[0], half)
+    tiles_e, tiles_r = cdiv(out[1] * inner, tile["BE"]), cdiv(out[0], tile["STEPS"] * up[0])
+    return cdiv(outer, tile["BO"]) * tiles_r * tiles_e, tile
 
 
 def upfirdn2d(x, f, y, counts, size, out, taps, up, down, before, flip: bool, gain: float) -> None:
     """Writes y. counts = (outer, inner); the pairs of sizes are (vertical, horizontal); taps = (k,) for separable f."""
     if y.numel() == 0:
         return
-    outer, inner = counts
-    tile = blocks(
-        outer,
-        out[0],
-        out[1] * inner,
-        max(size[0] * size[1], out[0] * out[1]) * inner,
-        up[0],
-        down[0] if inner == 1 else 1,
-    )
-    tiles = (
-        triton.cdiv(outer, tile["BO"])
-        * triton.cdiv(out[0], tile["STEPS"] * up[0])
-        * triton.cdiv(out[1] * inner, tile["BE"])
-    )
-    geometry = dict(zip(("UY", "UX", "DY", "DX", "KH", "KW"), (*up, *down, taps[0], taps[-1]), strict=True))
-    flags = {"PHASE": -before[0] % up[0], "SEPARABLE": len(taps) == 1, "FLIP": flip}
+    (outer, inner), (UY, UX), (DY, DX) = counts, up, down
     wide = tl.float64 if x.dtype == torch.float64 else tl.float32
+    half = heavy(DY, inner, wide == tl.float64)
+    programs, tile = _plan(outer, inner, tuple(size), tuple(out), (UY, UX), half)
+    geometry = {"UY": UY, "UX": UX, "DY": DY, "DX": DX, "KH": taps[0], "KW": taps[-1], "PHASE": -before[0] % UY}
     with torch.cuda.device_of(x):
-        upfirdn2d_kernel[(tiles,)](
-            x, f, y, outer, inner, *size, *out, *before, gain, **geometry, **flags, WIDE=wide, **tile, **_OPTIONS
-        )
+        upfirdn2d_kernel[(programs,)](
+            x, f, y, outer, inner, *size, out[0], out[1] * inner, *before, gain, **geometry,
+            SEPARABLE=len(taps) == 1, FLIP=flip, WIDE=wide, **tile, **_OPTIONS,
+        )  # fmt: skip

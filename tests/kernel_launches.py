@@ -71,8 +71,8 @@ def bias_act_kernels():
                 yield Kernel("bias_act", "bias_act_kernel", label, pointers, constants=constants | flags, **common)
             pointers = dict.fromkeys(("dy_ptr", "y_ptr", "dx_ptr"), element)
             pointers["partial_ptr"] = "fp64" if element == "fp64" else "fp32"
-            constants["STEPS"] = 8
             label = f"{layout} {element}"
+            common["sizes"] = sizes | {"steps": 8}
             yield Kernel("bias_act", "bias_act_backward_kernel", label, pointers, constants=constants, **common)
 
 
@@ -144,7 +144,7 @@ def row_gradient_kernels():
 def upfirdn2d_kernels():
     from triton import language as tl
 
-    from minegan_fast.kernels.upfirdn2d import _OPTIONS, blocks
+    from minegan_fast.kernels.upfirdn2d import _OPTIONS, blocks, heavy
 
     layers = {  # outer, inner, size of x, of y, up, down, padding before
         "blur 257x257": (2048, 1, (257, 257), (256, 256), 1, 1, 1),
@@ -158,13 +158,13 @@ def upfirdn2d_kernels():
     wides = {"fp32": tl.float32, "bf16": tl.float32, "fp64": tl.float64}
     for layer, (outer, inner, size, out, up, down, before) in layers.items():
         plane = max(size[0] * size[1], out[0] * out[1]) * inner
-        tile = blocks(outer, out[0], out[1] * inner, plane, up, down if inner == 1 else 1)
-        names = ("outer", "inner", "H", "W", "OH", "OW", "before_y", "before_x")
-        sizes = dict(zip(names, (outer, inner, *size, *out, before, before), strict=True))
+        names = ("outer", "inner", "H", "W", "OH", "row_length", "before_y", "before_x")
+        sizes = dict(zip(names, (outer, inner, *size, out[0], out[1] * inner, before, before), strict=True))
         constants = {"UY": up, "UX": up, "DY": down, "DX": down, "KH": 4, "KW": 4, "PHASE": -before % up}
         for element, separable in (("fp32", True), ("bf16", True), ("fp32", False), ("fp64", True)):
             pointers = {"x_ptr": element, "f_ptr": "fp64" if element == "fp64" else "fp32", "y_ptr": element}
             flags = {"SEPARABLE": separable, "FLIP": False, "WIDE": wides[element]}
+            tile = blocks(outer, out[0], out[1] * inner, plane, up, heavy(down, inner, element == "fp64"))
             label = f"{layer} {element}{'' if separable else ' not separable'}"
             yield Kernel(
                 "upfirdn2d", "upfirdn2d_kernel", label, pointers, sizes, {"gain": "fp64"}, constants | flags | tile,
@@ -178,21 +178,25 @@ def plane_kernels(op: str, tensors: dict[str, tuple[str, ...]], summing: tuple[s
 
     from minegan_fast.kernels.noise_bias_act import _OPTIONS, blocks
 
+    channels = importlib.import_module(f"minegan_fast.kernels.{op}").CHANNELS
+
     for layout, (C, P, last) in {"channels last": (512, 4096, True), "64x64": (512, 4096, False)}.items():
-        sizes = {"B": 16, "C": C, "P": P, "channel_stride": 1 if last else P, "position_stride": C if last else 1}
+        sizes = {"splits": 64, "C": C, "P": P, "channel_stride": 1 if last else P, "position_stride": C if last else 1}
         for element in ("fp32", "bf16"):
             for name, images in tensors.items():
                 small = (
-                    ("n_ptr", "k_ptr", "sums_ptr") if op == "noise_bias_act" else ("k_ptr", "s_ptr", "gs_ptr", "ds_ptr")
+                    ("n_ptr", "d_ptr", "f_ptr", "h_ptr", "k_ptr", "sums_ptr")
+                    if op == "noise_bias_act"
+                    else ("k_ptr", "s_ptr", "gs_ptr", "ds_ptr")
                 )
                 pointers = dict.fromkeys(images, element) | dict.fromkeys(small, "fp32")
-                constants = {"WIDE": tl.float32} | blocks(C, P, last)
+                constants = {"WIDE": tl.float32} | blocks(C, P, last, channels)
                 scalars, own = {}, dict(sizes)
                 if op == "noise_bias_act":
-                    constants["HAS_NOISE"], own["noise_batch"] = True, P
+                    own |= {"noise_batch": P, "f_batch": 0, "h_batch": 0}
                     scalars = {"slope": "fp64", "gain": "fp64"}
                 if name in summing:
-                    constants["STEPS"] = 8
+                    own |= {"B": 16, "steps": 8}
                 label = f"{layout} {element}"
                 yield Kernel(op, name, label, pointers, own, scalars, constants, options=_OPTIONS)
 

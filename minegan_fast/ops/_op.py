@@ -94,6 +94,27 @@ def refuse_transforms(name: str, *gradients: torch.Tensor | None) -> None:
         )
 
 
+class _Unrecorded:
+    """What a Function's forward gets in the place of its ctx where autograd records nothing."""
+
+    needs_input_grad = (False,) * 16
+
+    def save_for_backward(self, *tensors) -> None:
+        pass
+
+    def set_materialize_grads(self, value: bool) -> None:
+        pass
+
+
+def run(function: type[torch.autograd.Function], *args) -> Any:
+    """function.apply(*args), without what it costs on the host where autograd would record nothing."""
+    if torch.compiler.is_compiling() or (
+        torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in args)
+    ):
+        return function.apply(*args)
+    return function.forward(_Unrecorded(), *args)
+
+
 def memory_format(x: torch.Tensor) -> torch.memory_format:
     """channels_last where x [B, C, H, W] has the strides of that format, else contiguous_format.
 

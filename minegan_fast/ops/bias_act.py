@@ -16,7 +16,7 @@ from torch.autograd import Function
 from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from ._op import DTYPE_CODES, Op, backward_wants, device_and_stream, forced_backend, refuse_transforms
+from ._op import DTYPE_CODES, Op, backward_wants, device_and_stream, forced_backend, refuse_transforms, run
 from .checks import check_beside, check_factor, check_tensor
 
 _SLOPES = {"linear": 1.0, "relu": 0.0}
@@ -59,9 +59,9 @@ class _BiasAct(Function):
             dx = dy if gain == 1 else dy * gain
             db = _sum_to(dim, dx) if need_db else None
         elif need_db:
-            dx, db = _BiasActBackward.apply(dy, y, *ctx.args)
+            dx, db = run(_BiasActBackward, dy, y, *ctx.args)
         else:
-            dx = _BiasActDoubleBackward.apply(dy, None, y, *ctx.args)
+            dx = run(_BiasActDoubleBackward, dy, None, y, *ctx.args)
         return dx if need_dx else None, db, None, None, None, None
 
 
@@ -78,10 +78,10 @@ class _BiasActBackward(Function):
         (y,) = ctx.saved_tensors
         ddy = None
         if ddx is not None:
-            ddy = _BiasActDoubleBackward.apply(ddx, ddb, y, *ctx.args)
+            ddy = run(_BiasActDoubleBackward, ddx, ddb, y, *ctx.args)
         elif ddb is not None:
             ddx = ddb.view(_along(ctx.args[0], y)).expand_as(y)
-            ddy = _BiasActDoubleBackward.apply(ddx, None, y, *ctx.args)
+            ddy = run(_BiasActDoubleBackward, ddx, None, y, *ctx.args)
         return ddy, None, None, None, None, None
 
 
@@ -97,9 +97,9 @@ class _BiasActDoubleBackward(Function):
     def backward(ctx, dddy):
         (y,) = ctx.saved_tensors
         if ctx.needs_input_grad[1]:
-            dx, db = _BiasActBackward.apply(dddy, y, *ctx.args)
+            dx, db = run(_BiasActBackward, dddy, y, *ctx.args)
         else:
-            dx, db = _BiasActDoubleBackward.apply(dddy, None, y, *ctx.args), None
+            dx, db = run(_BiasActDoubleBackward, dddy, None, y, *ctx.args), None
         return dx, db, None, None, None, None, None
 
 
@@ -145,7 +145,7 @@ def bias_act(
     if b is None and slope == 1 and gain == 1:
         return x
     refuse_transforms("bias_act")
-    return _BiasAct.apply(x, b, dim % max(x.dim(), 1), slope, float(gain), forced_backend())
+    return run(_BiasAct, x, b, dim % max(x.dim(), 1), slope, float(gain), forced_backend())
 
 
 def _along(dim: int, x: Tensor) -> list[int]:

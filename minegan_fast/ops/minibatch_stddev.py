@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from ._op import DTYPE_CODES, Op, forced_backend, memory_format, refuse_transforms
+from ._op import DTYPE_CODES, Op, forced_backend, memory_format, refuse_transforms, run
 from .checks import check_tensor
 
 _EPS = 1e-8
@@ -111,7 +111,7 @@ class _MinibatchStddev(Function):
     def backward(ctx, dy):
         refuse_transforms("minibatch_stddev", dy)
         (x,) = ctx.saved_tensors
-        return _MinibatchStddevBackward.apply(_laid_out_as(x, dy), x, *ctx.args), None, None, None
+        return run(_MinibatchStddevBackward, _laid_out_as(x, dy), x, *ctx.args), None, None, None
 
 
 class _MinibatchStddevBackward(Function):
@@ -125,7 +125,7 @@ class _MinibatchStddevBackward(Function):
     @staticmethod
     def backward(ctx, ddx):
         dy, x = ctx.saved_tensors
-        ddy, gx = _MinibatchStddevDoubleBackward.apply(_laid_out_as(x, ddx), dy, x, *ctx.args)
+        ddy, gx = run(_MinibatchStddevDoubleBackward, _laid_out_as(x, ddx), dy, x, *ctx.args)
         return ddy, gx, None, None, None
 
 
@@ -184,7 +184,7 @@ def minibatch_stddev(x: Tensor, group: int | None = 4, features: int = 1) -> Ten
     size = next(g for g in range(most, 0, -1) if B % g == 0)
     refuse_transforms("minibatch_stddev")
     # x is laid out here, because a copy made within the Function would lack the history that higher orders need.
-    return _MinibatchStddev.apply(_laid_out_as(x, x), size, features, forced_backend())
+    return run(_MinibatchStddev, _laid_out_as(x, x), size, features, forced_backend())
 
 
 # Launchers. All tensors are dense and laid out as x: the Functions saw to it.

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .._torch import is_tracing, version_of
-from ._op import DTYPE_CODES, Op, forced_backend, refuse_transforms
+from ._op import DTYPE_CODES, Op, forced_backend, refuse_transforms, run
 from .bias_act import _dense, _laid_out_like
 from .checks import check_beside, check_tensor
 from .noise_bias_act import addresses, check, noise_bias_act, planes, wide
@@ -65,8 +65,8 @@ class _Modulate(Function):
         refuse_transforms("modulated_conv2d", gy)
         x, s = ctx.saved_tensors
         if x is None:
-            return _Modulate.apply(_dense(gy), s, ctx.backend), None, None
-        return *_Backward.apply(_laid_out_like(x, gy), x, s, ctx.backend), None
+            return run(_Modulate, _dense(gy), s, ctx.backend), None, None
+        return *run(_Backward, _laid_out_like(x, gy), x, s, ctx.backend), None
 
 
 class _Backward(Function):
@@ -216,7 +216,7 @@ def modulated_conv2d(
             before, after = (n + size - 2) // 2, (n + size - 3) // 2
             x = upfirdn2d(x, kernel, padding=(before, after, before, after))
         x = _dense(x)
-        xs = _Modulate.apply(x, s, forced_backend())
+        xs = run(_Modulate, x, s, forced_backend())
         with _keeping_factors(x, s, xs):
             y = w.convolve(xs, 2 if up or down else 1, 0 if up or down else size // 2, up)
         if up and kernel is not None:

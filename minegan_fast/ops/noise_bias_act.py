@@ -11,7 +11,8 @@ position, u = d c + f n + h, and m = gain where u > 0, else slope gain:
 
 As slope and gain are above 0, y gives u back, and c = (y / m - f n - h) / d: y is saved, and c is free to go. The
 second order therefore has a gradient by y, which autograd sends through the forward's backward once more.
-c, y, gy, gc are [B, C, H, W]; d, f, h and their gradients [B, C]; n is [B or 1, 1, H, W].
+c, y, gy, gc are [B, C, H, W]; d, f, h and their gradients [B, C]; n is [B or 1, 1, H, W]. In the code f is
+[B or 1, 1], h [B or 1, C], and d, h, and n with f may be None.
 """
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from ._op import DTYPE_CODES, Op, forced_backend, refuse_transforms
+from ._op import DTYPE_CODES, Op, forced_backend, refuse_transforms, run
 from .bias_act import _dense, _laid_out_like
 from .checks import check_beside, check_factor, check_tensor
 
@@ -33,32 +34,45 @@ def _each(k: Tensor) -> Tensor:
     return k[..., None, None]
 
 
-def _factor(y: Tensor, k: Tensor, slope: float, gain: float) -> Tensor:
-    above, below = (torch.scalar_tensor(v, dtype=k.dtype, device=k.device) for v in (gain, slope * gain))
+def _factor(y: Tensor, slope: float, gain: float) -> Tensor:
+    kind = wide(y.dtype)
+    above, below = (torch.scalar_tensor(v, dtype=kind, device=y.device) for v in (gain, slope * gain))
     return torch.where(y > 0, above, below)
 
 
 @Op
-def noise_bias_act_forward(c: Tensor, n: Tensor | None, k: Tensor, slope: float, gain: float) -> Tensor:
-    """k [3, B, C]: d, f, h."""
-    d, f, h = _each(k)
-    u = c.to(k.dtype) * d + h
-    u = u if n is None else u + f * n
+def noise_bias_act_forward(
+    c: Tensor, n: Tensor | None, d: Tensor | None, f: Tensor | None, h: Tensor | None, slope: float, gain: float
+) -> Tensor:
+    u = c.to(wide(c.dtype))
+    u = u if d is None else u * _each(d)
+    u = u if h is None else u + _each(h)
+    u = u if n is None or f is None else u + _each(f) * n
     return (torch.where(u > 0, u, u * slope) * gain).to(c.dtype)
 
 
 @Op
 def noise_bias_act_backward(
-    gy: Tensor, y: Tensor, n: Tensor | None, k: Tensor, slope: float, gain: float
+    gy: Tensor,
+    y: Tensor,
+    n: Tensor | None,
+    d: Tensor | None,
+    f: Tensor | None,
+    h: Tensor | None,
+    slope: float,
+    gain: float,
 ) -> tuple[Tensor, Tensor]:
-    """gc and, [3, B, C], d gd, gf, gh."""
-    d, f, h = _each(k)
-    m = _factor(y, k, slope, gain)
-    g = gy.to(k.dtype) * m
-    c = y.to(k.dtype) / m - h
-    c = c if n is None else c - f * n
-    sums = [(g * c).sum((2, 3)), torch.zeros_like(k[0]) if n is None else (g * n).sum((2, 3)), g.sum((2, 3))]
-    return (g * d).to(gy.dtype), torch.stack(sums)
+    """gc and, [3, B, C], gd, gf, gh."""
+    m = _factor(y, slope, gain)
+    g = gy.to(m.dtype) * m
+    sums = [g.sum((2, 3))]
+    sums.insert(0, torch.zeros_like(sums[0]) if n is None else (g * n).sum((2, 3)))
+    if d is None:
+        return g.to(gy.dtype), torch.stack([torch.zeros_like(sums[0]), *sums])
+    t = y.to(m.dtype) / m
+    t = t if h is None else t - _each(h)
+    t = t if n is None or f is None else t - _each(f) * n
+    return (g * _each(d)).to(gy.dtype), torch.stack([(g * t).sum((2, 3)) / d, *sums])
 
 
 @Op
@@ -67,7 +81,7 @@ def noise_bias_act_double_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """m (d hc + e y / m + f n + h), e gy, and the sum of m gy hc; k [4, B, C] holds d, e, f and h."""
     d, e, f, h = _each(k)
-    m = _factor(y, k, slope, gain)
+    m = _factor(y, slope, gain)
     hc, g = hc.to(k.dtype), gy.to(k.dtype)
     u = d * hc + e * (y.to(k.dtype) / m) + h
     u = u if n is None else u + f * n
@@ -77,7 +91,7 @@ def noise_bias_act_double_backward(
 class _NoiseBiasAct(Function):
     @staticmethod
     def forward(ctx, c, n, d, f, h, slope, gain, backend):
-        y = noise_bias_act_forward(_dense(c), n, torch.stack((d, f, h)), slope, gain, backend=backend)
+        y = noise_bias_act_forward(_dense(c), n, d, f, h, slope, gain, backend=backend)
         ctx.args = (slope, gain, backend)
         ctx.save_for_backward(y, n, d, f, h)
         return y
@@ -86,31 +100,45 @@ class _NoiseBiasAct(Function):
     def backward(ctx, gy):
         refuse_transforms("noise_bias_act", gy)
         y, n, d, f, h = ctx.saved_tensors
-        gc, gd, gf, gh = _Backward.apply(_laid_out_like(y, gy), y, n, d, f, h, *ctx.args)
+        gc, gd, gf, gh = run(_Backward, _laid_out_like(y, gy), y, n, d, f, h, *ctx.args)
         return gc, None, gd, gf, gh, None, None, None
 
 
 class _Backward(Function):
     @staticmethod
     def forward(ctx, gy, y, n, d, f, h, slope, gain, backend):
-        gc, sums = noise_bias_act_backward(gy, y, n, torch.stack((d, f, h)), slope, gain, backend=backend)
-        gd, gf, gh = sums[0] / d, sums[1].clone(), sums[2].clone()
+        ctx.set_materialize_grads(False)
+        gc, ctx.sums = noise_bias_act_backward(gy, y, n, d, f, h, slope, gain, backend=backend)
         ctx.args = (slope, gain, backend)
-        ctx.save_for_backward(gy, y, n, d, f, h, gd, gf, gh)
-        return gc, gd, gf, gh
+        ctx.save_for_backward(gy, y, n, d, f, h)
+        return gc, *_reduced(ctx.sums, d, f, h)
 
     @staticmethod
     def backward(ctx, hc, hd, hf, hh):
-        gy, y, n, d, f, h, gd, gf, gh = ctx.saved_tensors
+        gy, y, n, d, f, h = ctx.saved_tensors
         slope, gain, backend = ctx.args
+        sums, again = ctx.sums, torch.is_grad_enabled()
+        hc = torch.zeros_like(y) if hc is None else hc
+        zeros, ones = torch.zeros_like(sums[0]), torch.ones_like(sums[0])
+        d, f, h = (zero if k is None else k for k, zero in ((d, ones), (f, zeros), (h, zeros)))
+        hd, hf, hh = (zeros if k is None else k for k in (hd, hf, hh))
         e = hd / d
-        k = torch.stack((d, e, hf - e * f, hh - e * h))
-        if torch.is_grad_enabled():  # a third order: the reference is differentiable as it stands
+        k = torch.stack(torch.broadcast_tensors(d, e, hf - e * f, hh - e * h))
+        if again:  # a third order: the references are differentiable as they stand
             dgy, dy, dd = noise_bias_act_double_backward.reference(hc, gy, y, n, k, slope, gain)
+            _, sums = noise_bias_act_backward.reference(gy, y, n, d, f, h, slope, gain)
         else:
             hc = _laid_out_like(y, hc)
             dgy, dy, dd = noise_bias_act_double_backward(hc, gy, y, n, k, slope, gain, backend=backend)
-        return dgy, dy, None, dd - e * gd, -e * gf, -e * gh, None, None, None
+        gd, gf, gh = sums
+        own = ctx.saved_tensors[3:]
+        return dgy, dy, None, *_reduced((dd - e * gd, -e * gf, -e * gh), *own), None, None, None
+
+
+def _reduced(sums: Tensor | tuple[Tensor, ...], d: Tensor | None, f: Tensor | None, h: Tensor | None) -> list:
+    """Gradients [B, C] of d, f and h, added up to the shapes of those that there are. None is a view of another."""
+    return [None if k is None else s.clone() if k.shape == s.shape else s.sum_to_size(k.shape)
+            for s, k in zip(sums, (d, f, h), strict=True)]  # fmt: skip
 
 
 def noise_bias_act(
@@ -154,18 +182,17 @@ def noise_bias_act(
     check(c, d, noise, strength, bias, act, alpha, gain)
     if d is None and noise is None and bias is None and act == "linear" and gain == 1:
         return c
-    kind, size = wide(c.dtype), c.shape[:2]
-    d = c.new_ones(size, dtype=kind) if d is None else d.to(kind)
-    h = c.new_zeros(size, dtype=kind) if bias is None else bias.to(kind).expand(size)
-    f = c.new_zeros(size, dtype=kind) if strength is None else strength.to(kind).reshape(-1, 1).expand(size)
-    n = noise if noise is None else noise.to(kind)
+    kind = wide(c.dtype)
+    n, d, f, h = (t if t is None or t.dtype == kind else t.to(kind) for t in (noise, d, strength, bias))
+    f = f if f is None else f.reshape(-1, 1)
+    h = h if h is None or h.dim() == 2 else h[None]
     slope = 1.0 if act == "linear" else float(alpha)
     # A projector searches for noise maps. Their gradient is PyTorch's own, through the reference.
     if n is not None and n.requires_grad and torch.is_grad_enabled():
-        return noise_bias_act_forward.reference(c, n, torch.stack((d, f, h)), slope, float(gain))
-    n = n if n is None else n.contiguous()
+        return noise_bias_act_forward.reference(c, n, d, f, h, slope, float(gain))
+    n, d, f, h = (t if t is None else t.contiguous() for t in (n, d, f, h))
     refuse_transforms("noise_bias_act")
-    return _NoiseBiasAct.apply(c, n, d, f, h, slope, float(gain), forced_backend())
+    return run(_NoiseBiasAct, c, n, d, f, h, slope, float(gain), forced_backend())
 
 
 def check(
@@ -203,7 +230,7 @@ def check(
     check_factor(gain, "gain")
 
 
-# Launchers. c, y and their gradients are dense and laid out alike, n and k contiguous.
+# Launchers. c, y and their gradients are dense and laid out alike, all others contiguous.
 
 
 def planes(c: Tensor, n: Tensor | None = None) -> list[int]:
@@ -217,18 +244,29 @@ def addresses(*tensors: Tensor | None) -> list[int]:
     return [0 if t is None else t.data_ptr() for t in tensors]
 
 
+def _stacked(c: Tensor, d: Tensor | None, f: Tensor | None, h: Tensor | None) -> Tensor:
+    """d, f, h as [3, B, C], those that are missing as what changes nothing."""
+    k = torch.zeros(3, *c.shape[:2], dtype=wide(c.dtype))
+    for part, given in zip(k, (d, f, h), strict=True):
+        if given is not None:
+            part.copy_(given)
+    return k if d is not None else k.index_fill_(0, torch.tensor(0), 1.0)
+
+
 @noise_bias_act_forward.register("cpp")
-def _(native, c, n, k, slope, gain):
-    y, code = torch.empty_like(c), DTYPE_CODES[c.dtype]
+def _(native, c, n, d, f, h, slope, gain):
+    y, code, k = torch.empty_like(c), DTYPE_CODES[c.dtype], _stacked(c, d, f, h)
     native.noise_bias_act_cpu(code, *addresses(c, n, k, y), planes(c, n), slope, gain, torch.get_num_threads())
     return y
 
 
 @noise_bias_act_backward.register("cpp")
-def _(native, gy, y, n, k, slope, gain):
+def _(native, gy, y, n, d, f, h, slope, gain):
+    k = _stacked(y, d, f, h)
     gc, sums, code = torch.empty_like(gy), torch.empty_like(k), DTYPE_CODES[y.dtype]
     pointers, threads = addresses(gy, y, n, k, gc, sums), torch.get_num_threads()
     native.noise_bias_act_backward_cpu(code, *pointers, planes(gy, n), slope, gain, threads)
+    sums[0] /= k[0]
     return gc, sums
 
 
@@ -241,13 +279,13 @@ def _(native, hc, gy, y, n, k, slope, gain):
 
 
 @noise_bias_act_forward.register("triton")
-def _(kernels, c, n, k, slope, gain):
-    return kernels.noise_bias_act(c, n, k, slope, gain)
+def _(kernels, c, n, d, f, h, slope, gain):
+    return kernels.noise_bias_act(c, n, d, f, h, slope, gain)
 
 
 @noise_bias_act_backward.register("triton")
-def _(kernels, gy, y, n, k, slope, gain):
-    return kernels.noise_bias_act_backward(gy, y, n, k, slope, gain)
+def _(kernels, gy, y, n, d, f, h, slope, gain):
+    return kernels.noise_bias_act_backward(gy, y, n, d, f, h, slope, gain)
 
 
 @noise_bias_act_double_backward.register("triton")

@@ -23,7 +23,7 @@ from torch.autograd import Function
 from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from ._op import DTYPE_CODES, Op, forced_backend, memory_format, refuse_transforms
+from ._op import DTYPE_CODES, Op, forced_backend, memory_format, refuse_transforms, run
 from .checks import check_beside, check_tensor
 
 _AXES = ("vertical", "horizontal")
@@ -73,7 +73,7 @@ class _Upfirdn2d(Function):
         ]
         back = [before[1], after[1], before[0], after[0]]
         dy = dy.contiguous(memory_format=ctx.format)
-        dx = _Upfirdn2d.apply(dy, kernel, down, up, back, not flip, gain, backend)
+        dx = run(_Upfirdn2d, dy, kernel, down, up, back, not flip, gain, backend)
         return dx, None, None, None, None, None, None, None
 
 
@@ -139,7 +139,7 @@ def upfirdn2d(
                 f"than the kernel {list(kernel.shape)} covers; pad more"
             )
     refuse_transforms("upfirdn2d")
-    return _Upfirdn2d.apply(x, kernel, up, down, padding, bool(flip), float(gain), forced_backend())
+    return run(_Upfirdn2d, x, kernel, up, down, padding, bool(flip), float(gain), forced_backend())
 
 
 def _numbers(name: str, value: int | Sequence[int], count: int, least: int | None) -> list[int]:

@@ -225,10 +225,13 @@ def test_large_tensors_shared_by_threads(backend, device):
 
 def library_calls(device):
     for name in ("images", "channels_last", "no_noise", "no_sample"):
-        (c, d, *_), noise, gy, (hc, *_) = make(name, torch.float32, device)
+        (c, d, strength, bias), noise, gy, (hc, *_) = make(name, torch.float32, device)
         k = torch.rand(4, *d.shape, device=device)
-        yield noise_bias_act_forward, (c, noise, k[:3], 0.2, GAIN)
-        yield noise_bias_act_backward, (gy, c, noise, k[:3], 0.2, GAIN)
+        small = d, None if noise is None else strength[:, None], bias[None]
+        for given in (small, (None, None, bias[None]), (d, None, None)):
+            n = noise if given[1] is not None else None
+            yield noise_bias_act_forward, (c, n, *given, 0.2, GAIN)
+            yield noise_bias_act_backward, (gy, c, n, *given, 0.2, GAIN)
         yield noise_bias_act_double_backward, (hc, gy, c, noise, k, 0.2, GAIN)
 
 
@@ -249,6 +252,14 @@ def test_compiles_in_one_graph(backend, device):
         y = function(*inputs)
         results.append((y, *grad(y, inputs, gy)))
     torch.testing.assert_close(*results)
+
+
+def test_tiles_of_very_many_channels_fit_the_grid():
+    blocks = pytest.importorskip("minegan_fast.kernels.noise_bias_act").blocks
+    for last in (False, True):
+        tile = blocks(70_000_000, 2048, last, 256)
+        assert 70_000_000 / tile["BC"] <= 65535 and tile["BC"] * tile["BP"] <= 2048
+    assert blocks(70_000, 2048, False, 256) == {"BC": 2, "BP": 512}
 
 
 C = torch.zeros(2, 3, 4, 5)
