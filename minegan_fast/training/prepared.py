@@ -15,7 +15,7 @@ from .generators import image_channels
 from .images import to_float
 from .kernel_loss import KernelLoss
 from .loss_features import LossFeatures
-from .methods import fresh_weights
+from .methods import fresh_weights, own_samples
 from .processes import Processes, local_index
 from .randomness import keep_and_set_random_state
 from .sources import (
@@ -28,7 +28,10 @@ from .sources import (
     single,
     source_critic,
 )
+from .stages import evaluating
 from .trainer import Trainer
+
+SOURCE_BATCH, SOURCE_BATCHES = 4, 16  # images of the source that tell how far from the target it is
 
 NAMED_LOSS_FEATURES = ("critic", "digits")
 
@@ -89,7 +92,13 @@ class Prepared:
             if config.kernel:
                 views = config.views if config.view_augment else 1
                 images = self.target.images
-                self.kernel = KernelLoss(features, images, config.flips, views, config.view_augment, seed=config.seed)
+                # A generator with new weights has no images to speak of: measured from there, kernels made it worse.
+                batches = 0 if config.method == "scratch" else SOURCE_BATCHES
+                source = (own_samples(self.generator, SOURCE_BATCH) for _ in range(batches))
+                with evaluating(self.generator):
+                    self.kernel = KernelLoss(
+                        features, images, config.flips, views, config.view_augment, seed=config.seed, source=source
+                    )
             if by_features and config.adversarial:
                 with keep_and_set_random_state(config.seed, "critic"):
                     shape = self.generator.resolution, image_channels(self.generator)

@@ -148,6 +148,26 @@ def test_gradient_flows_to_images_and_moves_them_to_the_target():
     assert float(kernel(x.detach())) < 0.5 * start
 
 
+def test_kernels_reach_a_source_that_is_far_away():
+    near = TARGET[:6].flip(3).float() / 127.5 - 1
+    far = 1 - 0.01 * images(count=6).abs()  # white paper, nearly
+    plain, close, reaching = loss(), loss(source=[near[:3], near[3:]]), loss(source=[far[:3], far[3:]])
+    assert close.bandwidths == plain.bandwidths
+    wide = [g for g, bandwidths in enumerate(reaching.bandwidths) if len(bandwidths) == 4]
+    assert wide
+    features = [plain.features(x) for x in (far, TARGET.float() / 127.5 - 1)]
+    for g in wide:
+        distance = float(torch.cdist(features[0][g], features[1][g]).median())
+        assert reaching.bandwidths[g] == [*plain.bandwidths[g], pytest.approx(distance, rel=1e-4)]
+        assert distance > kernel_loss.REACH * max(plain.bandwidths[g])
+    slopes = []
+    for kernel in (plain, reaching):
+        x = far.clone().requires_grad_()
+        kernel.distances(x)[wide].sum().backward()
+        slopes.append((x.grad * (x.detach() - TARGET[:6].float().mean() / 127.5 + 1)).sum())
+    assert slopes[1] > 2 * slopes[0].abs()  # towards the target
+
+
 def test_target_and_generated_images_are_changed_alike(monkeypatch):
     settings = {"views": 3, "augment": "translation:0.5", "flips": True}
     kernel = loss(**settings)
