@@ -258,7 +258,8 @@ def test_tiles_of_very_many_channels_fit_the_grid():
     blocks = pytest.importorskip("minegan_fast.kernels.noise_bias_act").blocks
     for last in (False, True):
         tile = blocks(70_000_000, 2048, last, 256)
-        assert 70_000_000 / tile["BC"] <= 65535 and tile["BC"] * tile["BP"] <= 2048
+        assert 70_000_000 / tile["BC"] <= 65535
+        assert tile["BC"] * tile["BP"] <= 2048
     assert blocks(70_000, 2048, False, 256) == {"BC": 2, "BP": 512}
 
 
