@@ -26,19 +26,21 @@ def _tile(across):
 def pairs_kernel(
     p_ptr, q_ptr, hp_ptr, hq_ptr, out_ptr, rows, columns, D, SLOPES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
 ):
+    """p, hp [D, rows] and q, hq [D, columns]: what a tile reads of one dimension is one piece of memory."""
     tile_i, tile_j = _tile(tl.cdiv(columns, BN))
-    i = (tile_i * BM + tl.arange(0, BM)).to(tl.int64)[:, None]
-    j = (tile_j * BN + tl.arange(0, BN)).to(tl.int64)[None, :]
+    i = (tile_i * BM + tl.arange(0, BM))[:, None]
+    j = (tile_j * BN + tl.arange(0, BN))[None, :]
     total = tl.zeros((BM, BN), tl.float32)
     for d in range(D):
-        v = tl.load(p_ptr + i * D + d, i < rows, other=0.0) - tl.load(q_ptr + j * D + d, j < columns, other=0.0)
+        at_p, at_q = tl.full((), d, tl.int64) * rows, tl.full((), d, tl.int64) * columns
+        v = tl.load(p_ptr + at_p + i, i < rows, other=0.0) - tl.load(q_ptr + at_q + j, j < columns, other=0.0)
         if SLOPES:
-            hp = tl.load(hp_ptr + i * D + d, i < rows, other=0.0)
-            hq = tl.load(hq_ptr + j * D + d, j < columns, other=0.0)
+            hp = tl.load(hp_ptr + at_p + i, i < rows, other=0.0)
+            hq = tl.load(hq_ptr + at_q + j, j < columns, other=0.0)
             total += _sign(v) * (hp - hq)
         else:
             total += tl.abs(v)
-    tl.store(out_ptr + i * columns + j, total, (i < rows) & (j < columns))
+    tl.store(out_ptr + i.to(tl.int64) * columns + j, total, (i < rows) & (j < columns))
 
 
 @triton.jit
@@ -66,10 +68,9 @@ def pairs(p, q, hp, hq) -> torch.Tensor:
     """[r, c]: distances, or with hp and hq their slopes."""
     out = p.new_empty(len(p), len(q))
     grid = (cdiv(len(p), _TILE["BM"]) * cdiv(len(q), _TILE["BN"]),)
+    turned = [None if x is None else x.t().contiguous() for x in (p, q, hp, hq)]
     with torch.cuda.device_of(p):
-        pairs_kernel[grid](
-            p, q, hp, hq, out, len(p), len(q), p.shape[1], SLOPES=hp is not None, **_TILE, **_OPTIONS
-        )  # fmt: skip
+        pairs_kernel[grid](*turned, out, len(p), len(q), p.shape[1], SLOPES=hp is not None, **_TILE, **_OPTIONS)
     return out
 
 
