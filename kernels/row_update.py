@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 CHUNK = 1024  # elements of an item: CHUNK in minegan_fast/ops/_row_table.py
+FEW = tl.constexpr(32)  # rows of an item
 # Words of a tensor's row in the table, and how many they are: WORDS in minegan_fast/ops/_row_table.py.
 LEAF, MEAN, SQUARE, AVERAGE, DENSE, ROWS, STEP, TICKETS = map(tl.constexpr, range(8))
 COUNT, LENGTH, ROW_STRIDE, OUTER_STRIDE, INNER, INNER_STRIDE, WIDE, RESERVED, WORDS = map(tl.constexpr, range(8, 17))
@@ -84,8 +85,14 @@ def _item(
             g = g + decay * w
         if HAS_AGE:
             step = tl.load(words + STEP).to(tl.pointer_type(tl.float32)) + row
-            # The corrections are in float64, which is slow: a single row has them computed once, not for each element.
-            if rows > 1:
+            # The corrections are in float64, which is slow on many GPUs: rows that are few have them computed once each,
+            # not for each element.
+            if (rows > 1) & (rows <= FEW):
+                few = tl.arange(0, FEW)
+                size, root = _age(tl.load(step + few, few < rows, other=0.0) + 1, lr, log_beta1, log_beta2, T)
+                own_row = tl.minimum(local, FEW - 1)
+                size, root = tl.gather(size, own_row, 0), tl.gather(root, own_row, 0)
+            elif rows > 1:
                 size, root = _age(tl.load(step + local, mask, other=0.0) + 1, lr, log_beta1, log_beta2, T)
             else:
                 size, root = _age(tl.load(step) + 1, lr, log_beta1, log_beta2, T)
