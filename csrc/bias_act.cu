@@ -167,28 +167,38 @@ namespace {
 
 constexpr int kThreads = 256;
 
+constexpr int kInFlight = 2;  // packs that a thread loads before it needs one of them: memory answers late
+
 // A thread takes packs of V elements. V > 1 needs aligned pointers, and V | C where inner = 1 (a pack spans V
-// channels), else V | inner.
-template <class T, class Index, int V>
+// channels), else V | inner. kSide: whether y is given.
+template <class T, class Index, int V, bool kSide>
 __global__ void __launch_bounds__(kThreads)
     bias_act_kernel(const T* __restrict__ x, const T* __restrict__ b, const T* __restrict__ y, T* __restrict__ out,
                     Index packs, Index C, Index inner, wide_t<T> gain, wide_t<T> leak) {
-  for (Index p = blockIdx.x * Index(kThreads) + threadIdx.x; p < packs; p += gridDim.x * Index(kThreads)) {
-    const Index at = p * V;
-    const Pack<T, V> xs = load<T, V>(x + at);
-    Pack<T, V> bs{}, ys{}, result;
-    if (b && inner == 1) {
-      bs = load<T, V>(b + at % C);
-    } else if (b) {
-      const T bias = b[at / inner % C];
-      for (int j = 0; j < V; ++j) bs.at[j] = bias;
+  constexpr Index kBlock = kInFlight * kThreads;
+  for (Index first = blockIdx.x * kBlock + threadIdx.x; first < packs; first += gridDim.x * kBlock) {
+    Pack<T, V> xs[kInFlight]{}, ys[kInFlight]{};
+    for (int i = 0; i < kInFlight; ++i) {
+      const Index p = first + i * kThreads;
+      if (p < packs) xs[i] = load<T, V>(x + p * V);
+      if (kSide && p < packs) ys[i] = load<T, V>(y + p * V);
     }
-    if (y) ys = load<T, V>(y + at);
-    for (int j = 0; j < V; ++j) {
-      const wide_t<T> v = widen(xs.at[j]) + widen(bs.at[j]);
-      result.at[j] = narrow<T>(activate(v, y ? widen(ys.at[j]) : v, gain, leak));
+    for (int i = 0; i < kInFlight; ++i) {
+      const Index p = first + i * kThreads, at = p * V;
+      if (p >= packs) break;
+      Pack<T, V> bs{}, result;
+      if (b && inner == 1) {
+        bs = load<T, V>(b + at % C);
+      } else if (b) {
+        const T bias = b[at / inner % C];
+        for (int j = 0; j < V; ++j) bs.at[j] = bias;
+      }
+      for (int j = 0; j < V; ++j) {
+        const wide_t<T> v = widen(xs[i].at[j]) + widen(bs.at[j]);
+        result.at[j] = narrow<T>(activate(v, kSide ? widen(ys[i].at[j]) : v, gain, leak));
+      }
+      store(out + at, result);
     }
-    store(out + at, result);
   }
 }
 
@@ -290,7 +300,7 @@ void with_index(int64_t count, F&& f) {
 
 }  // namespace
 
-std::string bias_act_cuda_problem(int device) { return problem_of(bias_act_kernel<float, uint32_t, 1>, device); }
+std::string bias_act_cuda_problem(int device) { return problem_of(bias_act_kernel<float, uint32_t, 1, false>, device); }
 
 void bias_act_cuda(DType dtype, const void* x, const void* b, const void* y, void* out, Axis axis, double slope,
                    double gain, int device, uintptr_t stream) {
@@ -303,10 +313,12 @@ void bias_act_cuda(DType dtype, const void* x, const void* b, const void* y, voi
       with_index(count, [&](auto index) {
         using Index = decltype(index);
         constexpr int V = decltype(width)::value;
-        const int64_t blocks = std::min<int64_t>((count / V + kThreads - 1) / kThreads, 1 << 20);
-        bias_act_kernel<T, Index, V><<<unsigned(blocks), kThreads, 0, (cudaStream_t)stream>>>(
-            (const T*)x, (const T*)b, (const T*)y, (T*)out, Index(count / V), Index(axis.C), Index(axis.inner), gain,
-            slope * gain);
+        const int64_t blocks =
+            std::min<int64_t>((count / V + kInFlight * kThreads - 1) / (kInFlight * kThreads), 1 << 20);
+        const auto kernel = y ? bias_act_kernel<T, Index, V, true> : bias_act_kernel<T, Index, V, false>;
+        kernel<<<unsigned(blocks), kThreads, 0, (cudaStream_t)stream>>>((const T*)x, (const T*)b, (const T*)y, (T*)out,
+                                                                        Index(count / V), Index(axis.C),
+                                                                        Index(axis.inner), gain, slope * gain);
       });
     });
   });

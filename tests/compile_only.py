@@ -33,7 +33,7 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 
 # <op>.cu: which of its kernels, demangled, must have 16-byte loads.
 CUDA = {
-    "bias_act": r"kernel<.*\b(2|4|8)>",
+    "bias_act": r"kernel<.*\b(2|4|8)(, (true|false))?>",
     "row_update": r"kernel<",
 }
 

@@ -193,7 +193,7 @@ def plane_kernels(op: str, tensors: dict[str, tuple[str, ...]], summing: tuple[s
                 constants = {"WIDE": tl.float32} | blocks(C, P, last, channels)
                 scalars, own = {}, dict(sizes)
                 if op == "noise_bias_act":
-                    own |= {"noise_batch": P, "f_batch": 0, "h_batch": 0}
+                    own |= {"noise_batch": P} | ({} if "double" in name else {"f_batch": 0, "h_batch": 0})
                     scalars = {"slope": "fp64", "gain": "fp64"}
                 if name in summing:
                     own |= {"B": 16, "steps": 8}
