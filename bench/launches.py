@@ -45,6 +45,7 @@ from minegan_fast.ops import (
     upfirdn2d,
     use_backend,
 )
+from minegan_fast.ops.demodulation import demodulation
 from minegan_fast.ops.penalty import interpolate_drawn
 
 Make = Callable[[], Callable[[], object]]  # prepares a call, which is not looked at, and returns it
@@ -154,6 +155,9 @@ def ops(B: int, dtype: torch.dtype) -> Iterator[tuple[str, list[int], Make]]:
             return modulated_conv2d(x, weight, style, bias=h, act="lrelu", **options)
 
         yield from of(f"modulated_conv2d{label}", x, convolved, x, weight, style, bias)
+
+    demodulated = functools.partial(demodulation, weight=None, rows=None, eps=1e-8)
+    yield from of("demodulation", x, lambda s, w: demodulated(s, w), style.float(), weight)
 
     # The convolution of a row gradient may be the library's: asked for by name, it is ours.
     def rows(x, gy):

@@ -35,6 +35,7 @@ from minegan_fast.ops import (
     use_backend,
 )
 from minegan_fast.ops._op import _ops
+from minegan_fast.ops.demodulation import demodulation_forward, demodulation_rows, demodulation_styles
 from minegan_fast.ops.manhattan import manhattan_distance, manhattan_signs, manhattan_slopes
 from minegan_fast.ops.mmd import KERNELS
 from minegan_fast.ops.modulated_conv2d import modulate_backward, modulate_double_backward, modulate_forward
@@ -309,6 +310,29 @@ def check_manhattan(device: str) -> Iterator[Check]:
         yield f"{[r, c, D]}", torch.float32, *calls
 
 
+def check_demodulation(device: str) -> Iterator[Check]:
+    """Sizes that no tile divides, both layouts, one tap and nine, all rows and some."""
+    shapes = [(1, 1, 1, 1), (3, 70, 9, 3), (35, 64, 33, 1)]
+    for (B, I, O, k), dtype, last in itertools.product(shapes, (torch.float32, torch.float64), (False, True)):
+        layout = torch.channels_last if last else torch.contiguous_format
+        s, gd = torch.randn(B, I), torch.randn(B, O)
+        weight = torch.randn(O, I, k, k).contiguous(memory_format=layout).flatten(2)
+
+        def make(place, kind, s=s, gd=gd, weight=weight):
+            s, gd, w = (t.to(place, kind) for t in (s, gd, weight))
+            rows = torch.arange(0, len(w), 2, device=place)
+
+            def call():
+                d, q = demodulation_forward(s, w, 1e-8)
+                gradients = (demodulation_rows(gd, d, s, *which) for which in ((w, None), (w[rows], rows)))
+                return d, q, demodulation_styles(gd, d, s, q), *gradients
+
+            return call
+
+        calls = [functools.partial(make, *where) for where in ((device, dtype), ("cpu", torch.float64))]
+        yield f"{[B, I, O, k]} {dtype}{' channels last' * last}", dtype, *calls
+
+
 def check_penalty(device: str) -> Iterator[Check]:
     """Samples of one element, of sizes that no block divides, of several blocks; channels last; all kinds."""
     kinds = {"centred": (-0.7, 0.0, 1, False), "squared": (0.0, 0.0, 1, True), "path length": (0.0, 0.01, 3, False)}
@@ -341,6 +365,7 @@ OPS: dict[str, Callable[[str], Iterator[Check]]] = {
     "row_gradient": check_row_gradient,
     "modulated_conv2d": functools.partial(check_planes, op="modulated_conv2d"),
     "noise_bias_act": functools.partial(check_planes, op="noise_bias_act"),
+    "demodulation": check_demodulation,
     "upfirdn2d": check_upfirdn2d,
     "minibatch_stddev": check_minibatch_stddev,
     "manhattan": check_manhattan,

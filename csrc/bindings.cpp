@@ -206,6 +206,31 @@ PYBIND11_MODULE(_C, m) {
       },
       no_gil);
 
+  // rows, I, K and their strides
+  using Rows = std::array<int64_t, 6>;
+  m.def(
+      "demodulation_cpu",
+      [](int dtype, Address s, Address w, Address d, Address q, int64_t B, const Rows& n, double eps, int threads) {
+        minegan::demodulation_cpu(DType(dtype), at(s), at(w), at(d), at(q), B, {n[0], n[1], n[2], n[3], n[4], n[5]},
+                                  eps, threads);
+      },
+      no_gil);
+  m.def(
+      "demodulation_styles_cpu",
+      [](int dtype, Address gd, Address d, Address s, Address q, Address gs, const std::array<int64_t, 3>& n,
+         int threads) {
+        minegan::demodulation_styles_cpu(DType(dtype), at(gd), at(d), at(s), at(q), at(gs), n[0], n[1], n[2], threads);
+      },
+      no_gil);
+  m.def(
+      "demodulation_rows_cpu",
+      [](int dtype, Address gd, Address d, Address s, Address w, Address rows, Address gw, int64_t B, int64_t O,
+         const Rows& n, int threads) {
+        minegan::demodulation_rows_cpu(DType(dtype), at(gd), at(d), at(s), at(w), (const int64_t*)at(rows), at(gw), B,
+                                       O, {n[0], n[1], n[2], n[3], n[4], n[5]}, threads);
+      },
+      no_gil);
+
   // r, c, D
   using Sizes = std::array<int64_t, 3>;
   m.def(

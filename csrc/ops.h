@@ -199,6 +199,21 @@ void minibatch_stddev_backward_cpu(DType, const void* dy, const void* D, const v
 void minibatch_stddev_double_backward_cpu(DType, const void* ddx, const void* D, const void* x, void* ddy, void* gx,
                                           const Groups&, int threads);
 
+// ---- demodulation ----
+// Rows of a weight: element (r, i, k) lies at r row_stride + i input_stride + k tap_stride. float and double alone.
+struct WeightRows {
+  int64_t rows, I, K, row_stride, input_stride, tap_stride;
+};
+// s, gs [B, I], q [O, I], d, gd [B, O], w and gw as WeightRows says; with g = -gd d^3:
+//   q = sum over k of w^2,     d = 1 / sqrt(sum over i of s^2 q + eps),     gs = s sum over o of g q,
+//   gw[r] = w[r] sum over b of g[b, o] s^2,     o = rows[r], or r without rows
+void demodulation_cpu(DType, const void* s, const void* w, void* d, void* q, int64_t B, const WeightRows&, double eps,
+                      int threads);
+void demodulation_styles_cpu(DType, const void* gd, const void* d, const void* s, const void* q, void* gs, int64_t B,
+                             int64_t O, int64_t I, int threads);
+void demodulation_rows_cpu(DType, const void* gd, const void* d, const void* s, const void* w, const int64_t* rows,
+                           void* gw, int64_t B, int64_t O, const WeightRows&, int threads);
+
 // ---- manhattan ----
 // p, hp [r, D], q, hq [c, D], A [r, c]; sums in float, in an order that depends on the shape alone:
 //   t[i, j]   = sum over d of |p[i, d] - q[j, d]|

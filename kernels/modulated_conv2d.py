@@ -6,8 +6,6 @@ import triton.language as tl
 
 from .noise_bias_act import _OPTIONS, PLAIN, launch, plan, store_sums, tile, wide
 
-CHANNELS = 128  # of a tile at most, where they are last: as fast as more, and one kernel to compile in the place of two
-
 
 @triton.jit(do_not_specialize=PLAIN)
 def modulate_kernel(
@@ -59,7 +57,7 @@ def modulate(x, s) -> torch.Tensor:
     y = torch.empty_like(x)
     if x.numel() == 0:
         return y
-    it = plan(x, CHANNELS)
+    it = plan(x)
     with torch.cuda.device_of(x):
         modulate_kernel[(len(x) * it.tiles, it.across)](
             x, s, y, it.tiles, *it.sizes, WIDE=wide(x), **it.tile, **_OPTIONS
@@ -69,9 +67,9 @@ def modulate(x, s) -> torch.Tensor:
 
 def modulate_backward(gy, x, s) -> tuple[torch.Tensor, torch.Tensor]:
     gx = torch.empty_like(x)
-    return gx, launch(modulate_backward_kernel, x, CHANNELS, (gy, x, s, gx), s.shape)
+    return gx, launch(modulate_backward_kernel, x, (gy, x, s, gx), s.shape)
 
 
 def modulate_double_backward(hx, gy, x, k) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     dgy, dx = torch.empty_like(x), torch.empty_like(x)
-    return dgy, dx, launch(modulate_double_backward_kernel, x, CHANNELS, (hx, gy, x, k, dgy, dx), x.shape[:2])
+    return dgy, dx, launch(modulate_double_backward_kernel, x, (hx, gy, x, k, dgy, dx), x.shape[:2])

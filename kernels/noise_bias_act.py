@@ -10,7 +10,6 @@ import triton.language as tl
 from ._sizes import cdiv, power_of_2
 
 _TILE = 1024  # elements, 8 a thread
-CHANNELS = 256  # of a tile at most, where they are last: with fewer, a program computes more offsets
 _OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
 
@@ -142,10 +141,10 @@ def noise_bias_act_double_backward_kernel(
     store_sums(sums_ptr, tl.sum(total, 1), 0, 1, B, splits, C, BC)
 
 
-def blocks(C: int, P: int, last: bool, channels: int) -> dict[str, int]:
-    """A tile that is as contiguous in memory as the layout allows; channels that are last are at most so many."""
+def blocks(C: int, P: int, last: bool) -> dict[str, int]:
+    """A tile that is as contiguous in memory as the layout allows."""
     inner, outer = (C, P) if last else (P, C)
-    inner = min(_TILE if not last else channels, power_of_2(inner))
+    inner = min(_TILE if not last else 256, power_of_2(inner))
     outer = min(_TILE // inner, power_of_2(outer))
     tile = {"BC": inner, "BP": outer} if last else {"BC": outer, "BP": inner}
     while cdiv(C, tile["BC"]) > _MOST:
@@ -163,32 +162,32 @@ class Plan(NamedTuple):
 
 
 @functools.cache
-def _plan(B: int, C: int, P: int, last: bool, channels: int) -> Plan:
-    tile = blocks(C, P, last, channels)
+def _plan(B: int, C: int, P: int, last: bool) -> Plan:
+    tile = blocks(C, P, last)
     across, tiles = cdiv(C, tile["BC"]), cdiv(P, tile["BP"])
     # Some 1024 programs fill a large GPU. The shape alone decides: the order of sums does not depend on the GPU.
     steps = min(power_of_2(cdiv(tiles * across * B, 1024)), power_of_2(tiles))
     return Plan((C, P, *((1, C) if last else (P, 1))), tile, across, tiles, steps, cdiv(tiles, steps))
 
 
-def plan(x: torch.Tensor, channels: int) -> Plan:
+def plan(x: torch.Tensor) -> Plan:
     B, C, H, W = x.shape
-    return _plan(B, C, H * W, not x.is_contiguous(), channels)
+    return _plan(B, C, H * W, not x.is_contiguous())
 
 
 def wide(x: torch.Tensor) -> tl.dtype:
     return tl.float64 if x.dtype == torch.float64 else tl.float32
 
 
-def launch(kernel, x: torch.Tensor, channels: int, tensors: tuple, shape: tuple[int, ...], *scalars) -> torch.Tensor:
+def launch(kernel, x: torch.Tensor, tensors: tuple, shape: tuple[int, ...], *scalars) -> torch.Tensor:
     """Launches a kernel that takes `tensors`, a place for its sums over the positions, the sizes, and the rest.
 
     Gives the sums of that shape: those of the splits, added up.
     """
-    kind = torch.promote_types(x.dtype, torch.float32)
+    kind = torch.float64 if x.dtype == torch.float64 else torch.float32
     if x.numel() == 0:
         return torch.zeros(shape, dtype=kind, device=x.device)
-    B, it = len(x), plan(x, channels)
+    B, it = len(x), plan(x)
     partial = torch.empty((it.splits, *shape), dtype=kind, device=x.device)
     with torch.cuda.device_of(x):
         kernel[(B * it.splits, it.across)](
@@ -211,7 +210,7 @@ def noise_bias_act(c, n, d, f, h, slope: float, gain: float) -> torch.Tensor:
     y = torch.empty_like(c)
     if c.numel() == 0:
         return y
-    it = plan(c, CHANNELS)
+    it = plan(c)
     with torch.cuda.device_of(c):
         noise_bias_act_kernel[(len(c) * it.tiles, it.across)](
             c, n, d, f, h, y, it.tiles, *it.sizes, *_batches(n, f, h), slope, gain, WIDE=wide(c), **it.tile, **_OPTIONS
@@ -222,12 +221,10 @@ def noise_bias_act(c, n, d, f, h, slope: float, gain: float) -> torch.Tensor:
 def noise_bias_act_backward(gy, y, n, d, f, h, slope: float, gain: float) -> tuple[torch.Tensor, torch.Tensor]:
     gc, tensors = torch.empty_like(gy), (gy, y, n, d, f, h)
     shape = 3, *y.shape[:2]
-    return gc, launch(
-        noise_bias_act_backward_kernel, y, CHANNELS, (*tensors, gc), shape, *_batches(n, f, h), slope, gain
-    )
+    return gc, launch(noise_bias_act_backward_kernel, y, (*tensors, gc), shape, *_batches(n, f, h), slope, gain)
 
 
 def noise_bias_act_double_backward(hc, gy, y, n, k, slope: float, gain: float) -> tuple[torch.Tensor, ...]:
     dgy, dy = torch.empty_like(y), torch.empty_like(y)
     tensors, numbers = (hc, gy, y, n, k, dgy, dy), (_noise_batch(n), slope, gain)
-    return dgy, dy, launch(noise_bias_act_double_backward_kernel, y, CHANNELS, tensors, y.shape[:2], *numbers)
+    return dgy, dy, launch(noise_bias_act_double_backward_kernel, y, tensors, y.shape[:2], *numbers)

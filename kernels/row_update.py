@@ -85,8 +85,8 @@ def _item(
             g = g + decay * w
         if HAS_AGE:
             step = tl.load(words + STEP).to(tl.pointer_type(tl.float32)) + row
-            # The corrections are in float64, which is slow on many GPUs: rows that are few have them computed once each,
-            # not for each element.
+            # The corrections are in float64, which is slow on many GPUs: few rows have them computed once each,
+            # not once for every element.
             if (rows > 1) & (rows <= FEW):
                 few = tl.arange(0, FEW)
                 size, root = _age(tl.load(step + few, few < rows, other=0.0) + 1, lr, log_beta1, log_beta2, T)

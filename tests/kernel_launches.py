@@ -178,8 +178,6 @@ def plane_kernels(op: str, tensors: dict[str, tuple[str, ...]], summing: tuple[s
 
     from minegan_fast.kernels.noise_bias_act import _OPTIONS, blocks
 
-    channels = importlib.import_module(f"minegan_fast.kernels.{op}").CHANNELS
-
     for layout, (C, P, last) in {"channels last": (512, 4096, True), "64x64": (512, 4096, False)}.items():
         sizes = {"splits": 64, "C": C, "P": P, "channel_stride": 1 if last else P, "position_stride": C if last else 1}
         for element in ("fp32", "bf16"):
@@ -190,7 +188,7 @@ def plane_kernels(op: str, tensors: dict[str, tuple[str, ...]], summing: tuple[s
                     else ("k_ptr", "s_ptr", "gs_ptr", "ds_ptr")
                 )
                 pointers = dict.fromkeys(images, element) | dict.fromkeys(small, "fp32")
-                constants = {"WIDE": tl.float32} | blocks(C, P, last, channels)
+                constants = {"WIDE": tl.float32} | blocks(C, P, last)
                 scalars, own = {}, dict(sizes)
                 if op == "noise_bias_act":
                     own |= {"noise_batch": P} | ({} if "double" in name else {"f_batch": 0, "h_batch": 0})
@@ -217,6 +215,38 @@ def noise_bias_act_kernels():
         "noise_bias_act_double_backward_kernel": ("hc_ptr", "gy_ptr", "y_ptr", "dgy_ptr", "dy_ptr"),
     }
     yield from plane_kernels("noise_bias_act", kernels, tuple(kernels)[1:])
+
+
+def demodulation_kernels():
+    from triton import language as tl
+
+    from minegan_fast.kernels.demodulation import _OPTIONS, _OUTPUTS, _SAMPLES, blocks
+
+    for label, K, strides in (
+        ("3x3", 9, (4608, 9, 1)),
+        ("3x3 channels last", 9, (4608, 1, 512)),
+        ("1x1", 1, (512, 1, 1)),
+    ):
+        tile = blocks(512, K)
+        weight = {"K": K, **dict(zip(("row_stride", "input_stride", "tap_stride"), strides, strict=True))}
+        for element, wide in (("fp32", tl.float32), ("fp64", tl.float64)):
+            common = {"wide": False, "options": _OPTIONS}
+            name = f"{label} {element}"
+            pointers = dict.fromkeys(("s_ptr", "w_ptr", "d_ptr", "q_ptr"), element)
+            yield Kernel(
+                "demodulation", "demodulation_kernel", name, pointers, {"B": 16, "O": 512, "I": 512, **weight},
+                {"eps": "fp64"}, {"WIDE": wide, "BB": _SAMPLES, **tile}, **common,
+            )  # fmt: skip
+            pointers = dict.fromkeys(("gd_ptr", "d_ptr", "s_ptr", "w_ptr", "gw_ptr"), element) | {"rows_ptr": "i64"}
+            sizes = {"B": 16, "O": 512, "I": 512, **weight}
+            yield Kernel("demodulation", "rows_kernel", name, pointers, sizes, {}, {"WIDE": wide, **tile}, **common)
+    for element, wide in (("fp32", tl.float32), ("fp64", tl.float64)):
+        pointers = dict.fromkeys(("gd_ptr", "d_ptr", "s_ptr", "q_ptr", "gs_ptr"), element)
+        constants = {"WIDE": wide, "BO": _OUTPUTS, "BI": blocks(512, 9)["BI"]}
+        yield Kernel(
+            "demodulation", "styles_kernel", element, pointers, {"O": 512, "I": 512}, {}, constants, wide=False,
+            options=_OPTIONS,
+        )  # fmt: skip
 
 
 def minibatch_stddev_kernels():
@@ -362,6 +392,7 @@ TRITON = {
     "upfirdn2d": upfirdn2d_kernels,
     "modulated_conv2d": modulated_conv2d_kernels,
     "noise_bias_act": noise_bias_act_kernels,
+    "demodulation": demodulation_kernels,
     "minibatch_stddev": minibatch_stddev_kernels,
     "manhattan": manhattan_kernels,
     "mmd": mmd_kernels,

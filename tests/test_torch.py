@@ -103,6 +103,12 @@ def test_views():
     assert not _torch.is_view(x.clone())
 
 
+def test_fill_with_zeros():
+    tensors = [torch.ones(2, 3), torch.ones(3, 2).T.to(torch.float64), torch.ones(())]
+    _torch.fill_with_zeros(tensors)
+    assert all(t.count_nonzero() == 0 and t._version == 1 for t in tensors)
+
+
 def test_overlap():
     assert _torch.overlaps_itself(torch.ones(1).expand(3))
     assert not _torch.overlaps_itself(torch.ones(3, 2).T)

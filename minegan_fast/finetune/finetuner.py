@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from .._torch import PastSubclasses, UnscalingOptimizer, own_grad
+from .._torch import PastSubclasses, UnscalingOptimizer, fill_with_zeros, own_grad
 from ..collectives import active, average_gradients
 from . import distributed, report, saving
 from .arguments import check_arguments, check_options, check_scoring, refuse_rivals
@@ -343,8 +343,14 @@ class SparseFinetuner(UnscalingOptimizer):
 
     def zero_grad(self, set_to_none: bool = True):
         """As torch.optim has it, of leaves and weights alike."""
-        if self.selection is None or not set_to_none:
+        if self.selection is None:
             return super().zero_grad(set_to_none)
+        if not set_to_none:
+            grads = [p.grad for p in self.parameters() if p.grad is not None]
+            for grad in grads:
+                _ = grad.requires_grad_(False) if grad.grad_fn is None else grad.detach_()
+            with torch.no_grad():
+                return fill_with_zeros(grads) if grads else None
         with PastSubclasses():
             for link in self._links():
                 new = link.replacement()

@@ -139,9 +139,10 @@ class StyleGANGenerator(StyleBased, Progressive):
         self._check_synthesis(w, constant)
         maps, blocks, to_rgb = self._noise_maps(noise, w), self.generator.progression, self.generator.to_rgb
         below = x = constant
+        styles = w.unbind(1)
         for i, block in enumerate(blocks):
             below = x
-            x = block(x, w[:, 2 * i], w[:, 2 * i + 1], maps[i])
+            x = block(x, styles[2 * i], styles[2 * i + 1], maps[i])
         image = to_rgb[-1](x)
         if self.alpha < 1 and len(blocks) > 1:
             low = F.interpolate(to_rgb[-2](below), scale_factor=2, mode="nearest")

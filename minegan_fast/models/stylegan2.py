@@ -262,18 +262,19 @@ class StyleGAN2Generator(StyleBased):
         """
         self._check_synthesis(w, constant)
         maps = self._noise_maps(noise, w)
-        x = self.conv1(self.input(w.shape[0], constant), w[:, 0], maps[0])
+        styles = w.unbind(1)  # whose gradient is one stack; that of every w[:, i] would be a tensor as large as w
+        x = self.conv1(self.input(w.shape[0], constant), styles[0], maps[0])
         skip = self.config["architecture"] == "skip"
-        image = self.to_rgb1(x, w[:, 1], None) if skip else None
+        image = self.to_rgb1(x, styles[1], None) if skip else None
         for j in range(len(self.convs) // 2):
             i = 2 * j
-            y = self.convs[i](x, w[:, i + 1], maps[i + 1])
-            y = self.convs[i + 1](y, w[:, i + 2], maps[i + 2])
+            y = self.convs[i](x, styles[i + 1], maps[i + 1])
+            y = self.convs[i + 1](y, styles[i + 2], maps[i + 2])
             if skip:
                 # The next block's first convolution reads this w as well.
-                image = self.to_rgbs[j](y, w[:, i + 3], image)
+                image = self.to_rgbs[j](y, styles[i + 3], image)
             x = y if skip else (y + self.skips[j](x)) / SQRT2
-        return self.to_rgb(x, w[:, -1], None) if image is None else image
+        return self.to_rgb(x, styles[-1], None) if image is None else image
 
     def _noise_maps(self, noise: str | list[Tensor], w: Tensor) -> list[Tensor | None]:
         constant = [getattr(self.noises, f"noise_{k}") for k in range(self.num_layers - 1)]
@@ -290,6 +291,13 @@ class StyleGAN2Generator(StyleBased):
                 expected = f"[1 or {w.shape[0]}, 1, {buffer.shape[2]}, {buffer.shape[3]}]"
                 raise ValueError(f"noise map {k} must have shape {expected}, got {list(given.shape)}")
         return list(noise)
+
+
+def _channels_last(images: Tensor) -> Tensor:
+    """Images [B, C, R, R] in the layout of all activations. Of one channel only the strides tell which one it is."""
+    if images.shape[1] > 1:
+        return images.contiguous(memory_format=torch.channels_last)
+    return images.reshape(*images.shape[::2], images.shape[3], 1).permute(0, 3, 1, 2)
 
 
 class ConvLayer(nn.Sequential):
@@ -382,7 +390,8 @@ class StyleGAN2Discriminator(Network):
     def features(self, x: Tensor, group: int = 4) -> Tensor:
         """Activations before the last layer: [B, channels at 4x4]. With group=1 no sample sees its batch."""
         check_images(x, self.image_channels, self.resolution)
-        image, x = x, self.convs[0](x)
+        image = _channels_last(x)
+        x = self.convs[0](image)
         for i, block in enumerate([*self.convs][1:]):
             x = block(x)
             if self.config["architecture"] == "skip":

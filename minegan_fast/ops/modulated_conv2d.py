@@ -28,6 +28,7 @@ from .._torch import is_tracing, version_of
 from ._op import DTYPE_CODES, Op, forced_backend, refuse_transforms, run
 from .bias_act import _dense, _laid_out_like
 from .checks import check_beside, check_tensor
+from .demodulation import demodulation
 from .noise_bias_act import addresses, check, noise_bias_act, planes, wide
 from .transposed_conv2d import transposed_conv2d
 from .upfirdn2d import upfirdn2d
@@ -116,10 +117,13 @@ class ModulatedWeight:
     def __init__(self, weight: Tensor):
         self.weight = weight.flatten(0, 1) if weight.dim() == 5 and len(weight) == 1 else weight
 
-    def expected_squares(self, squares: Tensor) -> Tensor:
-        """squares [B, I] of the styles -> [B, O], sum_i s_i^2 sum_k W_oik^2, in their dtype."""
-        w = self.weight if self.weight.dtype == squares.dtype else self.weight.to(squares.dtype)
-        return F.linear(squares, w.square().sum((2, 3)))
+    def demodulation(self, s: Tensor, eps: float) -> Tensor:
+        """s [B, I] -> d [B, O], in its dtype."""
+        if not torch.compiler.is_compiling() and not has_torch_function_variadic(s, self.weight):
+            return demodulation(s, self.weight, None, None, eps)
+        # Whoever watches the weight, or compiles, sees functions of torch.
+        w = self.weight if self.weight.dtype == s.dtype else self.weight.to(s.dtype)
+        return torch.rsqrt(F.linear(s.square(), w.square().sum((2, 3))) + eps)
 
     def convolve(self, x: Tensor, stride: int, padding: int, transposed: bool) -> Tensor:
         w = self.weight if self.weight.dtype == x.dtype else self.weight.to(x.dtype)
@@ -211,7 +215,7 @@ def modulated_conv2d(
         s = (style.to(wide(x.dtype)) * scale).contiguous()
         d = None
         if demodulate:  # Squares overflow float16, and bfloat16 has too few digits for their sum.
-            d = torch.rsqrt(w.expected_squares(s.square()) + eps)
+            d = w.demodulation(s, eps)
         if down and kernel is not None:
             before, after = (n + size - 2) // 2, (n + size - 3) // 2
             x = upfirdn2d(x, kernel, padding=(before, after, before, after))

@@ -27,7 +27,7 @@ from .checks import check_beside, check_factor, check_tensor
 
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype of coefficients and sums: float32, for float64 float64."""
-    return torch.promote_types(dtype, torch.float32)
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _each(k: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ def row_gradient_convolution(
         return x.new_zeros(_weight_shape(x, gy.shape[1], kernel, groups))
     # The gradient of a transposed convolution is that of a convolution with its operands exchanged.
     small, big = (x, gy) if transposed else (gy, x)
-    weight = big.new_zeros(1).expand(small.shape[1], big.shape[1] // groups, *kernel)  # only its shape is read
+    weight = big.new_empty(1).expand(small.shape[1], big.shape[1] // groups, *kernel)  # only its shape is read
     geometry = stride, padding, dilation, False, [0] * len(kernel), groups
     mask = False, True, False
     dW = convolution_backward(small, big, weight, None, *geometry, mask)[1]

@@ -257,10 +257,10 @@ def test_compiles_in_one_graph(backend, device):
 def test_tiles_of_very_many_channels_fit_the_grid():
     blocks = pytest.importorskip("minegan_fast.kernels.noise_bias_act").blocks
     for last in (False, True):
-        tile = blocks(70_000_000, 2048, last, 256)
+        tile = blocks(70_000_000, 2048, last)
         assert 70_000_000 / tile["BC"] <= 65535
         assert tile["BC"] * tile["BP"] <= 2048
-    assert blocks(70_000, 2048, False, 256) == {"BC": 2, "BP": 512}
+    assert blocks(70_000, 2048, False) == {"BC": 2, "BP": 512}
 
 
 C = torch.zeros(2, 3, 4, 5)

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from ..._torch import PastSubclasses, transforms_active
 from ...layers.bilinear import Conv, Linear, functions_of, layer_by_rows, scaled_layer_by_rows
+from ...ops.demodulation import demodulation
 from ...ops.modulated_conv2d import ModulatedWeight
 from . import ddp
 from .expressions import Expression, expression_of
@@ -134,8 +135,8 @@ class _ModulatedRows(ModulatedWeight):
     def __init__(self, e: Expression):
         self.weight, self.e = e.weight, e
 
-    def expected_squares(self, squares):
-        return _run(Linear(), squares, self.e.to(squares.dtype).mapped(lambda w: w.square().sum((2, 3))))
+    def demodulation(self, s, eps):
+        return demodulation(s, self.e.trained, self.e.weight, self.e.rows, eps)
 
     def convolve(self, x, stride, padding, transposed):
         e = self.e.to(x.dtype)
