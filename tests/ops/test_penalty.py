@@ -183,7 +183,7 @@ def test_a_grid_fits_a_gpu_however_large_a_sample_is(monkeypatch):
     monkeypatch.setattr(torch, "empty", lambda *size, **options: g)
     kernels.penalty(g, None, g, g, g, g, count, length, length, 0.0, 0.0, 1, False)
     kernels.penalty_backward(g, g, g, g, count, length, length, length)
-    kernels.interpolate(g, g, g, 0, 0, count, length, length)
+    kernels.interpolate(g, g, None, g, 0, 0, count, length, length)
     assert len(grids) == 4
     assert all(map(fits_a_gpu, grids))
 
@@ -196,9 +196,7 @@ def test_samples_of_several_blocks(backend, device):
 
 
 def test_a_drawn_interpolation(backend, device):
-    if backend == "cpp":
-        pytest.skip("drawn in a kernel on a GPU alone")
-    n = 2000 if backend == "reference" or device == "cuda" else 150  # the interpreter is slow
+    n = 2000 if backend in ("reference", "cpp") or device == "cuda" else 150  # the interpreter is slow
     zero, one = torch.zeros(n, 3, device=device), torch.ones(n, 3, device=device)
     alpha = interpolate_drawn(one, zero, 1234567890123, 8)
     assert torch.equal(alpha, alpha[:, :1].expand(-1, 3))
@@ -219,6 +217,40 @@ def test_a_drawn_interpolation(backend, device):
     assert torch.equal(long, alpha[:3, None].expand(3, 5000))
     mixed = interpolate_drawn(real.to(memory_format=torch.channels_last), fake, 1234567890123, 8)
     torch.testing.assert_close(mixed, expected, rtol=0, atol=2**-23 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_interpolation_of_given_numbers(backend, device, dtype):
+    if backend == "triton" and dtype in (torch.bfloat16, torch.float16) and device == "cpu":
+        pytest.skip("the interpreter computes half precision wrongly")
+    real, fake = torch.randn(2, 3, 5, 7, 9, generator=seeded()).to(device, dtype)
+    alpha = torch.tensor([0.0, 0.3, 0.9], device=device)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        for one, two in ((real, fake.to(memory_format=layout)), (real[:, ::2], fake[:, ::2]), (real[:1], fake[:1])):
+            one = one.to(memory_format=layout)
+            mixed = interpolate(one, two, alpha[: len(one)])
+            expected = torch.lerp(two.double(), one.double(), alpha[: len(one)].double().view(-1, 1, 1, 1))
+            torch.testing.assert_close(mixed, expected.to(dtype), rtol=0, atol=2 * torch.finfo(dtype).eps * 4)
+            assert torch.equal(mixed[0], two[0])
+
+
+def test_large_results_are_written_whole(backend, device):
+    if backend == "triton" and device == "cpu":
+        pytest.skip("seconds in the interpreter")
+    g = torch.randn(2, 3, 1_500_007, generator=seeded()).to(device)[:, 1:]
+    s, dP = torch.tensor([0.5, -2.0], device=device), torch.tensor(3.0, device=device)
+    torch.testing.assert_close(penalty_backward(g, s, dP), g * (s * dP)[:, None, None])
+    mixed = interpolate(g, -g, torch.tensor([0.25, 0.75], device=device))
+    torch.testing.assert_close(mixed, g * torch.tensor([-0.5, 0.5], device=device)[:, None, None])
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-18, 1e18, 1e30])
+def test_squares_neither_vanish_nor_overflow(backend, device, size):
+    g = size * torch.randn(2, 40_000, generator=seeded()).to(device)
+    if backend != "cpp":
+        pytest.skip("squared in float32, as PyTorch users write it")
+    _, r, _, _ = penalty_forward(g, None, 0.0, 0.0, 1, False)
+    torch.testing.assert_close(r.double(), g.double().norm(dim=1), rtol=2e-6, atol=0)
 
 
 def test_philox_is_the_published_one():
