@@ -116,6 +116,7 @@ class _Driver:
 
 
 _launches: list[Launch] = []
+prepared: list[Specialisation] = []  # of the whole process, in their order
 
 
 class _Kernel:
@@ -140,6 +141,7 @@ def _prepare(source: ASTSource, target=None, options=None, **_) -> _Kernel:
         specialisation.lower()
     except Exception as error:
         specialisation.fault = "".join(traceback.format_exception_only(error)).strip()
+    prepared.append(specialisation)
     return _Kernel(specialisation)
 
 
