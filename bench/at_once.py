@@ -1,7 +1,7 @@
-"""A plugin of pytest: `-p at_once --at-once FILE` appends each test's result to FILE as soon as it is known, one line of
+"""A plugin of pytest: `-p at_once --at-once FILE` appends each test's result to FILE as soon as it is known, a line of
 JSON each (machine.Lines). So what a run has found until it is stopped is not lost.
 
-In a rehearsal (rehearsal.py) it also puts the stand-in in the place of the GPU; `--every N` leaves N-th tests.
+In a rehearsal (rehearsal.py) it also puts the stand-in in the place of the GPU; `--every N` runs every N-th test alone.
 """
 
 import time

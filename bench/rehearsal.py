@@ -1,8 +1,8 @@
 """bench/gpu.sh without a GPU: what each of its processes does then, and how long it would take on a machine with one.
 
 The environment variable MINEGAN_GPU_REHEARSAL names the file of a rehearsal. Kernels are then launched by Triton's own
-code over a driver that launches nothing (launch_driver). They compute nothing, so no result is compared, and what is
-timed means nothing. At its end each process notes in that file how many kernels it had specialised, and what the
+code over a driver that launches nothing (launch_driver). They compute nothing, and convolutions neither, so no result
+is compared, and what is timed means nothing. At its end each process notes in that file how many kernels it had specialised, and what the
 machine code of a sample of them cost one core.
 
     python bench/rehearsal.py FILE [--cores 16]
@@ -41,10 +41,13 @@ def begin() -> None:
     import minegan_fast.kernels
 
     launch_driver.install()
+    launch_driver.hollow_convolutions()
     for module in pkgutil.iter_modules(minegan_fast.kernels.__path__):  # before a test chooses the interpreter for them
         importlib.import_module(f"minegan_fast.kernels.{module.name}")
-    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty")):
-        setattr(owner, name, zeroed(getattr(owner, name)))
+    for name in ("empty", "empty_like", "empty_strided"):
+        setattr(torch, name, zeroed(getattr(torch, name)))
+    for name in ("new_empty", "new_empty_strided"):
+        setattr(torch.Tensor, name, zeroed(getattr(torch.Tensor, name)))
     measure.relative_error = lambda outputs, expected: 0.0
     torch.testing.assert_close = lambda *args, **kwargs: None
 
@@ -71,7 +74,7 @@ def result(make: Callable[[], Callable]) -> dict:
 
 
 def note(units: int, seconds: float) -> None:
-    """Compiles a sample, and writes the line of this process. units: checks, cases or tests that it ran in `seconds`."""
+    """Compiles a sample, and writes this process's line. units: checks, cases or tests that it ran in `seconds`."""
     import launch_driver
 
     found = [s for s in launch_driver.prepared if not s.fault]
@@ -117,6 +120,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path)
     parser.add_argument("--cores", type=int, default=16)
+    parser.add_argument("--limit", type=int, help="seconds of the whole part")
     arguments = parser.parse_args()
     lines = [json.loads(line) for line in arguments.file.read_text().splitlines()]
     total = 0
@@ -127,7 +131,8 @@ def main() -> int:
             f"{step:14} {found['specialisations']:5} specialisations of {found['each']:4.2f} s, {seconds:4} s"
             + (f", at most {limit} s" if limit else "")
         )
-    print(f"estimated for {arguments.cores} cores, nothing compiled before: {total} s")
+    limit = f" of {arguments.limit} s" if arguments.limit else " s"
+    print(f"estimated for {arguments.cores} cores, nothing compiled before: {total}{limit}")
     return 0
 
 

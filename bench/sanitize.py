@@ -359,8 +359,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ops", nargs="*", metavar="op", help=f"of {', '.join(OPS)} (default: all)")
     parser.add_argument("--backend", default="cuda", choices=("cuda", "triton", "cpp"), help="whose kernels run")
-    parser.add_argument("--slice", type=int, nargs=2, default=(0, 1), metavar=("K", "N"), help="every N-th check from K on")
-    parser.add_argument("--list", action="store_true", help="only print these arguments for processes beside each other")
+    parser.add_argument(
+        "--slice", type=int, nargs=2, default=(0, 1), metavar=("K", "N"), help="every N-th check from K on"
+    )
+    parser.add_argument(
+        "--list", action="store_true", help="only print these arguments for processes beside each other"
+    )
     parser.add_argument("--record", type=Path, metavar="FILE", help="append each result to FILE, as a line of JSON")
     parser.add_argument("--done", type=int, nargs=2, default=(0, 0), metavar=("N", "WRONG"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
