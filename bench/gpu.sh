@@ -22,8 +22,8 @@ soon as it is known, with device, driver, versions, commit and date. A step is s
 at its limit or at the end of its part. One that fails does not stop the others; the exit code is 0 when none failed.
 
 Needs, and no network: nvcc, cmake, ninja or make, and a python3 (PYTHON names another) that has torch, triton, pybind11,
-pytest, pytest-timeout, pytest-benchmark, pytest-xdist, hypothesis and what the package requires. It installs nothing, so
-setuptools is not needed. Uses compute-sanitizer and nvidia-ml-py where they are. MINEGAN_COMMIT names the commit where
+pytest, pytest-timeout, pytest-benchmark, hypothesis and what the package requires. It installs nothing, so setuptools is
+not needed. Uses pytest-xdist, compute-sanitizer and nvidia-ml-py where they are. MINEGAN_COMMIT names the commit where
 there is no .git. MINEGAN_GPU_REHEARSAL=1 does the same without a GPU, over a driver that launches nothing, and estimates
 how long a machine with 16 cores would take: see bench/rehearsal.py. It has one process at a time, and 8 times as long.
 END
@@ -162,43 +162,56 @@ files_of() {
 
 step_iteration() {
   built || true
-  note units 3.5 # two, of 7 resolutions above the first; here of 4
-  note budget 9  # 72 iterations, guessed
-  benchmarks 110 bench/bench_step.py -k test_iteration
+  note units 3.5 # 2 cases, whose networks have 7 resolutions and here 4
+  note budget 9  # a guess, as are the others: 72 iterations a case
+  benchmarks 130 bench/bench_step.py -k test_iteration
 }
 
 # What computes nothing cannot be trained: a rehearsal trains on the CPU.
 step_demo() {
+  note units 1
+  note budget 40
   local -x MINEGAN_GPU_REHEARSAL=
-  benchmarks 50 bench/bench_step.py -k test_demo
+  benchmarks 80 bench/bench_step.py -k test_demo --capture=no # the run says how far it is
 }
 
 step_bench() {
   built || true
   files_of "$@"
-  note units "$("$python" -m pytest "${files[@]}" -q --collect-only --device cuda --largest 2>&1 |
+  [[ -z $rehearsal ]] || note units "$("$python" -m pytest "${files[@]}" -q --collect-only --device cuda --largest 2>&1 |
     sed -nE 's,^([0-9]+)[/0-9]* tests? collected.*,\1,p')"
-  note budget 0.2
+  note budget 0.6 # 0.2 of timing, the rest for checks, warming up and replays
   benchmarks 150 "${files[@]}" --largest --no-compile --budget 0.2
 }
 
 step_compile() {
   built || true
+  [[ -z $rehearsal ]] || (($#)) || set -- bias_act # the compiler is slow, and no part of the stand-in
   files_of "$@"
+  note units 85
+  note budget 6 # an answer of the compiler
   benchmarks 120 "${files[@]}" --largest --budget 0.2
+}
+
+# processes N: so many `workers` of pytest, where pytest-xdist is there.
+processes() {
+  workers=()
+  [[ -n $rehearsal ]] || ! "$python" -c 'import xdist' 2>/dev/null || workers=(-n "$1")
 }
 
 step_test() {
   built || true
   note spread true
   (($#)) || set -- tests/ops -k "triton or cuda"
-  run_pytest 110 --timeout 60 ${rehearsal:+--every 40} -n "$((jobs > 2 ? jobs - 2 : 0))" "$@"
+  processes $((jobs - 2))
+  run_pytest 110 --timeout 60 ${rehearsal:+--every 40} "${workers[@]}" "$@"
 }
 
 step_gpu() {
   built || true
   (($#)) || set -- tests -m gpu
-  run_pytest 30 --timeout 30 -n "$((jobs > 2 ? 4 : 0))" "$@"
+  processes 4
+  run_pytest 30 --timeout 30 "${workers[@]}" "$@"
 }
 
 # watch SECONDS TOOL BACKEND OPS [OPTION...]: what the tool finds is in files of its own; fails where that is anything.

@@ -92,27 +92,28 @@ def estimate(lines: list[dict], cores: int) -> dict[str, dict]:
     """{step: its `seconds` on that many cores, and what is known of it}.
 
     A line of a process holds `units`, `seconds`, `specialisations`, `sampled` and `compile_seconds`. A line of a step,
-    which has no `specialisations`, says what is given: its `limit` in seconds, the `units` on a GPU where they are more
-    than those that were rehearsed, the `budget` of each in seconds, and `spread`: whether its work goes to all cores,
-    however many processes have rehearsed it.
+    which has no `specialisations`, says what is given: its `limit` in seconds; the `units` there, where they are more
+    than those that were rehearsed; the `budget`, what a unit takes there, in the place of what it took here; `spread`,
+    whether its work goes to all cores, however many processes have rehearsed it.
     """
     found = {}
     for step in dict.fromkeys(line["step"] for line in lines):
         own = [line for line in lines if line["step"] == step]
         processes = [line for line in own if "specialisations" in line]
         given = {name: value for line in own if "specialisations" not in line for name, value in line.items()}
-        sampled = sum(line["sampled"] for line in processes)
-        each = sum(line["compile_seconds"] for line in processes) / max(1, sampled)
-        rehearsed = sum(line["units"] for line in processes)
+        budget, rehearsed = given.get("budget"), sum(line["units"] for line in processes)
         scale = given["units"] / rehearsed if given.get("units") and rehearsed else 1.0
-        work = [
-            scale * (line["specialisations"] * each + line["seconds"] + line["units"] * given.get("budget", 0.0))
-            for line in processes
-        ]
+        work = [] if processes else [given.get("units", 0) * (budget or 0)]
+        count = compiling = 0.0
+        for line in processes:
+            own_count = scale * line["specialisations"]
+            seconds = own_count * line["compile_seconds"] / max(1, line["sampled"])
+            work.append(seconds + scale * (line["seconds"] if budget is None else line["units"] * budget))
+            count, compiling = count + own_count, compiling + seconds
         shared = sum(work) / cores
         seconds = shared if given.get("spread") else max([shared, *work])
-        count = round(scale * sum(line["specialisations"] for line in processes))
-        found[step] = {"seconds": START + seconds, "specialisations": count, "each": each, "limit": given.get("limit")}
+        found[step] = {"seconds": START + seconds, "specialisations": round(count), "compiling": compiling}
+        found[step]["limit"] = given.get("limit")
     return found
 
 
@@ -128,7 +129,8 @@ def main() -> int:
         seconds, limit = math.ceil(found["seconds"]), found["limit"]
         total += min(seconds, limit or seconds)
         print(
-            f"{step:14} {found['specialisations']:5} specialisations of {found['each']:4.2f} s, {seconds:4} s"
+            f"{step:10} {found['specialisations']:5} specialisations, which take a core {found['compiling']:4.0f} s: "
+            f"{seconds:4} s"
             + (f", at most {limit} s" if limit else "")
         )
     limit = f" of {arguments.limit} s" if arguments.limit else " s"

@@ -108,15 +108,19 @@ def test_an_estimate_is_that_of_the_longest_process_or_of_all_cores():
     lines = [process("a", 5, 100), process("a", 5, 10), {"step": "a", "limit": 20}]
     found = rehearsal.estimate(lines, 16)["a"]
     assert found["seconds"] == pytest.approx(rehearsal.START + 100 * 0.5 + 1)
-    assert (found["specialisations"], found["each"], found["limit"]) == (110, 0.5, 20)
+    assert (found["specialisations"], found["compiling"], found["limit"]) == (110, 55, 20)
     assert rehearsal.estimate(lines, 1)["a"]["seconds"] == pytest.approx(rehearsal.START + 110 * 0.5 + 2)
     spread = rehearsal.estimate([*lines, {"step": "a", "spread": True}], 16)["a"]
     assert spread["seconds"] == pytest.approx(rehearsal.START + (110 * 0.5 + 2) / 16)
 
 
-def test_an_estimate_grows_with_what_was_not_rehearsed_and_with_budgets():
-    lines = [process("a", 4, 8), {"step": "a", "units": 40}, {"step": "a", "budget": 0.2}, process("b", 1, 0)]
+def test_an_estimate_grows_with_what_was_not_rehearsed_and_takes_budgets_for_granted():
+    lines = [process("a", 4, 8), {"step": "a", "units": 40}, process("b", 1, 0)]
     found = rehearsal.estimate(lines, 16)
-    assert found["a"]["seconds"] == pytest.approx(rehearsal.START + 10 * (8 * 0.5 + 1 + 4 * 0.2))
+    assert found["a"]["seconds"] == pytest.approx(rehearsal.START + 10 * (8 * 0.5 + 1))
     assert found["a"]["specialisations"] == 80
     assert found["b"]["seconds"] == pytest.approx(rehearsal.START + 1)
+    budget = rehearsal.estimate([*lines, {"step": "a", "budget": 0.2}], 16)["a"]
+    assert budget["seconds"] == pytest.approx(rehearsal.START + 10 * (8 * 0.5 + 4 * 0.2))
+    alone = rehearsal.estimate([{"step": "c", "units": 3}, {"step": "c", "budget": 7}], 16)["c"]
+    assert alone["seconds"] == pytest.approx(rehearsal.START + 21)
