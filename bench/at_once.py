@@ -32,7 +32,10 @@ def pytest_configure(config):
         config.pluginmanager.register(Rehearsed())
 
 
+@pytest.hookimpl(trylast=True)  # of those that other options leave
 def pytest_collection_modifyitems(config, items):
+    if rehearsal.asked() and config.option.every > 1:
+        rehearsal.write({"units": len(items)})
     config.hook.pytest_deselected(items=[item for i, item in enumerate(items) if i % config.option.every])
     items[:] = items[:: config.option.every]
 

@@ -315,7 +315,7 @@ def hollow_convolutions() -> None:
 
     def convolution(x, weight, bias, stride, padding, dilation, transposed, output_padding, groups):
         with torch._subclasses.FakeTensorMode() as mode:
-            fakes = [mode.from_tensor(t) for t in (x, weight)]
+            fakes = [mode.from_tensor(t.detach()) for t in (x, weight)]
             y = torch.ops.aten.convolution(*fakes, None, stride, padding, dilation, transposed, output_padding, groups)
         return x.new_empty_strided(y.shape, y.stride())
 

@@ -2,8 +2,8 @@
 
 The environment variable MINEGAN_GPU_REHEARSAL names the file of a rehearsal. Kernels are then launched by Triton's own
 code over a driver that launches nothing (launch_driver). They compute nothing, and convolutions neither, so no result
-is compared, and what is timed means nothing. At its end each process notes in that file how many kernels it had specialised, and what the
-machine code of a sample of them cost one core.
+is compared, and what is timed means nothing. At its end each process notes in that file how many kernels it had
+specialised, and what the machine code of a sample of them cost one core.
 
     python bench/rehearsal.py FILE [--cores 16]
 
@@ -82,10 +82,13 @@ def note(units: int, seconds: float) -> None:
     before = sum(os.times()[:4])  # with the assembler, which is a process of its own; what else runs here adds nothing
     for specialisation in sample:
         specialisation.compile()
-    line = {"step": os.environ.get("MINEGAN_GPU_STEP", ""), "units": units, "seconds": seconds}
-    line |= {"specialisations": len(found), "sampled": len(sample), "compile_seconds": sum(os.times()[:4]) - before}
+    line = {"units": units, "seconds": seconds, "specialisations": len(found), "sampled": len(sample)}
+    write(line | {"compile_seconds": sum(os.times()[:4]) - before})
+
+
+def write(line: dict) -> None:
     with open(os.environ["MINEGAN_GPU_REHEARSAL"], "a") as file:
-        file.write(json.dumps(line) + "\n")
+        file.write(json.dumps({"step": os.environ.get("MINEGAN_GPU_STEP", "")} | line) + "\n")
 
 
 def estimate(lines: list[dict], cores: int) -> dict[str, dict]:
@@ -94,7 +97,8 @@ def estimate(lines: list[dict], cores: int) -> dict[str, dict]:
     A line of a process holds `units`, `seconds`, `specialisations`, `sampled` and `compile_seconds`. A line of a step,
     which has no `specialisations`, says what is given: its `limit` in seconds; the `units` there, where they are more
     than those that were rehearsed; the `budget`, what a unit takes there, in the place of what it took here; `spread`,
-    whether its work goes to all cores, however many processes have rehearsed it.
+    whether its work goes to all cores, however many processes have rehearsed it. A step of which nothing but its limit
+    is known takes that.
     """
     found = {}
     for step in dict.fromkeys(line["step"] for line in lines):
@@ -112,7 +116,8 @@ def estimate(lines: list[dict], cores: int) -> dict[str, dict]:
             count, compiling = count + own_count, compiling + seconds
         shared = sum(work) / cores
         seconds = shared if given.get("spread") else max([shared, *work])
-        found[step] = {"seconds": START + seconds, "specialisations": round(count), "compiling": compiling}
+        seconds = START + seconds if processes or budget else given.get("limit", 0)
+        found[step] = {"seconds": seconds, "specialisations": round(count), "compiling": compiling}
         found[step]["limit"] = given.get("limit")
     return found
 
@@ -130,8 +135,7 @@ def main() -> int:
         total += min(seconds, limit or seconds)
         print(
             f"{step:10} {found['specialisations']:5} specialisations, which take a core {found['compiling']:4.0f} s: "
-            f"{seconds:4} s"
-            + (f", at most {limit} s" if limit else "")
+            f"{seconds:4} s" + (f", at most {limit} s" if limit else "")
         )
     limit = f" of {arguments.limit} s" if arguments.limit else " s"
     print(f"estimated for {arguments.cores} cores, nothing compiled before: {total}{limit}")

@@ -352,7 +352,7 @@ OPS: dict[str, Callable[[str], Iterator[Check]]] = {
     "mmd_groups": check_mmd_groups,
     "penalty": check_penalty,
 }
-PROCESSES = {"mmd": 4}  # of an op whose kernels take one process too long to compile
+PROCESSES = {"mmd": 4, "bias_act": 4}  # of an op that takes one too long: to compile, or under a sanitizer
 
 
 def main() -> int:
@@ -373,7 +373,7 @@ def main() -> int:
     ops = arguments.ops or [op for op in OPS if any(arguments.backend in one._launchers for one in _ops[op])]
     if arguments.list:
         for op in ops:
-            count = PROCESSES.get(op, 1) if arguments.backend == "triton" else 1
+            count = PROCESSES.get(op, 1)
             print(*(f"{op} --slice {k} {count}" for k in range(count)), sep="\n")
         return 0
     device = "cpu" if arguments.backend == "cpp" else "cuda"

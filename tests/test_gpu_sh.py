@@ -35,7 +35,10 @@ case "$*" in
   *) echo "========= ERROR SUMMARY: ${FOUND_IN_KERNELS:-0} errors" >"$log" ;;
 esac
 """
-ONE, TWO = ("build", "checks", "iteration", "demo", "bench"), ("build", "test", "gpu", "sanitize", "compile")
+ONE, TWO = (
+    ("build", "checks", "iteration", "demo", "bench"),
+    ("build", "test", "gpu", "sanitize", "compile", "memcheck"),
+)
 
 
 @pytest.fixture
@@ -103,11 +106,11 @@ def test_the_first_part(run):
 def test_the_second_part(run):
     code, output, calls = run("2")
     assert (code, table(output)) == (0, dict.fromkeys(TWO, "ok"))
-    assert in_order(calls, "tests/ops -k triton or cuda", "tests -m gpu", "memcheck", "racecheck", "--budget 0.2")
-    # Triton has compiled before the sanitizer watches.
-    assert in_order(
-        calls, "\npython bench/sanitize.py --backend triton --record", "bench/sanitize.py --backend triton --record"
-    )
+    tests = "tests/ops -k triton or cuda", "tests -m gpu"
+    assert in_order(calls, *tests, "planted racecheck", "memcheck-cuda-%p", "racecheck-cuda-%p", "--budget 0.2")
+    watched = [line for line in calls.splitlines() if "sanitize.py --backend triton --record" in line]
+    assert "compute-sanitizer" not in watched[0]  # Triton has compiled before the sanitizer watches
+    assert watched[-1].startswith("compute-sanitizer --tool memcheck")
     assert "--no-compile" not in calls
 
 

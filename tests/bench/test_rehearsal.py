@@ -124,3 +124,4 @@ def test_an_estimate_grows_with_what_was_not_rehearsed_and_takes_budgets_for_gra
     assert budget["seconds"] == pytest.approx(rehearsal.START + 10 * (8 * 0.5 + 4 * 0.2))
     alone = rehearsal.estimate([{"step": "c", "units": 3}, {"step": "c", "budget": 7}], 16)["c"]
     assert alone["seconds"] == pytest.approx(rehearsal.START + 21)
+    assert rehearsal.estimate([{"step": "d", "limit": 30}], 16)["d"]["seconds"] == 30

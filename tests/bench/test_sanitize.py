@@ -67,4 +67,5 @@ def test_processes_beside_each_other_do_all_of_an_op(sanitize, monkeypatch, caps
     assert sanitize.main() == 0
     printed = capsys.readouterr().out.splitlines()
     assert {line.split()[0] for line in printed} == {*sanitize.OPS}
+    assert "upfirdn2d --slice 0 1" in printed
     assert [line for line in printed if line.startswith("mmd ")] == [f"mmd --slice {k} 4" for k in range(4)]
