@@ -221,29 +221,35 @@ step_gpu() {
   run_pytest 50 --timeout 50 "${workers[@]}" "$@"
 }
 
-# watch SECONDS TOOL BACKEND OPS [OPTION...]: what the tool finds is in files of its own; fails where that is anything.
+# watch SECONDS TOOL BACKEND OPS [OPTION...]: what the tool finds is in files of its own; fails where that is anything. In a
+# rehearsal the CPU's kernels run, without the tool.
 watch() {
   local limit=$1 tool=$2 backend=$3 chosen=$4 failed=0
   shift 4
+  if [[ -n $rehearsal ]]; then
+    each "$limit" cpp "${chosen:-row_update}" "under-$tool.jsonl"
+    return
+  fi
   each "$limit" "$backend" "$chosen" "under-$tool.jsonl" \
     compute-sanitizer --tool "$tool" --error-exitcode 9 --log-file "$out/$tool-$backend-%p.log" "$@" || failed=$?
   if grep -hE -B 12 'SUMMARY: [1-9]' "$out/$tool-$backend"-*.log; then failed=1; fi
   return $failed
 }
 
-step_sanitize() {
-  local tool failed=0
-  if [[ -n $rehearsal ]]; then
-    each 60 cpp "${*:-bias_act row_update}" under-memcheck.jsonl
-    return
-  fi
-  built || failed=$?
+find_planted() {
+  local tool
   command -v compute-sanitizer || { echo "compute-sanitizer: not found on PATH"; return $skipped; }
   limited 20 nvcc -lineinfo -arch="sm_$(capability)" -o "$scratch/planted" bench/planted.cu || return
   for tool in memcheck racecheck; do
     limited 20 compute-sanitizer --tool "$tool" --error-exitcode 9 "$scratch/planted" "$tool"
     (($? == 9)) || { echo "compute-sanitizer does not work here: $tool overlooked its planted fault"; return 1; }
   done
+}
+
+step_sanitize() {
+  local failed=0
+  [[ -n $rehearsal ]] || find_planted || return
+  built || failed=$?
   # torch asks for things that may fail, and handles it: no fault of a kernel.
   watch 40 memcheck cuda "$*" --report-api-errors no || failed=$?
   watch 40 racecheck cuda "$*" || failed=$?
