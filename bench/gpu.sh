@@ -117,6 +117,7 @@ built() {
   local status=$?
   building=
   grep -E 'error|warning|^backend|not found' "$out/build.log" | tail -n 20
+  ((status == 0)) || echo "the build failed, as build.log says"
   return $status
 }
 
@@ -126,7 +127,7 @@ each() {
   shift 4
   # shellcheck disable=SC2086
   "$python" bench/sanitize.py --backend "$backend" --list $chosen >"$scratch/processes" || return
-  limited "$limit" xargs -a "$scratch/processes" -P "$jobs" -L 1 \
+  OMP_NUM_THREADS=1 limited "$limit" xargs -a "$scratch/processes" -P "$jobs" -L 1 \
     "$@" "$python" bench/sanitize.py --backend "$backend" --record "$out/$file"
 }
 
@@ -208,7 +209,7 @@ step_test() {
   note spread true
   (($#)) || set -- tests/ops -k "triton or cuda"
   processes $((jobs - 2))
-  run_pytest 110 --timeout 60 ${rehearsal:+--every 40} "${workers[@]}" "$@"
+  OMP_NUM_THREADS=1 run_pytest 110 --timeout 60 ${rehearsal:+--every 40} "${workers[@]}" "$@"
   local status=$?
   ((status != 1)) || [[ -z $rehearsal ]] || return 0 # what computes nothing is not right
   return $status
@@ -218,7 +219,7 @@ step_gpu() {
   built || true
   (($#)) || set -- tests -m gpu
   processes 4
-  run_pytest 50 --timeout 50 "${workers[@]}" "$@"
+  OMP_NUM_THREADS=4 run_pytest 50 --timeout 50 "${workers[@]}" "$@"
 }
 
 # watch SECONDS TOOL BACKEND OPS [OPTION...]: what the tool finds is in files of its own; fails where that is anything. In a
@@ -334,7 +335,7 @@ for step in "${chosen[@]}"; do
   table+=$(printf '%-10s %-12s %5d s' "$step" "$result" $((SECONDS - start)))$'\n'
 done
 if [[ -n $building ]]; then
-  built || { echo "the build failed"; failed=1; }
+  built || failed=1
 fi
 ((!interrupted)) || failed=130
 [[ -z $rehearsal ]] || ((interrupted)) || "$python" bench/rehearsal.py "$out/rehearsal.jsonl" --limit "$total"

@@ -159,7 +159,7 @@ def test_a_missing_nvcc_is_named(run):
         pytest.skip("nvcc cannot be hidden here")
     code, output, _ = run("build")
     assert code == 1
-    assert "nvcc: not found on PATH" in output
+    assert "nvcc: not found on PATH\nthe build failed" in output
 
 
 @pytest.mark.parametrize("arguments", [("nonsense",), ("bench", "no_such_op"), ()])
