@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -87,21 +88,23 @@ class Recorder:
 
     def __init__(self, folder: Path | None, device: str, ceilings: dict):
         self.folder, self.ceilings = folder, ceilings
-        self.run, self.rows = describe_run(device, ceilings), []
+        self.run, self.rows, self.path = describe_run(device, ceilings), [], None
 
     def add(self, rows: list[dict]) -> None:
         """The rows of a case, together."""
         self.rows += rows
         if self.folder:
-            path = merge(self.folder, self.run, self.rows)
-            print(f"\n{len(self.rows)} rows in {path}")
+            self.path = merge(self.folder, self.run, self.rows)
 
 
 @pytest.fixture(scope="session")
-def recorder(pytestconfig, device) -> Recorder:
+def recorder(pytestconfig, device) -> Iterator[Recorder]:
     keep_pages()
-    checked_only = pytestconfig.getoption("benchmark_disable")
-    return Recorder(pytestconfig.getoption("--record"), device, {} if checked_only else measure_ceilings(device))
+    ceilings = {} if pytestconfig.getoption("benchmark_disable") else measure_ceilings(device)
+    session = Recorder(pytestconfig.getoption("--record"), device, ceilings)
+    yield session
+    if session.path:
+        print(f"\n{len(session.rows)} rows in {session.path}")
 
 
 @pytest.fixture

@@ -178,12 +178,17 @@ step_demo() {
 }
 
 step_bench() {
+  local status
   built || true
   files_of "$@"
-  [[ -z $rehearsal ]] || note units "$("$python" -m pytest "${files[@]}" -q --collect-only --device cuda --largest 2>&1 |
-    sed -nE 's,^([0-9]+)[/0-9]* tests? collected.*,\1,p')"
   note budget 0.6 # 0.2 of timing, the rest for checks, warming up and replays
   benchmarks 150 "${files[@]}" --largest --no-compile --budget 0.2
+  status=$?
+  [[ -z $rehearsal ]] || ((interrupted)) || note units "$(
+    "$python" -m pytest "${files[@]}" -q --collect-only --device cuda --largest 2>&1 |
+      sed -nE 's,^([0-9]+)[/0-9]* tests? collected.*,\1,p'
+  )"
+  return $status
 }
 
 # A rehearsal compiles one op for the CPU.

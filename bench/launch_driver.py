@@ -314,8 +314,9 @@ def hollow_convolutions() -> None:
     library = torch.library.Library("aten", "IMPL")
 
     def convolution(x, weight, bias, stride, padding, dilation, transposed, output_padding, groups):
+        plain = x.detach(), weight.detach()  # of others the mode would ask for gradients
         with torch._subclasses.FakeTensorMode() as mode:
-            fakes = [mode.from_tensor(t.detach()) for t in (x, weight)]
+            fakes = [mode.from_tensor(t) for t in plain]
             y = torch.ops.aten.convolution(*fakes, None, stride, padding, dilation, transposed, output_padding, groups)
         return x.new_empty_strided(y.shape, y.stride())
 
