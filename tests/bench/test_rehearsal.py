@@ -78,6 +78,7 @@ def test_a_killed_step_leaves_what_it_measured(tmp_path, how):
             assert run.keys() >= FACTS
             assert found["rows"][0]["op"] == "bias_act"
             assert found["rows"][0]["median_us"] > 0
+            assert "double backward" not in {row["pass"] for row in found["rows"]}  # the last case had not begun
     finally:
         kill_session(process.pid)
 
