@@ -50,5 +50,5 @@ def test_kernel_step(benchmark, device, recorder, pytestconfig, stage):
         call()
     assert bool(trainer.finite)
     key = {"op": "kernel_step", "pass": stage, "shape": [batch, 3, resolution, resolution], "dtype": "float32"}
-    recorder["rows"] += whole_steps(key, calls, device, turns)
+    recorder.add(whole_steps(key, calls, device, turns))
     benchmark.pedantic(ours)

@@ -11,6 +11,7 @@ from measure import OURS, Case
 from minegan_fast.ops.manhattan import manhattan_distance, manhattan_signs
 
 SIZES = {"cpu": [(256, 256, 64), (1000, 1000, 512)], "cuda": [(1024, 1024, 512), (4000, 4000, 2048)]}
+LARGEST = {"test_manhattan": "-1"}
 
 
 @pytest.mark.parametrize("number", [0, 1])

@@ -23,6 +23,7 @@ CASES = [  # N, M, sizes of the groups, bandwidths in typical distances
     (32, 2000, INCEPTION, (0.25, 0.5, 1.0, 2.0, 4.0)),
     (256, 2000, INCEPTION, (0.25, 0.5, 1.0, 2.0, 4.0)),
 ]
+LARGEST = {"test_mmd_groups": "256x2000x"}
 
 
 def samples(n, sizes, device, seed, scale=1.0, shift=0.0):

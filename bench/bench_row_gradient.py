@@ -49,6 +49,7 @@ SMALL = {
     "toRGB 96 at 8": (96, 1, 8, 1, 1, 1),
     "toRGB 32 at 32": (32, 1, 32, 1, 1, 1),
 }
+LARGEST = {"test_row_gradient": "conv 128 at 256, 0.05"}  # its images are; some other layers have more products
 
 
 class Layer:

@@ -21,6 +21,7 @@ NETWORKS = {
     "StyleGAN2-32": {"resolution": 32, "latent_dim": 64, "channel_base": 1024, "channel_max": 64, "mapping_layers": 2},
     "StyleGAN2-256": {"resolution": 256},
 }
+LARGEST = {"test_row_score": "StyleGAN2-256"}
 SCORED = {"cpu": {"StyleGAN2-32": (16, 8)}, "cuda": {"StyleGAN2-32": (64, 32), "StyleGAN2-256": (64, 16)}}
 
 

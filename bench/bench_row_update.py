@@ -16,6 +16,7 @@ from minegan_fast.ops import Hyperparameters, RowTensor, RowUpdate, use_backend
 
 LR, BETAS, EMA_DECAY = 1e-3, (0.0, 0.99), 0.998
 DENSITIES = (0.05, 0.01, 0.02, 0.1, 0.2, 0.5, 1.0)
+LARGEST = {"test_row_update": "StyleGAN2-256-0.05"}  # the case of the goals
 WITH_AVERAGE = {"cpu": (0.05, 0.2), "cuda": DENSITIES}
 
 

@@ -125,5 +125,5 @@ def test_generator(benchmark, device, recorder, pytestconfig, formulations, step
         return
     shape = [batch, 3, G.resolution, G.resolution]
     key = {"op": "stylegan2", "pass": step, "shape": shape, "dtype": dtype}
-    recorder["rows"] += whole_steps(key, calls, device)
+    recorder.add(whole_steps(key, calls, device))
     benchmark.pedantic(calls[OURS])

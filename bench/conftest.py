@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,8 @@ def pytest_addoption(parser):
     group.addoption("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU, else cpu")
     group.addoption("--budget", type=float, default=None, help="seconds of timing a case (1.5; on a GPU 1)")
     group.addoption("--quick", action="store_true", help="the first shape and dtype only: does it run?")
+    group.addoption("--largest", action="store_true", help="of the ops alone, each at its largest shape")
+    group.addoption("--no-compile", action="store_true", help="without torch.compile among the competitors")
     group.addoption("--public-ops", type=Path, help="stylegan2: a built checkout of rosinality's, with the package op")
     group.addoption(
         "--record", nargs="?", type=Path, const=ROOT / "bench" / "results", metavar="FOLDER",
@@ -41,14 +44,31 @@ def pytest_generate_tests(metafunc):
     """A benchmark module says its cases as data: SHAPES by device, DTYPES."""
     if "which" in metafunc.fixturenames:
         device = device_of(metafunc.config)
-        few = slice(1 if metafunc.config.getoption("--quick") else None)
+        quick, largest = (metafunc.config.getoption(name) for name in ("--quick", "--largest"))
+        few = slice(1 if quick else None)
         cases = [
             pytest.param(shape, dtype, which, id=f"{which}-{'x'.join(map(str, shape))}-{str(dtype).split('.')[-1]}")
-            for shape in metafunc.module.SHAPES[device][few]
+            for shape in metafunc.module.SHAPES[device][slice(-1, None) if largest and not quick else few]
             for dtype in metafunc.module.DTYPES[few]
             for which in PASSES
         ]
         metafunc.parametrize(("shape", "dtype", "which"), cases)
+
+
+def pytest_collection_modifyitems(config, items):
+    """--largest: a module whose cases are no data says in LARGEST by test what the names of its largest cases hold; a
+    module about no op has neither. With --quick there are the first cases alone, and all of those tests stay."""
+    if not config.getoption("--largest"):
+        return
+    quick = config.getoption("--quick")
+
+    def stays(item) -> bool:
+        largest = getattr(item.module, "LARGEST", {})
+        named = item.originalname in largest and (quick or largest[item.originalname] in item.name)
+        return named or hasattr(item.module, "SHAPES")
+
+    config.hook.pytest_deselected(items=[item for item in items if not stays(item)])
+    items[:] = filter(stays, items)
 
 
 def device_of(config) -> str:
@@ -62,19 +82,29 @@ def device(pytestconfig) -> str:
     return device_of(pytestconfig)
 
 
+class Recorder:
+    """The ceilings that were measured at the start of this session, and its rows, which are in the file of --record as
+    soon as they are known."""
+
+    def __init__(self, folder: Path | None, device: str, ceilings: dict):
+        self.folder, self.ceilings = folder, ceilings
+        self.run, self.rows, self.path = describe_run(device, ceilings), [], None
+
+    def add(self, rows: list[dict]) -> None:
+        """The rows of a case, together."""
+        self.rows += rows
+        if self.folder:
+            self.path = merge(self.folder, self.run, self.rows)
+
+
 @pytest.fixture(scope="session")
-def recorder(pytestconfig, device):
-    """The rows of this session and the ceilings measured at its start; kept at its end where --record asks for it."""
+def recorder(pytestconfig, device) -> Iterator[Recorder]:
     keep_pages()
-    session = {
-        "ceilings": measure_ceilings(device) if not pytestconfig.getoption("benchmark_disable") else {},
-        "rows": [],
-    }
+    ceilings = {} if pytestconfig.getoption("benchmark_disable") else measure_ceilings(device)
+    session = Recorder(pytestconfig.getoption("--record"), device, ceilings)
     yield session
-    folder = pytestconfig.getoption("--record")
-    if folder and session["rows"]:
-        path = merge(folder, describe_run(device, session["ceilings"]), session["rows"])
-        print(f"\n{len(session['rows'])} rows in {path}")
+    if session.path:
+        print(f"\n{len(session.rows)} rows in {session.path}")
 
 
 @pytest.fixture
@@ -82,13 +112,15 @@ def compare(benchmark, device, recorder, pytestconfig):
     """compare(case, providers): checks all, times all, records all; with --benchmark-disable it only checks."""
 
     def run(case: Case, providers: list[Provider]) -> None:
+        if pytestconfig.getoption("--no-compile"):
+            providers = [provider for provider in providers if "torch.compile" not in provider.name]
         if benchmark.disabled:
             check(case, providers)
             return
         budget = pytestconfig.getoption("--budget") or {"cpu": 1.5, "cuda": 1.0}[device]
-        rows = run_case(case, providers, device, recorder["ceilings"], budget)
-        recorder["rows"] += rows
-        benchmark.extra_info |= {"rows": rows, "ceilings": recorder["ceilings"]}
+        rows = run_case(case, providers, device, recorder.ceilings, budget)
+        recorder.add(rows)
+        benchmark.extra_info |= {"rows": rows, "ceilings": recorder.ceilings}
         automatic = next(provider for provider in providers if provider.name == OURS)
         with use_backend(None):
             benchmark.pedantic(lambda call: call(), setup=lambda: ((automatic.make(),), {}), rounds=3)

@@ -116,6 +116,7 @@ class _Driver:
 
 
 _launches: list[Launch] = []
+prepared: list[Specialisation] = []  # of the whole process, in their order
 
 
 class _Kernel:
@@ -140,6 +141,7 @@ def _prepare(source: ASTSource, target=None, options=None, **_) -> _Kernel:
         specialisation.lower()
     except Exception as error:
         specialisation.fault = "".join(traceback.format_exception_only(error)).strip()
+    prepared.append(specialisation)
     return _Kernel(specialisation)
 
 
@@ -312,8 +314,9 @@ def hollow_convolutions() -> None:
     library = torch.library.Library("aten", "IMPL")
 
     def convolution(x, weight, bias, stride, padding, dilation, transposed, output_padding, groups):
+        plain = x.detach(), weight.detach()  # of others the mode would ask for gradients
         with torch._subclasses.FakeTensorMode() as mode:
-            fakes = [mode.from_tensor(t) for t in (x, weight)]
+            fakes = [mode.from_tensor(t) for t in plain]
             y = torch.ops.aten.convolution(*fakes, None, stride, padding, dilation, transposed, output_padding, groups)
         return x.new_empty_strided(y.shape, y.stride())
 

@@ -8,8 +8,10 @@ import platform
 import re
 import subprocess
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
+import rehearsal
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,6 +21,8 @@ CASE = ("op", "pass", "shape", "dtype")
 
 def device_name(device: str) -> str:
     """The GPU's name, or the CPU's model and number of cores."""
+    if rehearsal.asked():
+        return rehearsal.NAME
     if device == "cuda":
         return torch.cuda.get_device_name()
     model = platform.processor() or platform.machine()
@@ -63,6 +67,14 @@ def gpu_state() -> dict:
         return {"nvml": str(error)}
 
 
+def driver() -> str:
+    """The version of the GPU's driver."""
+    with suppress(OSError, subprocess.CalledProcessError, IndexError):
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+    return "unknown"
+
+
 def commit() -> str:
     """The measured commit, with "+" where measured files differ from it; without git what MINEGAN_COMMIT says."""
 
@@ -85,8 +97,10 @@ def describe_run(device: str, ceilings: dict) -> dict:
             return "not installed"
 
     now = datetime.datetime.now(datetime.timezone.utc)
+    of_gpu = {"driver": driver(), "cuda": torch.version.cuda} if device == "cuda" else {}
     return {
         "device": device_name(device),
+        **of_gpu,
         "torch": torch.__version__,
         "triton": version("triton"),
         "minegan_fast": version("minegan_fast"),
@@ -105,7 +119,7 @@ def merge(folder: Path, run: dict, rows: list[dict]) -> Path:
     """
     path = Path(folder) / f"{slug(run['device'])}.json"
     old = json.loads(path.read_text()) if path.exists() else {"runs": {}, "rows": []}
-    name = f"{run['date']} {run['commit']}"
+    name = name_of(run)
     measured = {case_of(row) for row in rows}
     kept = [row for row in old["rows"] if case_of(row) not in measured]
     merged = sorted(kept + [row | {"run": name} for row in rows], key=lambda row: row["op"])
@@ -121,6 +135,26 @@ def merge(folder: Path, run: dict, rows: list[dict]) -> Path:
     os.chmod(file.name, 0o644)
     os.replace(file.name, path)
     return path
+
+
+class Lines:
+    """A file of JSON lines that processes append to, each line there from the moment it is written on: a line with
+    `describes` for each run, and then what was found in it."""
+
+    def __init__(self, path: Path, device: str):
+        run = describe_run(device, {})
+        self.path, self.run = path, name_of(run)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.add({"describes": run})
+
+    def add(self, row: dict) -> None:
+        line = json.dumps(row | {"run": self.run}) + "\n"
+        with open(self.path, "ab", buffering=0) as file:
+            file.write(line.encode())  # in one piece, so that processes do not write into each other's lines
+
+
+def name_of(run: dict) -> str:
+    return f"{run['date']} {run['commit']}"
 
 
 def case_of(row: dict) -> tuple:

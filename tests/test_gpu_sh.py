@@ -15,34 +15,48 @@ PYTHON = """#!/bin/bash
 echo "python $*" >>"$CALLS"
 case "$*" in
   *get_device_capability*) echo 90 ;;
-  *pytest*bench*) exit "${FAIL_BENCH:-0}" ;;
-  *pytest*) exit "${FAIL_TEST:-0}" ;;
+  *--list*) printf '%s\\n' "row_update --slice 0 1" "mmd --slice 0 2" "mmd --slice 1 2" ;;
+  *--collect-only*) ;;
+  *test_iteration*) exit "${FAIL_ITERATION:-0}" ;;
+  *tests/ops*) exit "${FAIL_TEST:-0}" ;;
   *sanitize.py*) exit "${FAIL_SANITIZE:-0}" ;;
 esac
 """
-NVCC = """#!/bin/bash
+TOOL = """#!/bin/bash
+echo "${0##*/} $*" >>"$CALLS"
 for last; do [[ $previous == -o ]] && touch "$last"; previous=$last; done
+exit 0
 """
 SANITIZER = """#!/bin/bash
 echo "compute-sanitizer $*" >>"$CALLS"
+for word; do [[ $previous == --log-file ]] && log=${word/\\%p/$$}; previous=$word; done
 case "$*" in
-  *planted*) echo "========= ERROR SUMMARY: ${FOUND:-1} error" ;;
-  *) echo "========= ERROR SUMMARY: ${FOUND_IN_KERNELS:-0} errors" ;;
+  *planted*) exit "${FOUND:-9}" ;;
+  *) echo "========= ERROR SUMMARY: ${FOUND_IN_KERNELS:-0} errors" >"$log" ;;
 esac
 """
+ONE, TWO = (
+    ("build", "checks", "iteration", "demo", "bench"),
+    ("build", "test", "gpu", "sanitize", "compile", "memcheck"),
+)
 
 
 @pytest.fixture
 def run(tmp_path):
     """run(*arguments, **environment) -> (exit code, output, calls) of gpu.sh in a tree of stand-ins."""
-    (tmp_path / "bench").mkdir()
-    (tmp_path / "csrc").mkdir()
-    (tmp_path / "bin").mkdir()
+    for folder in ("bench", "csrc", "bin"):
+        (tmp_path / folder).mkdir()
     for name in ("gpu.sh", "planted.cu", "bench_bias_act.py"):
         shutil.copy(ROOT / "bench" / name, tmp_path / "bench" / name)
-    for name in ("setup.py", "pyproject.toml", "CMakeLists.txt", "csrc/bias_act.cu"):
+    for name in ("CMakeLists.txt", "csrc/bias_act.cu"):
         (tmp_path / name).write_text(name)
-    tools = {"python3": PYTHON, "nvcc": NVCC, "compute-sanitizer": SANITIZER, "nvidia-smi": "#!/bin/bash\n"}
+    tools = {
+        "python3": PYTHON,
+        "nvcc": TOOL,
+        "cmake": TOOL,
+        "compute-sanitizer": SANITIZER,
+        "nvidia-smi": "#!/bin/bash\n",
+    }
     for name, text in tools.items():
         (tmp_path / "bin" / name).write_text(text)
         (tmp_path / "bin" / name).chmod(0o755)
@@ -71,32 +85,54 @@ def table(output: str) -> dict[str, str]:
     return {line.split()[0]: " ".join(line.split()[1:-2]) for line in last}
 
 
-def test_all_parts_run_in_order_and_the_table_comes_last(run):
-    code, output, calls = run()
-    assert (code, table(output)) == (0, {"build": "ok", "test": "ok", "sanitize": "ok", "bench": "ok"})
-    assert (
-        calls.index("pip install") < calls.index("-m pytest -q\n") < calls.index("racecheck") < calls.index("--record=")
+def in_order(text: str, *parts: str) -> bool:
+    places = [text.index(part) for part in parts]
+    return places == sorted(places)
+
+
+def test_the_first_part(run):
+    code, output, calls = run("1")
+    assert (code, table(output)) == (0, dict.fromkeys(ONE, "ok"))
+    assert in_order(
+        calls, "--backend triton --record", "--backend cuda --record", "test_iteration", "test_demo", "--budget"
     )
+    assert "cmake --build" in calls
+    assert calls.count("mmd --slice 1 2") == 2
+    assert "--largest --no-compile --budget 0.2" in calls
     assert f"--record={run.folder}/results" in calls
     assert (run.folder / "results" / "gpu.log").read_text() == output
 
 
-def test_a_failing_part_stops_no_other_and_shows_in_the_exit_code(run):
-    code, output, calls = run(FAIL_TEST="1")
-    assert (code, table(output)) == (1, {"build": "ok", "test": "FAILED", "sanitize": "ok", "bench": "ok"})
-    assert "--record=" in calls
+def test_the_second_part(run):
+    code, output, calls = run("2")
+    assert (code, table(output)) == (0, dict.fromkeys(TWO, "ok"))
+    tests = "tests/ops -k triton or cuda", "tests -m gpu"
+    assert in_order(calls, *tests, "planted racecheck", "memcheck-cuda-%p", "racecheck-cuda-%p", "--budget 0.2")
+    watched = [line for line in calls.splitlines() if "sanitize.py --backend triton --record" in line]
+    assert "compute-sanitizer" not in watched[0]  # Triton has compiled before the sanitizer watches
+    assert watched[-1].startswith("compute-sanitizer --tool memcheck")
+    assert "--no-compile" not in calls
 
 
-def test_one_part_with_its_arguments_builds_first_and_only_once(run):
+def test_a_failing_step_stops_no_other_and_shows_in_the_exit_code(run):
+    code, output, calls = run("1", FAIL_ITERATION="1")
+    assert (code, table(output)) == (1, dict.fromkeys(ONE, "ok") | {"iteration": "FAILED"})
+    assert "--budget 0.2" in calls
+    assert table(run("2", FAIL_TEST="1")[1])["test"] == "FAILED"
+    assert table(run("1", FAIL_SANITIZE="1")[1])["checks"] == "FAILED"
+
+
+def test_one_step_with_its_arguments_builds_first_and_only_once(run):
     code, output, calls = run("--out", "elsewhere", "bench", "bias_act")
     assert (code, list(table(output))) == (0, ["build", "bench"])
-    assert "bench/bench_bias_act.py -q" in calls
+    assert "bench/bench_bias_act.py --largest" in calls
     assert (run.folder / "elsewhere" / "gpu.log").exists()
     code, output, calls = run("test", "tests/ops", "-x")
-    assert (code, list(table(output))) == (0, ["test"])
-    assert "-m pytest -q tests/ops -x" in calls
+    assert (code, list(table(output))) == (0, ["build", "test"])
+    assert "cmake" not in calls
+    assert "tests/ops -x" in calls
     (run.folder / "csrc" / "bias_act.cu").write_text("changed")
-    assert list(table(run("test")[1])) == ["build", "test"]
+    assert "cmake --build" in run("test")[2]
 
 
 @pytest.mark.parametrize(
@@ -122,23 +158,25 @@ def test_a_missing_nvcc_is_named(run):
     if shutil.which("nvcc", path="/usr/bin:/bin"):
         pytest.skip("nvcc cannot be hidden here")
     code, output, _ = run("build")
-    assert (code, table(output)["build"]) == (1, "FAILED")
-    assert "nvcc: not found on PATH" in output
+    assert code == 1
+    assert "nvcc: not found on PATH\nthe build failed" in output
 
 
-@pytest.mark.parametrize("arguments", [("nonsense",), ("bench", "no_such_op")])
+@pytest.mark.parametrize("arguments", [("nonsense",), ("bench", "no_such_op"), ()])
 def test_what_is_not_there_is_named(run, arguments):
     code, output, calls = run(*arguments)
     assert code == 2
-    assert arguments[-1] in output
+    assert (arguments[-1] if arguments else "bench/gpu.sh [--out FOLDER]") in output
     assert not calls
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_without_a_gpu_nothing_is_run(tmp_path):
     environment = os.environ | {"PYTHON": sys.executable, "OUT": str(tmp_path / "out")}
-    environment.pop("MINEGAN_GPU_SH_DRY", None)
-    done = subprocess.run(["bash", str(ROOT / "bench" / "gpu.sh")], env=environment, capture_output=True, text=True)
+    environment.pop("MINEGAN_GPU_REHEARSAL", None)
+    done = subprocess.run(
+        ["bash", str(ROOT / "bench" / "gpu.sh"), "1"], env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 3
     assert "no usable GPU: torch sees no CUDA device. Nothing was run" in done.stderr
     assert not (tmp_path / "out").exists()

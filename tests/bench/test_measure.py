@@ -1,6 +1,8 @@
 """The benchmarks' own machinery: what is timed when, what is refused, what a row holds, which rows a file keeps."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -150,3 +152,39 @@ def test_the_commit_is_named_without_git_too(monkeypatch, tmp_path):
     assert len(clean) == 10
     (tmp_path / "csrc").write_text("2")
     assert machine.commit() == clean + "+"
+
+
+def test_lines_of_several_runs_say_whose_they_are(monkeypatch, tmp_path):
+    path = tmp_path / "new" / "found.jsonl"
+    monkeypatch.setattr(machine, "commit", lambda: "a")
+    machine.Lines(path, "cpu").add({"check": 1})
+    monkeypatch.setattr(machine, "commit", lambda: "b")
+    machine.Lines(path, "cpu").add({"check": 2})
+    heads, rows = [], []
+    for line in map(json.loads, path.read_text().splitlines()):
+        (heads if "describes" in line else rows).append(line)
+    assert [head["describes"]["commit"] for head in heads] == ["a", "b"]
+    assert [(row["check"], row["run"]) for row in rows] == [(1, heads[0]["run"]), (2, heads[1]["run"])]
+
+
+def test_a_run_on_a_gpu_names_driver_and_cuda(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A GPU")
+    monkeypatch.setattr(machine, "driver", lambda: "570.1")
+    run = machine.describe_run("cuda", {})
+    assert (run["device"], run["driver"], run["cuda"]) == ("A GPU", "570.1", torch.version.cuda)
+    assert "driver" not in machine.describe_run("cpu", {})
+
+
+def test_every_op_has_a_largest_case_on_a_gpu():
+    """And bench/gpu.sh measures each of them."""
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-m", "pytest", "bench", "-q", "--collect-only", "--largest", "--device", "cuda"]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    printed = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True).stdout
+    cases = re.findall(r"^bench/bench_(\w+)\.py::(.*)$", printed, re.MULTILINE)
+    here = {path.stem.removeprefix("bench_") for path in (root / "bench").glob("bench_*.py")}
+    of_no_op = {"kernel_step", "launches", "step", "stylegan2"}
+    assert {op for op, _ in cases} == here - of_no_op
+    assert all("16x128x256x256" in name for op, name in cases if op in ("bias_act", "upfirdn2d", "noise_bias_act"))
+    listed = re.search(r"^ops=\(([^)]*)\)", (root / "bench/gpu.sh").read_text(), re.MULTILINE)[1].split()
+    assert {*listed} == here - of_no_op

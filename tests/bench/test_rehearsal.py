@@ -1,0 +1,128 @@
+"""What bench/gpu.sh has found is in its files whenever it is stopped, and how long it would take is a sum.
+
+The steps run here over the driver that launches nothing (bench/rehearsal.py).
+"""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
+
+import rehearsal
+
+ROOT = Path(__file__).parents[2]
+FACTS = {"device", "torch", "triton", "commit", "date"}
+
+
+def start(command: list, cwd: Path = ROOT, **environment: str) -> subprocess.Popen:
+    """In a session of its own. Not in Triton's interpreter, which launches nothing."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "MINEGAN_BACKEND", "OUT")}
+    environment = kept | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "MINEGAN_COMMIT": "abc"} | environment
+    return subprocess.Popen(
+        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+
+
+def kill_session(leader: int) -> None:
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            if int(path.read_text().rpartition(")")[2].split()[3]) == leader:
+                os.kill(int(path.parent.name), signal.SIGKILL)
+
+
+def wait_for(rows, process: subprocess.Popen) -> None:
+    end = time.monotonic() + 120
+    while not rows():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end, "no rows came"
+        time.sleep(0.05)
+
+
+def lines_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are found in /proc")
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_a_killed_step_leaves_what_it_measured(tmp_path, how):
+    """SIGINT stops the checks in order; after SIGKILL of every process at once rows of benchmarks are there too."""
+    pytest.importorskip("triton")
+    step = ["checks", "bias_act"] if how == signal.SIGINT else ["bench", "bias_act"]
+    process = start(["bash", "bench/gpu.sh", "--out", str(tmp_path), *step], MINEGAN_GPU_REHEARSAL="1")
+    checks, table = tmp_path / "checks.jsonl", tmp_path / "stand-in-for-a-gpu.json"
+    try:
+        if how == signal.SIGINT:
+            wait_for(lambda: len(lines_of(checks)) > 3, process)
+            process.send_signal(how)
+            output = process.communicate(timeout=60)[0]
+            assert process.returncode == 130, output
+            assert "checks     FAILED" in output
+            head, *rows = lines_of(checks)
+            assert head["describes"].keys() >= FACTS
+            assert all(row["right"] and row["op"] == "bias_act" and row["run"] == head["run"] for row in rows)
+        else:
+            wait_for(table.exists, process)
+            kill_session(process.pid)
+            process.communicate(timeout=60)
+            found = json.loads(table.read_text())
+            (run,) = found["runs"].values()
+            assert run.keys() >= FACTS
+            assert found["rows"][0]["op"] == "bias_act"
+            assert found["rows"][0]["median_us"] > 0
+            assert "double backward" not in {row["pass"] for row in found["rows"]}  # the last case had not begun
+    finally:
+        kill_session(process.pid)
+
+
+def test_results_of_tests_are_there_before_the_run_ends(tmp_path):
+    tests = "def test_right(): pass\ndef test_wrong(): assert 1 == 2\ndef test_endless(): time.sleep(1000)\n"
+    (tmp_path / "test_three.py").write_text(f"import time\n{tests}")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "at_once", "--at-once", "found.jsonl", "test_three.py"]
+    process = start(command, tmp_path, PYTHONPATH=f"{ROOT}:{ROOT / 'bench'}")
+    try:
+        wait_for(lambda: len(lines_of(tmp_path / "found.jsonl")) == 3, process)
+    finally:
+        kill_session(process.pid)
+        process.communicate()
+    head, right, wrong = lines_of(tmp_path / "found.jsonl")
+    assert head["describes"].keys() >= FACTS
+    assert (right["test"], right["outcome"]) == ("test_three.py::test_right", "passed")
+    assert wrong["outcome"] == "failed"
+    assert "assert 1 == 2" in wrong["says"]
+
+
+def process(step, units, specialisations, seconds=1.0, compile_seconds=1.0):
+    line = {"step": step, "units": units, "seconds": seconds, "specialisations": specialisations}
+    return line | {"sampled": 2, "compile_seconds": compile_seconds}
+
+
+def test_an_estimate_is_that_of_the_longest_process_or_of_all_cores():
+    lines = [process("a", 5, 100), process("a", 5, 10), {"step": "a", "limit": 20}]
+    found = rehearsal.estimate(lines, 16)["a"]
+    assert found["seconds"] == pytest.approx(rehearsal.START + 100 * 0.5 + 1)
+    assert (found["specialisations"], found["compiling"], found["limit"]) == (110, 55, 20)
+    assert rehearsal.estimate(lines, 1)["a"]["seconds"] == pytest.approx(rehearsal.START + 110 * 0.5 + 2)
+    spread = rehearsal.estimate([*lines, {"step": "a", "spread": True}], 16)["a"]
+    assert spread["seconds"] == pytest.approx(rehearsal.START + (110 * 0.5 + 2) / 16)
+
+
+def test_an_estimate_grows_with_what_was_not_rehearsed_and_takes_budgets_for_granted():
+    lines = [process("a", 4, 8), {"step": "a", "units": 40}, process("b", 1, 0)]
+    found = rehearsal.estimate(lines, 16)
+    assert found["a"]["seconds"] == pytest.approx(rehearsal.START + 10 * (8 * 0.5 + 1))
+    assert found["a"]["specialisations"] == 80
+    assert found["b"]["seconds"] == pytest.approx(rehearsal.START + 1)
+    budget = rehearsal.estimate([*lines, {"step": "a", "budget": 0.2}], 16)["a"]
+    assert budget["seconds"] == pytest.approx(rehearsal.START + 10 * (8 * 0.5 + 4 * 0.2))
+    alone = rehearsal.estimate([{"step": "c", "units": 3}, {"step": "c", "budget": 7}], 16)["c"]
+    assert alone["seconds"] == pytest.approx(rehearsal.START + 21)
+    assert rehearsal.estimate([{"step": "d", "limit": 30}], 16)["d"]["seconds"] == 30
