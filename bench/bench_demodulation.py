@@ -11,7 +11,7 @@ from minegan_fast.ops.demodulation import demodulation
 DTYPES = (torch.float32,)
 SHAPES = {  # B, I, O, k
     "cpu": [(16, 64, 64, 3), (4, 512, 512, 3)],
-    "cuda": [(16, 512, 512, 3), (16, 128, 128, 3)],
+    "cuda": [(16, 128, 128, 3), (16, 512, 512, 3)],
 }
 
 
