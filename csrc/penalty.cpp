@@ -157,8 +157,8 @@ void penalty_backward_cpu(DType dtype, const void* g, const void* scale, const v
   });
 }
 
-void interpolate_cpu(DType dtype, const void* real, const void* fake, const void* alpha, void* out, const Samples& s,
-                     int threads) {
+void penalty_interpolate_cpu(DType dtype, const void* real, const void* fake, const void* alpha, void* out,
+                             const Samples& s, int threads) {
   with_type(dtype, [&](auto type) {
     using T = decltype(type);
     using R = wide_t<T>;
@@ -170,7 +170,7 @@ void interpolate_cpu(DType dtype, const void* real, const void* fake, const void
   });
 }
 
-void philox_cpu(uint64_t seed, uint64_t offset, float* alpha, int64_t count) {
+void penalty_philox_cpu(uint64_t seed, uint64_t offset, float* alpha, int64_t count) {
   for (int64_t i = 0; i < count; ++i) {
     uint32_t c[4] = {uint32_t(i), uint32_t(offset), uint32_t(offset >> 32), 0},
              k[2] = {uint32_t(seed), uint32_t(seed >> 32)};

@@ -283,7 +283,7 @@ def _(native, real, fake, alpha):
     out, alpha = torch.empty_like(real), alpha.contiguous()
     addresses = [t.data_ptr() for t in (real, fake, alpha, out)]
     sizes = len(real), real[0].numel(), real.stride(0)
-    native.interpolate_cpu(DTYPE_CODES[real.dtype], *addresses, *sizes, torch.get_num_threads())
+    native.penalty_interpolate_cpu(DTYPE_CODES[real.dtype], *addresses, *sizes, torch.get_num_threads())
     return out
 
 
@@ -297,7 +297,7 @@ def _(kernels, real, fake, alpha):
 @interpolate_drawn.register("cpp")
 def _(native, real, fake, seed, offset):
     alpha = torch.empty(len(real), dtype=torch.float32)
-    native.philox_cpu(seed & (1 << 64) - 1, offset, alpha.data_ptr(), len(real))
+    native.penalty_philox_cpu(seed & (1 << 64) - 1, offset, alpha.data_ptr(), len(real))
     real, fake = _alike(real, fake)
     return interpolate_at(real, fake, alpha.to(wide_dtype(real.dtype)), backend="cpp")
 

@@ -56,7 +56,7 @@ def lines_of(path: Path) -> list[dict]:
 def test_a_killed_step_leaves_what_it_measured(tmp_path, how):
     """SIGINT stops the checks in order; after SIGKILL of every process at once rows of benchmarks are there too."""
     pytest.importorskip("triton")
-    step = ["checks", "bias_act"] if how == signal.SIGINT else ["bench", "bias_act"]
+    step = ["checks", "bias_act"] if how == signal.SIGINT else ["bench", "bias_act", "upfirdn2d"]
     process = start(["bash", "bench/gpu.sh", "--out", str(tmp_path), *step], MINEGAN_GPU_REHEARSAL="1")
     checks, table = tmp_path / "checks.jsonl", tmp_path / "stand-in-for-a-gpu.json"
     try:
@@ -78,7 +78,7 @@ def test_a_killed_step_leaves_what_it_measured(tmp_path, how):
             assert run.keys() >= FACTS
             assert found["rows"][0]["op"] == "bias_act"
             assert found["rows"][0]["median_us"] > 0
-            assert "double backward" not in {row["pass"] for row in found["rows"]}  # the last case had not begun
+            assert process.returncode != 0  # it had not come to its end
     finally:
         kill_session(process.pid)
 
