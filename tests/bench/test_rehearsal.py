@@ -25,6 +25,7 @@ FACTS = {"device", "torch", "triton", "commit", "date"}
 def start(command: list, cwd: Path = ROOT, **environment: str) -> subprocess.Popen:
     """In a session of its own. Not in Triton's interpreter, which launches nothing."""
     kept = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "MINEGAN_BACKEND", "OUT")}
+    kept = {k: v for k, v in kept.items() if not k.startswith("PYTEST_")}  # this run may be distributed
     environment = kept | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "MINEGAN_COMMIT": "abc"} | environment
     return subprocess.Popen(
         command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
