@@ -17,12 +17,17 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass
 class Machine:
-    """What the generator's and the critic's steps share: device, precision, random latents, and the processes."""
+    """What the generator's and the critic's steps share: device, precision, random latents, and the processes.
+
+    fixed: whether steps are to be captured (captured.py): gradients stay where they are, learning rates lie on the
+        device, and no number is read back.
+    """
 
     config: TransferConfig
     device: torch.device
     processes: Processes
     scaler: torch.amp.GradScaler
+    fixed: bool = False
 
     @contextmanager
     def autocast(self) -> Iterator[None]:
@@ -33,6 +38,13 @@ class Machine:
     def latents(self, mined: Mined, count: int) -> Tensor:
         """u ~ N(0, I) [count, input_dim]."""
         return torch.randn(count, mined.input_dim, device=self.device)
+
+    def rate(self, lr: float) -> float | Tensor:
+        """A learning rate as the optimizers of this run take it."""
+        return torch.full((), lr, device=self.device) if self.fixed else lr
+
+    def zero_grad(self, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.zero_grad(set_to_none=not self.fixed)
 
     def update(self, loss: Tensor, *optimizers: torch.optim.Optimizer) -> Tensor:
         """Takes the optimizers' steps by the gradients of the whole batch, and returns the mean of its loss.
@@ -45,6 +57,10 @@ class Machine:
             groups = [group for optimizer in optimizers for group in optimizer.param_groups]
             self.processes.average([*gradients(groups), loss])
         for optimizer in optimizers:
+            if self.fixed and self.device.type == "cuda":
+                for group in optimizer.param_groups:
+                    if "capturable" in group:  # which PyTorch's Adam demands in a capture, and warns of outside
+                        group["capturable"] = torch.cuda.is_current_stream_capturing()
             self.scaler.step(optimizer)
         return loss
 
