@@ -66,6 +66,18 @@ def test_what_of_the_critic_trains(tiny, mode):
         assert set(changed.tolist()) <= set(rows[weight].tolist())
 
 
+def test_rows_of_a_new_selection_train_beside_a_sparse_critic(tiny):
+    """Scoring the critic keeps the generator still; weights without a row of the first selection may have some later."""
+    trainer = make(tiny, train_critic="sparse", density=0.05)
+    trainer.select()
+    weights = {m.name: m.parameter for layer in trainer.finetuner.layers for m in layer.members}
+    other = next(name for name, p in weights.items() if name not in trainer.finetuner.selection.rows and p.ndim > 1)
+    trainer.finetuner.select({other: [0]})
+    before = weights[other].detach().clone()
+    trainer.step(0)
+    assert not torch.equal(weights[other], before)
+
+
 def test_path_length_moves_its_mean_in_stage_two_only(tiny):
     trainer = make(tiny, path_length_every=1)
     trainer.step(0)
