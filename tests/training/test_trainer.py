@@ -67,7 +67,7 @@ def test_what_of_the_critic_trains(tiny, mode):
 
 
 def test_rows_of_a_new_selection_train_beside_a_sparse_critic(tiny):
-    """Scoring the critic keeps the generator still; weights without a row of the first selection may have some later."""
+    """Scoring the critic keeps the generator still, but not for ever: a weight may get its first row later."""
     trainer = make(tiny, train_critic="sparse", density=0.05)
     trainer.select()
     weights = {m.name: m.parameter for layer in trainer.finetuner.layers for m in layer.members}
