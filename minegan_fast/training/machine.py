@@ -1,7 +1,7 @@
 """What every step of a run has in common: precision, latents, and how gradients become a step."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -56,12 +56,10 @@ class Machine:
             loss = loss.clone()
             groups = [group for optimizer in optimizers for group in optimizer.param_groups]
             self.processes.average([*gradients(groups), loss])
+        capturing = self.fixed and self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         for optimizer in optimizers:
-            if self.fixed and self.device.type == "cuda":
-                for group in optimizer.param_groups:
-                    if "capturable" in group:  # which PyTorch's Adam demands in a capture, and warns of outside
-                        group["capturable"] = torch.cuda.is_current_stream_capturing()
-            self.scaler.step(optimizer)
+            with _capturable(optimizer) if capturing else nullcontext():
+                self.scaler.step(optimizer)
         return loss
 
     def mean(self, grad: Tensor) -> Tensor:
@@ -69,3 +67,16 @@ class Machine:
         grad = grad.clone()
         self.processes.average([grad])
         return grad
+
+
+@contextmanager
+def _capturable(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """PyTorch's Adam demands this flag in a capture, and warns of it outside."""
+    groups = [group for group in optimizer.param_groups if "capturable" in group]
+    for group in groups:
+        group["capturable"] = True
+    try:
+        yield
+    finally:
+        for group in groups:
+            group["capturable"] = False

@@ -75,7 +75,7 @@ class Trainer:
         self.kernel = kernel
         self.adversary: Adversary | None = None
         if config.adversarial:
-            images = images.to(self.device) if graphs else images
+            images = images.to(self.device) if self.machine.fixed else images
             self.adversary = Adversary(self.machine, _given(critic, "critic"), images)
         networks = [self.mined] + ([self.adversary.critic] if self.adversary else [])
         self.processes.equalise([t for net in networks for t in (*net.parameters(), *net.buffers())])

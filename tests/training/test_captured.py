@@ -13,6 +13,7 @@ from minegan_fast.training.captured import WARM_UP, CapturedSteps, CaptureError,
 from minegan_fast.training.images import to_float
 from minegan_fast.training.kernel_loss import KernelLoss
 from minegan_fast.training.loss_features import LossFeatures
+from minegan_fast.training.machine import Machine
 from minegan_fast.training.processes import Processes
 from minegan_fast.training.trainer import Trainer
 
@@ -95,6 +96,30 @@ def test_replays_take_all_that_changes_from_their_inputs(tiny, settings):
     assert_equal(plain, captured)
     assert not captured.why_eager
     assert graphs.calls.count("replay") > graphs.calls.count("capture") > 0
+
+
+@pytest.mark.parametrize("settings", RECIPES.values(), ids=RECIPES)
+def test_what_a_step_writes_stays_where_it_is(tiny, settings):
+    trainer = make(tiny, GraphsOnCPU(), **settings)
+
+    def written() -> list[torch.Tensor]:
+        found = [trainer.finite, trainer.path_length_mean, *trainer.average.mining_parameters()]
+        for optimizer in trainer._rates():
+            for group in optimizer.param_groups:
+                found += [group["lr"], *group["params"], *(p.grad for p in group["params"] if p.grad is not None)]
+                found += [t for p in group["params"] for t in optimizer.state[p].values()]
+        return found
+
+    if not trainer.config.mining_steps:
+        trainer.select()
+    first = trainer.alone.stop + 2
+    for number in range(first):
+        trainer.step(number)
+    kept = written()  # while this holds them, no other tensor gets their memory
+    for number in range(first, first + 2 * WARM_UP):
+        trainer.step(number)
+    assert len(kept) > 10
+    assert [t.data_ptr() for t in kept] == [t.data_ptr() for t in written()]
 
 
 def test_every_kind_of_step_has_its_graph(tiny):
@@ -270,6 +295,20 @@ def test_the_reason_is_the_first_line_of_what_the_capture_raised():
     with pytest.raises(CaptureError, match=r"^ValueError: no graph today$"):
         steps.run("a", lambda x: counted(x, seen), [torch.tensor(9.0)])
     assert seen == [0, 1, 2]
+
+
+def test_adam_is_told_of_a_capture_and_of_its_end(monkeypatch):
+    parameter, told = nn.Parameter(torch.ones(2)), []
+    parameter.grad = torch.ones(2)
+    adam = torch.optim.Adam([parameter], fused=True)
+    adam.register_step_pre_hook(lambda *_: told.append(adam.param_groups[0]["capturable"]))
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    machine = Machine(TransferConfig(), torch.device("cuda"), Processes(), scaler, fixed=True)
+    for capturing in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda capturing=capturing: capturing)
+        machine.update(torch.zeros(()), adam)
+        assert not adam.param_groups[0]["capturable"]
+    assert told == [False, True]
 
 
 def test_what_cannot_be_captured_says_why():
