@@ -3,8 +3,8 @@
 A graph repeats the same kernels on the same addresses. So all that changes between two steps of one kind comes in
 through tensors that stay where they are: the inputs of the step's function, weights, gradients, the optimizers' state
 and learning rates. Random numbers come from the GPU's default generator, whose seed and offset each replay reads anew.
-Nothing in a step may read a number back, or copy one from the host. What a module does in Python alone, such as counting
-its calls, happens at the capture and at no replay.
+Nothing in a step may read a number back, or copy one from the host. What a module does in Python alone, such as
+counting its calls, happens at the capture and at no replay.
 """
 
 import warnings

@@ -1,6 +1,8 @@
 """Steps as CUDA graphs: the bookkeeping with a stand-in for the graphs, and, on a GPU, the graphs themselves."""
 
 import copy
+import warnings
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -295,6 +297,105 @@ def test_the_reason_is_the_first_line_of_what_the_capture_raised():
     with pytest.raises(CaptureError, match=r"^ValueError: no graph today$"):
         steps.run("a", lambda x: counted(x, seen), [torch.tensor(9.0)])
     assert seen == [0, 1, 2]
+
+
+class Cuda:
+    """What CudaGraphs calls of torch.cuda, without a GPU. The end of a capture raises where the capture has failed."""
+
+    def __init__(self, monkeypatch):
+        self.calls, self.default_generators, self.current = [], [self], "main"
+        for name in (
+            "Stream", "stream", "current_stream", "graph_pool_handle", "CUDAGraph", "graph", "default_generators",
+            "get_sync_debug_mode", "set_sync_debug_mode",
+        ):  # fmt: skip
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+        self.device = torch.device("cuda", 0)
+
+    def Stream(self, device):  # noqa: N802
+        return self
+
+    def current_stream(self, device):
+        return self
+
+    def wait_stream(self, other):
+        self.calls.append("wait")
+
+    @contextmanager
+    def stream(self, stream):
+        self.current = "side"
+        yield
+        self.current = "main"
+
+    def graph_pool_handle(self):
+        return len(self.calls)
+
+    def CUDAGraph(self):  # noqa: N802
+        return self
+
+    def replay(self):
+        self.calls.append("replay")
+
+    @contextmanager
+    def graph(self, graph, pool, stream):
+        self.calls.append("begin")
+        try:
+            yield
+        except Exception:
+            raise RuntimeError("operation failed due to a previous error during capture") from None
+        self.calls.append("end")
+
+    def clone_state(self):
+        return "a new state"
+
+    def graphsafe_set_state(self, state):
+        self.calls.append(state)
+
+    def get_sync_debug_mode(self):
+        return 0
+
+    def set_sync_debug_mode(self, mode):
+        self.calls.append(mode)
+        if mode == "warn":
+            warnings.warn("Synchronization debug mode is a prototype feature", stacklevel=2)
+
+
+def test_graphs_are_captured_on_a_stream_of_their_own(monkeypatch):
+    cuda = Cuda(monkeypatch)
+    graphs = CudaGraphs(cuda.device)
+    values, replay = graphs.capture(lambda: {"stream": cuda.current})
+    assert values == {"stream": "side"}
+    assert cuda.calls == ["wait", "begin", "end", "wait"]
+    replay()
+    assert cuda.calls[-1] == "replay"
+
+
+def test_a_capture_that_fails_raises_its_cause_and_leaves_the_random_numbers_usable(monkeypatch):
+    cuda = Cuda(monkeypatch)
+
+    def fails():
+        raise ValueError("the cause")
+
+    with pytest.raises(ValueError, match="the cause"):
+        CudaGraphs(cuda.device).capture(fails)
+    assert cuda.calls == ["wait", "begin", "wait", "a new state"]
+
+
+def test_a_warm_up_notes_where_it_waits_and_keeps_other_warnings(monkeypatch):
+    cuda = Cuda(monkeypatch)
+
+    def waits():
+        for _ in range(2):
+            warnings.warn("called a synchronizing CUDA operation (Triggered internally)", stacklevel=1)
+        warnings.warn("another", stacklevel=1)
+        return {"stream": cuda.current}
+
+    with pytest.warns(UserWarning, match="another") as warned:
+        values, found = CudaGraphs(cuda.device).warm_up(waits)
+    assert len(warned) == 1
+    assert values == {"stream": "side"}
+    assert found == f"test_captured.py:{waits.__code__.co_firstlineno + 2}"
+    assert cuda.calls == ["wait", "warn", 0, "wait"]
+    assert CudaGraphs(cuda.device).warm_up(dict) == ({}, "")
 
 
 def test_adam_is_told_of_a_capture_and_of_its_end(monkeypatch):
