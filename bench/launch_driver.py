@@ -155,6 +155,14 @@ def install() -> None:
     _op._missing = lambda backend, *gpu: None if backend == "triton" else missing(backend, *gpu)
     _op._DEVICES["triton"] = ("cpu", "cuda")
     _op._AUTOMATIC["cpu"] = ("triton",)
+    _choose_anew()
+
+
+def _choose_anew() -> None:
+    """Ops forget which backend they have taken so far."""
+    for ops in _op._ops.values():
+        for op in ops:
+            op._chosen.clear()
 
 
 @contextmanager
@@ -193,19 +201,13 @@ def launcher_times() -> Iterator[list[float]]:
     choice of tiles to the launch, without what autograd and, where an op falls back on them, PyTorch's kernels take."""
     seconds: list[float] = []
     code = _op.Op._code
-
-    def forget():
-        for ops in _op._ops.values():
-            for op in ops:
-                op._chosen.clear()
-
-    forget()
+    _choose_anew()
     _op.Op._code = lambda op, backend: _Timed(code(op, backend), seconds)
     try:
         yield seconds
     finally:
         _op.Op._code = code
-        forget()
+        _choose_anew()
 
 
 # Operations whose result the host must have before it can go on: a number, or the size of what comes out.

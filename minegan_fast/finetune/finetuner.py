@@ -77,7 +77,7 @@ class SparseFinetuner(UnscalingOptimizer):
     def __init__(
         self,
         model: nn.Module,
-        lr: float = 2e-3,
+        lr: float | Tensor = 2e-3,
         betas: tuple[float, float] = (0.0, 0.99),
         eps: float = 1e-8,
         weight_decay: float = 0.0,

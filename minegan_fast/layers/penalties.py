@@ -126,6 +126,7 @@ def gradient_penalty(
     center: float = 1.0,
     generator: torch.Generator | None = None,
     condition: Any = None,
+    alpha: float | Tensor | None = None,
 ) -> Tensor:
     """mean((|grad D(x^)|_2 - center)^2) with x^ = interpolate(real, fake); center 1: WGAN-GP, 0: zero-centred.
 
@@ -134,6 +135,7 @@ def gradient_penalty(
     generator: makes the interpolation reproducible.
     condition: what the critic takes after the images, labels or embeddings of the same B samples; a tuple holds several
         arguments. It may have a gradient. Where a call has another form, give lambda x: critic(x, y).
+    alpha: as in `interpolate`, where x^ is not to be drawn here.
 
     Returns a scalar, not weighted: float64 for float64 images, else float32. Autocast is off in here; float16 and
     bfloat16 images become float32 where the critic's weights are of other types alone, and a condition in half
@@ -145,7 +147,7 @@ def gradient_penalty(
     real, fake = _critic_input(critic, real, "real"), _critic_input(critic, fake, "fake")
     if torch.float32 in (real.dtype, fake.dtype):  # under autocast generated images are narrower
         real, fake = (x.float() if x.dtype in HALF else x for x in (real, fake))
-    return _penalty_of(critic, interpolate(real, fake, generator=generator), condition, center)
+    return _penalty_of(critic, interpolate(real, fake, alpha, generator), condition, center)
 
 
 def dragan_penalty(

@@ -21,12 +21,12 @@ WARM_UP = 50
 class Adversary:
     """A critic that trains against the images of a `Mined`. Its parameters that came frozen stay frozen.
 
-    images: uint8 [N, C, R, R] on the CPU.
+    images: uint8 [N, C, R, R], on the CPU or the device of the run.
     """
 
     def __init__(self, machine: Machine, critic: nn.Module, images: Tensor):
         self.machine, self.config, self.images = machine, machine.config, images
-        self.order = DataOrder(len(images), self.config.batch, self.config.seed)
+        self.order = DataOrder(len(images), self.config.batch, self.config.seed, images.device)
         self.critic = critic.to(machine.device)
         begin_training(self.critic)
         if self.config.train_critic == "freezed":
@@ -34,25 +34,33 @@ class Adversary:
         trained = [p for p in self.critic.parameters() if p.requires_grad]
         betas = (self.config.beta1, self.config.beta2)
         self.optimizer: torch.optim.Optimizer = torch.optim.Adam(
-            trained, self.config.critic_lr, betas=betas, fused=True
+            trained, machine.rate(self.config.critic_lr), betas=betas, fused=True
         )
 
-    def step(self, number: int, loss_name: str, mined: Mined) -> Tensor:
-        """Trains the critic on batch `number`; returns its loss without penalties."""
+    def samples(self, number: int) -> Tensor:
+        """Which images this process has of batch `number`, int64, where the images are."""
+        return self.machine.processes.own(self.order[number])
+
+    def step(self, samples: Tensor, loss_name: str, mined: Mined, penalised: bool) -> Tensor:
+        """Trains the critic on the images of these numbers, and where it is `penalised` by R1; returns its loss without
+        penalties."""
         config, machine = self.config, self.machine
         with machine.processes.part(config.batch) as count:
-            real = to_float(self.images[machine.processes.own(self.order[number])]).to(machine.device)
+            real = to_float(self.images[samples]).to(machine.device)
             with torch.no_grad(), machine.autocast():
                 fake = mined(machine.latents(mined, count)).float()
             real, fake = (diff_augment(x, config.augment) for x in (real, fake))
             with machine.autocast():
                 loss = critic_loss(loss_name, self.critic(real), self.critic(fake))
             total = loss
-            if config.r1_gamma and number % config.r1_every == 0:
+            if penalised:
                 total = total + config.r1_gamma / 2 * config.r1_every * critic_r1(self.critic, real)
             if config.gradient_penalty_weight:
-                total = total + config.gradient_penalty_weight * gradient_penalty(self.critic, real, fake)
-        self.optimizer.zero_grad()
+                # Drawn here, since `interpolate` draws other numbers within a CUDA graph than outside.
+                alpha = torch.rand(count, device=machine.device)
+                penalty = gradient_penalty(self.critic, real, fake, alpha=alpha)
+                total = total + config.gradient_penalty_weight * penalty
+        machine.zero_grad(self.optimizer)
         machine.scaler.scale(total).backward()
         return machine.update(loss.detach(), self.optimizer)
 
@@ -62,7 +70,7 @@ class Adversary:
 
     def begin_sparse(self, **settings) -> None:
         """Gives the critic's neurons an optimizer of their own; nothing is selected yet."""
-        self.optimizer = SparseFinetuner(self.critic, self.config.critic_lr, **settings)
+        self.optimizer = SparseFinetuner(self.critic, self.machine.rate(self.config.critic_lr), **settings)
 
     def evidence(self, loss_name: str, samples: Tensor, mined: Mined) -> Tensor:
         """The critic's loss on the real images of these numbers and on as many generated ones."""

@@ -42,11 +42,11 @@ class ElasticWeights:
             importance.div_(max(mean, 1e-30))
 
     @torch.no_grad()
-    def add_gradients(self, weight: float) -> None:
-        """Adds `weight` times the penalty's gradient to those of the parameters."""
+    def add_gradients(self, weight: float, scale: Tensor) -> None:
+        """Adds `weight` times `scale`, 0-d, times the penalty's gradient to those of the parameters."""
         for parameter, anchor, importance in zip(self.parameters, self.anchors, self.importances, strict=True):
             if parameter.grad is not None:
-                parameter.grad.addcmul_(importance, parameter - anchor, value=weight)
+                parameter.grad.addcmul_(importance * scale, parameter - anchor, value=weight)
 
     def state_dict(self) -> dict[str, list[Tensor]]:
         return {"anchors": self.anchors, "importances": self.importances}

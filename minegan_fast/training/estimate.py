@@ -149,12 +149,13 @@ def available_memory(device: torch.device) -> int:
 
 
 def estimate_seconds(trainer: Trainer, steps: int = 3) -> tuple[float, float]:
-    """Measured seconds of a mining step and of a finetuning step; 0 for a stage without steps.
+    """Measured seconds of a mining step and of a finetuning step, without CUDA graphs; 0 for a stage without steps.
 
     This trains `trainer`: give one to throw away.
     """
     config = trainer.config
     trainer.alone = range(0)
+    trainer.stop_capturing()
 
     def timed(first: int) -> float:
         trainer.step(first)

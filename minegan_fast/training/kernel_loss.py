@@ -115,6 +115,7 @@ class KernelLoss:
         scale: "float | Tensor" = 1.0,
         gather: Gather | None = None,
         processes: int = 1,
+        validate: bool = True,
     ) -> Tensor:
         """The loss of `count` samples, detached; its gradient, times `scale`, is added to all that `make` depends on.
 
@@ -125,6 +126,7 @@ class KernelLoss:
         part: how many samples are in memory at once; None: all.
         gather, processes: for several processes, each with `count` samples of its own: see `gathering`. The loss is
             that of all samples, and its gradient is the mean of the processes' gradients.
+        validate: as in `LossFeatures`.
 
         The gradient is that of all samples at once, to rounding. ValueError: fewer than 2 samples where the distance is
         unbiased; `make` gave other images the second time.
@@ -134,13 +136,13 @@ class KernelLoss:
         parts = [(i, min(i + (part or count), count)) for i in range(0, count, part or count)]
         states = []
         if len(parts) == 1:
-            own = self._features(make(*parts[0]))
+            own = self._features(make(*parts[0]), validate)
         else:
             with torch.no_grad():  # the features of all parts, from which the slopes of each follow
                 made = []
                 for first, last in parts:
                     states.append(self._random_state())
-                    made.append(self._features(make(first, last)))
+                    made.append(self._features(make(first, last), validate))
             own = [torch.cat(group) for group in zip(*made, strict=True)]
         everyone, rows = gather([group.detach() for group in own]) if gather else (own, slice(0, count))
         leaves = [group.detach().requires_grad_() for group in everyone]
@@ -154,15 +156,15 @@ class KernelLoss:
             return loss.detach()
         for (first, last), state in zip(parts, states, strict=True):
             self._restore(state)
-            again = self._features(make(first, last))
+            again = self._features(make(first, last), validate)
             if not self._repeats:
                 self._check_repeats(again, [group[first:last] for group in own])
             torch.autograd.backward(again, [slope[first:last] for slope in slopes])
         self._repeats = True
         return loss.detach()
 
-    def _features(self, images: Tensor) -> list[Tensor]:
-        return self.features(self._augmented(images))
+    def _features(self, images: Tensor, validate: bool = True) -> list[Tensor]:
+        return self.features(self._augmented(images), validate)
 
     def _augmented(self, images: Tensor) -> Tensor:
         return diff_augment(self.features.resized(images), self.augment) if self.augment else images

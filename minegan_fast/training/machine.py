@@ -1,7 +1,7 @@
 """What every step of a run has in common: precision, latents, and how gradients become a step."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -17,12 +17,17 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass
 class Machine:
-    """What the generator's and the critic's steps share: device, precision, random latents, and the processes."""
+    """What the generator's and the critic's steps share: device, precision, random latents, and the processes.
+
+    fixed: whether steps are to be captured (captured.py): gradients stay where they are, learning rates lie on the
+        device, and no number is read back.
+    """
 
     config: TransferConfig
     device: torch.device
     processes: Processes
     scaler: torch.amp.GradScaler
+    fixed: bool = False
 
     @contextmanager
     def autocast(self) -> Iterator[None]:
@@ -34,6 +39,13 @@ class Machine:
         """u ~ N(0, I) [count, input_dim]."""
         return torch.randn(count, mined.input_dim, device=self.device)
 
+    def rate(self, lr: float) -> float | Tensor:
+        """A learning rate as the optimizers of this run take it."""
+        return torch.full((), lr, device=self.device) if self.fixed else lr
+
+    def zero_grad(self, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.zero_grad(set_to_none=not self.fixed)
+
     def update(self, loss: Tensor, *optimizers: torch.optim.Optimizer) -> Tensor:
         """Takes the optimizers' steps by the gradients of the whole batch, and returns the mean of its loss.
 
@@ -44,8 +56,10 @@ class Machine:
             loss = loss.clone()
             groups = [group for optimizer in optimizers for group in optimizer.param_groups]
             self.processes.average([*gradients(groups), loss])
+        capturing = self.fixed and self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         for optimizer in optimizers:
-            self.scaler.step(optimizer)
+            with _capturable(optimizer) if capturing else nullcontext():
+                self.scaler.step(optimizer)
         return loss
 
     def mean(self, grad: Tensor) -> Tensor:
@@ -53,3 +67,16 @@ class Machine:
         grad = grad.clone()
         self.processes.average([grad])
         return grad
+
+
+@contextmanager
+def _capturable(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """PyTorch's Adam demands this flag in a capture, and warns of it outside."""
+    groups = [group for group in optimizer.param_groups if "capturable" in group]
+    for group in groups:
+        group["capturable"] = True
+    try:
+        yield
+    finally:
+        for group in groups:
+            group["capturable"] = False

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ..files.reading import Contents
+from .captured import CudaGraphs, obstacle
 from .config import TransferConfig
 from .estimate import estimate_memory
 from .evaluation import choose_features, judge_name
@@ -58,6 +59,7 @@ class Prepared:
         reference: the real images that metrics compare with.
         features, judge: what measures the metrics, and its name, which says so where it also trained the run.
         kernel: the kernel distance to the target, where a loss needs it.
+        why_eager: why the steps are not captured although the configuration asks for it; empty where nothing is wrong.
         notes: lines that tell a user what was chosen.
         estimate: of the memory that the run will need.
     """
@@ -105,6 +107,7 @@ class Prepared:
                     self.critic = FeatureCritic(features.maps, *shape).to(self.device)
         own_critic = config.adversarial and not self.new_critic
         self.judge = judge_name(self.features, materials.features, loss_choice, own_critic)
+        self.why_eager = obstacle(config, self.device, processes) if config.cuda_graphs else ""
         self.notes = list(self._notes(networks.notes))
         self.estimate = estimate_memory(config, self.generator, self.critic, self.kernel, processes.size)
 
@@ -168,6 +171,8 @@ class Prepared:
             )
         if processes.size > 1:
             yield f"{processes.size} processes, {config.batch // processes.size} images of a step each"
+        if self.why_eager:
+            yield f"no CUDA graphs: {self.why_eager}"
 
     def identity(self) -> dict:
         """What all processes must agree on."""
@@ -175,7 +180,8 @@ class Prepared:
 
     def trainer(self) -> Trainer:
         """A trainer of copies of the networks."""
+        graphs = CudaGraphs(self.device) if self.config.cuda_graphs and not self.why_eager else None
         return Trainer(
             self.config, *copy.deepcopy((self.generator, self.critic)), self.target.images, self.device, self.processes,
-            self.kernel, self.new_critic,
+            self.kernel, self.new_critic, graphs,
         )  # fmt: skip

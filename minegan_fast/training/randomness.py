@@ -7,6 +7,8 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from torch import Tensor
 
+AHEAD = 256  # batches
+
 
 def derived_seed(seed: int, *purpose: int | str) -> int:
     """A 63-bit seed from the run's seed and what it is for."""
@@ -36,19 +38,27 @@ def keep_and_set_random_state(seed: int, *purpose: int | str) -> Iterator[None]:
 
 
 class DataOrder:
-    """Endless passes over n samples, each in a new order; batch k holds positions k·batch to (k+1)·batch - 1."""
+    """Endless passes over n samples, each in a new order; batch k holds positions k·batch to (k+1)·batch - 1.
 
-    def __init__(self, n: int, batch: int, seed: int):
-        self.n, self.batch, self.seed = n, batch, seed
-        self._passes: dict[int, Tensor] = {}
+    device: where the indices are given. They go there for `AHEAD` batches at once, so that few steps copy any.
+    """
+
+    def __init__(self, n: int, batch: int, seed: int, device: torch.device | str = "cpu"):
+        self.n, self.batch, self.seed, self.device = n, batch, seed, device
+        self._first, self._ahead = 0, torch.empty(0, batch)
 
     def __getitem__(self, k: int) -> Tensor:
         """Indices [batch] of batch k."""
-        positions = torch.arange(k * self.batch, (k + 1) * self.batch)
-        numbers = positions // self.n
-        needed = range(int(numbers[0]), int(numbers[-1]) + 1)
-        self._passes = {p: self._passes[p] if p in self._passes else self._permutation(p) for p in needed}
-        return torch.stack([self._passes[p][i] for p, i in zip(numbers.tolist(), (positions % self.n).tolist())])  # noqa: B905
+        if not self._first <= k < self._first + len(self._ahead):
+            self._first, self._ahead = k, self._batches(k, k + AHEAD).to(self.device)
+        return self._ahead[k - self._first]
+
+    def _batches(self, first: int, end: int) -> Tensor:
+        """[end - first, batch]"""
+        start, stop = first * self.batch, end * self.batch
+        passes = range(start // self.n, (stop - 1) // self.n + 1)
+        order = torch.cat([self._permutation(p) for p in passes])
+        return order[start - passes[0] * self.n :][: stop - start].view(-1, self.batch)
 
     def _permutation(self, number: int) -> Tensor:
         generator = torch.Generator().manual_seed(derived_seed(self.seed, "pass", number))

@@ -88,7 +88,10 @@ def transfer(
             mine_constant (a StyleGAN's learned constant too), mined_class (a label, or "207,208": where the class miner
             starts; by default at the distribution of all classes' embeddings), miner_depth, miner_width, r1_gamma,
             r1_every, path_length_weight, path_length_every, gradient_penalty_weight, augment, ema_decay, ewc_weight,
-            precision ("fp32" | "bf16" | "fp16"), eval_samples, keep, grid, log_every.
+            precision ("fp32" | "bf16" | "fp16"), eval_samples, keep, grid, log_every, cuda_graphs (capture the steps on
+            one GPU, on which the target images then lie too: the same steps to rounding, prepared by the host once;
+            each kind of step runs three times as it is before, and so do all steps from then on where one cannot be
+            captured, with the reason in the run's output).
 
     Returns a `TransferResult`; the folder holds the same and more (see README).
 

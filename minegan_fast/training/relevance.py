@@ -26,7 +26,8 @@ def score(trainer, optimizer: SparseFinetuner) -> None:
     still = list(trainer.mined.mining_parameters())
     networks = [trainer.generator] + ([adversary.critic] if adversary else [])
     still += [p for network in networks if network is not optimizer.model for p in network.parameters()]
-    flags = [p.requires_grad for p in still]
+    # One that is frozen already is left alone: a weight that is told to be still does not train when it is selected.
+    still = [p for p in still if p.requires_grad]
     for parameter in still:
         parameter.requires_grad_(False)
     if adversary:
@@ -34,8 +35,8 @@ def score(trainer, optimizer: SparseFinetuner) -> None:
     _collect(trainer, optimizer, "target")
     if config.criterion == "contrast":
         _collect(trainer, optimizer, "source")
-    for parameter, flag in zip(still, flags, strict=True):
-        parameter.requires_grad_(flag)
+    for parameter in still:
+        parameter.requires_grad_(True)
     if adversary:
         train_mode(adversary.critic)  # only now, since it asks which parameters are frozen
 

@@ -170,6 +170,8 @@ class Run:
             if config.reselect_every and done > 0 and done % config.reselect_every == 0:
                 self._select()
             values = self.trainer.step(self.step)
+            if self.trainer.why_eager:
+                self._warn("eager", f"no CUDA graphs from step {self.step} on: {self.trainer.why_eager}")
             self.step += 1
             self.progress.update(self.step, values)
             logs, snapshots = self.step % config.log_every == 0, self.step % config.snapshot_every == 0

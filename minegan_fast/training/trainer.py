@@ -7,8 +7,9 @@ in both stages, because batch statistics of a few images are noisy, and a delta 
 """
 
 import copy
+import functools
 import inspect
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from ..finetune import Selection, SparseFinetuner
 from ..layers import path_length_penalty
 from ..mining import Mined
 from .adversary import WARM_UP, Adversary
+from .captured import CapturedSteps, CaptureError, CudaGraphs
 from .config import TransferConfig
 from .elastic import ElasticWeights
 from .generators import Generator
@@ -31,11 +33,22 @@ from .relevance import score
 T = TypeVar("T")
 
 
+class StepKind(NamedTuple):
+    """What a step does: whether critic and generator train, and with which lazy penalties."""
+
+    critic: bool
+    generator: bool
+    r1: bool
+    path_length: bool
+
+
 class Trainer:
     """One run's state: `mined` (generator and miners), their averages and optimizers, and what gives the losses.
 
     images: uint8 [N, C, R, R] on the CPU. critic: for adversarial losses; new_critic: whether it knows nothing yet.
-    kernel: for the kernel distance.
+    kernel: for the kernel distance. graphs: captures the steps; what they cannot capture runs as without.
+
+    why_eager: why steps are not captured any more; empty where nothing went wrong.
 
     Every step's randomness follows from (config.seed, step). On several processes each takes its part of every batch,
     and after every step all have the same weights and state. ValueError: a part is missing that the settings need.
@@ -51,15 +64,18 @@ class Trainer:
         processes: Processes | None = None,
         kernel: KernelLoss | None = None,
         new_critic: bool = False,
+        graphs: CudaGraphs | None = None,
     ):
         self.config, self.device, self.processes = config, torch.device(device), processes or Processes()
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
-        self.machine = Machine(config, self.device, self.processes, self.scaler)
+        self.machine = Machine(config, self.device, self.processes, self.scaler, fixed=graphs is not None)
+        self.captured, self.why_eager = CapturedSteps(graphs), ""
         self.generator = generator.to(self.device).eval().requires_grad_(False)
         self.mined = new_mined(config, self.generator).to(self.device)
         self.kernel = kernel
         self.adversary: Adversary | None = None
         if config.adversarial:
+            images = images.to(self.device) if self.machine.fixed else images
             self.adversary = Adversary(self.machine, _given(critic, "critic"), images)
         networks = [self.mined] + ([self.adversary.critic] if self.adversary else [])
         self.processes.equalise([t for net in networks for t in (*net.parameters(), *net.buffers())])
@@ -73,7 +89,7 @@ class Trainer:
         self.miner_optimizer: torch.optim.Adam | None = None
         if config.train_miner:
             self.miner_optimizer = torch.optim.Adam(
-                self.mined.mining_parameters(), config.miner_lr, betas=self.betas, fused=True
+                self.mined.mining_parameters(), self.machine.rate(config.miner_lr), betas=self.betas, fused=True
             )
         else:
             self.mined.miner.requires_grad_(False)
@@ -99,37 +115,79 @@ class Trainer:
 
     def step(self, number: int) -> dict[str, Tensor]:
         """Trains critic, miners and, after `select`, the selected neurons once; returns the losses of the batch."""
-        set_random_state(self.config.seed, "step", number)
-        values, adversarial = {}, self.loss_name != KERNEL
+        config, adversarial = self.config, self.loss_name != KERNEL
+        kind = StepKind(
+            critic=adversarial,
+            generator=not (adversarial and number in self.alone),
+            r1=adversarial and config.r1_gamma > 0 and number % config.r1_every == 0,
+            path_length=bool(self.finetuner and self.path_length_weight) and number % config.path_length_every == 0,
+        )
+        decay = min(config.ema_decay, (number + 1) / (number + 10))
+        inputs = [torch.full((), 1 - decay, device=self.device)]
         if adversarial:
-            values["loss_D"] = _given(self.adversary, "critic").step(number, self.loss_name, self.mined)
-        if not (adversarial and number in self.alone):
-            values |= self._train_generator(number)
+            inputs.append(_given(self.adversary, "critic").samples(number))
+        set_random_state(config.seed, "step", number)
+        try:
+            return self.captured.run(kind, functools.partial(self._step, kind), inputs)
+        except CaptureError as error:
+            self.why_eager = str(error)
+            self.stop_capturing()
+            return self.step(number)
+
+    def _step(self, kind: StepKind, average_weight: Tensor, samples: Tensor | None = None) -> dict[str, Tensor]:
+        """A step, whose numbers are all on the device. average_weight: how far, 0-d, the averages move to the miners.
+        samples: which images the critic sees."""
+        values = {}
+        if kind.critic:
+            adversary, samples = _given(self.adversary, "critic"), _given(samples, "batch of images")
+            values["loss_D"] = adversary.step(samples, self.loss_name, self.mined, kind.r1)
+        if kind.generator:
+            values |= self._train_generator(kind.path_length)
         self.scaler.update()
-        decay = min(self.config.ema_decay, (number + 1) / (number + 10))
         with torch.no_grad():
             pairs = zip(self.average.mining_parameters(), self.mined.mining_parameters(), strict=True)
             for average, live in pairs:
-                average.lerp_(live, 1 - decay)
+                average.lerp_(live, average_weight.to(average.dtype))
         for value in values.values():
             self.finite &= torch.isfinite(value)
         return values
 
-    def _train_generator(self, number: int) -> dict[str, Tensor]:
+    def stop_capturing(self) -> None:
+        """From now on every step runs as it is, also after a capture that failed: it has left its marks in objects of
+        Python, gradients and the scaler's records, but written nothing on the GPU."""
+        self.captured, self.machine.fixed = CapturedSteps(), False
+        for optimizer in self._rates():
+            optimizer.zero_grad()
+        scaler = torch.amp.GradScaler(self.device.type, enabled=self.scaler.is_enabled())
+        scaler.load_state_dict(self.scaler.state_dict())
+        self.scaler = self.machine.scaler = scaler
+
+    def _rates(self) -> dict[torch.optim.Optimizer, float]:
+        """All optimizers, with the learning rates of the configuration."""
+        critic = None if self.adversary is None else self.adversary.optimizer
+        config = self.config
+        pairs = (
+            (self.miner_optimizer, config.miner_lr),
+            (self.finetuner, config.generator_lr),
+            (critic, config.critic_lr),
+        )
+        return {optimizer: lr for optimizer, lr in pairs if optimizer is not None}
+
+    def _train_generator(self, path_length: bool) -> dict[str, Tensor]:
         config = self.config
         optimizers = [o for o in (self.miner_optimizer, self.finetuner) if o is not None]
         trained = [p for o in optimizers for group in o.param_groups for p in group["params"]]
         for optimizer in optimizers:
-            optimizer.zero_grad()
+            self.machine.zero_grad(optimizer)
         with self.processes.part(config.batch) as count:
             u = self.machine.latents(self.mined, count)
             loss = self._kernel_step(u) if self.loss_name == KERNEL else self._adversarial_step(u, trained)
             if self.penalised:
                 self._penalise(u)
-        if self.finetuner and self.path_length_weight and number % config.path_length_every == 0:
+        if path_length:
             self._regularise_path_length(trained)
         if self.elastic:
-            self.elastic.add_gradients(config.ewc_weight * float(self._scale))
+            self.elastic.add_gradients(config.ewc_weight, self._scale)
         return {"loss_G": self.machine.update(loss, *optimizers)}
 
     def _penalise(self, u: Tensor) -> None:
@@ -165,7 +223,8 @@ class Trainer:
         """Adds the gradient of the kernel distance of the samples of all processes, and returns the distance."""
         gather = gathering(self.processes, self.config.batch)
         kernel = _given(self.kernel, "kernel distance")
-        return kernel.backward(make, count, part, weight * self._scale, gather, self.processes.size)
+        validate = not self.machine.fixed
+        return kernel.backward(make, count, part, weight * self._scale, gather, self.processes.size, validate)
 
     @property
     def _scale(self) -> Tensor:
@@ -186,7 +245,7 @@ class Trainer:
                 penalty, mean, _ = path_length_penalty(images, latents, mean)
                 weight = self.path_length_weight * self.config.path_length_every * share
                 self.scaler.scale(weight * penalty).backward(inputs=trained)
-        self.path_length_mean = mean * share
+        self.path_length_mean.copy_(mean * share)
         self.processes.average([self.path_length_mean])
 
     def begin_finetuning(self) -> SparseFinetuner:
@@ -200,7 +259,7 @@ class Trainer:
         if self.mined.constant is not None:  # the generator's own is not read: no neuron of it is to be selected
             self.generator.learned_constant.requires_grad_(False)
         own = {"ema_decay": config.ema_decay, "affine": config.affine}
-        self.finetuner = SparseFinetuner(self.generator, config.generator_lr, **common, **own)
+        self.finetuner = SparseFinetuner(self.generator, self.machine.rate(config.generator_lr), **common, **own)
         if config.train_critic == "sparse":
             _given(self.adversary, "critic").begin_sparse(**common)
         return self.finetuner
@@ -211,6 +270,7 @@ class Trainer:
         Returns the optimizer of the generator's neurons, and the selection.
         """
         finetuner = self.finetuner or self.begin_finetuning()
+        self.captured.forget()
         if self.config.method == "scale_shift":
             selection = finetuner.select({})  # beside what trains in every neuron
         else:
@@ -249,6 +309,7 @@ class Trainer:
 
     def load_state_dict(self, state: dict) -> None:
         """Goes on from `state_dict()`; the networks must be those that the run began with."""
+        self.captured.forget()
         if state["finetuner"] is not None:
             finetuner = self.begin_finetuning()
             finetuner.load_state_dict(state["finetuner"])
@@ -262,7 +323,10 @@ class Trainer:
         for name in ("mined", "average"):
             getattr(self, name).load_mining_state(state[name])
         self.scaler.load_state_dict(state["scaler"])
-        self.path_length_mean = state["path_length_mean"].to(self.device)
+        self.path_length_mean.copy_(state["path_length_mean"])
+        for optimizer, lr in self._rates().items():  # the run so far may have had them elsewhere
+            for group in optimizer.param_groups:
+                group["lr"] = self.machine.rate(lr)
 
 
 def _given(part: T | None, name: str) -> T:

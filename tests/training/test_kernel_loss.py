@@ -176,7 +176,7 @@ def test_target_and_generated_images_are_changed_alike(monkeypatch):
     assert not torch.equal(kernel.target.y, loss(**settings, seed=1).target.y)
     seen = []
     monkeypatch.setattr(kernel, "features", type("Seen", (), {
-        "resized": kernel.features.resized, "__call__": lambda self, x: seen.append(x)})())  # fmt: skip
+        "resized": kernel.features.resized, "__call__": lambda self, x, _: seen.append(x)})())  # fmt: skip
     x = torch.rand(8, 3, 32, 32)
     kernel._features(x)
     assert seen[0].shape == (8, 3, 96, 96), "changed after they were enlarged"

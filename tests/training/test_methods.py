@@ -106,7 +106,7 @@ def test_ewc_is_the_gradient_of_its_penalty(tiny):
             p.add_(torch.randn_like(p) * 0.1)
     for p in leaves:
         p.grad = torch.zeros_like(p)
-    elastic.add_gradients(3.0)
+    elastic.add_gradients(1.5, torch.tensor(2.0))
     parts = [p.detach().clone().requires_grad_() for p in leaves]
     triples = zip(parts, elastic.anchors, elastic.importances, strict=True)
     (3.0 * sum((f * (p - a).square()).sum() for p, a, f in triples) / 2).backward()

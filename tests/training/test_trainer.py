@@ -29,7 +29,7 @@ def test_gradients_do_not_accumulate_over_steps(tiny):
 
 def test_generator_step_leaves_the_critics_gradients_alone(tiny):
     trainer = make(tiny)
-    trainer._train_generator(0)
+    trainer._train_generator(path_length=False)
     assert all(p.grad is None for p in trainer.adversary.critic.parameters())
 
 
@@ -64,6 +64,18 @@ def test_what_of_the_critic_trains(tiny, mode):
         weight = next(name for name in rows if name in moved)
         changed = (start[weight] != trainer.adversary.critic.state_dict()[weight]).flatten(1).any(1).nonzero().flatten()
         assert set(changed.tolist()) <= set(rows[weight].tolist())
+
+
+def test_rows_of_a_new_selection_train_beside_a_sparse_critic(tiny):
+    """Scoring the critic keeps the generator still, but not for ever: a weight may get its first row later."""
+    trainer = make(tiny, train_critic="sparse", density=0.05)
+    trainer.select()
+    weights = {m.name: m.parameter for layer in trainer.finetuner.layers for m in layer.members}
+    other = next(name for name, p in weights.items() if name not in trainer.finetuner.selection.rows and p.ndim > 1)
+    trainer.finetuner.select({other: [0]})
+    before = weights[other].detach().clone()
+    trainer.step(0)
+    assert not torch.equal(weights[other], before)
 
 
 def test_path_length_moves_its_mean_in_stage_two_only(tiny):
