@@ -4,7 +4,7 @@ import io
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from quality_results import DEFAULT, Results, estimate
+from quality_results import DEFAULT, SPARSE, Results, estimate
 
 from minegan_fast.files.atomic import atomic_path
 
@@ -54,9 +54,7 @@ def overfitting(results: Results):
     setting, count, variant = sorted(kinds)[0]
     figure = Figure(figsize=(6, 3.6))
     axis = figure.subplots()
-    for way, colour in zip(
-        (DEFAULT, ("kernel", "minegan"), ("kernel", "transfergan")), ("C0", "C1", "C2"), strict=True
-    ):
+    for way, colour in zip((SPARSE, DEFAULT, ("kernel", "transfergan")), ("C0", "C1", "C2"), strict=True):
         for name, line in (("kid", "-"), ("kid_train", ":")):
             steps, means = means_over_seeds(results, (setting, count), way, variant, name)
             if steps:

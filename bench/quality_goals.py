@@ -1,6 +1,6 @@
 """What was wanted of the defaults before they were measured. Each goal: (results, place) -> met, or None: no cells."""
 
-from quality_results import COLLAPSED, DEFAULT, Results, estimate
+from quality_results import COLLAPSED, DEFAULT, SPARSE, Results, estimate
 
 RIVALS = (("kernel", "transfergan"), ("adversarial", "freezed"), ("kernel", "scratch"))
 
@@ -12,12 +12,12 @@ def below_rivals(results: Results, place: tuple[str, int]) -> bool | None:
 
 
 def not_worse_than_dense(results: Results, place: tuple[str, int]) -> bool | None:
-    value = estimate(results.differences(place, DEFAULT, ("kernel", "minegan")))
+    value = estimate(results.differences(place, SPARSE, DEFAULT))
     return None if value is None else value.verdict != "worse"
 
 
 def below_random(results: Results, place: tuple[str, int]) -> bool | None:
-    value = estimate(results.differences(place, DEFAULT, ("kernel", "random")))
+    value = estimate(results.differences(place, SPARSE, ("kernel", "random")))
     return None if value is None else value.mean < 0
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from quality_plan import ADVERSARIAL_ONLY, FURTHER, METHODS
 from quality_settings import SETTINGS
 
-DEFAULT = ("kernel", "minegan++")
+DEFAULT, SPARSE = ("kernel", "minegan"), ("kernel", "minegan++")
 DEFAULT_DENSITY = 0.1
 COLLAPSED = 1 / 3  # of the real images' diversity
 # Quantiles 0.975 of Student's t by degrees of freedom; beyond the last, the normal distribution's is near.

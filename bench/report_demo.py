@@ -10,7 +10,7 @@ def render(report: dict | None) -> str:
     facts = (
         f"{report['generated']} generated images against {report['real']} held-out nines, seed {report['seed']}, "
         f"{report['minutes']} minutes on {report['device']} with {report['threads']} threads, torch {report['torch']}; "
-        f"sparse finetuning trained {report['trained_parameters']:.1%} of the generator's parameters.\n"
+        f"sparse and random finetuning trained {report['trained_parameters']:.1%} of the generator's parameters.\n"
     )
     lines = [["", *COLUMNS], ["---"] + ["---:"] * len(COLUMNS)]
     for name, row in report["rows"].items():

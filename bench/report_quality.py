@@ -8,7 +8,7 @@ import quality_curves
 import quality_goals
 import quality_merge
 from quality_plan import ADVERSARIAL_ATTEMPTS, ATTEMPTS
-from quality_results import COLLAPSED, DEFAULT, Estimate, Results, estimate
+from quality_results import COLLAPSED, DEFAULT, SPARSE, Estimate, Results, estimate
 from quality_settings import SETTINGS
 from quality_settings import TUNING as SETTINGS_FOR_TUNING
 
@@ -88,7 +88,7 @@ def densities(results: Results) -> str:
         for method in ("minegan++", "random"):
             row = [title(place), method]
             rows.append([*row, *(shown(results.mean(place, ("kernel", method), value)) for value in values)])
-        pairs = [results.differences(place, DEFAULT, ("kernel", "random"), (value, value)) for value in values]
+        pairs = [results.differences(place, SPARSE, ("kernel", "random"), (value, value)) for value in values]
         rows.append([title(place), "chosen − random", *(shown(estimate(pair), signed=True) for pair in pairs)])
     return table(["target, images", "", *(f"{density:g}" for density in results.densities())], rows) if rows else ""
 
@@ -148,7 +148,7 @@ def steps(results: Results) -> str:
     """Where over training the held-out KID is lowest, and what a choice by a few images set aside gives."""
     rows = []
     for place in results.places:
-        for way in (DEFAULT, ("kernel", "minegan"), ("kernel", "transfergan")):
+        for way in (DEFAULT, SPARSE, ("kernel", "transfergan")):
             for variant in (
                 "",
                 *sorted({k[4] for k in results.by_key if k[:2] == place and k[4].startswith("steps=")}),
@@ -176,11 +176,11 @@ def chosen_steps(results: Results, records: list[dict]) -> list[str]:
 
 
 def quality(results: Results) -> str:
-    """What else is said of the default's images at the last step, and of the two dense ways."""
+    """What else is said of the images at the last step: of the default's, sparse ones, and those without a miner."""
     rows = []
     names = ("precision", "recall", "nearest", "diversity")
     for place in results.places:
-        for way in (DEFAULT, ("kernel", "minegan"), ("kernel", "transfergan")):
+        for way in (DEFAULT, SPARSE, ("kernel", "transfergan")):
             if results.final(place, way):
                 rows.append([title(place), named(way), *(shown(results.mean(place, way, name=n)) for n in names)])
     return table(["target, images", "way", *names], rows)

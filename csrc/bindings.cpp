@@ -198,14 +198,6 @@ PYBIND11_MODULE(_C, m) {
       },
       no_gil);
   m.def(
-      "penalty_interpolate_cpu",
-      [](int dtype, Address real, Address fake, Address alpha, Address out, int64_t count, int64_t length,
-         int64_t stride, int threads) {
-        minegan::penalty_interpolate_cpu(DType(dtype), at(real), at(fake), at(alpha), at(out),
-                                         {count, length, stride, stride}, threads);
-      },
-      no_gil);
-  m.def(
       "penalty_philox_cpu",
       [](uint64_t seed, uint64_t offset, Address alpha, int64_t count) {
         minegan::penalty_philox_cpu(seed, offset, (float*)at(alpha), count);

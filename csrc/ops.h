@@ -294,10 +294,6 @@ void penalty_cpu(DType, const void* g, const void* mean, void* penalty, void* le
                  const Samples&, const Norm&, int threads);
 void penalty_backward_cpu(DType, const void* g, const void* scale, const void* dpenalty, void* dg, const Samples&,
                           int threads);
-// out_i = alpha_i real_i + (1 - alpha_i) fake_i; real and fake are `stride` apart, out is `out_stride`. alpha is of the
-// type that arithmetic is in.
-void penalty_interpolate_cpu(DType, const void* real, const void* fake, const void* alpha, void* out, const Samples&,
-                             int threads);
 // alpha_i in [0, 1): the first number of Philox4x32-10 for the counter (i, offset, offset >> 32, 0).
 void penalty_philox_cpu(uint64_t seed, uint64_t offset, float* alpha, int64_t count);
 

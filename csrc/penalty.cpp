@@ -72,25 +72,6 @@ struct Scaled {
   }
 };
 
-// torch.lerp, which starts from the end that is nearer.
-template <class T>
-struct Interpolated {
-  static MINEGAN_INLINE void run(const T* __restrict real, const T* __restrict fake, T* __restrict out, int64_t count,
-                                 wide_t<T> alpha) {
-    if (alpha < wide_t<T>(0.5)) {
-      for (int64_t i = 0; i < count; ++i) {
-        const wide_t<T> a = widen(fake[i]);
-        out[i] = narrow<T>(a + alpha * (widen(real[i]) - a));
-      }
-    } else {
-      for (int64_t i = 0; i < count; ++i) {
-        const wide_t<T> b = widen(real[i]);
-        out[i] = narrow<T>(b - (b - widen(fake[i])) * (1 - alpha));
-      }
-    }
-  }
-};
-
 // f(sample, begin, end, share) for the shares of all samples.
 template <class F>
 void for_shares(const Samples& s, int threads, const F& f) {
@@ -153,19 +134,6 @@ void penalty_backward_cpu(DType dtype, const void* g, const void* scale, const v
     for_shares(s, threads, [&](int64_t b, int64_t begin, int64_t end, int64_t) {
       run<Scaled<T>>((const T*)g + b * s.stride + begin, (T*)dg + b * s.out_stride + begin, end - begin,
                      R(((const R*)scale)[b] * *(const R*)dpenalty));
-    });
-  });
-}
-
-void penalty_interpolate_cpu(DType dtype, const void* real, const void* fake, const void* alpha, void* out,
-                             const Samples& s, int threads) {
-  with_type(dtype, [&](auto type) {
-    using T = decltype(type);
-    using R = wide_t<T>;
-    for_shares(s, threads, [&](int64_t b, int64_t begin, int64_t end, int64_t) {
-      const int64_t at = b * s.stride + begin;
-      run<Interpolated<T>>((const T*)real + at, (const T*)fake + at, (T*)out + b * s.out_stride + begin, end - begin,
-                           ((const R*)alpha)[b]);
     });
   });
 }

@@ -96,17 +96,14 @@ def penalty_backward_kernel(
 
 @triton.jit(do_not_specialize=["seed", "low", "high"])
 def interpolate_kernel(
-    real_ptr, fake_ptr, alpha_ptr, out_ptr, seed, low, high, length, stride, WIDE: tl.constexpr, BLOCK: tl.constexpr
+    real_ptr, fake_ptr, out_ptr, seed, low, high, length, stride, WIDE: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """low, high: the two halves of the generator's offset, for where no alpha is given. The rest is torch.lerp's."""
+    """low, high: the two halves of the generator's offset. The interpolation is torch.lerp's."""
     b, block = _sample(tl.cdiv(length, BLOCK))
     i = block * BLOCK + tl.arange(0, BLOCK)
-    if alpha_ptr is not None:
-        alpha = tl.load(alpha_ptr + b).to(WIDE)
-    else:
-        zero = b.to(tl.uint32) * 0
-        drawn, _, _, _ = tl.philox(seed, b.to(tl.uint32), zero + low.to(tl.uint32), zero + high.to(tl.uint32), zero)
-        alpha = tl.uint_to_uniform_float(drawn).to(WIDE)
+    zero = b.to(tl.uint32) * 0
+    drawn, _, _, _ = tl.philox(seed, b.to(tl.uint32), zero + low.to(tl.uint32), zero + high.to(tl.uint32), zero)
+    alpha = tl.uint_to_uniform_float(drawn).to(WIDE)
     real = tl.load(real_ptr + b * stride + i, i < length, other=0.0).to(WIDE)
     fake = tl.load(fake_ptr + b * stride + i, i < length, other=0.0).to(WIDE)
     difference = real - fake
@@ -146,9 +143,9 @@ def penalty_backward(g, scale, dpenalty, dg, count, length, stride, out_stride) 
         )
 
 
-def interpolate(real, fake, alpha, out, seed: int, offset: int, count, length, stride) -> None:
+def interpolate(real, fake, out, seed: int, offset: int, count, length, stride) -> None:
     with torch.cuda.device_of(real):
         interpolate_kernel[(count * cdiv(length, BLOCK),)](
-            real, fake, alpha, out, seed, offset & 0xFFFFFFFF, offset >> 32, length, stride, WIDE=_wide(real.dtype),
+            real, fake, out, seed, offset & 0xFFFFFFFF, offset >> 32, length, stride, WIDE=_wide(real.dtype),
             BLOCK=BLOCK, **_OPTIONS,
         )  # fmt: skip

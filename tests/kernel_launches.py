@@ -373,10 +373,7 @@ def penalty_kernels():
         yield Kernel("penalty", "penalty_backward_kernel", label, pointers, sizes, constants=constants, **common)
         pointers = dict.fromkeys(("real_ptr", "fake_ptr", "out_ptr"), element)
         sizes, scalars = {"length": length, "stride": length}, dict.fromkeys(("seed", "low", "high"), "i64")
-        drawn = constants | {"alpha_ptr": None}
-        yield Kernel("penalty", "interpolate_kernel", label, pointers, sizes, scalars, drawn, **common)
-        given = pointers | {"alpha_ptr": wide}
-        yield Kernel("penalty", "interpolate_kernel", f"{label} given", given, sizes, scalars, constants, **common)
+        yield Kernel("penalty", "interpolate_kernel", label, pointers, sizes, scalars, constants, **common)
     results = dict.fromkeys(("mean_ptr", "penalty_ptr", "lengths_ptr", "scale_ptr", "new_mean_ptr"), "fp32")
     for (count, splits), squared in itertools.product(((16, 96), (4, 512), (1030, 1)), (False, True)):
         scalars = dict.fromkeys(("center", "decay", "inverse", "share"), "fp64")

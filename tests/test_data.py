@@ -55,7 +55,7 @@ def test_demo_end_to_end(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "SAMPLES", 64)
     monkeypatch.setattr(demo, "RESAMPLES", 4)
     report = demo.run_demo(tmp_path / "demo", True, 0, "cpu", Console(width=120))
-    names = ["source", "mined", "mined + sparse", "mined + random", "mined + dense", "other real nines"]
+    names = ["source", "mined", "mined + dense", "mined + sparse", "mined + random", "other real nines"]
     assert list(report["rows"]) == names
     out = capsys.readouterr().out
     assert all(name in out for name in names)
@@ -67,4 +67,4 @@ def test_demo_end_to_end(tmp_path, monkeypatch, capsys):
     random = demo.trained_parameters(tmp_path / "demo" / "random")
     assert abs(random - report["trained_parameters"]) < 0.01, "the random control trains another number of parameters"
     again = demo.run_demo(tmp_path / "demo", False, 0, "cpu", Console())
-    assert again["rows"]["mined + sparse"] == report["rows"]["mined + sparse"], "a finished demo is shown again"
+    assert again["rows"]["mined + dense"] == report["rows"]["mined + dense"], "a finished demo is shown again"

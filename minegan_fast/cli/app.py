@@ -271,7 +271,8 @@ def evaluate(
 def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the demo's run.")] = Path("minegan_demo"),
     controls: Annotated[
-        bool, typer.Option("--controls", help="Also dense finetuning, and as many random neurons of every layer.")
+        bool,
+        typer.Option("--controls", help="Also the neurons that matter, and as many random ones of every layer."),
     ] = False,
     seed: Seed = 0,
     device: Device = None,

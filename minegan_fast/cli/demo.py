@@ -43,23 +43,21 @@ def run_demo(out: Path, controls: bool, seed: int, device: str | None, console: 
         "held_out": str(out / "validation"), "device": device, "resume": True,
     }  # fmt: skip
     console.print(f"100 nines for a GAN of the digits 0 to 8; everything goes to {out}", highlight=False)
-    transfer(**common, out=out / "sparse")
-    trained = trained_parameters(out / "sparse")
+    transfer(**common, out=out / "dense")
     if controls:
-        console.print("controls: as many random neurons of every layer, then dense finetuning")
+        console.print("for comparison: the neurons that matter, then as many random ones of every layer")
+        transfer(**common, out=out / "sparse", method="minegan++")
         transfer(**common, out=out / "random", method="shuffled")
-        transfer(**common, out=out / "dense", method="minegan")
 
     judge = Judge(device)
     source = as_generator(load_generator(data.GENERATOR))
     samplers = {
         "source": Mined(source, Miner(source.latent_dim)).to(choose_device(device)).eval(),
-        "mined": open_result(out / "sparse", "mined", device),
-        "mined + sparse": open_result(out / "sparse", "best", device),
+        "mined": open_result(out / "dense", "mined", device),
+        "mined + dense": open_result(out / "dense", "best", device),
     }
-    if controls:
-        samplers["mined + random"] = open_result(out / "random", "best", device)
-        samplers["mined + dense"] = open_result(out / "dense", "best", device)
+    for name in ("sparse", "random") if controls else ():
+        samplers[f"mined + {name}"] = open_result(out / name, "best", device)
     images, rows = {}, {}
     for name, sampler in samplers.items():
         console.print(f"measuring {SAMPLES} images: {name}", highlight=False)
@@ -71,7 +69,7 @@ def run_demo(out: Path, controls: bool, seed: int, device: str | None, console: 
         "seed": seed,
         "generated": SAMPLES,
         "real": len(judge.real),
-        "trained_parameters": round(trained, 4),
+        "trained_parameters": round(trained_parameters(out / "sparse"), 4) if controls else 1.0,
         "minutes": round((time.monotonic() - started) / 60, 1),
         "device": str(choose_device(device)),
         "threads": torch.get_num_threads(),
@@ -80,7 +78,7 @@ def run_demo(out: Path, controls: bool, seed: int, device: str | None, console: 
     }
     with atomic_path(out / "demo.json") as temporary:
         temporary.write_text(json.dumps(report, indent=2) + "\n")
-    best = images["mined + sparse"][:SHOWN]
+    best = images["mined + dense"][:SHOWN]
     pictures = [(name, fake[:SHOWN]) for name, fake in images.items()]
     pictures += [("nearest target", judge.nearest(best)), ("real", data.nines("test")[:SHOWN])]
     labelled_rows(out / "demo.png", pictures, SHOWN)

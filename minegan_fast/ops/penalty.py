@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from .._torch import transforms_active
 from ._op import DTYPE_CODES, Op, forced_backend, refuse_transforms
 
 HALF = (torch.float16, torch.bfloat16)
@@ -62,14 +61,6 @@ def interpolate_drawn(real: Tensor, fake: Tensor, seed: int, offset: int) -> Ten
     alpha = (drawn.float() * 4.6566127342e-10).view(-1, *[1] * (real.dim() - 1))
     wide = wide_dtype(real.dtype)
     return torch.lerp(fake.to(wide), real.to(wide), alpha.to(wide)).to(real.dtype)
-
-
-@Op
-def interpolate_at(real: Tensor, fake: Tensor, alpha: Tensor) -> Tensor:
-    """interpolate with these alpha [B], in float32 at least; real and fake have one layout of dense samples."""
-    wide = wide_dtype(real.dtype)
-    weights = alpha.view(-1, *[1] * (real.dim() - 1))
-    return torch.lerp(fake.to(wide), real.to(wide), weights).to(real.dtype)
 
 
 def _product(x: Tensor, m: int) -> tuple[Tensor, Tensor]:
@@ -179,8 +170,7 @@ def interpolate(
         raise ValueError(f"real and fake must be on the same device, got {real.device} and {fake.device}")
     per_sample = (len(real),) + (1,) * (real.dim() - 1)
     wide = wide_dtype(real.dtype)
-    plain = _without_graph(real, fake)
-    if alpha is None and plain and _draws_in_a_kernel(real, generator):
+    if alpha is None and _draws_in_a_kernel(real, fake, generator):
         return interpolate_drawn(real, fake, *_next_draw(real.device, generator))
     if alpha is None:
         alpha = random_like(torch.rand, per_sample, real, generator)
@@ -196,28 +186,17 @@ def interpolate(
             raise ValueError(
                 f"alpha {list(alpha.shape)} does not broadcast to {list(real.shape)}: give a number, [B] or [B, 1, ...]"
             )
-    if plain and alpha.shape == per_sample and not (alpha.requires_grad and torch.is_grad_enabled()):
-        real, fake = _alike(real, fake)
-        return interpolate_at(real, fake, alpha.reshape(-1), backend=forced_backend())
     return torch.lerp(fake.to(wide), real.to(wide), alpha).to(real.dtype)
 
 
-def _without_graph(real: Tensor, fake: Tensor) -> bool:
-    """Whether nothing but values is asked for, of plain tensors, so that an op without a derivative will do."""
-    return (
-        not (torch.is_grad_enabled() and (real.requires_grad or fake.requires_grad))
-        and type(real) is type(fake) is Tensor
-        and not torch.compiler.is_compiling()
-        and not transforms_active()
-        and real.dtype in DTYPE_CODES
-    )
-
-
-def _draws_in_a_kernel(real: Tensor, generator: torch.Generator | None) -> bool:
+def _draws_in_a_kernel(real: Tensor, fake: Tensor, generator: torch.Generator | None) -> bool:
     """Whether one kernel may draw and interpolate. Within a CUDA graph it may not: each replay has to draw anew."""
     return (
         real.is_cuda
         and (generator is None or generator.device.type == "cuda")
+        and not (torch.is_grad_enabled() and (real.requires_grad or fake.requires_grad))
+        and type(real) is type(fake) is Tensor
+        and not torch.compiler.is_compiling()
         and interpolate_drawn.lacks("triton", real.device, real.dtype) is None
         and not torch.cuda.is_current_stream_capturing()
     )
@@ -272,39 +251,24 @@ def _(kernels, g, s, dP):
     return dg
 
 
-def _alike(real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in one layout, which a new tensor like them has too, of samples that are runs of memory."""
-    fits = real.stride() == fake.stride() and _has_dense_samples(real) and real.stride(0) == real[0].numel()
-    return (real, fake) if fits else (real.contiguous(), fake.contiguous())
-
-
-@interpolate_at.register("cpp")
-def _(native, real, fake, alpha):
-    out, alpha = torch.empty_like(real), alpha.contiguous()
-    addresses = [t.data_ptr() for t in (real, fake, alpha, out)]
-    sizes = len(real), real[0].numel(), real.stride(0)
-    native.penalty_interpolate_cpu(DTYPE_CODES[real.dtype], *addresses, *sizes, torch.get_num_threads())
-    return out
-
-
-@interpolate_at.register("triton")
-def _(kernels, real, fake, alpha):
-    out = torch.empty_like(real)
-    kernels.interpolate(real, fake, alpha.contiguous(), out, 0, 0, len(real), real[0].numel(), real.stride(0))
-    return out
-
-
 @interpolate_drawn.register("cpp")
 def _(native, real, fake, seed, offset):
-    alpha = torch.empty(len(real), dtype=torch.float32)
+    wide = wide_dtype(real.dtype)
+    alpha = torch.empty(len(real), *[1] * (real.dim() - 1), dtype=torch.float32)
     native.penalty_philox_cpu(seed & (1 << 64) - 1, offset, alpha.data_ptr(), len(real))
-    real, fake = _alike(real, fake)
-    return interpolate_at(real, fake, alpha.to(wide_dtype(real.dtype)), backend="cpp")
+    return torch.lerp(fake.to(wide), real.to(wide), alpha.to(wide)).to(real.dtype)
 
 
 @interpolate_drawn.register("triton")
 def _(kernels, real, fake, seed, offset):
-    real, fake = _alike(real, fake)
+    if real.stride() != fake.stride() or not _has_dense_samples(real):
+        real, fake = real.contiguous(), fake.contiguous()
     out = torch.empty_like(real)
-    kernels.interpolate(real, fake, None, out, seed, offset, len(real), real[0].numel(), real.stride(0))
+    if out.stride() != real.stride():
+        real, fake, out = (
+            real.contiguous(),
+            fake.contiguous(),
+            torch.empty(real.shape, dtype=real.dtype, device=real.device),
+        )
+    kernels.interpolate(real, fake, out, seed, offset, len(real), real[0].numel(), real.stride(0))
     return out

@@ -26,6 +26,7 @@ CRITIC_TRAINING = ("all", "sparse", "freezed")
 PRECISIONS = ("fp32", "bf16", "fp16")
 METRICS = ("fid", "kid", "kmmd", "mv", "diversity")
 # Settings that may differ when a run is resumed: they do not change what a step computes.
+OF_THE_SELECTION = ("density", "budget", "criterion", "scope", "policy", "affine")
 FREE_ON_RESUME = ("device", "cuda_graphs", "mining_steps", "finetune_steps", "patience", "keep", "log_every")
 
 
@@ -53,14 +54,17 @@ class TransferConfig:
     critic: str | None = setting(
         None, "Checkpoint of the critic; default: the source file's discriminator. features: heads on --loss-features."
     )
-    method: str = setting("minegan++", f"What trains: {', '.join(METHODS)}.")
+    method: str = open_setting(
+        f"What trains: {', '.join(METHODS)}. Default: minegan under mmd where nothing is said of the selection, else "
+        "minegan++."
+    )
     mining_steps: int = open_setting(
         "Steps of stage 1: the miner trains, the generator is frozen. Default: 120 under mmd, else 1000."
     )
     finetune_steps: int = open_setting(
         "Steps of stage 2: the selected neurons of the generator train too. Default: 480 under mmd, else 2000."
     )
-    density: float = open_setting("Fraction of the generator that trains in stage 2. Default: 0.1.")
+    density: float = open_setting("Fraction of the generator that trains in stage 2. Default: 0.1; of minegan 1.")
     batch: int = open_setting("Images a step, of all processes together. Default: 32 under mmd, else 16.")
     part: int | None = setting(None, "Images that are in memory at once under mmd, whatever the batch; default: all.")
     lr: float = open_setting(
@@ -172,9 +176,12 @@ class TransferConfig:
         self.metrics = tuple(self.metrics)
         if self.mined_class is not None:
             self.mined_class = str(self.mined_class)
-        _one_of("method", self.method, METHODS)
         self.loss = self.loss or (KERNEL if self.loss_features else "nonsaturating")
         self.mining_loss, self.finetune_loss = self.mining_loss or self.loss, self.finetune_loss or self.loss
+        if self.method is None:
+            selects = any(getattr(self, name) is not None for name in OF_THE_SELECTION) or self.reselect_every
+            self.method = "minegan++" if selects or self.finetune_loss != KERNEL else "minegan"
+        _one_of("method", self.method, METHODS)
         if self.train_miner is False and self.mining_steps is None:
             self.mining_steps = 0
         for name, value in chosen(self.method, self.mining_loss, self.finetune_loss).items():

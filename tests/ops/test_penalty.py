@@ -183,7 +183,7 @@ def test_a_grid_fits_a_gpu_however_large_a_sample_is(monkeypatch):
     monkeypatch.setattr(torch, "empty", lambda *size, **options: g)
     kernels.penalty(g, None, g, g, g, g, count, length, length, 0.0, 0.0, 1, False)
     kernels.penalty_backward(g, g, g, g, count, length, length, length)
-    kernels.interpolate(g, g, None, g, 0, 0, count, length, length)
+    kernels.interpolate(g, g, g, 0, 0, count, length, length)
     assert len(grids) == 4
     assert all(map(fits_a_gpu, grids))
 
@@ -219,29 +219,12 @@ def test_a_drawn_interpolation(backend, device):
     torch.testing.assert_close(mixed, expected, rtol=0, atol=2**-23 * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-def test_interpolation_of_given_numbers(backend, device, dtype):
-    if backend == "triton" and dtype in (torch.bfloat16, torch.float16) and device == "cpu":
-        pytest.skip("the interpreter computes half precision wrongly")
-    real, fake = torch.randn(2, 3, 5, 7, 9, generator=seeded()).to(device, dtype)
-    alpha = torch.tensor([0.0, 0.3, 0.9], device=device)
-    for layout in (torch.contiguous_format, torch.channels_last):
-        for one, two in ((real, fake.to(memory_format=layout)), (real[:, ::2], fake[:, ::2]), (real[:1], fake[:1])):
-            one = one.to(memory_format=layout)
-            mixed = interpolate(one, two, alpha[: len(one)])
-            expected = torch.lerp(two.double(), one.double(), alpha[: len(one)].double().view(-1, 1, 1, 1))
-            torch.testing.assert_close(mixed, expected.to(dtype), rtol=0, atol=2 * torch.finfo(dtype).eps * 4)
-            assert torch.equal(mixed[0], two[0])
-
-
-def test_large_results_are_written_whole(backend, device):
+def test_large_gradients(backend, device):
     if backend == "triton" and device == "cpu":
         pytest.skip("seconds in the interpreter")
     g = torch.randn(2, 3, 1_500_007, generator=seeded()).to(device)[:, 1:]
     s, dP = torch.tensor([0.5, -2.0], device=device), torch.tensor(3.0, device=device)
     torch.testing.assert_close(penalty_backward(g, s, dP), g * (s * dP)[:, None, None])
-    mixed = interpolate(g, -g, torch.tensor([0.25, 0.75], device=device))
-    torch.testing.assert_close(mixed, g * torch.tensor([-0.5, 0.5], device=device)[:, None, None])
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e-18, 1e18, 1e30])

@@ -83,6 +83,8 @@ def test_a_batch_in_parts_is_the_whole_batch(kernel_run):
         out = kernel_run["out"].with_name(f"part-{part}")
         # Views are drawn part by part, as a generator's noise is.
         small = {"part": part, "out": out, "batch": 8, "mining_steps": 3, "view_augment": "", "views": 1}
+        # Of all parameters some have next to no gradient, whose rounding Adam's first steps make large.
+        small["method"] = "minegan++"
         runs.append(mf.transfer(**{**kernel_run, **small}))
     whole, parts = ([row["loss_G"] for row in run.history if "loss_G" in row] for run in runs)
     assert whole == pytest.approx(parts, rel=1e-3)
