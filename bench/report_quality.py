@@ -61,9 +61,8 @@ def overview(results: Results) -> str:
 
 
 def mining(results: Results) -> str:
-    pairs = [(("kernel", "minegan"), ("kernel", "transfergan")), (("kernel", "mined"), ("kernel", "transfergan"))]
-    pairs += [(DEFAULT, ("kernel", method)) for method in ("transfergan", "scratch")]
-    pairs += [(DEFAULT, ("adversarial", "freezed"))]
+    pairs = [(way, ("kernel", "transfergan")) for way in (DEFAULT, SPARSE, ("kernel", "mined"))]
+    pairs += [(DEFAULT, ("kernel", "scratch")), (DEFAULT, ("adversarial", "freezed"))]
     pairs += [(("adversarial", "minegan"), ("adversarial", "transfergan"))]
     return comparisons(results, pairs)
 
