@@ -17,7 +17,7 @@ from typing import Any, Generic, ParamSpec, TypeVar, overload
 
 import torch
 
-from .._torch import is_batched, pass_reaches, transforms_active
+from .._torch import is_batched, is_tracing, pass_reaches, transforms_active
 
 BACKENDS = ("reference", "cpp", "triton", "cuda")
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # DType in csrc/common.h
@@ -108,9 +108,10 @@ class _Unrecorded:
 
 def run(function: type[torch.autograd.Function], *args) -> Any:
     """function.apply(*args), without what it costs on the host where autograd would record nothing."""
-    if torch.compiler.is_compiling() or (
-        torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in args)
-    ):
+    # A trace knows the Function, and would take what a kernel writes for a constant.
+    if torch.compiler.is_compiling() or is_tracing():
+        return function.apply(*args)
+    if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in args):
         return function.apply(*args)
     return function.forward(_Unrecorded(), *args)
 

@@ -441,3 +441,13 @@ def test_wrong_inputs_are_named():
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+@pytest.mark.filterwarnings("ignore")  # a trace warns of each comparison
+@pytest.mark.parametrize("trains", [False, True])
+def test_a_traced_critic_computes_anew(trains):
+    D = StyleGAN2Discriminator(8, channel_base=64).eval().requires_grad_(trains)
+    x, other = torch.randn(2, 4, 3, 8, 8)
+    with torch.no_grad():
+        traced = torch.jit.trace(D, x, check_trace=False)
+        assert torch.equal(traced(other), D(other))
