@@ -167,7 +167,9 @@ namespace {
 
 constexpr int kThreads = 256;
 
-constexpr int kInFlight = 2;  // packs that a thread loads before it needs one of them: memory answers late
+// Packs that a thread loads before it needs one of them, because memory answers late: two of x, or one of x and of y.
+template <bool side>
+constexpr int kInFlight = side ? 1 : 2;
 
 // A thread takes packs of V elements. V > 1 needs aligned pointers, and V | C where inner = 1 (a pack spans V
 // channels), else V | inner. kSide: whether y is given.
@@ -175,15 +177,16 @@ template <class T, class Index, int V, bool kSide>
 __global__ void __launch_bounds__(kThreads)
     bias_act_kernel(const T* __restrict__ x, const T* __restrict__ b, const T* __restrict__ y, T* __restrict__ out,
                     Index packs, Index C, Index inner, wide_t<T> gain, wide_t<T> leak) {
-  constexpr Index kBlock = kInFlight * kThreads;
+  constexpr int kPacks = kInFlight<kSide>;
+  constexpr Index kBlock = kPacks * kThreads;
   for (Index first = blockIdx.x * kBlock + threadIdx.x; first < packs; first += gridDim.x * kBlock) {
-    Pack<T, V> xs[kInFlight]{}, ys[kInFlight]{};
-    for (int i = 0; i < kInFlight; ++i) {
+    Pack<T, V> xs[kPacks]{}, ys[kPacks]{};
+    for (int i = 0; i < kPacks; ++i) {
       const Index p = first + i * kThreads;
       if (p < packs) xs[i] = load<T, V>(x + p * V);
       if (kSide && p < packs) ys[i] = load<T, V>(y + p * V);
     }
-    for (int i = 0; i < kInFlight; ++i) {
+    for (int i = 0; i < kPacks; ++i) {
       const Index p = first + i * kThreads, at = p * V;
       if (p >= packs) break;
       Pack<T, V> bs{}, result;
@@ -313,8 +316,8 @@ void bias_act_cuda(DType dtype, const void* x, const void* b, const void* y, voi
       with_index(count, [&](auto index) {
         using Index = decltype(index);
         constexpr int V = decltype(width)::value;
-        const int64_t blocks =
-            std::min<int64_t>((count / V + kInFlight * kThreads - 1) / (kInFlight * kThreads), 1 << 20);
+        const int64_t each = (y ? kInFlight<true> : kInFlight<false>)*kThreads;
+        const int64_t blocks = std::min<int64_t>((count / V + each - 1) / each, 1 << 20);
         const auto kernel = y ? bias_act_kernel<T, Index, V, true> : bias_act_kernel<T, Index, V, false>;
         kernel<<<unsigned(blocks), kThreads, 0, (cudaStream_t)stream>>>((const T*)x, (const T*)b, (const T*)y, (T*)out,
                                                                         Index(count / V), Index(axis.C),

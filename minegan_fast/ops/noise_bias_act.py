@@ -185,7 +185,7 @@ def noise_bias_act(
     kind = wide(c.dtype)
     n, d, f, h = (t if t is None or t.dtype == kind else t.to(kind) for t in (noise, d, strength, bias))
     f = f if f is None else f.reshape(-1, 1)
-    h = h if h is None or h.dim() == 2 else h[None]
+    h = h if h is None or h.dim() == 2 else h.unsqueeze(0)
     slope = 1.0 if act == "linear" else float(alpha)
     # A projector searches for noise maps. Their gradient is PyTorch's own, through the reference.
     if n is not None and n.requires_grad and torch.is_grad_enabled():

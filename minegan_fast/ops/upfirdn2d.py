@@ -131,7 +131,8 @@ def upfirdn2d(
         raise ValueError(f"gain must be finite, got {gain}")
     up, down = _numbers("up", up, 2, 1), _numbers("down", down, 2, 1)
     padding = _numbers("padding", padding, 4, None)
-    kernel = kernel.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
+    kind = torch.float64 if x.dtype == torch.float64 else torch.float32
+    kernel = (kernel if kernel.dtype == kind else kernel.to(kind)).contiguous()
     for axis, size in zip(_AXES, _result_size(x, kernel, up, down, padding), strict=True):
         if size < 1:
             raise ValueError(
@@ -143,6 +144,8 @@ def upfirdn2d(
 
 
 def _numbers(name: str, value: int | Sequence[int], count: int, least: int | None) -> list[int]:
+    if type(value) is int and (least is None or value >= least):
+        return [value] * count
     numbers = [value] * count if isinstance(value, (int, torch.SymInt)) else value
     sequence = isinstance(numbers, (list, tuple)) and len(numbers) == count
     if not sequence or not all(isinstance(n, (int, torch.SymInt)) and (least is None or n >= least) for n in numbers):
