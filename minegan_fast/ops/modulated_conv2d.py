@@ -203,7 +203,9 @@ def modulated_conv2d(
         raise ValueError("up and down exclude each other")
     if (kernel is not None) != (up or down):
         raise ValueError("kernel, the filter, goes with up or down: give it with one of them, and only then")
-    if kernel is not None and (kernel.dim() not in (1, 2) or kernel.shape[0] != kernel.shape[-1] or kernel.shape[0] < 2):
+    if kernel is not None and (
+        kernel.dim() not in (1, 2) or kernel.shape[0] != kernel.shape[-1] or kernel.shape[0] < 2
+    ):
         raise ValueError(f"kernel must have shape [n, n] or [n] with n >= 2, got {list(kernel.shape)}")
 
     refuse_transforms("modulated_conv2d")
