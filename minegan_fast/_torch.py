@@ -38,7 +38,7 @@ own_data: Callable[[Tensor], Tensor] = _data.__get__
 set_own_data: Callable[[Tensor, Tensor], None] = _data.__set__
 own_requires_grad: Callable[[Tensor], bool] = _requires_grad.__get__
 
-fill_with_zeros: Callable[[Sequence[Tensor]], None] = torch._foreach_zero_
+fill_with_zeros: Callable[[list[Tensor]], None] = torch._foreach_zero_
 """Writes zeros into tensors, one at least; on a GPU in a few launches for all of them."""
 
 is_view = Tensor._is_view

@@ -4,6 +4,7 @@ import math
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -105,7 +106,7 @@ class Table:
             # Most steps find their gradients where those of the step before were, and have nothing to check or copy;
             # or elsewhere, as backward() makes them anew. Whole lists are compared: a call a tensor would take longer.
             addresses = _addresses(grads)
-            present = [g for g in grads if g is not None] if some_missing(grads) else grads
+            present = grads if none_missing(grads) else [g for g in grads if g is not None]
             known = self.contiguous and all(map(Tensor.is_contiguous, present))
             if known and (addresses == self.addresses or self._fits(grads, present)):
                 self._move(addresses)
@@ -163,15 +164,15 @@ class Table:
         return self.on_device
 
 
-def some_missing(tensors: Sequence[Tensor | None]) -> bool:
-    return type(None) in {*map(type, tensors)}
+def none_missing(tensors: Sequence[Tensor | None]) -> TypeGuard[Sequence[Tensor]]:
+    return type(None) not in {*map(type, tensors)}
 
 
 def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
     """0 for None."""
-    if some_missing(tensors):
-        return [0 if t is None else t.data_ptr() for t in tensors]
-    return [*map(Tensor.data_ptr, tensors)]
+    if none_missing(tensors):
+        return [*map(Tensor.data_ptr, tensors)]
+    return [0 if t is None else t.data_ptr() for t in tensors]
 
 
 def check(t: RowTensor) -> None:

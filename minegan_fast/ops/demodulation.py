@@ -63,7 +63,7 @@ class _Demodulation(Function):
             d = torch.rsqrt(F.linear(s.square(), q) + ctx.eps)
             if wants[0]:
                 gs = demodulation_styles.reference(gd, d, s, q)
-            if wants[1]:
+            if wants[1] and trained is not None:
                 gW = demodulation_rows.reference(gd, d, s, trained, rows)
             return gs, gW, None, None, None, None
         gd = gd.contiguous()

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from .._torch import PastSubclasses
 from ._op import DTYPE_CODES, device_and_stream, mutating
-from ._row_table import RowTensor, Table, check, fill_state, flat_rows, refuse_capture, some_missing
+from ._row_table import RowTensor, Table, check, fill_state, flat_rows, none_missing, refuse_capture
 
 OPTIMIZERS = ("adam", "adamw", "sgd")
 RULES = ("adam", "adamw", "sgd", "momentum")  # Rule in csrc/ops.h
@@ -146,7 +146,7 @@ class RowUpdate:
                 finally:
                     table.grads = ()
             written = self.held
-            if some_missing(grads):
+            if not none_missing(grads):
                 written = [
                     s for t, g in zip(self.tensors, grads, strict=True) if g is not None for s in (t.leaf, t.dense)
                 ]
