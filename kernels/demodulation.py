@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from ._sizes import cdiv, power_of_2
+from .noise_bias_act import wide
 
 _OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 _INPUTS, _SAMPLES, _OUTPUTS = 64, 16, 32  # of a tile
@@ -77,10 +78,6 @@ def rows_kernel(
     tl.store(gw_ptr + at, w * total[:, None], mask)
 
 
-def _wide(x: torch.Tensor) -> tl.dtype:
-    return tl.float64 if x.dtype == torch.float64 else tl.float32
-
-
 def blocks(I: int, K: int) -> dict[str, int]:
     return {"BI": min(_INPUTS, power_of_2(I)), "BK": power_of_2(K)}
 
@@ -92,7 +89,7 @@ def forward(s, weight, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     if O and I and K:
         with torch.cuda.device_of(s):
             demodulation_kernel[(O, max(1, cdiv(B, BB)))](
-                s, weight, d, q, B, O, I, K, *weight.stride(), eps, WIDE=_wide(s), BB=BB, **blocks(I, K), **_OPTIONS
+                s, weight, d, q, B, O, I, K, *weight.stride(), eps, WIDE=wide(s), BB=BB, **blocks(I, K), **_OPTIONS
             )
     return d, q
 
@@ -102,7 +99,7 @@ def styles(gd, d, s, q) -> torch.Tensor:
     gs, BI = torch.empty_like(s), min(_INPUTS, power_of_2(I))
     if gs.numel():
         with torch.cuda.device_of(s):
-            styles_kernel[(B, cdiv(I, BI))](gd, d, s, q, gs, O, I, WIDE=_wide(s), BO=_OUTPUTS, BI=BI, **_OPTIONS)
+            styles_kernel[(B, cdiv(I, BI))](gd, d, s, q, gs, O, I, WIDE=wide(s), BO=_OUTPUTS, BI=BI, **_OPTIONS)
     return gs
 
 
@@ -113,5 +110,5 @@ def rows_gradient(gd, d, s, trained, rows, gw) -> None:
     if gw.numel():
         with torch.cuda.device_of(s):
             rows_kernel[(R, cdiv(I, tile["BI"]))](
-                gd, d, s, trained, rows, gw, B, O, I, K, *trained.stride(), WIDE=_wide(s), **tile, **_OPTIONS
+                gd, d, s, trained, rows, gw, B, O, I, K, *trained.stride(), WIDE=wide(s), **tile, **_OPTIONS
             )

@@ -47,6 +47,20 @@ class Wrapper(nn.Module):
         return self.network(x)
 
 
+class GreyFeatures(nn.Module):
+    """Images of one channel -> [B, 8], by two stages, the same in every process."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng([]):
+            torch.manual_seed(0)
+            self.stem = nn.Sequential(nn.Conv2d(1, 6, 3, stride=2, padding=1), nn.Tanh())
+            self.body = nn.Sequential(nn.Conv2d(6, 8, 3, stride=2, padding=1), nn.Tanh())
+
+    def forward(self, x):
+        return self.body(self.stem(x)).mean((2, 3))
+
+
 def images(resolution=32, channels=3, count=2):
     return torch.rand(count, channels, resolution, resolution, generator=torch.Generator().manual_seed(5)) * 2 - 1
 

@@ -117,22 +117,21 @@ class _Backward(Function):
     def backward(ctx, hc, hd, hf, hh):
         gy, y, n, d, f, h = ctx.saved_tensors
         slope, gain, backend = ctx.args
-        sums, again = ctx.sums, torch.is_grad_enabled()
+        sums, given = ctx.sums, (d, f, h)
         hc = torch.zeros_like(y) if hc is None else hc
         zeros, ones = torch.zeros_like(sums[0]), torch.ones_like(sums[0])
         d, f, h = (zero if k is None else k for k, zero in ((d, ones), (f, zeros), (h, zeros)))
         hd, hf, hh = (zeros if k is None else k for k in (hd, hf, hh))
         e = hd / d
         k = torch.stack(torch.broadcast_tensors(d, e, hf - e * f, hh - e * h))
-        if again:  # a third order: the references are differentiable as they stand
+        if torch.is_grad_enabled():  # a third order: the references are differentiable as they stand
             dgy, dy, dd = noise_bias_act_double_backward.reference(hc, gy, y, n, k, slope, gain)
             _, sums = noise_bias_act_backward.reference(gy, y, n, d, f, h, slope, gain)
         else:
             hc = _laid_out_like(y, hc)
             dgy, dy, dd = noise_bias_act_double_backward(hc, gy, y, n, k, slope, gain, backend=backend)
         gd, gf, gh = sums
-        own = ctx.saved_tensors[3:]
-        return dgy, dy, None, *_reduced((dd - e * gd, -e * gf, -e * gh), *own), None, None, None
+        return dgy, dy, None, *_reduced((dd - e * gd, -e * gf, -e * gh), *given), None, None, None
 
 
 def _reduced(sums: Tensor | tuple[Tensor, ...], d: Tensor | None, f: Tensor | None, h: Tensor | None) -> list:

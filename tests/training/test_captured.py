@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from feature_networks import GreyFeatures
 from graphs_on_cpu import GraphsOnCPU
 from torch import nn
 
@@ -41,25 +42,13 @@ RECIPES = {
 }
 
 
-class Features(nn.Module):
-    def __init__(self):
-        super().__init__()
-        with torch.random.fork_rng([]):
-            torch.manual_seed(0)
-            self.stem = nn.Sequential(nn.Conv2d(1, 6, 3, stride=2, padding=1), nn.Tanh())
-            self.body = nn.Sequential(nn.Conv2d(6, 8, 3, stride=2, padding=1), nn.Tanh())
-
-    def forward(self, x):
-        return self.body(self.stem(x)).mean((2, 3))
-
-
 def make(tiny, graphs, device="cpu", **settings):
     config = TransferConfig(**SETTINGS | settings)
     images = torch.randint(0, 256, (10, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     networks = [copy.deepcopy(tiny[name]).to(device) for name in ("generator", "discriminator")]
     kernel = None
     if config.kernel:
-        kernel = KernelLoss(LossFeatures(Features().to(device), probe=to_float(images[:2]).to(device)), images)
+        kernel = KernelLoss(LossFeatures(GreyFeatures().to(device), probe=to_float(images[:2]).to(device)), images)
     return Trainer(config, *networks, images, device, kernel=kernel, graphs=graphs)
 
 

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from feature_networks import GreyFeatures
 from torch import nn
 
 import minegan_fast as mf
@@ -17,21 +18,9 @@ from minegan_fast.training.results import evaluate_result
 pytestmark = pytest.mark.filterwarnings("ignore:.*were enlarged")
 
 
-class Features(nn.Module):
-    def __init__(self):
-        super().__init__()
-        with torch.random.fork_rng([]):
-            torch.manual_seed(0)
-            self.stem = nn.Sequential(nn.Conv2d(1, 6, 3, stride=2, padding=1), nn.Tanh())
-            self.body = nn.Sequential(nn.Conv2d(6, 8, 3, stride=2, padding=1), nn.Tanh())
-
-    def forward(self, x):
-        return self.body(self.stem(x)).mean((2, 3))
-
-
 @pytest.fixture
 def kernel_run(run_settings):
-    return {**run_settings, "critic": None, "loss_features": Features(), "features": "pixels"}
+    return {**run_settings, "critic": None, "loss_features": GreyFeatures(), "features": "pixels"}
 
 
 def files(path):
@@ -178,7 +167,7 @@ def test_the_estimate_knows_the_kernel(run_settings, tiny, tmp_path):
     assert memory.needed(64) < 0.5 * whole.needed(64)
 
 
-class Detached(Features):
+class Detached(GreyFeatures):
     def forward(self, x):
         return super().forward(x).detach()
 
@@ -223,7 +212,7 @@ def test_settings_survive_their_file(kernel_run):
 
 
 def test_a_critic_of_the_file_that_only_judges_is_not_trained(run_settings, tiny):
-    settings = {**run_settings, "loss_features": Features(), "mining_steps": 1, "finetune_steps": 1}
+    settings = {**run_settings, "loss_features": GreyFeatures(), "mining_steps": 1, "finetune_steps": 1}
     result = mf.transfer(**settings)
     assert result.judge == "critic"
     load_discriminator(tiny["critic"])
