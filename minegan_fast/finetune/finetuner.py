@@ -45,7 +45,8 @@ class SparseFinetuner(UnscalingOptimizer):
 
     A script that resumes has to save `state_dict()` beside the model's and to load both. The model's own state dict
     names no neurons: where it alone comes back, the first `score_steps` steps score and select anew, and other neurons
-    may train than before. No warning can say so, since weights that were adapted halfway load as those of a source do.
+    may train than before. Weights that were adapted halfway look like those of a source, so every selection that
+    `step()` makes says this in one line of the log.
 
     Args:
         model: any nn.Module; a wrapper of DataParallel, DDP or torch.compile is looked through.
@@ -286,7 +287,7 @@ class SparseFinetuner(UnscalingOptimizer):
         for i in range(0 if self.selection is not None else self._own, len(self.param_groups)):
             self.updates.step(i, self.param_groups[i], self.state, i < self._own, scale, found_inf)
         if self.selection is None and self.evidence.count >= self.score_steps:
-            self.select()
+            report.announce(self.select(), self.score_steps)
         return loss
 
     def _links(self) -> list[Link]:

@@ -1,9 +1,29 @@
 """What trains and what it costs, in numbers."""
 
+import logging
+
+import torch
+
+from ..collectives import active
 from .evidence import Evidence
 from .rows.freezing import Held
+from .selection import Selection
 
+_log = logging.getLogger(__name__)
 _MOMENTS = {"adam": 2, "adamw": 2}
+
+
+def announce(selection: Selection, steps: int) -> None:
+    """Says in the log, of one process, that `step()` has selected: a resumed script may have meant not to."""
+    if active(None) and torch.distributed.get_rank() > 0:
+        return
+    counts = selection.counts().values()
+    _log.warning(
+        "SparseFinetuner scored for %d steps and has selected: %d of %d neurons train from now on. A script that "
+        "resumes a run and sees this line selects anew: it has to save the optimizer's state_dict() beside the "
+        "model's and to load both.",
+        steps, sum(k for k, _ in counts), sum(n for _, n in counts),
+    )  # fmt: skip
 
 
 def summary(held: Held, evidence: Evidence, added_groups: list[dict]) -> str:

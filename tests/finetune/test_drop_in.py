@@ -148,8 +148,8 @@ def test_steps_without_a_gradient_do_not_count():
 
 
 @pytest.mark.parametrize("when", ["while scoring", "while training"])
-def test_a_resumed_script_needs_both_state_dicts(when):
-    """Weights alone name no neurons: without the optimizer's state the run scores and selects anew."""
+def test_a_resumed_script_needs_both_state_dicts(when, caplog):
+    """Weights alone name no neurons: without the optimizer's state the run scores and selects anew, and says so."""
 
     def run(net, ft, steps):
         for step in steps:
@@ -174,7 +174,13 @@ def test_a_resumed_script_needs_both_state_dicts(when):
         if with_state:
             again.load_state_dict(state)
         assert (again.selection is not None) == (with_state and cut >= 3)
+        caplog.clear()
         run(net, again, range(cut, 8))
+        told = [r.getMessage() for r in caplog.records if "selects anew" in r.getMessage()]
+        assert len(told) == (0 if with_state and cut >= 3 else 1)
+        if told:
+            trained, neurons = (sum(n) for n in zip(*again.selection.counts().values(), strict=True))
+            assert f"scored for 3 steps and has selected: {trained} of {neurons} neurons" in told[0]
         results.append(all(torch.equal(p, q) for p, q in zip(net.parameters(), whole.parameters(), strict=True)))
     assert results == [True, False]
 
