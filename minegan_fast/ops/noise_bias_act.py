@@ -111,7 +111,7 @@ class _Backward(Function):
         gc, ctx.sums = noise_bias_act_backward(gy, y, n, d, f, h, slope, gain, backend=backend)
         ctx.args = (slope, gain, backend)
         ctx.save_for_backward(gy, y, n, d, f, h)
-        return gc, *_reduced(ctx.sums, d, f, h)
+        return gc, *_reduced(ctx.sums, d, f, h, recorded=any(ctx.needs_input_grad))
 
     @staticmethod
     def backward(ctx, hc, hd, hf, hh):
@@ -134,9 +134,12 @@ class _Backward(Function):
         return dgy, dy, None, *_reduced((dd - e * gd, -e * gf, -e * gh), *given), None, None, None
 
 
-def _reduced(sums: Tensor | tuple[Tensor, ...], d: Tensor | None, f: Tensor | None, h: Tensor | None) -> list:
-    """Gradients [B, C] of d, f and h, added up to the shapes of those that there are. None is a view of another."""
-    return [None if k is None else s.clone() if k.shape == s.shape else s.sum_to_size(k.shape)
+def _reduced(sums: Tensor | tuple, d: Tensor | None, f: Tensor | None, h: Tensor | None, recorded=False) -> list:
+    """Gradients [B, C] of d, f and h, added up to the shapes of those that there are.
+
+    recorded: a Function returns them, whose results nobody may write into if they are parts of one tensor.
+    """
+    return [None if k is None else s.clone() if recorded and k.shape == s.shape else s.sum_to_size(k.shape)
             for s, k in zip(sums, (d, f, h), strict=True)]  # fmt: skip
 
 
