@@ -157,15 +157,20 @@ def digit_judge(path: Path, images: Tensor, labels: Tensor, negatives: bool = Fa
 
 
 class Recorder(metrics.FeatureExtractor):
-    """A judge that keeps what it has said: `seen` holds the features [N, D] of every set of images it was given."""
+    """A judge that keeps what it has said: `seen` holds the features [N, D] of every set of images it was given.
+
+    A single image is no set: `transfer` tries a network with one.
+    """
 
     def __init__(self, network: nn.Module, **options):
         super().__init__(network, **options)
         self.seen: list[Tensor] = []
 
     def __call__(self, images: Tensor) -> Tensor:
-        self.seen.append(super().__call__(images))
-        return self.seen[-1]
+        features = super().__call__(images)
+        if len(features) > 1:
+            self.seen.append(features)
+        return features
 
 
 def loss_features(family: str, critic: bool = False) -> nn.Module:

@@ -53,3 +53,5 @@ if __name__ == "__main__":
     parser.add_argument("out")
     arguments = parser.parse_args()
     print(main(arguments.images, arguments.out, mining_steps=100, finetune_steps=100).metrics)
+    adapted = mf.load_mined(arguments.out, Generator())  # the way back, in another program say
+    print(adapted.sample(4).shape)

@@ -61,7 +61,7 @@ def main() -> None:
         app()
     except SystemExit as stopped:
         if stopped.code == INTERRUPTED and rank == 0:
-            print("interrupted; a run goes on from its newest snapshot with --resume", file=sys.stderr)
+            print("interrupted; a run that has written a snapshot goes on from it with --resume", file=sys.stderr)
         raise
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         if debug:
@@ -93,6 +93,7 @@ def _transfer(
     **settings,
 ) -> None:
     from ..training import recipe
+    from ..training.evaluation import MEASURES
 
     given = {name: value for name, value in settings.items() if value is not None}
     if "metrics" in given:
@@ -105,6 +106,11 @@ def _transfer(
             stored = load_config(out)
         elif source is None:
             raise ValueError(f"there is no run in {str(out)!r} to go on with: check the path")
+        if source is None and stored and stored["source"] is None:
+            raise ValueError(
+                f"the source of the run in {str(out)!r} is a module, which Python alone can give: call "
+                "minegan_fast.transfer(module, images, out, resume=True, ...) with the arguments that began it"
+            )
     given |= {name: value for name, value in (("source", source), ("images", images)) if value is not None}
     merged = stored | given
     for name in ("source", "images"):
@@ -117,12 +123,14 @@ def _transfer(
     quiet = quiet or _rank() > 0
     if quiet:
         logging.getLogger("minegan_fast").setLevel(logging.ERROR)
+        warnings.simplefilter("ignore")
     result = recipe.transfer(**merged, out=out, resume=resume, progress=not quiet)
     if not quiet:
         table = Table(title=f"step {result.step}, in {result.folder / 'best'}, on {result.judge} features")
-        for name in result.metrics:
+        shown = {name: value for name, value in result.metrics.items() if name in MEASURES}
+        for name in shown:
             table.add_column(name)
-        table.add_row(*(f"{value:.4g}" for value in result.metrics.values()))
+        table.add_row(*(f"{value:.4g}" for value in shown.values()))
         console.print(table)
 
 
@@ -245,7 +253,7 @@ def evaluate(
     seed: Seed = 0,
     device: Device = None,
 ) -> None:
-    """Prints FID, KID, KMMD and MV of an adapted GAN against a folder of real images.
+    """Prints FID, KID, KMMD, MV and diversity, in that of the real images, of an adapted GAN against a folder.
 
     Example: minegan-fast evaluate run --images more_cats/ --json metrics.json
     """

@@ -40,14 +40,18 @@ def run_demo(out: Path, controls: bool, seed: int, device: str | None, console: 
     save_folder(out / "validation", data.nines("validation"))
     common = {
         **SETTINGS, "source": data.GENERATOR, "critic": data.CRITIC, "images": data.TARGET, "seed": seed,
-        "held_out": str(out / "validation"), "device": device, "resume": True,
+        "held_out": str(out / "validation"), "device": device,
     }  # fmt: skip
+
+    def run(folder: Path, **settings):
+        transfer(**common, **settings, out=folder, resume=folder.exists())
+
     console.print(f"100 nines for a GAN of the digits 0 to 8; everything goes to {out}", highlight=False)
-    transfer(**common, out=out / "dense")
+    run(out / "dense")
     if controls:
         console.print("for comparison: the neurons that matter, then as many random ones of every layer")
-        transfer(**common, out=out / "sparse", method="minegan++")
-        transfer(**common, out=out / "random", method="shuffled")
+        run(out / "sparse", method="minegan++")
+        run(out / "random", method="shuffled")
 
     judge = Judge(device)
     source = as_generator(load_generator(data.GENERATOR))
@@ -102,12 +106,10 @@ class Judge:
         self.classifier = data.classifier().to(choose_device(device))
         self.features = Features(self.classifier, "digits")
         self.real, self.target, self.target_images = self.features(data.nines("test")), self.features(target), target
-        self.spread = metrics.diversity(self.real)
 
     def __call__(self, images: Tensor) -> dict[str, float | list[float]]:
         features = self.features(images)
         values = measure(features, self.real, MEASURES)
-        values["diversity"] /= self.spread
         low, high = metrics.bootstrap(metrics.kmmd, features, self.real, samples=RESAMPLES)
         return {
             **{name: round(value, 5) for name, value in values.items()},

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import warnings
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from ..files.atomic import save_tensors
 from ..ops import write_rows
 from .distributed import unwrap
-from .hashing import fingerprint
+from .hashing import buffer_hashes, fingerprint
 from .neurons import compact
 from .rows.freezing import Held
 
@@ -45,7 +46,8 @@ def _bare_fingerprint(model: nn.Module, loaded: _Loaded) -> str:
 def save_delta(held: Held, added: set[int], values: nn.Module, path: str | os.PathLike):
     """Writes every row of the held model that has trained, and its parameters whose id is in `added`; no buffers.
 
-    The base is the model as it was at the first selection, or when parameters of it were added.
+    The base is the model as it was at the first selection, or when parameters of it were added. A UserWarning names
+    buffers that have moved since the optimizer was built, as the statistics of batch norm do in train mode.
 
     values: the model, or a copy of it with averages: where the values come from.
 
@@ -77,6 +79,15 @@ def save_delta(held: Held, added: set[int], values: nn.Module, path: str | os.Pa
     if not tensors:
         raise RuntimeError("nothing has been trained yet, so there is no delta; select() first")
     metadata = {"format": FORMAT, "version": VERSION, "base": held.base, "layers": json.dumps(layers)}
+    then = held.buffers
+    now = {name: new.to(then[name].device) for name, new in buffer_hashes(held.model).items() if name in then}
+    if moved := [name for name, new in now.items() if not torch.equal(new, then[name])]:
+        warnings.warn(
+            f"a delta holds no buffers, and of the model's have moved {', '.join(moved[:3])}"
+            f"{', ...' if len(moved) > 3 else ''}: the delta alone will not give the same results. Train in eval mode, "
+            "where batch norm keeps its statistics, or save the buffers too",
+            stacklevel=3,
+        )
     save_tensors(path, tensors, metadata)
 
 

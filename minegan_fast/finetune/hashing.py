@@ -35,6 +35,11 @@ def row_hashes(tensor: Tensor, axis: int = 0) -> Tensor:
     return out
 
 
+def buffer_hashes(model: nn.Module) -> dict[str, Tensor]:
+    """{buffer: int64 [1]}, on its device; nothing waits for a GPU."""
+    return {name: row_hashes(buffer.reshape(1, -1)) for name, buffer in model.named_buffers()}
+
+
 def fingerprint(model: "nn.Module | dict[str, Tensor]") -> str:
     """A digest of the names, shapes, dtypes and bits of a model's parameters (buffers aside), as 64 hex digits.
 

@@ -1,5 +1,6 @@
 """Files of miners: this project's, and those of the original code."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -45,10 +46,24 @@ def load_miner(path: str | Path | Contents) -> Miner:
 def load_mined(path: str | Path | Contents, generator: nn.Module) -> Mined:
     """`generator` behind all the miners that the file holds, in eval mode.
 
+    path: also the folder of a run. Then a copy of `generator`, which is a network of the same class as the run's, gets
+        the weights of its best result.
+
     `originals` says what the files of the original code hold. Where the file names no prior, it is "none".
 
-    ValueError: as in `load_miner`, or the miners do not fit the generator.
+    ValueError: as in `load_miner`, or miners or weights do not fit the generator.
     """
+    if not isinstance(path, Contents) and (best := Path(path) / "best" / "miner.safetensors").is_file():
+        weights = read(best.with_name("generator.safetensors")).data
+        if weights.keys() != generator.state_dict().keys():  # networks of `models` are kept beside their critics
+            weights = {name.removeprefix("generator."): tensor for name, tensor in weights.items()}
+        generator = copy.deepcopy(generator)
+        try:
+            generator.load_state_dict(weights)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"the run in {str(path)!r} was made with another generator: {reason}") from None
+        path = best
     contents = _read(path)
     miners = _miners(contents)
     try:

@@ -220,7 +220,11 @@ def written_network(contents: Contents, role: str, family: str | None = None, re
         return Written(MODELS[kind, role], config, state, origin)
     found = find(contents.data, role)
     if found is None:
-        raise ValueError(f"{path} holds no {role} of a layout known here. {describe(contents.data, role)}")
+        raise ValueError(
+            f"{path} holds no {role} of a layout known here. If it is of a network of your own, "
+            "build that in Python, load the weights, and give the module to minegan_fast.transfer. "
+            f"{describe(contents.data, role)}"
+        )
     layout = found.layout
     _check_family(path, role, layout.model.family, family)
     path = contents.files.get(found.container or "", path)

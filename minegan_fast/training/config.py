@@ -1,9 +1,11 @@
 """Every setting of a run: its default, its meaning, its check, and its file in the run's folder."""
 
 import dataclasses
+import difflib
 import json
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -254,7 +256,7 @@ class TransferConfig:
             )
         if not 0 < self.density <= 1:
             raise ValueError(
-                f"density is the fraction of neurons that train, above 0 and at most 1; got {self.density!r}"
+                f"density is the fraction of the generator that trains, above 0 and at most 1; got {self.density!r}"
             )
         if isinstance(self.mined_class, str) and not re.fullmatch(r"\d+(,\d+)*", self.mined_class):
             raise ValueError(f"mined_class takes labels, as in 207 or 207,208; got {self.mined_class!r}")
@@ -325,13 +327,22 @@ def load_config(path: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(f"no configuration at {path}; a run writes its own as config.json") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a JSON configuration: {error}") from None
-    known = [field.name for field in dataclasses.fields(TransferConfig)]
     if not isinstance(settings, dict):
         raise ValueError(f"{path} must hold a JSON object of settings, as a run's config.json does")
-    unknown = [name for name in settings if name not in known]
-    if unknown:
-        raise ValueError(f"{path} has settings that do not exist: {', '.join(unknown)}; known: {', '.join(known)}")
+    try:
+        check_names(settings)
+    except TypeError as error:
+        raise ValueError(f"{path}: {error}") from None
     return settings
+
+
+def check_names(settings: Iterable[str]) -> None:
+    """TypeError: names that are no settings, with those that are most like them."""
+    known = [field.name for field in dataclasses.fields(TransferConfig)]
+    if unknown := [name for name in settings if name not in known]:
+        close = difflib.get_close_matches(unknown[0], known, n=3)
+        hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(known)}"
+        raise TypeError(f"there are no settings of the name {', '.join(map(repr, unknown))}: {hint}")
 
 
 def _check_type(name: str, value: Any, annotation: Any, may_be_open: bool) -> None:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..finetune import SparseFinetuner
-from .methods import KERNEL, own_samples
+from .generators import own_samples
+from .methods import KERNEL
 from .randomness import set_random_state
 
 

@@ -63,7 +63,9 @@ def choose_features(choice, critic: nn.Module | None, reference: Tensor, device)
 
     choice: None ("critic" where the source's critic has them, else "pixels"), "critic", "pixels", "digits" (the
     embedded classifier, 32x32 grey), a path of a TorchScript file or of Inception's weights, an nn.Module or a
-    FeatureExtractor. The first two are scaled by their RMS over `reference`, uint8 [N, C, R, R].
+    FeatureExtractor. The first two are scaled by their RMS over `reference`, uint8 [N >= 1, C, R, R].
+
+    ValueError: no such features, or a network that does not take these images.
     """
     if choice is None:
         choice = "critic" if hasattr(critic, "features") else "pixels"
@@ -78,8 +80,18 @@ def choose_features(choice, critic: nn.Module | None, reference: Tensor, device)
 
         return Features(classifier().to(device), "digits")
     if isinstance(choice, (str, Path)):
-        return Features(m.FeatureExtractor(choice, device=device), str(choice))
-    return Features(choice, type(choice).__name__)
+        features = Features(m.FeatureExtractor(choice, device=device), str(choice))
+    else:
+        features = Features(choice, type(choice).__name__)
+    try:
+        features(reference[:1])
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"the features {features.name} do not take images {list(reference.shape[1:])} ({reason}): give "
+            "metrics.FeatureExtractor(network, resolution=...), or a network for these images"
+        ) from error
+    return features
 
 
 def judge_name(features: Features, choice, loss_choice, critic_trained: bool) -> str:
@@ -111,12 +123,13 @@ def _kid(fake: Tensor, real: Tensor) -> float:
     return m.kid(fake, real, subset_size=min(1000, len(fake), len(real)))[0]
 
 
+# Diversity is in that of the real images.
 MEASURES: dict[str, Callable[[Tensor, Tensor], float]] = {
     "fid": m.fid,
     "kid": _kid,
     "kmmd": m.kmmd,
     "mv": lambda fake, real: m.mean_variance(fake),
-    "diversity": lambda fake, real: m.diversity(fake),
+    "diversity": lambda fake, real: m.diversity(fake) / max(m.diversity(real), 1e-12),
 }
 
 

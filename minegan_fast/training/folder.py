@@ -104,7 +104,8 @@ class RunFolder:
             return
         if not resume:
             raise ValueError(
-                f"{str(self.path)!r} already holds a run: go on with it (--resume), or choose another folder (--out)"
+                f"{str(self.path)!r} already holds a run: go on with it (--resume, in Python resume=True), or choose "
+                "another folder (out)"
             )
         changed = TransferConfig(**load_config(self.config)).differences(config)
         if changed:

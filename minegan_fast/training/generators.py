@@ -1,8 +1,10 @@
 """What the recipe asks of a generator."""
 
+from collections.abc import Iterator
 from typing import Any, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 class Generator(nn.Module):
@@ -24,6 +26,49 @@ def as_generator(module: nn.Module) -> Generator:
         if not isinstance(getattr(module, name, None), int):
             raise ValueError(f"the source {type(module).__name__} has no {name}: set it as an integer attribute")
     return cast(Generator, module)
+
+
+def own_samples(generator: Generator, count: int) -> Tensor:
+    """Images [count, C, R, R] of latents (and labels) of the generator's own prior."""
+    device = next(generator.parameters()).device
+    z = torch.randn(count, generator.latent_dim).to(device)  # drawn on the CPU, whose seed is that of the run
+    if classes := class_count(generator):
+        return generator(z, torch.randint(classes, (count,)).to(device))
+    return generator(z)
+
+
+def check_samples(generator: Generator, count: int = 2) -> Iterator[str]:
+    """Runs a generator that a user wrote, once, and yields what a user should know of its images.
+
+    ValueError: it does not run on z [count, latent_dim], or what it makes are no images [count, C, R, R] of the size
+        and the channels that it says.
+    """
+    name = type(generator).__name__
+    if class_count(generator) and not hasattr(generator, "class_embeddings"):
+        return  # the class miner says what is missing
+    try:
+        with torch.no_grad():
+            images = own_samples(generator, count)
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"the source {name} does not run on z [{count}, {generator.latent_dim}] ({reason}): latent_dim must be the "
+            "size of its z, and forward must take z [B, latent_dim], of a conditional GAN also labels; where a network "
+            "wants [B, latent_dim, 1, 1], wrap it in a module whose forward reshapes z"
+        ) from error
+    wanted = [count, image_channels(generator), generator.resolution, generator.resolution]
+    if not isinstance(images, Tensor) or list(images.shape) != wanted:
+        found = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        raise ValueError(
+            f"the source {name} makes {found}, not {wanted}: resolution and image_channels (3 where it is not there) "
+            "must be those of the images that forward returns"
+        )
+    low, high = float(images.min()), float(images.max())
+    if low >= 0 or max(-low, high) > 2:
+        yield (
+            f"the images of the source {name} go from {low:.3g} to {high:.3g}: are they in [-1, 1], as they have to "
+            "be? If not, wrap it in a module whose forward converts them"
+        )
 
 
 def image_channels(generator: nn.Module) -> int:

@@ -224,7 +224,8 @@ class LossFeatures:
         message = next((line for line in lines if "Error" in line), lines[0])
         raise ValueError(
             f"{self.name} does not take images {list(image.shape[1:])}, resized to {extractor.size or 'no other size'} "
-            f"({message.strip()}): give resolution=, or a network for these images"
+            f"({message.strip()}): give metrics.FeatureExtractor(network, resolution=...), or a network for these "
+            "images"
         ) from failure
 
     def _speed_up(self, image: Tensor) -> None:

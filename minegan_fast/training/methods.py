@@ -20,9 +20,9 @@ generator too. They differ in whether there is a miner, and in what of the gener
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from .generators import Generator, class_count
+from .generators import Generator, own_samples
 from .randomness import keep_and_set_random_state
 
 KERNEL = "mmd"
@@ -109,12 +109,3 @@ def _reset(generator: nn.Module) -> None:
                 f"method scratch needs new weights, but {name or 'the generator'} ({type(module).__name__}) has no "
                 "reset_parameters(): give it one, or take another method"
             )
-
-
-def own_samples(generator: Generator, count: int) -> Tensor:
-    """Images [count, C, R, R] of latents (and labels) of the generator's own prior."""
-    device = next(generator.parameters()).device
-    z = torch.randn(count, generator.latent_dim).to(device)  # drawn on the CPU, whose seed is that of the run
-    if classes := class_count(generator):
-        return generator(z, torch.randint(classes, (count,)).to(device))
-    return generator(z)

@@ -12,11 +12,11 @@ from .config import TransferConfig
 from .estimate import estimate_memory
 from .evaluation import choose_features, judge_name
 from .feature_critic import FeatureCritic
-from .generators import image_channels
+from .generators import check_samples, image_channels, own_samples
 from .images import to_float
 from .kernel_loss import KernelLoss
 from .loss_features import LossFeatures
-from .methods import fresh_weights, own_samples
+from .methods import fresh_weights
 from .processes import Processes, local_index
 from .randomness import keep_and_set_random_state
 from .sources import (
@@ -78,12 +78,21 @@ class Prepared:
         networks, judging = self._open(materials, checkpoints, needed=config.adversarial and not by_features)
         self.generator = networks.generator.to(self.device)
         config.fit(self.generator)
+        notes = list(networks.notes)
+        if isinstance(single(materials.source), nn.Module):
+            with keep_and_set_random_state(config.seed, "check"):
+                notes += check_samples(self.generator)
         if config.method == "scratch":
             fresh_weights(self.generator, config.seed)
         self.critic, self.new_critic = networks.critic, not networks.pretrained
         if judging is not None:
             judging = copy.deepcopy(judging).eval().requires_grad_(False).to(self.device)
         self.target, self.held_out = open_images(materials.images, self.generator, config)
+        if config.patience and self.held_out is None:
+            raise ValueError(
+                f"patience waits for a better KID on images held out, and of {len(self.target)} images none are: leave "
+                "it out, set more aside (held_out), or give a folder of others (held_out, --held-out)"
+            )
         self.reference = self.target.images if self.held_out is None else self.held_out
         self.features = choose_features(materials.features, judging, self.reference, self.device)
         self.kernel: KernelLoss | None = None
@@ -108,7 +117,7 @@ class Prepared:
         own_critic = config.adversarial and not self.new_critic
         self.judge = judge_name(self.features, materials.features, loss_choice, own_critic)
         self.why_eager = obstacle(config, self.device, processes) if config.cuda_graphs else ""
-        self.notes = list(self._notes(networks.notes))
+        self.notes = list(self._notes(notes))
         self.estimate = estimate_memory(config, self.generator, self.critic, self.kernel, processes.size)
 
     def _open(self, materials: Materials, checkpoints: Checkpoints, needed: bool) -> tuple[Networks, nn.Module | None]:
@@ -152,7 +161,7 @@ class Prepared:
             return LossFeatures(classifier().to(self.device), name="digits", probe=probe, taps=taps)
         return LossFeatures(choice, device=self.device, probe=probe)
 
-    def _notes(self, notes: tuple[str, ...]) -> Iterator[str]:
+    def _notes(self, notes: list[str]) -> Iterator[str]:
         config, processes = self.config, self.processes
         held_out = "none held out: the last snapshot is taken"
         if self.held_out is not None:

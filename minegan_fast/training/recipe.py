@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from ..models import has_discriminator, load_generator
-from .config import TransferConfig
+from .config import TransferConfig, check_names
 from .estimate import Estimate, estimate_seconds
 from .evaluation import NAMED
 from .methods import KERNEL
@@ -129,6 +129,7 @@ def configure(checkpoints: Checkpoints | None = None, **settings) -> TransferCon
 
     checkpoints: reads the file, and keeps what it read for the run.
     """
+    check_names(settings)
     named = {"critic": ("features",), "features": NAMED, "loss_features": NAMED_LOSS_FEATURES}
     source, critic = settings["source"], settings.get("critic")
     chosen = any(settings.get(name) for name in ("loss", "mining_loss", "finetune_loss"))

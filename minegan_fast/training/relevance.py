@@ -11,7 +11,8 @@ from torch import Tensor
 from ..finetune import SparseFinetuner
 from ..finetune.evidence import BY_SAMPLE, WITHOUT_EVIDENCE
 from .critics import train_mode
-from .methods import KERNEL, own_samples
+from .generators import own_samples
+from .methods import KERNEL
 from .randomness import set_random_state
 
 

@@ -54,7 +54,16 @@ def open_result(
         folder = getattr(RunFolder(path), which)
         if not (folder / "generator.safetensors").is_file():
             raise FileNotFoundError(f"no {which} result in {str(path)!r}: give the folder that transfer wrote")
-        mined = load_mined(folder / "miner.safetensors", load_generator(folder / "generator.safetensors"))
+        try:
+            generator = load_generator(folder / "generator.safetensors")
+        except ValueError:
+            if not RunFolder(path).config.is_file() or load_config(path)["source"] is not None:
+                raise
+            raise ValueError(
+                f"the generator of the run in {str(path)!r} is a module of yours, which Python alone can build: "
+                f"minegan_fast.load_mined({str(path)!r}, module).sample(16) shows what the run made of it"
+            ) from None
+        mined = load_mined(folder / "miner.safetensors", generator)
     return mined.to(where).eval()
 
 

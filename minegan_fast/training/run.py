@@ -6,14 +6,13 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from ..metrics import diversity
 from ..mining import Mined, Miner, load_mined, save_miner
 from .estimate import DoesNotFit
 from .evaluation import generate, measure
@@ -48,9 +47,9 @@ class TransferResult:
     judge: the features' name, which says so where they trained the run too.
     """
 
-    mined: Mined
+    mined: Mined = field(repr=False)
     step: int
-    history: list[dict]
+    history: list[dict] = field(repr=False)
     metrics: dict[str, float]
     folder: Path
     judge: str = ""
@@ -164,7 +163,8 @@ class Run:
         )
 
     def _steps(self, until: int) -> None:
-        config, started = self.config, time.monotonic()
+        config = self.config
+        started = time.monotonic() - max((row.get("seconds", 0.0) for row in self.history), default=0.0)
         while self.step < until and not self._exhausted():
             done = self.step - config.mining_steps
             if config.reselect_every and done > 0 and done % config.reselect_every == 0:
@@ -219,9 +219,9 @@ class Run:
         """
         config, folder, sampler = self.config, self.folder, self.trainer.result()
         fake = generate(sampler, config.eval_samples, config.seed)
-        names = dict.fromkeys((*config.metrics, "kid"))
-        features = self.prepared.features(fake)
-        values = measure(features, self.real, names) | self._health(sampler, features)
+        names = dict.fromkeys((*config.metrics, "kid", "diversity"))
+        values = measure(self.prepared.features(fake), self.real, names)
+        values |= self._health(sampler, values["diversity"])
         self._record(values | {"judge": self.prepared.judge})
         self.progress.update(self.step, self._shown(values))
 
@@ -244,24 +244,22 @@ class Run:
         folder.save_snapshot(self.step, self._state(), config.keep)
         return self.best_kid, self.best_step, self.waited
 
-    def _health(self, sampler: Mined, features: Tensor) -> dict[str, float]:
-        """How diverse the images are, in units of the real ones, and how far the mined latents are from their prior.
-
-        Logs what is out of bounds.
-        """
-        values = {"spread": diversity(features) / max(diversity(self.real), 1e-12)}
-        if values["spread"] < COLLAPSED:
+    def _health(self, sampler: Mined, diversity: float) -> dict[str, float]:
+        """How far the mined latents are from their prior. Logs what is out of bounds, the images' diversity too."""
+        if diversity < COLLAPSED and self.step == 0:
+            self.progress.log(f"the source's images are {diversity:.0%} as diverse as the real ones")
+        elif diversity < COLLAPSED:
             self._warn(
                 "collapse",
-                f"step {self.step}: the images are {values['spread']:.0%} as diverse as the real ones: they collapse; "
-                "a larger batch, fewer steps, a smaller lr or the loss mmd keep them apart",
+                f"step {self.step}: the images are {diversity:.0%} as diverse as the real ones: they collapse; a "
+                "larger batch, fewer steps, a smaller lr or the loss mmd keep them apart",
             )
         with keep_and_set_random_state(self.config.seed, "latents"):
             u = torch.randn(LATENTS, sampler.input_dim).to(self.prepared.device)
         with torch.no_grad():
             found = sampler.statistics(sampler.latents(u))
         prior = found.pop("dimension_prior")
-        values |= {f"latent_{name}": value for name, value in found.items()}
+        values = {f"latent_{name}": value for name, value in found.items()}
         values["latent_dimensions"] = values.pop("latent_dimension") / prior
         if abs(found["norm"] - 1) > ASTRAY or values["latent_dimensions"] < COLLAPSED:
             self._warn(
@@ -282,7 +280,7 @@ class Run:
     def _shown(self, values: dict[str, float]) -> dict[str, float]:
         """The numbers of a snapshot that the progress line shows; "*" marks those that the training network judged."""
         mark = "*" if self.prepared.judge != self.prepared.features.name else ""
-        names = dict.fromkeys((*self.config.metrics, "kid", "spread"))
+        names = dict.fromkeys((*self.config.metrics, "kid", "diversity"))
         shown = {name + mark: values[name] for name in names if name in values}
         return shown | {"|z|²/d": values["latent_norm"]}
 

@@ -41,6 +41,11 @@ class Checkpoints:
 
 def single(source):
     """The source, also from a list of one. ValueError: there are several."""
+    if isinstance(source, dict):
+        raise TypeError(
+            "the source is a dictionary, a state dict perhaps: build its network, load the weights into that, and give "
+            "the network, or give the path of a checkpoint of a family that is known here"
+        )
     if not isinstance(source, (list, tuple)):
         return source
     if len(source) != 1:

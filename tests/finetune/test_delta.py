@@ -218,3 +218,21 @@ def test_a_scale_that_is_not_finite(tmp_path):
     trained("mlp", {"1.weight": [1]}, tmp_path / "a")
     with pytest.raises(ValueError, match="scale must be finite, got nan"):
         load_delta(build("mlp"), tmp_path / "a", scale=float("nan"))
+
+
+def test_buffers_that_have_moved_are_named(tmp_path):
+    net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    ft = SparseFinetuner(net, density=0.5, score_steps=1)
+
+    def train(steps):
+        for _ in range(steps):
+            net(torch.randn(16, 6)).square().mean().backward()
+            ft.step()
+
+    net.eval()
+    train(3)
+    ft.save_delta(tmp_path / "quiet.safetensors")
+    net.train()
+    train(1)
+    with pytest.warns(UserWarning, match=r"have moved 1\.running_mean, 1\.running_var, .*: the delta alone"):
+        ft.save_delta(tmp_path / "moved.safetensors")

@@ -269,7 +269,7 @@ def test_wrong_images_and_features_are_named():
 
 def test_wrong_networks_and_arguments_are_named():
     x = images()
-    with pytest.raises(ValueError, match=r"BigGANDiscriminator does not take images \[3, 32, 32\].*: give resolution="):
+    with pytest.raises(ValueError, match=r"BigGANDiscriminator does not take images \[3, 32, 32\].*: give metrics"):
         LossFeatures(BigGANDiscriminator(64, num_classes=2, channel_width=4, attention=()), x)
     resized = LossFeatures(BigGANDiscriminator(64, num_classes=2, channel_width=4, attention=()), x, resolution=64)
     assert len(resized.taps) == 4

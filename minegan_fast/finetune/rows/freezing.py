@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ..._torch import own_modules, own_parameters
-from ..hashing import fingerprint, row_hashes
+from ..hashing import buffer_hashes, fingerprint, row_hashes
 from ..neurons import NeuronGroup, compact
 from ..selection import Selection
 from . import ddp
@@ -39,12 +39,14 @@ class Held:
     """The model's side of a SparseFinetuner.
 
     base: fingerprint before anything trained, None until then. ever: {layer: mask of the rows that were ever selected}.
-    hashes: {parameter: (hashes of its rows, mask of the frozen ones)} at the selection.
+    hashes: {parameter: (hashes of its rows, mask of the frozen ones)} at the selection. buffers: hashes of the
+    buffers at the start.
     """
 
     def __init__(self, model: nn.Module, layers: list[NeuronGroup]):
         self.model, self.layers = model, layers
         self.trainable = [p for p in model.parameters() if p.requires_grad]
+        self.buffers = buffer_hashes(model)
         self.selection: Selection | None = None
         self.base: str | None = None
         self.ever: dict[str, Tensor] = {}
