@@ -8,13 +8,16 @@ ImportError; nothing falls back to a guess.
 # pyright: reportPrivateImportUsage=false, reportAttributeAccessIssue=false
 # In this file alone, because torch neither exports these names nor, some of them, declares them in its stubs.
 
+import functools
 import inspect
 import operator
+import sys
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
@@ -52,7 +55,7 @@ def overlaps_itself(tensor: Tensor) -> bool:
 
 def has_gradient_hooks(parameter: Tensor) -> bool:
     """Whether this very tensor has a hook that waits for its gradient or for the accumulation of it."""
-    return bool(parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None))
+    return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
 
 
 # Functions of ATen. ATen keeps their schemas stable, but their names are not documented.
@@ -126,7 +129,23 @@ the compiler at once."""
 
 # Modules.
 
-CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS = _ConvNd, _ConvTransposeNd
+CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, BATCH_NORMS = _ConvNd, _ConvTransposeNd, _BatchNorm
+
+
+def parameter_is_made(depth: int) -> bool:
+    """Whether the function that is `depth` calls above the caller's is the constructor of nn.Parameter."""
+    return sys._getframe(depth + 1).f_code is nn.Parameter.__new__.__code__
+
+
+@functools.cache
+def leave_weight_norm_to_python() -> None:
+    """torch.compile breaks its graph at weight_norm's function, which otherwise gets there past __torch_function__.
+
+    This imports the compiler."""
+    import torch._dynamo
+
+    torch._dynamo.disallow_in_graph(torch._weight_norm)
+
 
 own_modules: Callable[[nn.Module], dict[str, nn.Module | None]] = operator.attrgetter("_modules")
 own_parameters: Callable[[nn.Module], dict[str, nn.Parameter | None]] = operator.attrgetter("_parameters")
@@ -162,6 +181,7 @@ def reduce_these(ddp: DistributedDataParallel, named: list[tuple[str, nn.Paramet
     The calls are those of the constructor. The communication hooks and the static graph of the old reducer are set
     anew. Called within a forward, the new reducer expects the backward of that forward."""
     ddp._module_parameters = [p for _, p in named]
+    ddp._static_graph_delay_allreduce_enqueued = False  # its first backward is the new reducer's
     names = {i: name for i, (name, _) in enumerate(named)}
     sparse = {p for m in ddp.module.modules() if getattr(m, "sparse", False) for p in m.parameters(recurse=False)}
     ddp._ddp_init_helper(ddp._module_parameters, [p in sparse for _, p in named], names, ddp.static_graph)

@@ -365,6 +365,52 @@ def test_convolution_classes():
     assert not isinstance(nn.Linear(1, 1), _torch.CONVOLUTIONS)
 
 
+def test_batched_gradients():
+    x, seen = torch.randn(3, requires_grad=True), []
+    y = x * 2
+    y.register_hook(lambda grad: seen.append(_torch.is_batched(grad)))
+    torch.autograd.grad(y, x, torch.eye(3), is_grads_batched=True)
+    torch.autograd.grad(x * 2, x, torch.ones(3))
+    assert seen == [True]
+    assert not _torch.is_batched(x)
+
+
+def test_own_modules():
+    net = nn.Sequential(nn.Linear(2, 2))
+    assert _torch.own_modules(net) == {"0": net[0]}
+
+
+def test_who_makes_a_parameter():
+    """The constructor detaches a tensor of another class, which is asked."""
+
+    class Asks(Tensor):
+        made = False
+
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            if func is Tensor.detach:
+                Asks.made = cls.asks()
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+        @staticmethod
+        def asks():
+            return _torch.parameter_is_made(2)
+
+    tensor = torch.ones(2).as_subclass(Asks)
+    tensor.detach()
+    assert not Asks.made
+    nn.Parameter(tensor)
+    assert Asks.made
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo does not know:UserWarning")
+def test_weight_norm_is_left_to_python():
+    _torch.leave_weight_norm_to_python()
+    net = nn.utils.parametrizations.weight_norm(nn.Linear(3, 2))
+    explained = torch._dynamo.explain(net)(torch.ones(1, 3))
+    assert not any("weight_norm" in graph.code for graph in explained.graphs)
+
+
 def test_own_parameters():
     layer = nn.Linear(2, 2)
     assert list(_torch.own_parameters(layer)) == ["weight", "bias"]

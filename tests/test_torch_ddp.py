@@ -44,12 +44,17 @@ def counting(seen: list):
 
 
 @pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("begun", [False, True], ids=["at first", "after a step"])
 @pytest.mark.parametrize("within", [False, True], ids=["between forwards", "within a forward"])
-def test_ddp_reduces_what_it_is_told(group_of_one, static, within):
+def test_ddp_reduces_what_it_is_told(group_of_one, static, within, begun):
     """One parameter of its two: the other would otherwise be waited for, or reduced."""
     net, seen = Two(), []
     ddp = DistributedDataParallel(net, static_graph=static)
     ddp.register_comm_hook(None, counting(seen))
+    if begun:
+        ddp(torch.full((2,), 3.0)).backward()
+        net.a.grad, net.b.grad = None, None
+        seen.clear()
     if within:
         net.redirect = lambda: _torch.reduce_these(ddp, [("a", net.a)])
     else:

@@ -111,7 +111,7 @@ def test_finetune_has_few_rooms():
 
 # Names of PyTorch that begin with an underscore or are not documented, as they stand in code.
 PRIVATE = re.compile(
-    r"\btorch(\.\w+)*\._(?!_)\w+|ops\.aten|\.(_version|_is_view|_parameters|_buffers|_modules|_backward_hooks|_orig_mod)\b"
+    r"\b(torch|nn)(\.\w+)*\._(?!_)\w+|ops\.aten|\.(_version|_is_view|_parameters|_buffers|_modules|_backward_hooks|_orig_mod)\b"
     r"|_execution_engine|\bis_in_torch_dispatch_mode as\b|^from torch(\.\w+)*\._\w+ import",
     re.MULTILINE,
 )

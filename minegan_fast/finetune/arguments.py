@@ -67,7 +67,7 @@ def check_scoring(reduction: str, samples: int | None, of: str, criterion: str):
     """ValueError where an argument of `scoring()` is not as it says."""
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
-    if samples is not None and not (isinstance(samples, int) and samples >= 1):
+    if samples is not None and not (isinstance(samples, Integral) and samples >= 1):
         raise ValueError(f"samples must be an integer of at least 1, or None, got {samples!r}")
     if of not in ("target", "source"):
         raise ValueError(f"of must be 'target' or 'source', got {of!r}")

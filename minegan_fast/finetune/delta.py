@@ -4,6 +4,7 @@ import json
 import math
 import os
 import warnings
+from collections.abc import Sequence
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,11 +21,19 @@ FORMAT, VERSION = "minegan_fast.delta", "1"
 
 
 class _Loaded:
-    """What load_delta changed in one model: the base's fingerprint and the base values of every row it touched."""
+    """What load_delta changed in one model: the base's fingerprint, the base values of every row it touched, and those
+    that it wrote there."""
 
     def __init__(self, base: str):
         self.base = base
         self.rows: dict[str, tuple[int, Tensor, Tensor]] = {}  # {parameter: (axis, sorted rows, base values)}
+        self.written: dict[str, Tensor] = {}  # {parameter: the present values of these rows}
+
+    def stands(self, name: str, present: Tensor) -> bool:
+        """Whether the rows hold what was written there, as far as half precision tells, in which they may have been."""
+        written = self.written[name].to(present.device)
+        kinds = (present.dtype, torch.float16, torch.bfloat16)
+        return any(torch.equal(present.to(kind), written.to(kind)) for kind in kinds)
 
 
 # In a model's __dict__, where copies and pickles of it find what is loaded.
@@ -117,18 +126,21 @@ def _read(path) -> tuple[dict, dict[str, Tensor]]:
 
 
 @torch.no_grad()
-def load_delta(model: nn.Module, path: str | os.PathLike, scale: float = 1.0, strict: bool = True):
+def load_delta(
+    model: nn.Module | Sequence[nn.Module], path: str | os.PathLike, scale: float = 1.0, strict: bool = True
+):
     """Adds scale·(trained - base) to the rows of a delta, in place; with scale 1 on bare rows it copies the bits.
 
     Several deltas may be loaded; rows that are in more than one add up. One that was trained on a model with deltas is
-    loaded on top of these. Buffers, such as batch-norm statistics, are in no delta. ValueError, with the model
-    unchanged, where the file is no delta, its base is another model (unless strict=False: then the present rows count
-    as the base), a tensor does not fit or scale is not finite.
+    loaded on top of these. A delta of several networks takes the list that its optimizer was given. Buffers, such as
+    batch-norm statistics, are in no delta. ValueError, with the model unchanged, where the file is no delta, its base
+    is another model (unless strict=False: then the present rows count as the base), a tensor does not fit or scale is
+    not finite.
     """
     if not math.isfinite(scale):
         raise ValueError(f"scale must be finite, got {scale}")
     metadata, tensors = _read(path)
-    model = unwrap(model)
+    model = unwrap(model) if isinstance(model, nn.Module) else nn.ModuleList(model)
     parameters = dict(model.named_parameters())
     layers = json.loads(metadata["layers"])
     loaded = model.__dict__.get(_KEY)
@@ -180,16 +192,28 @@ def _add(parameter, loaded, name, axis, rows, trained, scale, on_top):
     if scale == 1:
         new = trained if on_top else torch.where(bare.view(-1, *[1] * (new.ndim - 1)), trained, new)
     write_rows(parameter, axis, rows, new)
+    loaded.written[name] = compact(parameter.detach(), axis, known).clone()
 
 
 @torch.no_grad()
 def unload_delta(model: nn.Module):
-    """Takes all deltas off: every row that one changed has its base's bits again. RuntimeError where none is loaded."""
+    """Takes all deltas off: every row that one changed has its base's bits again.
+
+    RuntimeError, with the model unchanged, where none is loaded, or where these rows have changed since: by other
+    weights, or by training.
+    """
     model = unwrap(model)
-    loaded = model.__dict__.pop(_KEY, None)
+    loaded = model.__dict__.get(_KEY)
     if loaded is None:
         raise RuntimeError("no delta is loaded into this model")
     parameters = dict(model.named_parameters())
+    for name, (axis, rows, _) in loaded.rows.items():
+        if not loaded.stands(name, compact(parameters[name].detach(), axis, rows.to(parameters[name].device))):
+            raise RuntimeError(
+                f"rows of {name!r} that a delta changed have changed since, by other weights or by training, so what "
+                "is below it is not known: load the source again"
+            )
+    del model.__dict__[_KEY]
     for name, (axis, rows, values) in loaded.rows.items():
         parameter = parameters[name]
         write_rows(parameter, axis, rows, values)

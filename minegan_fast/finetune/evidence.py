@@ -132,7 +132,7 @@ class Evidence:
         """Per layer float32 [neurons], on the device of the first parameter. RuntimeError without enough evidence."""
         if self.criterion == "random":
             device = self.layers[0].members[0].parameter.device
-            generator = torch.Generator().manual_seed(self.seed)
+            generator = torch.Generator().manual_seed(int(self.seed))
             names = sorted((layer.name, layer.neurons) for layer in self.layers)
             return {
                 name: torch.rand(n, generator=generator, dtype=torch.float32, device="cpu").to(device)

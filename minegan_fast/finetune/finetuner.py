@@ -3,7 +3,7 @@
 import copy
 import os
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -49,7 +49,7 @@ class SparseFinetuner(UnscalingOptimizer):
     `step()` makes says this in one line of the log.
 
     Args:
-        model: any nn.Module; a wrapper of DataParallel, DDP or torch.compile is looked through.
+        model: any nn.Module, or a list of several; a wrapper of DataParallel, DDP or torch.compile is looked through.
         lr, betas, eps, weight_decay, momentum: of the optimizer; "adam" | "adamw" | "sgd", equal to torch.optim's.
         density: fraction that trains, 0 < density <= 1, of the neurons or the parameters as `budget` says.
         criterion: "fisher" | "gradient" | "saliency" | "movement" | "agreement" | "contrast" | "magnitude" | "random";
@@ -77,7 +77,7 @@ class SparseFinetuner(UnscalingOptimizer):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | Sequence[nn.Module],
         lr: float | Tensor = 2e-3,
         betas: tuple[float, float] = (0.0, 0.99),
         eps: float = 1e-8,
@@ -106,8 +106,8 @@ class SparseFinetuner(UnscalingOptimizer):
             model = nn.ModuleList(model)
         if not isinstance(model, nn.Module):
             raise TypeError(
-                f"model must be an nn.Module, or a list of them, got {type(model).__name__}; pass the model, not its "
-                "parameters"
+                f"model must be an nn.Module, or a list of them (or an nn.ModuleList), got {type(model).__name__}; "
+                "pass the models, not their parameters"
             )
         self.model = distributed.unwrap(model)
         check_parameters(self.model)
@@ -282,8 +282,7 @@ class SparseFinetuner(UnscalingOptimizer):
         if self.selection is None:
             self._score_step()
         elif self._unchecked:
-            self._unchecked = False
-            distributed.check_gradients(self.param_groups, self.process_group)
+            self._unchecked = not distributed.check_gradients(self.param_groups, self.process_group)
         for i in range(0 if self.selection is not None else self._own, len(self.param_groups)):
             self.updates.step(i, self.param_groups[i], self.state, i < self._own, scale, found_inf)
         if self.selection is None and self.evidence.count >= self.score_steps:

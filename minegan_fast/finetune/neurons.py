@@ -28,6 +28,7 @@ class Member:
     name: str
     parameter: nn.Parameter
     axis: int
+    guessed: bool = False  # neither its module's class nor its shape tells the axis
 
 
 @dataclass(eq=False)
@@ -100,6 +101,12 @@ def _inputs_first(module: nn.Module | None, weight: Tensor) -> bool:
     return type(module).__name__ == "Conv1D" or (len(bias) == weight.shape[1] != weight.shape[0])
 
 
+def _guessed(module: nn.Module | None, parameter: Tensor) -> bool:
+    """Whether nothing tells the axis of the neurons: a square matrix of a module of no known class."""
+    known = isinstance(module, nn.Linear | nn.Embedding | nn.EmbeddingBag) or type(module).__name__ == "Conv1D"
+    return not known and parameter.ndim == 2 and len(set(parameter.shape)) == 1
+
+
 def find_layers(model: nn.Module) -> list[NeuronGroup]:
     """All layers of trainable neurons, in the model's order; a shared tensor counts once, under its first name.
 
@@ -115,7 +122,11 @@ def find_layers(model: nn.Module) -> list[NeuronGroup]:
             aliases.setdefault(id(p), []).append(name)
 
     def add(group: list[tuple[str, int]]):
-        members = [Member(name, parameters[name], axis) for name, axis in group if name not in taken]
+        members = [
+            Member(name, p := parameters[name], axis, name not in declared and _guessed(modules.get(owner(name)[0]), p))
+            for name, axis in group
+            if name not in taken
+        ]
         taken.update(name for name, _ in group)
         members = [m for m in members if m.parameter.requires_grad and m.parameter.numel()]
         if members:

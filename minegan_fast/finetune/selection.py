@@ -45,7 +45,7 @@ class Selection:
     def shuffled(self, seed: int) -> "Selection":
         """The control that a score is held against: as many neurons in every layer, and so as many parameters, chosen
         at random."""
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(int(seed))
         rows = {}
         for name in sorted(self.rows):
             drawn = torch.randperm(self.sizes[name][0], generator=generator, device="cpu")[: len(self.rows[name])]

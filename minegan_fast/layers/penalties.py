@@ -19,6 +19,7 @@ import inspect
 import re
 from collections.abc import Callable
 from contextlib import nullcontext
+from numbers import Integral
 from types import ModuleType
 from typing import Any
 
@@ -233,7 +234,7 @@ class LazyPenalty:
     """
 
     def __init__(self, penalty: Callable[..., Tensor], every: int = 16, weight: float = 5.0):
-        if not isinstance(every, int) or every < 1:
+        if not isinstance(every, Integral) or every < 1:
             raise ValueError(f"every must be an integer of at least 1, got {every!r}")
         if not 0 <= weight < float("inf"):
             raise ValueError(f"weight must be finite and at least 0, got {weight}")

@@ -175,7 +175,7 @@ def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
     return [0 if t is None else t.data_ptr() for t in tensors]
 
 
-def check(t: RowTensor) -> None:
+def check_row_tensor(t: RowTensor) -> None:
     """TypeError or ValueError where leaf, dense weight, rows and axis do not fit each other."""
     leaf, dense, rows = t.leaf, t.dense, t.rows
     if not leaf.is_floating_point() or leaf.layout != torch.strided:
@@ -274,7 +274,7 @@ def _order(leaf: Tensor) -> list[int]:
     return sorted((d for d in range(1, leaf.ndim) if leaf.shape[d] > 1), key=leaf.stride, reverse=True)
 
 
-def flat_rows(leaf: Tensor) -> bool:
+def rows_are_flat(leaf: Tensor) -> bool:
     """Whether the rows lie one after the other, each a run of memory."""
     expected = 1
     for d in reversed(_order(leaf)):

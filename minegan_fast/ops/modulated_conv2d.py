@@ -29,7 +29,7 @@ from ._op import DTYPE_CODES, Op, forced_backend, refuse_transforms, run
 from .bias_act import _dense, _laid_out_like
 from .checks import check_beside, check_tensor
 from .demodulation import demodulation
-from .noise_bias_act import addresses, check, noise_bias_act, planes, wide
+from .noise_bias_act import addresses, check_act, noise_bias_act, planes, wide
 from .transposed_conv2d import transposed_conv2d
 from .upfirdn2d import upfirdn2d
 
@@ -184,7 +184,7 @@ def modulated_conv2d(
         options = {"demodulate": demodulate, "up": up, "down": down, "kernel": kernel, "scale": scale, "eps": eps}
         options |= {"noise": noise, "strength": strength, "bias": bias, "act": act, "alpha": alpha, "gain": gain}
         return handle_torch_function(modulated_conv2d, (x, style), x, weight, style, **options)
-    check(x, None, None, None, None, act, alpha, gain, "x")
+    check_act(x, None, None, None, None, act, alpha, gain, "x")
     own = None if is_tracing() or torch.compiler.is_compiling() else own_weights.get(type(weight))
     w = None if own is None else own(weight)
     if w is None:

@@ -181,7 +181,7 @@ def noise_bias_act(
     small = (d, noise, strength, bias)
     if has_torch_function_variadic(c, *small):
         return handle_torch_function(noise_bias_act, (c, *small), c, *small, act=act, alpha=alpha, gain=gain)
-    check(c, d, noise, strength, bias, act, alpha, gain)
+    check_act(c, d, noise, strength, bias, act, alpha, gain)
     if d is None and noise is None and bias is None and act == "linear" and gain == 1:
         return c
     kind = wide(c.dtype)
@@ -197,7 +197,7 @@ def noise_bias_act(
     return run(_NoiseBiasAct, c, n, d, f, h, slope, float(gain), forced_backend())
 
 
-def check(
+def check_act(
     c: Tensor,
     d: Tensor | None,
     noise: Tensor | None,

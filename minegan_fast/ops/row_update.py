@@ -28,7 +28,7 @@ from torch import Tensor
 
 from .._torch import PastSubclasses
 from ._op import DTYPE_CODES, device_and_stream, mutating
-from ._row_table import RowTensor, Table, check, fill_state, flat_rows, none_missing, refuse_capture
+from ._row_table import RowTensor, Table, check_row_tensor, fill_state, none_missing, refuse_capture, rows_are_flat
 
 OPTIMIZERS = ("adam", "adamw", "sgd")
 RULES = ("adam", "adamw", "sgd", "momentum")  # Rule in csrc/ops.h
@@ -84,7 +84,7 @@ class RowUpdate:
         self.rule, self.momentum = "momentum" if optimizer == "sgd" and momentum else optimizer, momentum
         self.tensors, self.ema = list(tensors), ema
         for tensor in self.tensors:
-            check(tensor)
+            check_row_tensor(tensor)
         self._plan()
 
     @torch.no_grad()
@@ -96,7 +96,7 @@ class RowUpdate:
             kinds: dict[tuple, list[int]] = {}
             for i, t in enumerate(self.tensors):
                 fill_state(t, self.rule, self.ema)
-                flat = t.leaf.dtype in (torch.float32, torch.float64) and flat_rows(t.leaf)
+                flat = t.leaf.dtype in (torch.float32, torch.float64) and rows_are_flat(t.leaf)
                 dense = t.leaf.dtype if t.dense is None else t.dense.dtype
                 kinds.setdefault((t.leaf.device, t.leaf.dtype, dense, flat), []).append(i)
             self.tables = [

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .._torch import BATCH_NORMS
 from .generators import Generator, own_samples
 from .randomness import keep_and_set_random_state
 
@@ -86,7 +87,7 @@ def fresh_weights(generator: Generator, seed: int) -> None:
             generator.load_state_dict(fresh.state_dict())
         else:
             _reset(generator)
-        norms = [m for m in generator.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        norms = [m for m in generator.modules() if isinstance(m, BATCH_NORMS)]
         momenta = [norm.momentum for norm in norms]
         for norm in norms:
             norm.reset_running_stats()

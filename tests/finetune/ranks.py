@@ -242,6 +242,16 @@ def ranks_that_differ():
     net(data(4, seed=dist.get_rank())).square().mean().backward()
     with pytest.raises(RuntimeError, match=r"gradients of ranks 0 and 1 differ.*DistributedDataParallel"):
         ft.step()
+    for first_step_without in (False, True):
+        net = build("mlp")
+        ft = SparseFinetuner(net, **ARGUMENTS)
+        ft.select({"1.weight": [3]})
+        if first_step_without:
+            ft.step()
+        sign = 1 - 2 * dist.get_rank()  # gradients of the same length
+        (sign * net(data(4)).square().mean()).backward()
+        with pytest.raises(RuntimeError, match="gradients of ranks 0 and 1 differ"):
+            ft.step()
 
 
 def main(rank: int, folder: str):

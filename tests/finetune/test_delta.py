@@ -220,6 +220,42 @@ def test_a_scale_that_is_not_finite(tmp_path):
         load_delta(build("mlp"), tmp_path / "a", scale=float("nan"))
 
 
+@pytest.mark.parametrize("half", [None, torch.float16, torch.bfloat16])
+def test_a_delta_is_taken_off_only_what_it_is_on(tmp_path, half):
+    net = build("mlp")
+    source = copy.deepcopy(net.state_dict())
+    path = tmp_path / "a.safetensors"
+    trained("mlp", {"1.weight": [1, 3]}, path)
+    load_delta(net, path)
+    if half is not None:
+        net.to(half)
+    with torch.no_grad():
+        moved = net.get_parameter("1.weight")
+        moved[3] += 1
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(RuntimeError, match=r"rows of '1.weight' that a delta changed have changed since"):
+        unload_delta(net)
+    assert all(torch.equal(t, before[n]) for n, t in net.state_dict().items())
+    net.load_state_dict(source)
+    load_delta(net, path, strict=half is None)
+    unload_delta(net)
+    assert all(torch.equal(t, source[n].to(t.dtype)) for n, t in net.state_dict().items())
+
+
+def test_a_delta_of_several_networks_takes_their_list(tmp_path):
+    first, second = build("mlp"), build("resnet").eval()
+    ft = SparseFinetuner([first, second], criterion="random", density=0.3)
+    ft.select()
+    (first(data()).sum() + second(data()).sum()).backward()
+    ft.step()
+    ft.save_delta(tmp_path / "both.safetensors")
+    ft.release()
+    again = [build("mlp"), build("resnet")]
+    load_delta(again, tmp_path / "both.safetensors")
+    for net, other in zip(again, (first, second), strict=True):
+        assert_same(net, other)
+
+
 def test_buffers_that_have_moved_are_named(tmp_path):
     net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
     ft = SparseFinetuner(net, density=0.5, score_steps=1)

@@ -2,12 +2,14 @@
 
 import copy
 import gc
+import warnings
 
 import numpy as np
 import pytest
 import torch
 from sample_networks import build, data
 from torch import nn
+from torch.nn import functional as F
 
 import minegan_fast as mf
 from minegan_fast.finetune import SparseFinetuner
@@ -131,7 +133,8 @@ def test_several_networks_in_one_optimizer():
     ft.verify()
     assert not torch.equal(a[1].weight, build("mlp")[1].weight)
     with pytest.raises(
-        TypeError, match=r"an nn.Module, or a list of them, got list; pass the model, not its parameters"
+        TypeError,
+        match=r"list of them \(or an nn.ModuleList\), got list; pass the models, not their parameters",
     ):
         SparseFinetuner(list(build("mlp").parameters()))
 
@@ -191,6 +194,17 @@ def test_a_square_weight_that_is_used_the_other_way_round_is_named():
         net(torch.randn(2, 6))
     with torch.no_grad():
         net(torch.randn(2, 6))
+    x = torch.randn(2, 6)
+    for use in (
+        lambda w: torch.einsum("bi,io->bo", x, w),
+        lambda w: F.linear(x, w.t()),
+        lambda w: w.t() @ x.t(),
+        lambda w: torch.addmm(net.bias, x, w),
+    ):
+        with pytest.raises(RuntimeError, match="square weight"):
+            use(net.weight)
+    torch.einsum("bi,oi->bo", x, net.weight)
+    (net.weight @ x.t()).sum().backward()
     ft.release()
 
     class Told(Transposed):
@@ -203,6 +217,25 @@ def test_a_square_weight_that_is_used_the_other_way_round_is_named():
     net(torch.randn(2, 6)).sum().backward()
     assert net.weight.grad[:, 3].all()
     assert not net.weight.grad[:, :3].any()
+
+
+def test_a_square_weight_whose_module_tells_its_neurons_is_used_in_any_way():
+    lin, table = nn.Linear(6, 6), nn.Embedding(6, 6)
+    net = nn.Sequential(lin, table)
+    twin = copy.deepcopy(net)
+    ft = SparseFinetuner(net)
+    ft.select({"0.weight": [3], "1.weight": [2]})
+    u, one_hot = torch.randn(2, 6), torch.eye(6)[[1, 2]]
+
+    def loss(lin, table):
+        w = lin.weight
+        orthogonal = (w.t() @ w - torch.eye(6)).square().sum() + torch.mm(w.t(), w).sum() + (w @ w).sum()
+        return orthogonal + (lin(u) @ w).square().sum() + (one_hot @ table.weight).square().sum() + (u @ w).sum()
+
+    loss(lin, table).backward()
+    loss(*twin).backward()
+    torch.testing.assert_close(lin.weight.grad[3], twin[0].weight.grad[3])
+    torch.testing.assert_close(table.weight.grad[2], twin[1].weight.grad[2])
 
 
 MULTIPLICATIONS = {
@@ -367,3 +400,75 @@ def test_a_delta_comes_off_in_another_precision(tmp_path, change):
     getattr(net, change)()
     mf.unload_delta(net)
     assert same(net, getattr(copy.deepcopy(base), change)())
+
+
+def test_numpy_numbers_select_and_score():
+    net = build("mlp")
+    ft = SparseFinetuner(net, criterion="random", density=0.3, seed=np.int64(4))
+    selection = ft.select()
+    assert selection == SparseFinetuner(build("mlp"), criterion="random", density=0.3, seed=4).select()
+    assert selection.shuffled(np.int64(1)) == selection.shuffled(1)
+    scored = SparseFinetuner(build("mlp"))
+    with scored.scoring(samples=np.int64(3)):
+        scored.model(data()).square().mean().backward()
+    assert mf.LazyPenalty(mf.r1_penalty, every=np.int64(2)).every == 2
+
+
+def test_a_copy_of_a_held_model_keeps_the_classes_of_its_parameters():
+    class Named(nn.Parameter):
+        def doubled(self):
+            return self * 2
+
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = Named(torch.randn(4, 3))
+
+        def forward(self, x):
+            return x @ self.weight.doubled().t()
+
+    net = Layer()
+    ft = SparseFinetuner(net, ema_decay=0.9)
+    ft.select({"weight": [1]})
+    x = torch.randn(2, 3)
+    net(x).sum().backward()
+    ft.step()
+    for again in (copy.deepcopy(net), ft.ema_model()):
+        assert type(again.weight) is Named
+        again(x)
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 3), (2, 5, 3)])
+@pytest.mark.parametrize("use", [lambda x, lin: lin(x), lambda x, lin: x @ lin.weight.t(), torch.nn.functional.linear])
+def test_a_frozen_layer_of_any_input_stays_differentiable(shape, use):
+    net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    ft = SparseFinetuner(net)
+    ft.select({"1.weight": [0]})
+    first = net[0]
+    y = use(torch.randn(shape), first) if use is not F.linear else F.linear(torch.randn(shape), first.weight)
+    (gradient,) = torch.autograd.grad(y.square().sum(), y)
+    torch.testing.assert_close(gradient, 2 * y)
+
+
+@pytest.mark.skipif(torch.__version__ < (2, 9), reason="torch 2.8's compiler follows the weight's properties for ever")
+@pytest.mark.filterwarnings("ignore:Dynamo does not know:UserWarning", "ignore:The .grad attribute:UserWarning")
+@pytest.mark.parametrize("norm", [nn.utils.parametrizations.weight_norm, nn.utils.weight_norm])
+def test_weight_norm_under_the_compiler(norm):
+    def made():
+        torch.manual_seed(0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # the older one is deprecated
+            return nn.Sequential(norm(nn.Linear(6, 5)), nn.Tanh(), nn.Linear(5, 4))
+
+    net, eager = made(), made()
+    ours = [SparseFinetuner(n, lr=1e-2) for n in (net, eager)]
+    names = [layer.name for layer in ours[0].layers]
+    for ft in ours:
+        ft.select({name: [1] for name in names})
+    compiled = torch.compile(net, backend="aot_eager")
+    x = torch.randn(3, 6)
+    for ft, n in zip(ours, (compiled, eager), strict=True):
+        n(x).square().mean().backward()
+        ft.step()
+    for a, b in zip(net.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(a, b)

@@ -158,7 +158,7 @@ def test_wrong_arguments(arguments, message):
 
 @pytest.mark.filterwarnings("ignore:Lazy modules")
 def test_wrong_models():
-    with pytest.raises(TypeError, match=r"nn\.Module, or a list of them, got list"):
+    with pytest.raises(TypeError, match=r"list of them \(or an nn.ModuleList\), got list"):
         SparseFinetuner(list(build("mlp").parameters()))
     with pytest.raises(ValueError, match="no parameter with requires_grad"):
         SparseFinetuner(build("mlp").requires_grad_(False))

@@ -3,13 +3,15 @@
 import torch
 from torch import Tensor, nn
 
-from ..._torch import own_modules, own_parameters
+from ..._torch import leave_weight_norm_to_python, own_modules, own_parameters
 from ..hashing import buffer_hashes, fingerprint, row_hashes
 from ..neurons import NeuronGroup, compact
 from ..selection import Selection
 from . import ddp
 from .link import Link, master_dtype
 from .parameters import HeldWeight, LeafParameter, held_class, watch_optimizers
+
+WEIGHT_NORM = ("weight_g", ".original0")  # parameters that torch's weight_norm makes
 
 
 class FrozenNeuronsChanged(RuntimeError):  # noqa: N818 - a public name
@@ -74,6 +76,8 @@ class Held:
                 "another parameter is in its place; build a new SparseFinetuner"
             )
         self.begin()
+        if any(name.endswith(WEIGHT_NORM) for name, _ in self.model.named_parameters()):
+            leave_weight_norm_to_python()
         places = _places(self.model)
         for parameter in self.trainable:
             if id(parameter) not in candidates and id(parameter) not in added and _is_plain(parameter):
@@ -83,7 +87,7 @@ class Held:
             for m in layer.members:
                 old = m.parameter.link if isinstance(m.parameter, HeldWeight) else None
                 link = hold(m.parameter, m.axis, selection.rows.get(layer.name))
-                link.places = places[id(m.parameter)]
+                link.places, link.guessed = places[id(m.parameter)], m.guessed
                 before = m.parameter if old is None else old.leaf
                 changes.append((before, None if old is None else old.rows, link.leaf))
         self.selection, self.tree = selection, _tree(self.model)

@@ -21,7 +21,7 @@ class Tied(Protocol):
 def spread(values: Tensor, like: Tensor, axis: int, rows: Tensor) -> Tensor:
     """`values` [k, ...] as the rows of a tensor of like's shape that is zero elsewhere."""
     if like.ndim == 0:
-        return values.reshape(())
+        return values.reshape(()).clone()  # no view, as the others are none
     zeros = torch.zeros_like(like, dtype=values.dtype)
     return zeros.index_copy(axis, rows, values.movedim(0, axis))
 

@@ -67,6 +67,9 @@ def _layer(input, weight, bias, ndim: int):
     if not _takes(input, e, held) or e.weight.ndim != ndim:
         return NotImplemented
 
+    if ndim == 2:
+        _check_outputs(e, 0)
+
     def call(op, x):
         if isinstance(op, Conv) and op.transposed and op.groups != 1:
             return NotImplemented
@@ -79,27 +82,30 @@ def differentiable(input: Tensor, e: Expression) -> Tensor:
     """The input, with a graph where a frozen weight leaves the output without one. Path length differentiates by the
     output of a mapping network, which dense training lets it, whatever rows are selected there."""
     frozen = e.trained is None and any(link.wanted for link in e.links)
-    if frozen and input.ndim == 2 and input.is_floating_point() and not input.requires_grad:
+    if frozen and input.ndim <= 3 and input.is_floating_point() and not input.requires_grad:
         return input.detach().requires_grad_()
     return input
 
 
 def _matmul(a, b):
     """x @ W with the neurons along the columns, and W @ x with them along the rows."""
-    right = expression_of(b)
-    _check_square(right)
+    right, left = expression_of(b), expression_of(a)
+    if left is None:
+        _check_outputs(right, 1)
+    if right is None:
+        _check_outputs(left, 0)
     if _takes(a, right) and right.weight.ndim == 2 and right.axis == 1:
         return _run(Linear(), differentiable(a, right), right.transposed())
-    left = expression_of(a)
     if _takes(b, left) and left.weight.ndim == 2 and left.axis == 0 and b.ndim in (1, 2):
         y = _run(Linear(), differentiable(b, left).t(), left)
         return y.t()
     return NotImplemented
 
 
-def _check_square(e: Expression | None):
-    """RuntimeError for x @ W with a square W, whose shape did not tell that its neurons are its columns."""
-    if e is not None and e.trained is not None and e.axis == 0 and e.weight.ndim == 2 and len(set(e.weight.shape)) == 1:
+def _check_outputs(e: Expression | None, axis: int):
+    """RuntimeError where a layer's outputs lie along `axis` of a square matrix, whose neurons were taken to lie along
+    the other axis, because nothing told."""
+    if e is not None and e.trained is not None and e.axis != axis and any(link.guessed for link in e.links):
         raise RuntimeError(
             f"a square weight {list(e.weight.shape)} is used as x @ W, so its neurons are its columns, and its rows "
             "were selected: give its module neuron_parameters() -> [[('weight', 1), ('bias', 0)]], or exclude it"
@@ -109,7 +115,8 @@ def _check_square(e: Expression | None):
 def _addmm(input, mat1, mat2, *, beta=1, alpha=1):
     """bias + x @ W, as GPT-2's layers have it."""
     e, held = expression_of(mat2), expression_of(input)
-    _check_square(e)
+    if expression_of(mat1) is None:
+        _check_outputs(e, 1)
     if (beta, alpha) != (1, 1) or input.ndim != 1 or not _takes(mat1, e, held):
         return NotImplemented
     if e.weight.ndim != 2 or e.axis != 1:
@@ -120,7 +127,13 @@ def _addmm(input, mat1, mat2, *, beta=1, alpha=1):
 def _einsum(equation, *operands):
     """By the whole weights; only that a frozen one leaves its output differentiable."""
     operands = operands[0] if len(operands) == 1 and isinstance(operands[0], list | tuple) else operands
-    frozen = [e for e in map(expression_of, operands) if e is not None and e.trained is None]
+    held = [e for e in map(expression_of, operands) if e is not None]
+    frozen = [e for e in held if e.trained is None]
+    if isinstance(equation, str) and len(held) == 1 and "->" in equation:
+        inputs, outputs = equation.replace(" ", "").split("->")
+        names = next(n for n, x in zip(inputs.split(","), operands, strict=False) if expression_of(x) is not None)
+        if len(names) == 2 and sum(name in outputs for name in names) == 1:
+            _check_outputs(held[0], int(names[1] in outputs))
     if not isinstance(equation, str) or not frozen:
         return NotImplemented
     operands = [

@@ -129,6 +129,7 @@ class Link:
         self.weight, self.leaf, self.rows, self.axis = weight, leaf, rows, axis
         self.wanted = True  # what requires_grad_() said last
         self.kind = type(weight)
+        self.guessed = False  # the axis: nothing told where the neurons of a square matrix are
         self.places: list[tuple[dict, str]] = []  # the modules' dictionaries that list the weight, and as what
         self.gradient = WholeGradient(self)
         self.dense_uses: set[str] = set()  # through which functions a gradient of all rows came, for the summary

@@ -12,7 +12,6 @@ After a step the rows are written through to the weight, which the forward reads
 """
 
 import functools
-import sys
 import weakref
 from collections.abc import Callable
 
@@ -27,6 +26,7 @@ from ..._torch import (
     own_data,
     own_grad,
     own_requires_grad,
+    parameter_is_made,
     set_own_grad,
     untraced,
 )
@@ -136,6 +136,7 @@ class HeldWeight(nn.Parameter):
     def __deepcopy__(self, memo):
         if id(self) not in memo:
             memo[id(self)] = nn.Parameter(self.detach().clone(), self.link.wanted)
+            memo[id(self)].__class__ = self.link.kind
         return memo[id(self)]
 
     def __reduce_ex__(self, protocol):
@@ -332,7 +333,7 @@ def _same(view):
 
 
 def _detach(p):
-    if sys._getframe(2).f_code is nn.Parameter.__new__.__code__:
+    if parameter_is_made(2):
         raise RuntimeError(
             "a weight that trains by rows was made a parameter once more, as by a parametrization: give "
             "nn.Parameter(weight.detach()), or release() the model first"
