@@ -13,6 +13,7 @@ import torch
 from machine import cache_bytes
 
 from minegan_fast.ops import use_backend
+from minegan_fast.training.captured import CudaGraphs
 
 ROUNDS = 7, 200  # at least, at most
 Call = Callable[[], Sequence[torch.Tensor]]
@@ -122,18 +123,15 @@ def keep_pages() -> None:
 
 def graph_time(provider: Provider, budget: float) -> float | None:
     """Median device time in seconds of the call replayed from a CUDA graph; None where it cannot be captured."""
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    graphs = CudaGraphs(torch.device("cuda", torch.cuda.current_device()))
     with use_backend(provider.backend or None):
         try:
-            with torch.cuda.stream(stream):
-                provider.make()()
-            torch.cuda.synchronize()
-            with torch.cuda.graph(graph):
-                kept = provider.make()()
+            graphs.warm_up(lambda: {"result": provider.make()()})
+            kept, replay_graph = graphs.capture(lambda: {"result": provider.make()()})
         except RuntimeError:
             torch.cuda.synchronize()
             return None
-    replay = Provider("replay", lambda: lambda: (graph.replay(), kept))
+    replay = Provider("replay", lambda: lambda: (replay_graph(), kept))
     return statistics.median(interleave([replay], "cuda", True, budget)["replay"].seconds)
 
 

@@ -38,6 +38,7 @@ unset TRITON_INTERPRET MINEGAN_BACKEND
 python=${PYTHON:-python3}
 grace=20
 skipped=77 # exit code of a step that cannot run for want of a tool
+stopped=75 # and of one that a signal has ended
 late=76    # and of one for which its part leaves no time
 parts=("build checks iteration demo bench" "build test gpu sanitize compile memcheck")
 seconds=(480 360)
@@ -113,11 +114,15 @@ step_build() {
 # Waits for the build that goes on; its exit code.
 built() {
   [[ -n ${building:-} ]] || return 0
-  wait "$building"
-  local status=$?
+  local status
+  while :; do
+    wait "$building"
+    status=$?
+    kill -0 "$building" 2>/dev/null || break # else it was `wait` that a signal has ended
+  done
   building=
   grep -E 'error|warning|^backend|not found' "$out/build.log" | tail -n 20
-  ((status == 0)) || echo "the build failed, as build.log says"
+  ((status == 0 || interrupted)) || echo "the build failed, as build.log says"
   return $status
 }
 
@@ -200,7 +205,7 @@ step_compile() {
   [[ -z $rehearsal ]] || set -- bias_act
   files_of "$@"
   local -x MINEGAN_GPU_REHEARSAL=
-  benchmarks 90 "${files[@]}" --largest --budget 0.2 -k "not bfloat16 and not inference and not double"
+  benchmarks 130 "${files[@]}" --largest --budget 0.2 -k "not bfloat16 and not inference and not double"
 }
 
 # processes N: so many `workers` of pytest, where pytest-xdist is there.
@@ -237,8 +242,9 @@ watch() {
     return
   fi
   each "$limit" "$backend" "$chosen" "under-$tool.jsonl" \
-    compute-sanitizer --tool "$tool" --error-exitcode 9 --log-file "$out/$tool-$backend-%p.log" "$@" || failed=$?
-  if grep -hE -B 12 'SUMMARY: [1-9]' "$out/$tool-$backend"-*.log; then failed=1; fi
+    compute-sanitizer --tool "$tool" --error-exitcode 9 --log-file "$scratch/$tool-$backend-%p.log" "$@" || failed=$?
+  cat "$scratch/$tool-$backend"-*.log >"$out/$tool-$backend.log" # in one file: a machine may give few back
+  if grep -E -B 12 'SUMMARY: [1-9]' "$out/$tool-$backend.log"; then failed=1; fi
   return $failed
 }
 
@@ -311,7 +317,7 @@ exec > >(trap '' INT TERM; tee -a "$out/gpu.log") 2>&1
 log=$!
 set -m # else what runs in the background would ignore SIGINT
 trap 'rm -rf "$scratch"' EXIT
-trap 'interrupted=1; [[ -z $child ]] || kill -INT "$child"' INT TERM
+trap 'interrupted=1; for running in $child $building; do kill -INT "$running"; done' INT TERM
 
 # note NAME VALUE: for the estimate of a rehearsal.
 note() {
@@ -330,8 +336,10 @@ for step in "${chosen[@]}"; do
   "step_$step" "${given[@]}"
   status=$?
   note limit $step_limit
+  ((!interrupted || status == 0)) || status=$stopped
   case $status in
     0) result=ok ;;
+    "$stopped") result=interrupted failed=1 ;;
     "$skipped") result=skipped ;;
     "$late") result="no time left" failed=1 ;;
     124 | 137) result="out of time" failed=1 ;;

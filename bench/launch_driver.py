@@ -217,6 +217,11 @@ _READS = {
 }  # fmt: skip
 _INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
 _READING_METHODS = {"tolist", "numpy", "__array__", "cpu"}  # which on a CPU need no operation
+# What makes a tensor without numbers of its own: on the host, unless it names a device.
+_FACTORIES = {
+    "empty", "zeros", "ones", "full", "arange", "rand", "randn", "randint", "randperm", "eye", "linspace",
+    "scalar_tensor", "from_numpy", "frombuffer",
+}  # fmt: skip
 _MAKERS = {"tensor", "as_tensor", "asarray"}  # of Python's numbers, on the host unless a device is named
 
 
@@ -226,8 +231,9 @@ class HostWatch:
     `waits`: the host waits for the GPU. It reads numbers (`item`, `bool`, `float`, `tolist`, `numpy`, `cpu()`), asks
         for a result whose size depends on values (`nonzero`, an index by a mask, `unique`), or copies Python's numbers
         to the GPU as they are (`torch.tensor(..., device=x.device)`, an index by a list).
-    `copies`: the host makes a tensor of Python's numbers for itself (`device="cpu"`, or none), which it can only need
-        for a copy to the GPU. From pinned memory that waits for nothing, but a CUDA graph cannot hold it.
+    `copies`: the host makes a tensor for itself, of Python's numbers or of none (`device="cpu"`, or no device), which
+        it can only need for a copy to the GPU, or from it. From pinned memory that waits for nothing, but a CUDA graph
+        cannot hold it.
 
     What autograd does in a backward is seen too. On CPU tensors a copy between devices is none; the device's name tells
     which one the code means: "cpu" is the host, and a tensor's own, a torch.device, is the GPU.
@@ -283,6 +289,8 @@ class _Functions(TorchFunctionMode):
         to_host = name == "to" and any(isinstance(a, str) and a == "cpu" for a in (*args[1:], kwargs.get("device")))
         if name in _READING_METHODS or to_host:
             self.watch.note(self.watch.waits, f"Tensor.{name}")
+        if name in _FACTORIES and not isinstance(kwargs.get("device"), torch.device):
+            self.watch.note(self.watch.copies, f"torch.{name} on the host")
         before, self.call = self.call, (name, args, kwargs)
         try:
             return function(*args, **kwargs)

@@ -2,14 +2,17 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
+MOST_FILES = 8  # that come back from a machine which gives few
 
 PYTHON = """#!/bin/bash
 echo "python $*" >>"$CALLS"
@@ -24,6 +27,7 @@ esac
 """
 TOOL = """#!/bin/bash
 echo "${0##*/} $*" >>"$CALLS"
+[[ ${0##*/} != cmake ]] || sleep "${BUILD_SECONDS:-0}"
 for last; do [[ $previous == -o ]] && touch "$last"; previous=$last; done
 exit 0
 """
@@ -61,7 +65,7 @@ def run(tmp_path):
         (tmp_path / "bin" / name).write_text(text)
         (tmp_path / "bin" / name).chmod(0o755)
 
-    def run(*arguments, **environment):
+    def run(*arguments, interrupt_after: float | None = None, **environment):
         environment = {
             "PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin",
             "CUDA_HOME": "/nowhere",
@@ -69,11 +73,16 @@ def run(tmp_path):
         } | environment
         calls = tmp_path / "calls"
         calls.write_text("")
-        done = subprocess.run(
+        script = subprocess.Popen(
             ["bash", "bench/gpu.sh", *arguments], cwd=tmp_path, env=environment | {"CALLS": str(calls)},
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
-        return done.returncode, done.stdout, calls.read_text()
+        try:
+            output = script.communicate(timeout=interrupt_after)[0]
+        except subprocess.TimeoutExpired:
+            script.send_signal(signal.SIGINT)
+            output = script.communicate()[0]
+        return script.returncode, output, calls.read_text()
 
     run.folder = tmp_path
     return run
@@ -101,6 +110,7 @@ def test_the_first_part(run):
     assert "--largest --no-compile --budget 0.2" in calls
     assert f"--record={run.folder}/results" in calls
     assert (run.folder / "results" / "gpu.log").read_text() == output
+    assert len(list((run.folder / "results").iterdir())) <= MOST_FILES
 
 
 def test_the_second_part(run):
@@ -112,6 +122,7 @@ def test_the_second_part(run):
     assert "compute-sanitizer" not in watched[0]  # Triton has compiled before the sanitizer watches
     assert watched[-1].startswith("compute-sanitizer --tool memcheck")
     assert "--no-compile" not in calls
+    assert len(list((run.folder / "results").iterdir())) <= MOST_FILES
 
 
 def test_a_failing_step_stops_no_other_and_shows_in_the_exit_code(run):
@@ -120,6 +131,15 @@ def test_a_failing_step_stops_no_other_and_shows_in_the_exit_code(run):
     assert "--budget 0.2" in calls
     assert table(run("2", FAIL_TEST="1")[1])["test"] == "FAILED"
     assert table(run("1", FAIL_SANITIZE="1")[1])["checks"] == "FAILED"
+
+
+def test_an_interrupt_ends_the_build_too(run):
+    start = time.monotonic()
+    code, output, _ = run("1", interrupt_after=2, BUILD_SECONDS="60")
+    assert time.monotonic() - start < 30
+    assert code == 130
+    assert table(output)["checks"] == "interrupted"
+    assert "the build failed" not in output
 
 
 def test_one_step_with_its_arguments_builds_first_and_only_once(run):

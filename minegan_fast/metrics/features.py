@@ -23,8 +23,9 @@ _LIMIT = 16.0  # beyond it a float image is in [0, 255], not an unclamped genera
 
 
 def _imagenet(x):
-    mean, std = x.new_tensor([0.485, 0.456, 0.406]), x.new_tensor([0.229, 0.224, 0.225])
-    return ((x + 1) / 2 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+    # Channel by channel: a tensor of the means would be copied to a GPU at every call.
+    statistics = zip(x.unbind(-3), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), strict=True)
+    return torch.stack([((channel + 1) / 2 - mean) / std for channel, mean, std in statistics], -3)
 
 
 _NORMALIZE = {

@@ -51,8 +51,8 @@ class LossFeatures:
     bf16: run the network in bfloat16, by autocast. False: in its own dtype, whatever autocast is around the call.
     batch: how many images `fit` computes at once.
 
-    Attributes: name (of the network), taps (the stages), names (of the groups), sizes (the D_g), scales (of the parts
-    of each group).
+    Attributes: device, name (of the network), taps (the stages), names (of the groups), sizes (the D_g), scales (of the
+    parts of each group).
 
     Raises ValueError, in one line, for images that the network does not take, features of an image that depend on the
     other images of its batch, as in train mode, NaN, and a network that is not differentiable.
@@ -78,6 +78,7 @@ class LossFeatures:
         self.fields, self.bf16, self.batch = fields, bf16, batch
         self.pixels = [p for p in pixels if p <= min(probe.shape[2:])]
         self._extractor = _own(network, resolution, normalize, device)
+        self.device = self._extractor.anchor(torch.empty(0)).device
         module = self._extractor.module
         self.name = name or (os.fspath(network) if isinstance(network, (str, os.PathLike)) else type(module).__name__)
         self._shape, self._format, self.scales = tuple(probe.shape[1:]), torch.preserve_format, None
@@ -89,10 +90,6 @@ class LossFeatures:
         self.taps = self._stages.names
         self.names = list(self._parts(images))
         self.sizes = [sum(part.shape[1] for part in parts) for parts in self._check_gradient(images)]
-
-    @property
-    def device(self) -> torch.device:
-        return self._extractor.anchor(torch.empty(0)).device
 
     def maps(self, images: Tensor) -> list[Tensor]:
         """The stages' maps [B, C, h, w] or vectors [B, D] themselves, differentiable in the images."""

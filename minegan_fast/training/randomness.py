@@ -50,7 +50,10 @@ class DataOrder:
     def __getitem__(self, k: int) -> Tensor:
         """Indices [batch] of batch k."""
         if not self._first <= k < self._first + len(self._ahead):
-            self._first, self._ahead = k, self._batches(k, k + AHEAD).to(self.device)
+            batches = self._batches(k, k + AHEAD)
+            if torch.device(self.device).type == "cuda":
+                batches = batches.pin_memory()  # else the step would wait for its copy
+            self._first, self._ahead = k, batches.to(self.device, non_blocking=True)
         return self._ahead[k - self._first]
 
     def _batches(self, first: int, end: int) -> Tensor:

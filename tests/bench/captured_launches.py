@@ -37,14 +37,16 @@ RECIPES = {
     "sparse critic": {"train_critic": "sparse"},
     "elastic weights": {"method": "ewc"},  # which has no miner, and so no stage 1
     "kernel": {"loss": "mmd"},
+    "kernel of another range": {"loss": "mmd", "normalize": "imagenet"},
 }
 
 
-def make(generator, critic, images, stage: str, **settings) -> Trainer:
+def make(generator, critic, images, stage: str, normalize: str = "[-1,1]", **settings) -> Trainer:
     config = TransferConfig(**SETTINGS | settings)
     kernel = None
     if config.kernel:
-        kernel = KernelLoss(LossFeatures(critic, name="critic", probe=to_float(images[:2])), images)
+        features = LossFeatures(critic, name="critic", probe=to_float(images[:2]), normalize=normalize)
+        kernel = KernelLoss(features, images)
     networks = copy.deepcopy((generator, critic))
     trainer = Trainer(config, *networks, images, "cpu", kernel=kernel, graphs=GraphsOnCPU())
     if stage == "finetuning":
@@ -89,7 +91,11 @@ def main():
         for stage in ("mining", "finetuning")
         if stage == "finetuning" or "method" not in settings
     }
-    faults = {"item": lambda x: x.sum().item(), "tensor": lambda x: torch.tensor([1.0])}
+    faults = {
+        "item": lambda x: x.sum().item(),
+        "tensor": lambda x: torch.tensor([1.0]),
+        "zeros": lambda x: torch.zeros(3),
+    }
     faulty = {name: make(*networks, images, "mining") for name in faults}
     install()
     row_update._placed = lambda hyper, device: hyper  # a learning rate on a CPU would be read; on a GPU it stays

@@ -10,7 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 CRITICS = ("critic", "critic in bf16", "critic in fp16", "wgan", "both losses", "sparse critic")
-CASES = [f"{name}, {stage}" for name in (*CRITICS, "kernel") for stage in ("mining", "finetuning")]
+KERNELS = ("kernel", "kernel of another range")
+CASES = [f"{name}, {stage}" for name in (*CRITICS, *KERNELS) for stage in ("mining", "finetuning")]
 CASES.append("elastic weights, finetuning")
 
 
@@ -39,7 +40,7 @@ def test_the_lazy_penalties_are_among_the_watched_steps(found, case):
     assert lazy == plain if case.startswith("kernel") else lazy > plain
 
 
-@pytest.mark.parametrize(("fault", "kind"), [("item", "waits"), ("tensor", "copies")])
+@pytest.mark.parametrize(("fault", "kind"), [("item", "waits"), ("tensor", "copies"), ("zeros", "copies")])
 def test_a_planted_fault_is_found(found, fault, kind):
     for row in found["planted"][fault].values():
         assert [name for name in ("waits", "copies") if row[name]] == [kind]
