@@ -7,7 +7,8 @@ import triton.language as tl
 from ._sizes import cdiv
 
 SQUARED_KERNELS = ("gaussian", "energy")  # those of a squared distance
-_CLOSE = tl.constexpr(1 / 256)  # kClose in csrc/mmd_rows.h
+# kClose in csrc/mmd_rows.h. It stands behind tensors: in front of one, the interpreter of Triton 3.8 takes no product.
+_CLOSE = tl.constexpr(1 / 256)
 _OPTIONS = {"enable_fp_fusion": True}
 
 
@@ -113,7 +114,7 @@ def mmd_tile_kernel(
                     along = slope_p[:, None] + slope_q[None, :]
                     s = along - s if SQUARED else along + s
                 if SQUARED:
-                    close = tl.max((counts & (t < _CLOSE * limit)).to(tl.int32))
+                    close = tl.max((counts & (t < limit * _CLOSE)).to(tl.int32))
         if KERNEL == "polynomial":
             c, b = tl.load(numbers_ptr).to(tl.float32), tl.load(numbers_ptr + 1).to(tl.float32)
             e = c * t
@@ -127,7 +128,7 @@ def mmd_tile_kernel(
                 norms, root = norm_p + norm_q, t * inverse
                 f = tl.where(norms + root > 0, 2 * (norm_p * norm_q + products) / (norms + root), norms)
                 if EXACT:
-                    f = tl.where(t < _CLOSE * limit, norms - root, f)
+                    f = tl.where(t < limit * _CLOSE, norms - root, f)
             f1 = -0.5 * inverse
             f2 = 0.25 * inverse * inverse * inverse
         else:

@@ -85,7 +85,7 @@ def pairs_kernel(
     inside = (i < N)[:, None] & (j < columns)[None, :]
     # The pair of a row and itself does not count: its distance of 0 would make every tile on the diagonal exact.
     counts = inside & ((i[:, None] != j[None, :]) | (tl.program_id(0) >= tiles))
-    if tl.max((counts & (t < _CLOSE * limit)).to(tl.int32)) > 0:
+    if tl.max((counts & (t < limit * _CLOSE)).to(tl.int32)) > 0:
         rows_at, columns_at = i.to(tl.int64)[:, None] * stride, j.to(tl.int64)[None, :] * stride
         t = tl.zeros((BM, BN), tl.float32)
         for d in range(D):
