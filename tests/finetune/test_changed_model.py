@@ -2,6 +2,7 @@
 does under the same change, or raises an error that names release(); nothing trains on in silence."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -269,3 +270,27 @@ def test_a_parameter_of_a_held_weight_is_named():
     assert torch.equal(nn.Parameter(net[0].weight.detach()), net[0].weight)
     ft.release()
     assert torch.equal(nn.Parameter(net[0].weight), net[0].weight)
+
+
+@pytest.mark.skipif(torch.__version__ < (2, 9), reason="torch 2.8's compiler follows the weight's properties for ever")
+@pytest.mark.filterwarnings("ignore:Dynamo does not know:UserWarning", "ignore:The .grad attribute:UserWarning")
+@pytest.mark.parametrize("norm", [parametrizations.weight_norm, old_weight_norm])
+def test_weight_norm_under_the_compiler(norm):
+    def made():
+        torch.manual_seed(0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # the older one is deprecated
+            return nn.Sequential(norm(nn.Linear(6, 5)), nn.Tanh(), nn.Linear(5, 4))
+
+    net, eager = made(), made()
+    ours = [SparseFinetuner(n, lr=1e-2) for n in (net, eager)]
+    names = [layer.name for layer in ours[0].layers]
+    for ft in ours:
+        ft.select({name: [1] for name in names})
+    compiled = torch.compile(net, backend="aot_eager")
+    x = torch.randn(3, 6)
+    for ft, n in zip(ours, (compiled, eager), strict=True):
+        n(x).square().mean().backward()
+        ft.step()
+    for a, b in zip(net.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
