@@ -456,7 +456,10 @@ def _second_of_chain(b: _Builder, s: Shape, c: int, wanted, along, ggz: bool) ->
 
 # Programs as numbers, and as PyTorch.
 
-HEADER = ("kind", "step", "chain", "miners", "rows", "columns", "terms", "adds", "activation", "epilogue", "scratch")
+HEADER = (
+    "kind", "step", "chain", "miners", "rows", "columns", "terms", "adds", "activation", "epilogue", "scratch",
+    "scratch_rows",
+)  # fmt: skip
 OPERANDS = 6 + ADDS + 2 * TERMS
 WORDS = len(HEADER) + TERMS + 5 * OPERANDS + 1 + ADDS + TERMS  # of a task: MinerTask in csrc/ops.h
 
@@ -474,7 +477,7 @@ def packed(program: Program) -> array:
         codes = ACTIVATIONS.index(t.activation), EPILOGUES.index(t.epilogue)
         counts = len(t.terms), len(t.adds)
         words.extend((KINDS.index(t.kind), t.step, t.chain, t.miners, t.rows, t.columns, *counts, *codes))
-        words.append(starts[t.chain])
+        words.extend((starts[t.chain], program.scratch[t.chain]))
         adds, no_add, no_term = [*t.adds], (ABSENT, 0.0), Term(ABSENT, ABSENT, 0, 0.0)
         adds += [no_add] * (ADDS - len(adds))
         terms = [*t.terms, *[no_term] * (TERMS - len(t.terms))]

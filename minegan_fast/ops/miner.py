@@ -19,6 +19,7 @@ summed over the samples, with what the skip connection adds. Each pass is one ca
 (`_miner_program` lists its tasks). A third order is PyTorch's, from `plain`.
 """
 
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -29,8 +30,8 @@ from torch.autograd import Function
 from torch.nn import functional as F
 
 from .._torch import apply_function
-from ._miner_program import ACTIVATIONS, EPSILON, SKIPS, SLOPE, Plan, Program, Shape, execute, kept
-from ._miner_program import kept_by_backward, planned, rows_of
+from ._miner_program import ACTIVATIONS, EPSILON, SKIPS, SLOPE, WORDS, Plan, Shape, execute, kept, kept_by_backward
+from ._miner_program import planned, rows_of
 from ._op import DTYPE_CODES, Op, backward_wants, forced_backend, refuse_transforms, run
 from .checks import check_beside, check_tensor
 
@@ -420,3 +421,20 @@ def _check_layer(weight, bias, name: str, u: Tensor, shape: list[int], bias_shap
             raise ValueError(
                 f"the {what} of {name} must have the shape {wanted}, without a 0, got {list(tensor.shape)}"
             )
+
+
+# Launchers: what runs a plan, in the three ops. Tensors are contiguous.
+
+
+def _native(native, plan: Plan, tensors: Sequence[Tensor]) -> None:
+    address, count = plan.words.buffer_info()
+    addresses = [t.data_ptr() for t in tensors]
+    code = DTYPE_CODES[tensors[0].dtype]
+    native.miner_cpu(code, address, count // WORDS, addresses, torch.get_num_threads())
+
+
+for _op, _pass in ((miner_forward, _forward), (miner_backward, _backward), (miner_second_order, _second)):
+
+    @_op.register("cpp", dtypes=(torch.float32, torch.float64))
+    def _(native, first, *args, _pass=_pass):
+        return _pass(functools.partial(_native, native), *args)
