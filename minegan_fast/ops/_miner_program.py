@@ -17,6 +17,7 @@ a whose gain phi(a) is h.
 import functools
 from array import array
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -158,6 +159,12 @@ class Program(NamedTuple):
     slots: tuple[tuple[str, int], ...]
     scratch: tuple[int, ...]
     shapes: tuple[Shape, ...]
+
+    @property
+    def aligned(self) -> bool:
+        """Whether the rows of all weights begin at 16 bytes if the weights do."""
+        matrices = [term.matrix for task in self.tasks if task.kind == "product" for term in task.terms]
+        return all(max(m.row, m.sample) % 4 == 0 and m.miner % 4 == 0 for m in matrices)
 
     def writes(self, name: str) -> list[int]:
         return [i for kind, i in self.slots if kind == name]
@@ -572,12 +579,14 @@ def _projected(task: Task, adds: list[Tensor], at) -> Tensor:
     return value + along(adds[1]) if len(adds) > 1 else value
 
 
-class Plan(NamedTuple):
+@dataclass(eq=False)
+class Plan:
     program: Program
     words: array
 
 
-@functools.lru_cache(maxsize=256)
+# Without a limit, as are the tables that the Triton kernel makes of it.
+@functools.cache
 def planned(which: str, *args) -> Plan:
     """A pass, "forward", "backward" or "second", and its numbers."""
     program = {"forward": forward, "backward": backward, "second": second}[which](*args)

@@ -438,3 +438,7 @@ for _op, _pass in ((miner_forward, _forward), (miner_backward, _backward), (mine
     @_op.register("cpp", dtypes=(torch.float32, torch.float64))
     def _(native, first, *args, _pass=_pass):
         return _pass(functools.partial(_native, native), *args)
+
+    @_op.register("triton", dtypes=(torch.float32,))
+    def _(kernels, first, *args, _pass=_pass):
+        return _pass(kernels.execute, *args)
