@@ -55,20 +55,27 @@ struct MinerProducts {
       for (; r < rows; ++r) block<1, N>(r, false);
     }
 
+    template <int R, int N>
+    MINEGAN_INLINE void add(const T* m, const T* xs, V (&sums)[R][N]) const {
+      V v[N];
+      for (int n = 0; n < N; ++n) load(v[n], xs + n * L);
+      for (int r = 0; r < R; ++r)
+        for (int n = 0; n < N; ++n) sums[r][n] += v[n] * m[r * stride];
+    }
+
     // The rows that follow are requested while these are read.
     template <int R, int N>
     MINEGAN_INLINE void block(int64_t first, bool more) const {
       for (int64_t p = 0; p < P; p += N * L) {
         const T *m = M + first * stride, *xs = x + p;
         V sums[R][N] = {};
-        for (int64_t k = 0; k < K; ++k) {
-          if (more && p == 0 && k % kLine == 0)
+        int64_t k = 0;
+        for (; k + kLine <= K; k += kLine) {
+          if (more && p == 0)
             for (int r = 0; r < R; ++r) request(m + (R + r) * stride + k);
-          V v[N];
-          for (int n = 0; n < N; ++n) load(v[n], xs + k * P + n * L);
-          for (int r = 0; r < R; ++r)
-            for (int n = 0; n < N; ++n) sums[r][n] += v[n] * m[r * stride + k];
+          for (int j = 0; j < kLine; ++j) add<R, N>(m + k + j, xs + (k + j) * P, sums);
         }
+        for (; k < K; ++k) add<R, N>(m + k, xs + k * P, sums);
         for (int r = 0; r < R; ++r)
           for (int n = 0; n < N; ++n) {
             T* const o = out + (first + r) * P + p + n * L;
@@ -109,18 +116,25 @@ struct MinerProducts {
           load(v[r][n], d + (k + r) * P + p + n * L);
           v[r][n] = v[r][n] * scale;
         }
-      for (int64_t i = 0; i < columns; ++i) {
-        if (more && i % kLine == 0)
+      T* const o = out + p;
+      int64_t i = 0;
+      for (; i + kLine <= columns; i += kLine) {
+        if (more)
           for (int r = 0; r < R; ++r) request(m + (R + r) * stride + i);
-        T* const o = out + i * P + p;
-        V even[N], odd[N] = {};  // two chains of sums, which do not wait for each other
-        for (int n = 0; n < N; ++n) load(even[n], o + n * L);
-        for (int r = 0; r < R; ++r)
-          for (int n = 0; n < N; ++n) (r % 2 ? odd : even)[n] += v[r][n] * m[r * stride + i];
-        for (int n = 0; n < N; ++n) {
-          even[n] += odd[n];
-          store(o + n * L, even[n]);
-        }
+        for (int j = 0; j < kLine; ++j) add<R, N>(m + i + j, v, o + (i + j) * P);
+      }
+      for (; i < columns; ++i) add<R, N>(m + i, v, o + i * P);
+    }
+
+    template <int R, int N>
+    MINEGAN_INLINE void add(const T* m, const V (&v)[R][N], T* o) const {
+      V even[N], odd[N] = {};  // two chains of sums, which do not wait for each other
+      for (int n = 0; n < N; ++n) load(even[n], o + n * L);
+      for (int r = 0; r < R; ++r)
+        for (int n = 0; n < N; ++n) (r % 2 ? odd : even)[n] += v[r][n] * m[r * stride];
+      for (int n = 0; n < N; ++n) {
+        even[n] += odd[n];
+        store(o + n * L, even[n]);
       }
     }
   };

@@ -154,8 +154,8 @@ def _outer(
             if matrix:
                 source, source_row, source_sample = _operand(tensors, scratch_ptr, task_ptr, _SOURCES + t, n)
                 at = b.to(tl.int64)[:, None] * source_sample + i.to(tl.int64)[None, :] * source_row
-                there = (b < B)[:, None] & (i < columns)[None, :]
-                x = tl.load(_pointer(source) + at, there, other=0.0, cache_modifier=".cg")
+                within = (b < B)[:, None] & (i < columns)[None, :]
+                x = tl.load(_pointer(source) + at, within, other=0.0, cache_modifier=".cg")
                 acc = tl.dot(d, x, acc, input_precision=PRECISION)
     inside = (r < rows)[:, None] & (i < columns)[None, :]
     _write(tensors, scratch_ptr, task_ptr, _OUT, n, r, i, inside, acc)
