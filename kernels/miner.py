@@ -14,8 +14,8 @@ import triton.language as tl
 
 from ._sizes import cdiv
 
-_OPTIONS = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": True}
-_BM, _BN, _BK, _BI = 32, 16, 64, 64  # rows, samples, depth of a step of a product, columns of an outer product
+_OPTIONS = {"num_warps": 4, "num_stages": 4, "enable_fp_fusion": True}
+_BM, _BN, _BK, _BI = 32, 16, 32, 64  # rows, samples, depth of a step of a product, columns of an outer product
 
 # Of a task's words in minegan_fast/ops/_miner_program.py: how many there are, how many of them are floats at the end,
 # which one says where its scratch begins, where depths and operands begin, and which operands they are.
@@ -89,10 +89,10 @@ def _product(
         M, x = _pointer(address), _pointer(source)
         if ALIGNED:
             M = tl.multiple_of(M, 16)
-            row = tl.multiple_of(row, 4) if column_stride == 1 else row
-            column_stride = column_stride if column_stride == 1 else tl.multiple_of(column_stride, 4)
         products = tl.zeros((BM, BN), tl.float32)
         if column_stride == 1:
+            if ALIGNED:
+                row, depth = tl.multiple_of(row, 4), tl.multiple_of(depth, 4)
             for first in range(0, depth, BK):
                 k = first + tl.arange(0, BK)
                 at = r.to(tl.int64)[:, None] * row + k[None, :]
@@ -101,10 +101,13 @@ def _product(
                 v = tl.load(x + at, (k < depth)[:, None] & (b < B)[None, :], other=0.0, cache_modifier=".cg")
                 products = tl.dot(m, v, products, input_precision=PRECISION)
         else:
+            wide = rows
+            if ALIGNED:
+                column_stride, wide = tl.multiple_of(column_stride, 4), tl.multiple_of(rows, 4)
             for first in range(0, depth, BK):
                 k = first + tl.arange(0, BK)
                 at = k.to(tl.int64)[:, None] * column_stride + r[None, :]
-                m = tl.load(M + at, (k < depth)[:, None] & (r < rows)[None, :], other=0.0)
+                m = tl.load(M + at, (k < depth)[:, None] & (r < wide)[None, :], other=0.0)
                 at = k.to(tl.int64)[:, None] * source_row + b.to(tl.int64)[None, :] * source_sample
                 v = tl.load(x + at, (k < depth)[:, None] & (b < B)[None, :], other=0.0, cache_modifier=".cg")
                 products = tl.dot(tl.trans(m), v, products, input_precision=PRECISION)
@@ -283,7 +286,9 @@ def _on_device(plan, device: torch.device) -> tuple[list[torch.Tensor], int, int
     """The tables, elements of scratch, the most units of a step, steps."""
     words, floats, units, steps = tables(plan)
     dtypes = torch.int64, torch.float32, torch.int32, torch.int32
-    tensors = [torch.tensor(v, dtype=t, device=device) for v, t in zip((words, floats, units, steps), dtypes, strict=True)]
+    tensors = [
+        torch.tensor(v, dtype=t, device=device) for v, t in zip((words, floats, units, steps), dtypes, strict=True)
+    ]
     sizes = zip(plan.program.shapes, plan.program.scratch, strict=True)
     most = max(a + b for a, b in zip(units[::4], units[1::4], strict=True))
     return tensors, sum(s.miners * rows * s.lanes for s, rows in sizes), most, len(steps) - 1

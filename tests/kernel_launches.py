@@ -350,7 +350,7 @@ def miner_kernels():
         pointers |= dict.fromkeys(("units_ptr", "steps_ptr", "counter_ptr"), "i32")
         constants = {"PRECISION": "tf32x3", "ALIGNED": aligned, "BM": _BM, "BN": _BN, "BK": _BK, "BI": _BI}
         yield Kernel(
-            "miner", "miner_kernel", label, pointers, {"first": 0, "last": 10}, constants=constants, wide=aligned,
+            "miner", "miner_kernel", label, pointers, {"first": 0, "last": 10}, constants=constants, wide=False,
             tensor_cores=True, options=_OPTIONS | {"launch_cooperative_grid": True},
         )  # fmt: skip
 

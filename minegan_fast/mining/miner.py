@@ -6,9 +6,16 @@ identity, so mining starts at the source GAN's own distribution.
 """
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+
+from .._torch import is_tracing, transforms_active, watched
+from ..ops.miner import DEPTH, Chain, mine
+from .prior import project
+
+FEW = 8  # samples: of fewer a single miner's matrix-vector products on a CPU are the library's, which is faster there
 
 ACTIVATIONS = {"relu": nn.ReLU, "lrelu": lambda: nn.LeakyReLU(0.2), "tanh": nn.Tanh, "linear": nn.Identity}
 
@@ -74,11 +81,35 @@ class Miner(nn.Module):
             nn.init.zeros_(linears[-1].weight)
             nn.init.zeros_(linears[-1].bias)
 
-    def forward(self, u: Tensor) -> Tensor:
+    def forward(self, u: Tensor, sphere: bool = False) -> Tensor:
+        """sphere: project z onto the sphere, as `project` does."""
         if u.ndim != 2 or u.shape[1] != self.input_dim:
             raise ValueError(f"u must have shape [B, {self.input_dim}], got {list(u.shape)}")
+        if not u.is_cuda and len(u) < FEW:
+            return self._by_layers(u, sphere)
+        chain = self.chain(u, sphere)
+        return self._by_layers(u, sphere) if chain is None else mine([chain])[0]
+
+    def _by_layers(self, u: Tensor, sphere: bool) -> Tensor:
         z = self.layers(u)
-        return z if self.skip is None else self.skip(u) + z
+        z = z if self.skip is None else self.skip(u) + z
+        return project(z, "sphere") if sphere else z
+
+    def chain(self, u: Tensor, sphere: bool = False) -> Chain | None:
+        """What the op `miner` takes in the place of this miner's layers. None where they must be called: under autocast,
+        inside a transform or a trace, where someone watches or has replaced a layer, and where they will refuse u."""
+        linears = [self.layers[i] for i in range(0, len(self.layers), 2)]
+        own = [*linears, self.skip] if isinstance(self.skip, nn.Linear) else linears
+        if any(type(layer) is not nn.Linear or watched(layer) for layer in own) or any(map(watched, self.layers)):
+            return None
+        parameters = [p for layer in own for p in (layer.weight, layer.bias)]
+        if not u.numel() or len(linears) > DEPTH or None in parameters or not takes(u, *parameters):
+            return None
+        skip = (self.skip.weight, self.skip.bias) if isinstance(self.skip, nn.Linear) else None
+        if skip is None and self.skip is not None:
+            skip = "identity"
+        weights, biases = [layer.weight for layer in linears], [layer.bias for layer in linears]
+        return Chain(u, weights, biases, self.config["activation"], skip, sphere)
 
     @torch.no_grad()
     def match(self, samples: Tensor) -> None:
@@ -97,3 +128,25 @@ class Miner(nn.Module):
         self.skip.bias.copy_(mean)
         self.skip.weight.zero_()
         self.skip.weight[:, : len(kept)] = (axes * kept[:, None]).T
+
+
+def takes(u: Tensor, *parameters: Tensor) -> bool:
+    """Whether the op `miner` may take u and these parameters here, rather than PyTorch's own operations."""
+    if torch.is_autocast_enabled(u.device.type) or transforms_active() or is_tracing():
+        return False
+    return all(type(p) in (Tensor, nn.Parameter) and p.dtype == u.dtype and p.device == u.device for p in parameters)
+
+
+def mine_together(miners: Sequence[nn.Module], u: Tensor, sphere: bool) -> list[Tensor]:
+    """What each miner gives for u, in one call where it can be; `sphere` is for the first."""
+    together = all(isinstance(m, Miner) and not watched(m) and m.input_dim == u.shape[-1] for m in miners)
+    if len(miners) > 1 and together and u.ndim == 2:
+        chains = [m.chain(u, sphere and i == 0) for i, m in enumerate(miners)]
+        if None not in chains:
+            return mine(chains)
+    first, *others = miners
+    if isinstance(first, Miner):
+        z = first(u, sphere=sphere)
+    else:
+        z = project(first(u), "sphere") if sphere else first(u)
+    return [z, *(m(u) for m in others)]

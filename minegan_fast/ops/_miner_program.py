@@ -347,7 +347,12 @@ def _below_mapping(b: _Builder, k: int, d: Rows, out: Rows | None) -> Rows:
     weight = _transposed(b.matrix("input", s.mapping(k), s.mapped[k], inputs, shared=True))
     slope = {}
     if k:
-        slope = {"h": b.kept("kept", ("m", k - 1)), "activation": "lrelu", "epilogue": "slope", "gain": s.scales[k - 1][2]}
+        slope = {
+            "h": b.kept("kept", ("m", k - 1)),
+            "activation": "lrelu",
+            "epilogue": "slope",
+            "gain": s.scales[k - 1][2],
+        }
     term = Term(weight, d, s.mapped[k], s.scales[k][0])
     return b.layer(inputs, b.scratch(inputs) if out is None else out, (term,), **slope)
 
@@ -563,6 +568,8 @@ def _epilogue(task: Task, value, at) -> Tensor:
 
 
 def _projected(task: Task, adds: list[Tensor], at) -> Tensor:
+    wide = torch.promote_types(adds[0].dtype, torch.float32)
+    adds = [a.to(wide) for a in adds]
     z = adds[0]
     r = torch.rsqrt(z.square().mean(1, keepdim=True) + EPSILON)
 
@@ -573,7 +580,7 @@ def _projected(task: Task, adds: list[Tensor], at) -> Tensor:
         return z * r
     if task.kind == "along":
         return along(adds[1])
-    v, w = at(task.h), at(task.p)
+    v, w = at(task.h).to(wide), at(task.p).to(wide)
     zv, zw, vw = ((a * b).mean(1, keepdim=True) for a, b in ((z, v), (z, w), (v, w)))
     value = 3 * r**5 * z * zv * zw - r**3 * (z * vw + v * zw + w * zv)
     return value + along(adds[1]) if len(adds) > 1 else value

@@ -35,7 +35,7 @@ from ._miner_program import planned, rows_of
 from ._op import DTYPE_CODES, Op, backward_wants, forced_backend, refuse_transforms, run
 from .checks import check_beside, check_tensor
 
-__all__ = ["Chain", "Mapping", "miner", "plain"]
+__all__ = ["Chain", "Mapping", "mine", "miner", "plain"]
 
 DEPTH = 8  # at most
 
@@ -85,7 +85,8 @@ def plain(chain: Chain) -> Tensor:
     if chain.skip is not None:
         x = x + (chain.u if isinstance(chain.skip, str) else linear(chain.u, *chain.skip))
     for _ in range(chain.sphere + (chain.mapping is not None)):
-        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPSILON)
+        z = x.to(torch.promote_types(x.dtype, torch.float32))
+        x = (z * torch.rsqrt(z.square().mean(-1, keepdim=True) + EPSILON)).to(x.dtype)
     if chain.mapping is not None:
         for weight, bias, (scale, bias_scale, gain) in zip(*chain.mapping, strict=True):
             x = gain * F.leaky_relu(F.linear(x, scale * weight.detach(), bias_scale * bias.detach()), SLOPE)
@@ -341,7 +342,13 @@ def _flat(chains: Sequence[Chain]) -> tuple[list[int], list[float], list[Tensor]
         affine = isinstance(chain.skip, tuple)
         skip = SKIPS.index("affine" if affine else chain.skip or "none")
         mapping = chain.mapping or Mapping((), (), ())
-        kinds += [len(chain.weights), ACTIVATIONS.index(chain.activation), skip, int(chain.sphere), len(mapping.weights)]
+        kinds += [
+            len(chain.weights),
+            ACTIVATIONS.index(chain.activation),
+            skip,
+            int(chain.sphere),
+            len(mapping.weights),
+        ]
         scales += [float(value) for layer in mapping.scales for value in layer]
         tensors += [chain.u, *itertools.chain.from_iterable(zip(chain.weights, chain.biases, strict=True))]
         tensors += chain.skip if affine else ()
@@ -368,6 +375,11 @@ def miner(chains: Sequence[Chain]) -> list[Tensor]:
     for c, chain in enumerate(chains):
         _check(chain, "the chain" if len(chains) == 1 else f"chain {c}", chains[0].u)
     refuse_transforms("miner")
+    return mine(chains)
+
+
+def mine(chains: Sequence[Chain]) -> list[Tensor]:
+    """`miner` for chains that are known to be right."""
     kinds, scales, tensors = _flat(chains)
     return list(run(_Miner, kinds, scales, forced_backend(), *tensors))
 
@@ -403,7 +415,9 @@ def _check(chain: Chain, name: str, like: Tensor) -> None:
     elif chain.skip not in (None, "identity"):
         raise ValueError(f'skip of {name} must be None, "identity" or a pair (A, a), got {chain.skip!r}')
     elif chain.skip and before != [chain.u.shape[-1]]:
-        raise ValueError(f"{name} gives {before[0]} numbers for {chain.u.shape[-1]}: skip must be None or a pair (A, a)")
+        raise ValueError(
+            f"{name} gives {before[0]} numbers for {chain.u.shape[-1]}: skip must be None or a pair (A, a)"
+        )
     for k, (weight, bias, scales) in enumerate(zip(*(chain.mapping or ((), (), ())), strict=True), 1):
         out = list(weight.shape[:1])
         _check_layer(weight, bias, f"layer {k} of the mapping network of {name}", chain.u, [*out, *before], out)
