@@ -85,8 +85,6 @@ class Miner(nn.Module):
         """sphere: project z onto the sphere, as `project` does."""
         if u.ndim != 2 or u.shape[1] != self.input_dim:
             raise ValueError(f"u must have shape [B, {self.input_dim}], got {list(u.shape)}")
-        if not u.is_cuda and len(u) < FEW:
-            return self._by_layers(u, sphere)
         chain = self.chain(u, sphere)
         return self._by_layers(u, sphere) if chain is None else mine([chain])[0]
 
@@ -96,8 +94,11 @@ class Miner(nn.Module):
         return project(z, "sphere") if sphere else z
 
     def chain(self, u: Tensor, sphere: bool = False) -> Chain | None:
-        """What the op `miner` takes in the place of this miner's layers. None where they must be called: under autocast,
-        inside a transform or a trace, where someone watches or has replaced a layer, and where they will refuse u."""
+        """What the op `miner` takes in the place of this miner's layers. None where they are to be called: for few samples,
+        under autocast, inside a transform or a trace, where someone watches or has replaced a layer, and where they will
+        refuse u."""
+        if not u.is_cuda and len(u) < FEW:
+            return None
         linears = [self.layers[i] for i in range(0, len(self.layers), 2)]
         own = [*linears, self.skip] if isinstance(self.skip, nn.Linear) else linears
         if any(type(layer) is not nn.Linear or watched(layer) for layer in own) or any(map(watched, self.layers)):

@@ -225,7 +225,6 @@ class _Miner(Function):
     def forward(ctx, kinds, scales, backend, *tensors):
         ctx.args = kinds, scales, backend
         ctx.set_materialize_grads(False)
-        tensors = [t.contiguous() for t in tensors]
         found = miner_forward(tensors[0], tensors, kinds, scales, any(ctx.needs_input_grad), backend=backend)
         chains = len(kinds) // _PARTS
         ctx.save_for_backward(*tensors, *found[chains:])
@@ -373,7 +372,10 @@ def miner(chains: Sequence[Chain]) -> list[Tensor]:
     if not chains:
         raise ValueError("chains is empty: give one Chain at least")
     for c, chain in enumerate(chains):
-        _check(chain, "the chain" if len(chains) == 1 else f"chain {c}", chains[0].u)
+        name = "the chain" if len(chains) == 1 else f"chain {c}"
+        if not isinstance(chain, Chain):
+            raise TypeError(f"chains must hold Chain, {name} is {type(chain).__name__}")
+        _check(chain, name, chains[0].u)
     refuse_transforms("miner")
     return mine(chains)
 
@@ -381,12 +383,11 @@ def miner(chains: Sequence[Chain]) -> list[Tensor]:
 def mine(chains: Sequence[Chain]) -> list[Tensor]:
     """`miner` for chains that are known to be right."""
     kinds, scales, tensors = _flat(chains)
-    return list(run(_Miner, kinds, scales, forced_backend(), *tensors))
+    # Before the Function: what it saves must be its inputs, or a second order would end there.
+    return list(run(_Miner, kinds, scales, forced_backend(), *(t.contiguous() for t in tensors)))
 
 
 def _check(chain: Chain, name: str, like: Tensor) -> None:
-    if not isinstance(chain, Chain):
-        raise TypeError(f"chains must hold Chain, {name} is {type(chain).__name__}")
     weights, biases = chain.weights, chain.biases
     if not 1 <= len(weights) <= DEPTH or len(biases) != len(weights):
         raise ValueError(
