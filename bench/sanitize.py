@@ -33,8 +33,8 @@ from minegan_fast.ops import (
     RowTensor,
     RowUpdate,
     bias_act,
-    minibatch_stddev,
     miner,
+    minibatch_stddev,
     mmd2,
     mmd_groups,
     row_gradient,
@@ -364,14 +364,14 @@ def check_miner(device: str) -> Iterator[Check]:
             if mapped:
                 chains[-1] = chains[-1]._replace(mapping=Mapping([M], [m], [(0.3, 0.5, 1.4)]))
 
-            def call():
+            def passes():
                 zs = miner(chains)
                 ones = [torch.ones_like(z) for z in zs]
                 first = torch.autograd.grad(zs, leaves, ones, create_graph=True)
                 second = torch.autograd.grad(first, leaves, [g.detach() for g in first], allow_unused=True)
                 return *zs, *first, *(g for g in second if g is not None)
 
-            return call
+            return passes
 
         calls = [functools.partial(make, *where) for where in ((device, torch.float32), ("cpu", torch.float64))]
         yield f"{call} {activation}{' mapping' * mapped}", torch.bfloat16, *calls  # sums that cancel, too

@@ -231,8 +231,8 @@ def miner_kernel(
     PRECISION: tl.constexpr, ALIGNED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     BI: tl.constexpr,
 ):  # fmt: skip
-    """steps_ptr: where the tasks of each step begin, and the last ones end. units_ptr: for each task its units, how many
-    there are before it in its step, its tiles of rows and those of samples or columns."""
+    """steps_ptr: where the tasks of each step begin, and the last ones end. units_ptr: for each task its units, how
+    many there are before it in its step, its tiles of rows and those of samples or columns."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     for step in range(first, last):
         for t in range(tl.load(steps_ptr + step), tl.load(steps_ptr + step + 1)):
@@ -246,7 +246,8 @@ def miner_kernel(
                 n = (unit // (columns * tiles)).to(tl.int64)
                 if kind == 0:
                     _product(
-                        tensors, scratch_ptr, task_ptr, task_floats_ptr, n, tile, column, PRECISION, ALIGNED, BM, BN, BK
+                        tensors, scratch_ptr, task_ptr, task_floats_ptr, n, tile, column, PRECISION, ALIGNED, BM, BN,
+                        BK,
                     )  # fmt: skip
                 elif kind == 1:
                     _outer(tensors, scratch_ptr, task_ptr, n, tile, column, PRECISION, BM, BN, BI)

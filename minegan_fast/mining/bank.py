@@ -29,7 +29,7 @@ class _OfBank(Miner):
         with torch.device("meta"):
             super().__init__(**bank.config)
         self.owner = (bank, i)  # in a tuple, since a module in an attribute would be a part of this one
-        for name, parameter in list(self.named_parameters()):
+        for name in [name for name, _ in self.named_parameters()]:
             layer, _, which = name.rpartition(".")
             part = bank.get_parameter(name)
             new = nn.Parameter(part.detach()[i], requires_grad=part.requires_grad)

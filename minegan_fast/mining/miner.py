@@ -94,9 +94,9 @@ class Miner(nn.Module):
         return project(z, "sphere") if sphere else z
 
     def chain(self, u: Tensor, sphere: bool = False) -> Chain | None:
-        """What the op `miner` takes in the place of this miner's layers. None where they are to be called: for few samples,
-        under autocast, inside a transform or a trace, where someone watches or has replaced a layer, and where they will
-        refuse u."""
+        """What the op `miner` takes in the place of this miner's layers. None where they are to be called: for few
+        samples, under autocast, inside a transform or a trace, where someone watches or has replaced a layer, and where
+        they will refuse u."""
         if not u.is_cuda and len(u) < FEW:
             return None
         linears = [self.layers[i] for i in range(0, len(self.layers), 2)]

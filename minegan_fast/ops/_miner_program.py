@@ -151,9 +151,9 @@ def rows_of(places: dict[tuple[str, int], tuple[int, int]]) -> int:
 
 
 class Program(NamedTuple):
-    """tasks: in an order in which one after the other can run. slots: what the tensors of the tasks are, as ("input", i),
-    ("gradient", i) or ("cotangent", i) of tensor i, or ("result" | "kept" | "gz" | "adjoint" | "ggz", chain). scratch:
-    of each chain, rows."""
+    """tasks: in an order in which one after the other can run. slots: what the tensors of the tasks are, as
+    ("input", i), ("gradient", i) or ("cotangent", i) of tensor i, or ("result" | "kept" | "gz" | "adjoint" | "ggz",
+    chain). scratch: of each chain, rows."""
 
     tasks: tuple[Task, ...]
     slots: tuple[tuple[str, int], ...]

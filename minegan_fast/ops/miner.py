@@ -30,8 +30,20 @@ from torch.autograd import Function
 from torch.nn import functional as F
 
 from .._torch import apply_function
-from ._miner_program import ACTIVATIONS, EPSILON, SKIPS, SLOPE, WORDS, Plan, Shape, execute, kept, kept_by_backward
-from ._miner_program import planned, rows_of
+from ._miner_program import (
+    ACTIVATIONS,
+    EPSILON,
+    SKIPS,
+    SLOPE,
+    WORDS,
+    Plan,
+    Shape,
+    execute,
+    kept,
+    kept_by_backward,
+    planned,
+    rows_of,
+)
 from ._op import DTYPE_CODES, Op, backward_wants, forced_backend, refuse_transforms, run
 from .checks import check_beside, check_tensor
 
@@ -110,12 +122,9 @@ def _shapes(tensors: Sequence[Tensor], kinds: Sequence[int], scales: Sequence[fl
         many = weights[0].ndim == 3
         shared = many and u.ndim == 2
         scaling = [tuple(scales[factors + 3 * k : factors + 3 * k + 3]) for k in range(mapped)]
-        found.append(
-            Shape(
-                weights[0].shape[0] if many else 1, u.shape[-2], shared, (u.shape[-1], *(w.shape[-2] for w in weights)),
-                ACTIVATIONS[activation], SKIPS[skip], bool(sphere), tuple(m.shape[0] for m in maps), tuple(scaling), first,
-            )
-        )  # fmt: skip
+        sizes, outputs = (u.shape[-1], *(w.shape[-2] for w in weights)), tuple(m.shape[0] for m in maps)
+        what = ACTIVATIONS[activation], SKIPS[skip], bool(sphere), outputs, tuple(scaling), first
+        found.append(Shape(weights[0].shape[0] if many else 1, u.shape[-2], shared, sizes, *what))
         first, factors = end + 2 * mapped, factors + 3 * mapped
     return tuple(found)
 

@@ -177,7 +177,7 @@ def test_a_bank_of_miners():
     assert not torch.equal(bank[0].skip.bias, miners[0].skip.bias)
     with pytest.raises(ValueError, match="a bank needs one miner at least"):
         MinerBank.of([])
-    with pytest.raises(ValueError, match="miner 0 is .*, miner 1 .*: a bank takes one shape"):
+    with pytest.raises(ValueError, match=r"miner 0 is .*, miner 1 .*: a bank takes one shape"):
         MinerBank.of([Miner(6), Miner(6, 3)])
 
 

@@ -1,4 +1,4 @@
-"""Chains of miners against PyTorch's own operations in float64: values, three orders, and what each of them leaves out."""
+"""Chains of miners against PyTorch's own operations in float64: values, three orders, what each of them leaves out."""
 
 import itertools
 
@@ -13,7 +13,7 @@ from minegan_fast.models import StyleGAN2Generator, StyleGANGenerator
 from minegan_fast.ops import Chain, Mapping, miner, use_backend
 from minegan_fast.ops.miner import miner_backward, miner_forward, miner_second_order, plain
 
-# N (None: a single miner), B, sizes, activation, skip, sphere, sizes of the mapping network, whether each miner has its u
+# N (None: a single miner), B, sizes, activation, skip, sphere, sizes of the mapping network, a u for each miner
 SHAPES = {
     "one layer": (None, 1, (4, 3), "relu", None, False, (), False),
     "identity": (3, 5, (4, 6, 4), "relu", "identity", False, (), False),
