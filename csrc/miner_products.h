@@ -48,7 +48,8 @@ struct MinerProducts {
 
     template <int N>
     MINEGAN_INLINE void run() const {
-      constexpr int R = kRegisters / N < 12 ? kRegisters / N : 12;
+      // Of twelve rows of two registers each the compiler keeps some in memory.
+      constexpr int R = N == 1 ? 12 : N == 2 && kRegisters == 24 ? 8 : kRegisters / N;
       int64_t r = 0;
       for (; r + R <= rows; r += R) block<R, N>(r, r + 2 * R <= rows);
       for (; r + 4 <= rows; r += 4) block<4, N>(r, false);

@@ -121,7 +121,8 @@ class MinerBank(nn.Module):
             skip = (self.skip.weight, self.skip.bias)
         weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
         chain = Chain(u, weights, biases, self.config["activation"], skip, sphere)
-        if u.numel() and takes(u, *self.parameters()):
+        around = skip if isinstance(skip, tuple) else ()
+        if u.numel() and takes(u, *weights, *biases, *around):
             return mine([chain])[0]
         z = plain(chain._replace(sphere=False))
         return project(z.flatten(0, 1), "sphere").view(z.shape) if sphere else z

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .._torch import is_tracing, transforms_active, watched
+from .._torch import is_tracing, own_modules, own_parameters, transforms_active, watched
 from ..ops.miner import DEPTH, Chain, mine
 from .prior import project
 
-FEW = 8  # samples: of fewer a single miner's matrix-vector products on a CPU are the library's, which is faster there
+FEW = 8  # samples: up to so many a single miner on a CPU is the library's, whose matrix-vector products are as fast
 
 ACTIVATIONS = {"relu": nn.ReLU, "lrelu": lambda: nn.LeakyReLU(0.2), "tanh": nn.Tanh, "linear": nn.Identity}
 
@@ -97,20 +97,22 @@ class Miner(nn.Module):
         """What the op `miner` takes in the place of this miner's layers. None where they are to be called: for few
         samples, under autocast, inside a transform or a trace, where someone watches or has replaced a layer, and where
         they will refuse u."""
-        if not u.is_cuda and len(u) < FEW:
+        if not u.is_cuda and len(u) <= FEW:
             return None
-        linears = [self.layers[i] for i in range(0, len(self.layers), 2)]
-        own = [*linears, self.skip] if isinstance(self.skip, nn.Linear) else linears
-        if any(type(layer) is not nn.Linear or watched(layer) for layer in own) or any(map(watched, self.layers)):
+        layers, skip = [*own_modules(self.layers).values()], self.skip
+        linears = layers[::2]
+        if isinstance(skip, nn.Linear):
+            layers.append(skip)
+            linears.append(skip)
+        if any(map(watched, layers)) or any(type(layer) is not nn.Linear for layer in linears):
             return None
-        parameters = [p for layer in own for p in (layer.weight, layer.bias)]
-        if not u.numel() or len(linears) > DEPTH or None in parameters or not takes(u, *parameters):
+        # Where the layer itself would look for them; a weight that is not there is no parameter, but computed.
+        pairs = [(own.get("weight"), own.get("bias")) for own in map(own_parameters, linears)]
+        if not u.numel() or len(linears) > DEPTH or not takes(u, *itertools.chain.from_iterable(pairs)):
             return None
-        skip = (self.skip.weight, self.skip.bias) if isinstance(self.skip, nn.Linear) else None
-        if skip is None and self.skip is not None:
-            skip = "identity"
-        weights, biases = [layer.weight for layer in linears], [layer.bias for layer in linears]
-        return Chain(u, weights, biases, self.config["activation"], skip, sphere)
+        around = None if skip is None else pairs.pop() if isinstance(skip, nn.Linear) else "identity"
+        weights, biases = zip(*pairs, strict=True)
+        return Chain(u, weights, biases, self.config["activation"], around, sphere)
 
     @torch.no_grad()
     def match(self, samples: Tensor) -> None:
@@ -131,11 +133,12 @@ class Miner(nn.Module):
         self.skip.weight[:, : len(kept)] = (axes * kept[:, None]).T
 
 
-def takes(u: Tensor, *parameters: Tensor) -> bool:
+def takes(u: Tensor, *parameters: Tensor | None) -> bool:
     """Whether the op `miner` may take u and these parameters here, rather than PyTorch's own operations."""
     if torch.is_autocast_enabled(u.device.type) or transforms_active() or is_tracing():
         return False
-    return all(type(p) in (Tensor, nn.Parameter) and p.dtype == u.dtype and p.device == u.device for p in parameters)
+    plain = (Tensor, nn.Parameter)
+    return all(p is not None and type(p) in plain and p.dtype == u.dtype and p.device == u.device for p in parameters)
 
 
 def mine_together(miners: Sequence[nn.Module], u: Tensor, sphere: bool) -> list[Tensor]:
