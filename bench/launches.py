@@ -30,11 +30,14 @@ from minegan_fast import SparseFinetuner
 from minegan_fast.layers import gradient_penalty, path_length_penalty, r1_penalty
 from minegan_fast.models import StyleGAN2Discriminator, StyleGAN2Generator
 from minegan_fast.ops import (
+    Chain,
     Hyperparameters,
+    Mapping,
     MmdTarget,
     RowTensor,
     RowUpdate,
     bias_act,
+    miner,
     minibatch_stddev,
     mmd2,
     mmd_groups,
@@ -186,6 +189,14 @@ def ops(B: int, dtype: torch.dtype) -> Iterator[tuple[str, list[int], Make]]:
     yield from of("penalty path length", x, lengths, bias[:, None, None])
     # `interpolate` draws in the kernel where the images are on a GPU.
     yield from repeated("interpolate", list(x.shape), lambda: interpolate_drawn(x, x.flip(0), 5, 0))
+
+    mapping = Mapping([torch.randn(32, 32)], [torch.randn(32)], [(0.1, 1.0, 1.4)])
+
+    def mined(u, W1, b1, W2, b2):
+        return miner([Chain(u, (W1, W2), (b1, b2), "tanh", "identity", True, mapping)])[0]
+
+    layer = torch.randn(3, 32, 32), torch.randn(3, 32)
+    yield from of("miner", style, mined, torch.randn(B, 32), *layer, *layer)
 
     dense = [torch.randn(64, 32, 3, 3), torch.randn(64), torch.randn(7, 3, 3, 3)]
     for kind in ("square", "product"):

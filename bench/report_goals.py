@@ -10,7 +10,7 @@ from pathlib import Path
 from machine import slug
 
 OURS, BACKENDS = "minegan_fast", ("", "cuda", "triton", "cpp", "reference")  # "": the automatic choice
-COMPACT, MASK = "compact leaves", "mask"
+COMPACT, MASK, LOOP = "compact leaves", "mask", "nn.Sequential in a loop"
 
 
 class Machine:
@@ -130,6 +130,13 @@ def _penalties(machine, name):
     return [row for row in rows if row.get("cold", True)]
 
 
+def _miners(machine, step, rival=None):
+    """Of banks of 8 and 64 miners, 512 wide and two layers deep: the rival's time over ours, or ours over the floor."""
+    for row in machine.ours("miner"):
+        if row["pass"] == step and row["shape"][0] in (8, 64) and row["shape"][2:] == [512, 2]:
+            yield machine.above_floor(row) if rival is None else machine.ratio(row, rival, "median_us")
+
+
 PUBLIC = ("public", "float32"), ("public", "bfloat16")
 TRAINING = "forward + backward"
 NORMS = f"norm {TRAINING}"
@@ -243,6 +250,14 @@ GOALS = [
         lambda m: [1 / r["ratio"]["generator and features alone"] for r in m.ours("kernel_step")],
         1.15, 1.15, most=True,
     ),
+    Goal("a bank of 8 or 64 miners, against a loop", lambda m: _miners(m, "forward", LOOP), 3, 3),
+    Goal("the same against vmap", lambda m: _miners(m, "forward", "vmap"), 1.5, 1.5),
+    Goal("the same against `baddbmm`", lambda m: _miners(m, "forward", "baddbmm"), 1.5, 1.5),
+    Goal("the same over the byte floor of the weights", lambda m: _miners(m, "forward"), 1.6, 1.6, most=True),
+    Goal("a bank with its gradients, against a loop", lambda m: _miners(m, TRAINING, LOOP), 3, 3),
+    Goal("the same against vmap", lambda m: _miners(m, TRAINING, "vmap"), 1.5, 1.5),
+    Goal("the same against `baddbmm`", lambda m: _miners(m, TRAINING, "baddbmm"), 1.5, 1.5),
+    Goal("the same over the byte floor", lambda m: _miners(m, TRAINING), 1.6, 1.6, most=True),
     Goal("KID of 100 subsets of 1,000, against NumPy", lambda m: _kid(m, "NumPy"), 3, None),
     Goal("the same against torchmetrics", lambda m: _kid(m, "torchmetrics"), 3, 10),
     Goal(

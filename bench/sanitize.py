@@ -26,11 +26,14 @@ from machine import Lines
 from measure import PASSES, make_pass, relative_error
 
 from minegan_fast.ops import (
+    Chain,
     Hyperparameters,
+    Mapping,
     MmdTarget,
     RowTensor,
     RowUpdate,
     bias_act,
+    miner,
     minibatch_stddev,
     mmd2,
     mmd_groups,
@@ -338,6 +341,42 @@ def check_demodulation(device: str) -> Iterator[Check]:
         yield f"{[B, I, O, k]} {dtype}{' channels last' * last}", dtype, *calls
 
 
+def check_miner(device: str) -> Iterator[Check]:
+    """Sizes that no tile divides, one and several chains of other shapes in a call, a mapping network, three passes."""
+    shapes = [(1, 1, (1, 3)), (2, 17, (33, 70, 5)), (3, 4, (64, 64, 64, 64))]
+    chains = [(shapes[0],), (shapes[1],), (shapes[2], shapes[1])]
+    for call, activation, mapped in itertools.product(chains, ("lrelu", "tanh"), (False, True)):
+        sizes = [[*itertools.pairwise(layers)] for _, _, layers in call]
+        us = [torch.randn(B, layers[0]) for _, B, layers in call]
+        weights = [[torch.randn(N, o, i) / i**0.5 for i, o in ls] for (N, _, _), ls in zip(call, sizes, strict=True)]
+        biases = [[torch.randn(N, o) for _, o in ls] for (N, _, _), ls in zip(call, sizes, strict=True)]
+        last = call[-1][2][-1]
+        maps = torch.randn(7, last), torch.randn(7)
+
+        def make(place, kind, us=us, weights=weights, biases=biases, maps=maps, activation=activation, mapped=mapped):
+            def leaf(t):
+                return t.to(place, kind, copy=True).requires_grad_()
+
+            groups = [(leaf(u), [*map(leaf, W)], [*map(leaf, b)]) for u, W, b in zip(us, weights, biases, strict=True)]
+            leaves = [t for u, W, b in groups for t in (u, *W, *b)]
+            M, m = (t.to(place, kind) for t in maps)
+            chains = [Chain(u, W, b, activation, None, True) for u, W, b in groups]
+            if mapped:
+                chains[-1] = chains[-1]._replace(mapping=Mapping([M], [m], [(0.3, 0.5, 1.4)]))
+
+            def passes():
+                zs = miner(chains)
+                ones = [torch.ones_like(z) for z in zs]
+                first = torch.autograd.grad(zs, leaves, ones, create_graph=True)
+                second = torch.autograd.grad(first, leaves, [g.detach() for g in first], allow_unused=True)
+                return *zs, *first, *(g for g in second if g is not None)
+
+            return passes
+
+        calls = [functools.partial(make, *where) for where in ((device, torch.float32), ("cpu", torch.float64))]
+        yield f"{call} {activation}{' mapping' * mapped}", torch.bfloat16, *calls  # sums that cancel, too
+
+
 def check_penalty(device: str) -> Iterator[Check]:
     """Samples of one element, of sizes that no block divides, of several blocks; channels last; all kinds."""
     kinds = {"centred": (-0.7, 0.0, 1, False), "squared": (0.0, 0.0, 1, True), "path length": (0.0, 0.01, 3, False)}
@@ -376,6 +415,7 @@ OPS: dict[str, Callable[[str], Iterator[Check]]] = {
     "manhattan": check_manhattan,
     "mmd": check_mmd,
     "mmd_groups": check_mmd_groups,
+    "miner": check_miner,
     "penalty": check_penalty,
 }
 PROCESSES = {"mmd": 4, "bias_act": 4}  # of an op that takes one too long: to compile, or under a sanitizer

@@ -109,6 +109,14 @@ PYBIND11_MODULE(_C, m) {
       no_gil);
 
   m.def(
+      "miner_cpu",
+      [](int dtype, Address tasks, int64_t count, const std::vector<Address>& tensors, int threads) {
+        minegan::miner_cpu(DType(dtype), (const minegan::MinerTask*)at(tasks), count, (void* const*)tensors.data(),
+                           threads);
+      },
+      no_gil);
+
+  m.def(
       "upfirdn2d_cpu",
       [](int dtype, Address x, Address f, Address y, Pair counts, Pair in, Pair out, std::vector<int64_t> kernel,
          Pair up, Pair down, Pair before, bool flip, double gain, int threads) {

@@ -1,24 +1,24 @@
-// L floats side by side, which one instruction multiplies and adds.
+// L numbers side by side, floats if nothing else is said, which one instruction multiplies and adds.
 #pragma once
 
 namespace minegan {
 namespace {
 
 #ifdef __GNUC__
-template <int L>
+template <int L, class T = float>
 struct Lanes {
-  typedef float type __attribute__((vector_size(L * 4)));
+  typedef T type __attribute__((vector_size(L * sizeof(T))));
 };
 #else
-template <int L>
+template <int L, class T = float>
 struct Lanes {
   struct type {
-    float at[L];
+    T at[L];
     friend type operator*(type a, const type& b) {
       for (int j = 0; j < L; ++j) a.at[j] *= b.at[j];
       return a;
     }
-    friend type operator*(type a, float b) {
+    friend type operator*(type a, T b) {
       for (int j = 0; j < L; ++j) a.at[j] *= b;
       return a;
     }

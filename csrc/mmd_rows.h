@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "exponential.h"
 #include "ops.h"
 
 namespace minegan {
@@ -13,24 +14,6 @@ constexpr int kLanes = 128;           // columns that are worked on together, wh
 constexpr int64_t kAlone = 1 << 15;   // below this many pairs a second thread costs more to start than it gives
 constexpr float kClose = 1.0f / 256;  // |p - q|² below this part of |p|² + |q|² is taken from differences: products
                                       // leave too few digits of it, and energy's derivatives divide by it
-
-// exp of a number that is not much above 0, to 2 units in the last place; 1e-38 for what is smaller.
-MINEGAN_HD float exponential(float x) {
-  x = x < -87.0f ? -87.0f : x;
-  // Adding 1.5 · 2^23 rounds to a whole number, which then stands in the last bits.
-  const float shifted = x * 1.44269504f + 12582912.0f;
-  const float whole = shifted - 12582912.0f;
-  const float r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
-  float y = 1.0f / 5040;
-  y = y * r + 1.0f / 720;
-  y = y * r + 1.0f / 120;
-  y = y * r + 1.0f / 24;
-  y = y * r + 1.0f / 6;
-  y = y * r + 0.5f;
-  y = y * r + 1.0f;
-  y = y * r + 1.0f;
-  return y * bits<float>((bits<int32_t>(shifted) - 0x4b400000 + 127) << 23);
-}
 
 MINEGAN_INLINE float dot_of_differences(const float* a, const float* b, const float* u, const float* v, int64_t D) {
   constexpr int lanes_of_a_pair = 32;

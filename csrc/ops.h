@@ -225,6 +225,32 @@ void manhattan_slopes_cpu(const float* p, const float* q, const float* hp, const
 void manhattan_signs_cpu(const float* A, const float* p, const float* q, float* out, int64_t r, int64_t c, int64_t D,
                          int threads);
 
+// ---- miner ----
+// Codes of KINDS, ACTIVATIONS and EPILOGUES in minegan_fast/ops/_miner_program.py, where the tasks are described.
+enum class MinerKind : int { product, outer, project, along, twice };
+enum class MinerActivation : int { linear, relu, lrelu, tanh };
+enum class MinerEpilogue : int { value, slope, second };
+constexpr int kMinerTerms = 4, kMinerAdds = 2;
+
+// Where an element lies: in tensors[tensor], at offset + its miner, row and sample times these strides. A tensor of -1
+// is scratch memory, one of -2 is none.
+struct MinerRows {
+  int64_t tensor, offset, miner, row, sample;
+};
+
+// Of a matrix `row` and `sample` are the strides of its rows and columns. scratch: where the chain's scratch begins
+// among that of all, scratch_rows: those of one miner.
+struct MinerTask {
+  int64_t kind, step, chain, miners, rows, columns, terms, adds, activation, epilogue, scratch, scratch_rows;
+  int64_t depth[kMinerTerms];
+  MinerRows out, raw, copy, h, p, q, add[kMinerAdds], matrix[kMinerTerms], source[kMinerTerms];
+  double gain, add_scale[kMinerAdds], scale[kMinerTerms];
+};
+static_assert(sizeof(MinerTask) == 103 * 8, "every field is a word");  // WORDS
+
+// Runs tasks, those of a chain together and in their order. A sum has one order, whatever the threads.
+void miner_cpu(DType, const MinerTask* tasks, int64_t count, void* const* tensors, int threads);
+
 // ---- mmd ----
 enum class Kernel : int { gaussian, laplacian, polynomial, energy };  // KERNELS in minegan_fast/ops/mmd.py
 

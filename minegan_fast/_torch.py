@@ -152,6 +152,13 @@ own_parameters: Callable[[nn.Module], dict[str, nn.Parameter | None]] = operator
 """The dictionary in which a module keeps its own parameters. What is put there is a parameter of it, unchecked."""
 
 
+def watched(module: nn.Module) -> bool:
+    """Whether hooks of this very module run when it is called, or when gradients flow through it."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
 def compiled_module(model: nn.Module) -> nn.Module | None:
     """The module inside the one that torch.compile returned; None where `model` is not such a module."""
     inner = getattr(model, "_orig_mod", None)

@@ -21,7 +21,7 @@ class Kernel:
     op: str
     name: str
     layout: str
-    pointers: dict[str, str]  # argument: element type; 16-byte aligned, as torch's memory is
+    pointers: dict[str, str | tuple[str, ...]]  # argument: element type, or those of a tuple; 16-byte aligned
     sizes: dict[str, int]  # as the launch would specialise them: 1 is a constant, multiples of 16 are known to be
     scalars: dict[str, str] = field(default_factory=dict)  # argument: type
     constants: dict[str, object] = field(default_factory=dict)
@@ -38,12 +38,19 @@ class Kernel:
         plain = {parameter.name for parameter in function.params if parameter.do_not_specialize}
         values = {name: {"given": size, "ones": 1, "odd": size | 1}[sizes] for name, size in self.sizes.items()}
         constants = self.constants | {name: 1 for name, size in values.items() if size == 1 and name not in plain}
-        types = {name: f"*{element}" for name, element in self.pointers.items()} | self.scalars
+        types = {
+            name: f"*{element}" if isinstance(element, str) else tuple(f"*{e}" for e in element)
+            for name, element in self.pointers.items()
+        } | self.scalars
         types |= dict.fromkeys(values, "i32") | dict.fromkeys(constants, "constexpr")
         pointers = () if sizes == "odd" else self.pointers
         aligned = {*pointers, *(name for name, size in values.items() if size % 16 == 0)} - constants.keys() - plain
         signature = {name: types[name] for name in function.arg_names}
-        attrs = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(function.arg_names) if name in aligned}
+        attrs = {}
+        for i, name in enumerate(function.arg_names):
+            count = len(types[name]) if isinstance(types[name], tuple) else 0
+            paths = [(i, j) for j in range(count)] if count else [(i,)]
+            attrs |= {path: [["tt.divisibility", 16]] for path in paths if name in aligned}
         source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attrs)
         return source, f"{self.name} {signature} {sorted(constants.items())} {attrs} {self.options}"
 
@@ -334,6 +341,20 @@ def mmd_groups_kernels():
     )  # fmt: skip
 
 
+def miner_kernels():
+    from minegan_fast.kernels.miner import _BI, _BK, _BM, _BN, _OPTIONS
+
+    # A chain of two layers, and one of two with a mapping network of eight.
+    for label, tensors, aligned in (("2 layers", 7, True), ("2 layers, mapping network", 23, True), ("odd", 7, False)):
+        pointers = {"tensors": ("fp32",) * tensors, "scratch_ptr": "fp32", "words_ptr": "i64", "floats_ptr": "fp32"}
+        pointers |= dict.fromkeys(("units_ptr", "steps_ptr", "counter_ptr"), "i32")
+        constants = {"PRECISION": "tf32x3", "ALIGNED": aligned, "BM": _BM, "BN": _BN, "BK": _BK, "BI": _BI}
+        yield Kernel(
+            "miner", "miner_kernel", label, pointers, {"first": 0, "last": 10}, constants=constants, wide=False,
+            tensor_cores=True, options=_OPTIONS | {"launch_cooperative_grid": True},
+        )  # fmt: skip
+
+
 def manhattan_kernels():
     from minegan_fast.kernels.manhattan import _OPTIONS, _SIGNS, _TILE
 
@@ -394,6 +415,7 @@ TRITON = {
     "noise_bias_act": noise_bias_act_kernels,
     "demodulation": demodulation_kernels,
     "minibatch_stddev": minibatch_stddev_kernels,
+    "miner": miner_kernels,
     "manhattan": manhattan_kernels,
     "mmd": mmd_kernels,
     "mmd_groups": mmd_groups_kernels,

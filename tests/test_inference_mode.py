@@ -11,9 +11,11 @@ from minegan_fast import SparseFinetuner, models
 from minegan_fast.finetune.neurons import compact
 from minegan_fast.layers import dragan_penalty, gradient_penalty, r1_penalty
 from minegan_fast.ops import (
+    Chain,
     MmdTarget,
     bias_act,
     interpolate,
+    miner,
     minibatch_stddev,
     mmd2,
     mmd_groups,
@@ -109,6 +111,7 @@ OPS = {
         for kernel in ("gaussian", "laplacian", "polynomial", "energy")
     },
     "mmd_groups": lambda x: mmd_groups([x[:, 0, 0]], MmdTarget([x[:, 1, 0]], 1.0)),
+    "miner": lambda x: miner([Chain(x[:, 0, 0], [x[0, :2, 0]], [x[0, 0, 0, :2]])])[0],
     "bias_act": lambda x: bias_act(x, BIAS, act="lrelu"),
     "upfirdn2d": lambda x: upfirdn2d(x, KERNEL, up=2, padding=2),
     "modulated_conv2d": lambda x: modulated_conv2d(x, W, x[:, :, 0, 0]),

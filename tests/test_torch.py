@@ -422,6 +422,25 @@ def test_own_parameters():
     assert [name for name, _ in layer.named_parameters()] == ["weight"]
 
 
+@pytest.mark.parametrize(
+    "watch",
+    [
+        lambda m: m.register_forward_hook(print),
+        lambda m: m.register_forward_pre_hook(print),
+        lambda m: m.register_full_backward_hook(print),
+        lambda m: m.register_full_backward_pre_hook(print),
+    ],
+)
+def test_watched(watch):
+    layer = nn.Linear(2, 2)
+    assert not _torch.watched(layer)
+    handle = watch(layer)
+    assert _torch.watched(layer)
+    assert not _torch.watched(nn.Sequential(layer))
+    handle.remove()
+    assert not _torch.watched(layer)
+
+
 def test_compiled_module():
     layer = nn.Linear(2, 2)
     assert _torch.compiled_module(torch.compile(layer)) is layer

@@ -1,6 +1,7 @@
 """Mining: which part of a pretrained GAN's latent space comes closest to the target."""
 
-from .checkpoint import load_mined, load_miner, save_miner
+from .bank import MinerBank
+from .checkpoint import load_bank, load_mined, load_miner, save_miner
 from .mined import Mined
 from .miner import Miner
 from .prior import PRIORS, default_prior, latent_statistics, own_latents, prior_penalty, project
@@ -9,8 +10,10 @@ __all__ = [
     "PRIORS",
     "Mined",
     "Miner",
+    "MinerBank",
     "default_prior",
     "latent_statistics",
+    "load_bank",
     "load_mined",
     "load_miner",
     "own_latents",

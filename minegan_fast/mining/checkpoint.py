@@ -2,12 +2,15 @@
 
 import copy
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from ..files.atomic import save_tensors
 from ..files.reading import Contents, read
+from .bank import MinerBank
 from .mined import Mined
 from .miner import Miner
 from .originals import find_original
@@ -15,8 +18,8 @@ from .originals import find_original
 FORMAT = "minegan_fast.miner"
 
 
-def save_miner(path: str | Path, miner: Miner | Mined) -> None:
-    """Writes a miner as safetensors, with its constructor's arguments in the metadata.
+def save_miner(path: str | Path, miner: Miner | Mined | MinerBank) -> None:
+    """Writes a miner or a bank of them as safetensors, with its constructor's arguments in the metadata.
 
     Of a `Mined` it writes everything but the generator: the miner, the class miner, the learned constant, the place
     where the miner acts, and the prior.
@@ -24,6 +27,8 @@ def save_miner(path: str | Path, miner: Miner | Mined) -> None:
     mined = miner if isinstance(miner, Mined) else None
     of_latent = miner if mined is None else mined.miner
     tensors, metadata = of_latent.state_dict(), {"format": FORMAT, "config": json.dumps(of_latent.config)}
+    if isinstance(miner, MinerBank):
+        metadata["miners"] = str(len(miner))
     if mined:
         metadata |= {"place": mined.place, "prior": mined.prior}
         if mined.class_miner is not None:
@@ -41,6 +46,20 @@ def load_miner(path: str | Path | Contents) -> Miner:
     FileNotFoundError/ValueError: there is no such file, or it is of another kind.
     """
     return _miners(_read(path))[0]
+
+
+def load_bank(path: str | Path | Contents) -> MinerBank:
+    """The bank of miners that `save_miner` wrote, in eval mode; from the file of a single miner a bank of one.
+
+    FileNotFoundError/ValueError: as in `load_miner`.
+    """
+    contents = _read(path)
+    if contents.metadata.get("format") != FORMAT or "miners" not in contents.metadata:
+        return MinerBank.of([_miners(contents)[0]]).eval()
+    with _named(contents):
+        bank = MinerBank(int(contents.metadata["miners"]), **json.loads(contents.metadata["config"]))
+        bank.load_state_dict(dict(contents.data))
+        return bank.eval()
 
 
 def load_mined(path: str | Path | Contents, generator: nn.Module) -> Mined:
@@ -95,9 +114,21 @@ def _miners(contents: Contents) -> tuple[Miner, Miner | None, str, Tensor | None
     return miner, class_miner, "z", constant, "none"
 
 
-def _own(contents: Contents) -> tuple[Miner, Miner | None, str, Tensor | None, str]:
+@contextmanager
+def _named(contents: Contents) -> Iterator[None]:
+    """Says of what is wrong with the file's contents which file it is."""
     try:
-        tensors, metadata = dict(contents.data), contents.metadata
+        yield
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{contents.path}: the miner in it is damaged ({reason}); write it again") from None
+
+
+def _own(contents: Contents) -> tuple[Miner, Miner | None, str, Tensor | None, str]:
+    tensors, metadata = dict(contents.data), contents.metadata
+    if "miners" in metadata:
+        raise ValueError(f"{contents.path} holds a bank of {metadata['miners']} miners: take load_bank")
+    with _named(contents):
         constant = tensors.pop("constant", None)
         of_class = {name: tensors.pop(name) for name in list(tensors) if name.startswith("class_miner.")}
         miner, class_miner = Miner(**json.loads(metadata["config"])), None
@@ -107,6 +138,3 @@ def _own(contents: Contents) -> tuple[Miner, Miner | None, str, Tensor | None, s
             class_miner.load_state_dict({name.partition(".")[2]: tensor for name, tensor in of_class.items()})
             class_miner.eval()
         return miner.eval(), class_miner, metadata.get("place", "z"), constant, metadata.get("prior", "none")
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{contents.path}: the miner in it is damaged ({reason}); write it again") from None

@@ -7,7 +7,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from .prior import Mapped, Whitening, check_prior, latent_statistics, prior_penalty, project
+from .miner import mine_together
+from .prior import Mapped, Whitening, check_prior, latent_statistics, on_sphere, prior_penalty
 
 PLACES = ("z", "w")
 
@@ -85,21 +86,29 @@ class Mined(nn.Module):
         return dim
 
     def forward(self, u: Tensor, **keywords) -> Tensor:
-        return self.images(self.latents(u), u, **keywords)
+        if self.class_miner is None or self.place == "w":
+            return self.images(self.latents(u), u, **keywords)
+        latents, classes = mine_together([self.miner, self.class_miner], u, on_sphere(self.prior))
+        return self._images(latents, [classes], keywords)
 
     def latents(self, u: Tensor) -> Tensor:
         """What the generator gets for u: z [B, latent_dim] after the projection, or w [B, style_dim]; not the class."""
         if self.place == "w":
             return self.miner(cast(Mapped, self.generator).mapping(u))
-        return project(self.miner(u), self.prior)
+        (z,) = mine_together([self.miner], u, on_sphere(self.prior))
+        return z
 
     def images(self, latents: Tensor, u: Tensor, **keywords) -> Tensor:
         """The images of `latents(u)`; u gives the class embedding."""
+        classes = [] if self.class_miner is None or self.place == "w" else [self.class_miner(u)]
+        return self._images(latents, classes, keywords)
+
+    def _images(self, latents: Tensor, classes: list[Tensor], keywords: dict) -> Tensor:
         if self.constant is not None:
             keywords = {"constant": self.constant, **keywords}
         if self.place == "w":
             return self.generator(latents, latents=True, **keywords)
-        return self.generator(latents, *([] if self.class_miner is None else [self.class_miner(u)]), **keywords)
+        return self.generator(latents, *classes, **keywords)
 
     def penalty(self, latents: Tensor) -> Tensor:
         """`prior_penalty` of a batch of `latents(u)`."""

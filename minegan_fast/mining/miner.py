@@ -6,9 +6,16 @@ identity, so mining starts at the source GAN's own distribution.
 """
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+
+from .._torch import is_tracing, own_modules, own_parameters, transforms_active, watched
+from ..ops.miner import DEPTH, Chain, mine
+from .prior import project
+
+FEW = 8  # samples: up to so many a single miner on a CPU is the library's, whose matrix-vector products are as fast
 
 ACTIVATIONS = {"relu": nn.ReLU, "lrelu": lambda: nn.LeakyReLU(0.2), "tanh": nn.Tanh, "linear": nn.Identity}
 
@@ -74,11 +81,38 @@ class Miner(nn.Module):
             nn.init.zeros_(linears[-1].weight)
             nn.init.zeros_(linears[-1].bias)
 
-    def forward(self, u: Tensor) -> Tensor:
+    def forward(self, u: Tensor, sphere: bool = False) -> Tensor:
+        """sphere: project z onto the sphere, as `project` does."""
         if u.ndim != 2 or u.shape[1] != self.input_dim:
             raise ValueError(f"u must have shape [B, {self.input_dim}], got {list(u.shape)}")
+        chain = self.chain(u, sphere)
+        return self._by_layers(u, sphere) if chain is None else mine([chain])[0]
+
+    def _by_layers(self, u: Tensor, sphere: bool) -> Tensor:
         z = self.layers(u)
-        return z if self.skip is None else self.skip(u) + z
+        z = z if self.skip is None else self.skip(u) + z
+        return project(z, "sphere") if sphere else z
+
+    def chain(self, u: Tensor, sphere: bool = False) -> Chain | None:
+        """What the op `miner` takes in the place of this miner's layers. None where they are to be called: for few
+        samples, under autocast, inside a transform or a trace, where someone watches or has replaced a layer, and where
+        they will refuse u."""
+        if not u.is_cuda and len(u) <= FEW:
+            return None
+        layers, skip = [*own_modules(self.layers).values()], self.skip
+        linears = layers[::2]
+        if isinstance(skip, nn.Linear):
+            layers.append(skip)
+            linears.append(skip)
+        if any(map(watched, layers)) or any(type(layer) is not nn.Linear for layer in linears):
+            return None
+        # Where the layer itself would look for them; a weight that is not there is no parameter, but computed.
+        pairs = [(own.get("weight"), own.get("bias")) for own in map(own_parameters, linears)]
+        if not u.numel() or len(linears) > DEPTH or not takes(u, *itertools.chain.from_iterable(pairs)):
+            return None
+        around = None if skip is None else pairs.pop() if isinstance(skip, nn.Linear) else "identity"
+        weights, biases = zip(*pairs, strict=True)
+        return Chain(u, weights, biases, self.config["activation"], around, sphere)
 
     @torch.no_grad()
     def match(self, samples: Tensor) -> None:
@@ -97,3 +131,26 @@ class Miner(nn.Module):
         self.skip.bias.copy_(mean)
         self.skip.weight.zero_()
         self.skip.weight[:, : len(kept)] = (axes * kept[:, None]).T
+
+
+def takes(u: Tensor, *parameters: Tensor | None) -> bool:
+    """Whether the op `miner` may take u and these parameters here, rather than PyTorch's own operations."""
+    if torch.is_autocast_enabled(u.device.type) or transforms_active() or is_tracing():
+        return False
+    plain = (Tensor, nn.Parameter)
+    return all(p is not None and type(p) in plain and p.dtype == u.dtype and p.device == u.device for p in parameters)
+
+
+def mine_together(miners: Sequence[nn.Module], u: Tensor, sphere: bool) -> list[Tensor]:
+    """What each miner gives for u, in one call where it can be; `sphere` is for the first."""
+    together = all(isinstance(m, Miner) and not watched(m) and m.input_dim == u.shape[-1] for m in miners)
+    if len(miners) > 1 and together and u.ndim == 2:
+        chains = [m.chain(u, sphere and i == 0) for i, m in enumerate(miners)]
+        if None not in chains:
+            return mine(chains)
+    first, *others = miners
+    if isinstance(first, Miner):
+        z = first(u, sphere=sphere)
+    else:
+        z = project(first(u), "sphere") if sphere else first(u)
+    return [z, *(m(u) for m in others)]

@@ -96,11 +96,12 @@ def check_prior(prior: str, place: str = "z") -> None:
     """ValueError: no prior of that name, or none for that place."""
     if prior not in PRIORS:
         raise ValueError(f"prior must be one of {', '.join(PRIORS)}, got {prior!r}")
-    if _on_sphere(prior) and place == "w":
+    if on_sphere(prior) and place == "w":
         raise ValueError(f"the prior {prior} is for z; w lies on no sphere: take moments, shell or none")
 
 
-def _on_sphere(prior: str) -> bool:
+def on_sphere(prior: str) -> bool:
+    """Whether a prior is a part of the network: a projection onto the sphere."""
     return prior.startswith("sphere")
 
 
@@ -108,7 +109,7 @@ def project(z: Tensor, prior: str) -> Tensor:
     """z [n, d] -> [n, d]: z √d / |z| with the prior sphere or sphere+moments, z itself with another. As PixelNorm does,
     it adds 1e-8 to |z|²/d, so that 0 stays 0."""
     check_prior(prior)
-    if not _on_sphere(prior):
+    if not on_sphere(prior):
         return z
     x = z.to(torch.promote_types(z.dtype, torch.float32))
     return (x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-8)).to(z.dtype)

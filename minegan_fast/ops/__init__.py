@@ -3,6 +3,7 @@
 from ._op import BackendUnavailable, backend_report, backends, use_backend
 from ._row_table import RowTensor, write_rows
 from .bias_act import bias_act
+from .miner import Chain, Mapping, miner
 from .minibatch_stddev import minibatch_stddev
 from .mmd import mmd2
 from .mmd_groups import MmdTarget, mmd_groups
@@ -17,7 +18,9 @@ from .upfirdn2d import upfirdn2d
 
 __all__ = [
     "BackendUnavailable",
+    "Chain",
     "Hyperparameters",
+    "Mapping",
     "MmdTarget",
     "RowTensor",
     "RowUpdate",
@@ -26,6 +29,7 @@ __all__ = [
     "bias_act",
     "dense_is_faster",
     "interpolate",
+    "miner",
     "minibatch_stddev",
     "mmd2",
     "mmd_groups",

@@ -16,9 +16,11 @@ from minegan_fast.models import (
     StyleGANGenerator,
 )
 from minegan_fast.ops import (
+    Chain,
     MmdTarget,
     bias_act,
     interpolate,
+    miner,
     minibatch_stddev,
     mmd2,
     mmd_groups,
@@ -43,6 +45,7 @@ OPS = {
     "mmd2 unwatched": (FEATURES, lambda x: mmd2(x, OTHERS, bandwidth=1.0, validate=False)),
     "mmd_groups": (FEATURES, lambda x: mmd_groups([x], TARGET)),
     "mmd_groups unwatched": (FEATURES, lambda x: mmd_groups([x], TARGET, validate=False)),
+    "miner": (FEATURES, lambda x: miner([Chain(x, [W.view(4, 3, 9)[..., :5]], [W[:, 0, 0]], skip=None)])[0]),
     "bias_act": (X, lambda x: bias_act(x, BIAS, act="lrelu")),
     "bias_act alone": (X, lambda x: bias_act(x, act="relu")),
     "bias_act linear": (X, lambda x: bias_act(x)),
