@@ -44,6 +44,7 @@ from minegan_fast.ops import (
     row_score,
     upfirdn2d,
     use_backend,
+    winner,
 )
 from minegan_fast.ops.demodulation import demodulation
 from minegan_fast.ops.penalty import interpolate_drawn
@@ -200,6 +201,9 @@ def ops(B: int, dtype: torch.dtype) -> Iterator[tuple[str, list[int], Make]]:
         hyper = Hyperparameters(lr=0.1, momentum=0.9 * (rule == "momentum"), ema_decay=0.9)
         step = functools.partial(update.step, [torch.ones_like(t.leaf) for t in tensors], hyper)
         yield from repeated(f"row_update {rule}", [135], step)
+
+    scores = draw(B, 48)  # of as many branches as there are samples elsewhere
+    yield from repeated("winner", [B, 48], lambda: winner(scores))
 
     p, q = draw(B, 64), draw(B + 2, 64)
     for kernel in ("gaussian", "laplacian", "polynomial", "energy"):

@@ -276,6 +276,21 @@ def minibatch_stddev_kernels():
             )  # fmt: skip
 
 
+def winner_kernels():
+    from triton import language as tl
+
+    from minegan_fast.kernels.winner import _OPTIONS, tile
+
+    for N, element in ((2, "fp32"), (8, "fp32"), (8, "bf16"), (8, "fp64"), (64, "fp32")):
+        pointers = {"scores_ptr": element} | dict.fromkeys(("who_ptr", "counts_ptr", "nans_ptr", "order_ptr"), "i64")
+        constants = {"WIDE": tl.float64 if element == "fp64" else tl.float32, **tile(N)}
+        sizes = {"N": N, "B": 32}
+        yield Kernel(
+            "winner", "winner_kernel", f"{N} branches {element}", pointers, sizes, constants=constants, wide=False,
+            options=_OPTIONS,
+        )  # fmt: skip
+
+
 def mmd_kernels():
     from minegan_fast.kernels.mmd import _OPTIONS, SQUARED_KERNELS, blocks
 
@@ -394,6 +409,7 @@ TRITON = {
     "noise_bias_act": noise_bias_act_kernels,
     "demodulation": demodulation_kernels,
     "minibatch_stddev": minibatch_stddev_kernels,
+    "winner": winner_kernels,
     "manhattan": manhattan_kernels,
     "mmd": mmd_kernels,
     "mmd_groups": mmd_groups_kernels,
