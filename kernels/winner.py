@@ -1,4 +1,4 @@
-"""Triton kernel of winner. One program sorts the whole batch by counting: a training batch is small."""
+"""Triton kernel of winner. One program takes the whole batch: a training batch is small."""
 
 import torch
 import triton
@@ -6,19 +6,9 @@ import triton.language as tl
 
 from ._sizes import power_of_2
 
-_TILE = 2048  # scores that are looked at together
+_TILE = 1024  # scores that are looked at together
+_RANKS = {"BR": 32, "BC": 32}  # samples whose places are found together, and those they are compared with
 _OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
-
-
-@triton.jit
-def _winners(scores_ptr, start, N, B, WIDE: tl.constexpr, BN: tl.constexpr, BB: tl.constexpr):
-    """Of the samples from start on: whether n wins b, [BB, BN], n = N standing for none; and whether its score is NaN."""
-    n, b = tl.arange(0, BN)[None, :], start + tl.arange(0, BB)[:, None]
-    inside = (n < N) & (b < B)
-    s = tl.load(scores_ptr + n.to(tl.int64) * B + b, inside, other=float("nan")).to(WIDE)
-    best = tl.max(tl.where(s == s, s, float("-inf")), 1, keep_dims=True)
-    who = tl.min(tl.where(s == best, n, N), 1, keep_dims=True)
-    return (n == who) & (b < B), inside & (s != s)
 
 
 @triton.jit
@@ -33,31 +23,42 @@ def winner_kernel(
     WIDE: tl.constexpr,
     BN: tl.constexpr,
     BB: tl.constexpr,
+    BR: tl.constexpr,
+    BC: tl.constexpr,
 ):
-    """Counts all winners, then gives every sample its place. The winners are found twice rather than read back."""
+    """A sample's place is how many come before it. Scans over so few numbers do not compile with every Triton."""
     n = tl.arange(0, BN)[None, :]
-    counts, nans = tl.zeros((1, BN), tl.int32), tl.zeros((1, BN), tl.int32)
+    counts, nans = tl.zeros((BB, BN), tl.int32), tl.zeros((BB, BN), tl.int32)
     for start in range(0, B, BB):
-        won, missing = _winners(scores_ptr, start, N, B, WIDE, BN, BB)
-        counts += tl.sum(won.to(tl.int32), 0, keep_dims=True)
-        nans += tl.sum(missing.to(tl.int32), 0, keep_dims=True)
-    tl.store(counts_ptr + n, counts.to(tl.int64), n < N)
-    tl.store(nans_ptr + n, nans.to(tl.int64), n < N)
-    place = tl.cumsum(counts, 1) - counts
-    for start in range(0, B, BB):
-        won, missing = _winners(scores_ptr, start, N, B, WIDE, BN, BB)
-        b = start + tl.arange(0, BB)
-        one = won.to(tl.int32)
-        who = tl.sum(one * n, 1)
-        tl.store(who_ptr + b, tl.where(who < N, who, -1).to(tl.int64), b < B)
-        at = tl.sum(tl.where(won, place + tl.cumsum(one, 0) - 1, 0), 1)
-        tl.store(order_ptr + at, b.to(tl.int64), b < B)
-        place += tl.sum(one, 0, keep_dims=True)
+        b = start + tl.arange(0, BB)[:, None]
+        inside = (n < N) & (b < B)
+        s = tl.load(scores_ptr + n.to(tl.int64) * B + b, inside, other=0.0).to(WIDE)
+        valid = inside & (s == s)
+        best = tl.max(tl.where(valid, s, float("-inf")), 1, keep_dims=True)
+        who = tl.min(tl.where(valid & (s == best), n, BN), 1, keep_dims=True)
+        tl.store(who_ptr + b, tl.where(who < BN, who, -1).to(tl.int64), b < B)
+        counts += ((n == who) & (b < B)).to(tl.int32)
+        nans += (inside & (s != s)).to(tl.int32)
+    tl.store(counts_ptr + n, tl.sum(counts, 0, keep_dims=True).to(tl.int64), n < N)
+    tl.store(nans_ptr + n, tl.sum(nans, 0, keep_dims=True).to(tl.int64), n < N)
+    tl.debug_barrier()  # other threads read the winners
+    for start in range(0, B, BR):
+        b = start + tl.arange(0, BR)[:, None]
+        mine = tl.load(who_ptr + b, b < B, other=0).to(tl.int32)
+        mine = tl.where(mine < 0, BN, mine)
+        place = tl.zeros((BR, 1), tl.int32)
+        for first in range(0, B, BC):
+            c = first + tl.arange(0, BC)[None, :]
+            other = tl.load(who_ptr + c, c < B, other=0).to(tl.int32)
+            other = tl.where(other < 0, BN, other)
+            before = (other < mine) | ((other == mine) & (c < b))
+            place += tl.sum((before & (c < B)).to(tl.int32), 1, keep_dims=True)
+        tl.store(order_ptr + place, b.to(tl.int64), b < B)
 
 
 def tile(N: int) -> dict[str, int]:
-    BN = power_of_2(N + 1)  # a column more, for the samples that none wins
-    return {"BN": BN, "BB": max(1, min(128, _TILE // BN))}
+    BN = power_of_2(N)
+    return {"BN": BN, "BB": max(1, min(128, _TILE // BN)), **_RANKS}
 
 
 def winner(scores, who, counts, nans, order) -> None:
