@@ -3,12 +3,14 @@
 from .checkpoint import load_mined, load_miner, save_miner
 from .mined import Mined
 from .miner import Miner
+from .multi import MultiGenerator
 from .prior import PRIORS, default_prior, latent_statistics, own_latents, prior_penalty, project
 
 __all__ = [
     "PRIORS",
     "Mined",
     "Miner",
+    "MultiGenerator",
     "default_prior",
     "latent_statistics",
     "load_mined",

@@ -2,6 +2,8 @@
 
 import copy
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import cast
 
 import torch
@@ -142,17 +144,31 @@ class Mined(nn.Module):
         network runs, for its noise injection; the global random state is left as it was.
         """
         like = next(itertools.chain(self.miner.parameters(), self.parameters()), torch.empty(()))
-        source = like.device if generator is None else generator.device
-        u = torch.randn(batch, self.input_dim, generator=generator, device=source, dtype=like.dtype).to(like.device)
-        if generator is None:
+        u = draw_inputs(batch, self.input_dim, like, generator)
+        with seeded_by(generator, like):
             return self(u, **keywords)
-        seed = int(torch.randint(2**62, (), generator=generator, device=source))
-        with torch.random.fork_rng([like.device] if like.is_cuda else []):
-            torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach GPUs that are not forked
-            if like.is_cuda:
-                with torch.cuda.device(like.device):
-                    torch.cuda.manual_seed(seed)
-            return self(u, **keywords)
+
+
+def draw_inputs(batch: int, size: int, like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """u ~ N(0, I) [batch, size] of the dtype and on the device of `like`, from `generator` where there is one."""
+    source = like.device if generator is None else generator.device
+    return torch.randn(batch, size, generator=generator, device=source, dtype=like.dtype).to(like.device)
+
+
+@contextmanager
+def seeded_by(generator: torch.Generator | None, like: Tensor) -> Iterator[None]:
+    """What the block draws on the CPU and the device of `like` follows from one seed, which comes from `generator`; the
+    random state is as before after it. Without a generator nothing of it happens."""
+    if generator is None:
+        yield
+        return
+    seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
+    with torch.random.fork_rng([like.device] if like.is_cuda else []):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach GPUs that are not forked
+        if like.is_cuda:
+            with torch.cuda.device(like.device):
+                torch.cuda.manual_seed(seed)
+        yield
 
 
 def learned_constant(generator: nn.Module) -> Tensor:

@@ -19,7 +19,7 @@ def by_hand(scores):
         who.append(-max(column)[1] if column else -1)
     groups = [[b for b in range(B) if who[b] == i] for i in (*range(N), -1)]
     nans = [sum(map(math.isnan, row)) for row in scores]
-    return who, [len(group) for group in groups[:N]], nans, sum(groups, [])
+    return who, [len(group) for group in groups[:N]], nans, [b for group in groups for b in group]
 
 
 def assert_right(scores):
