@@ -3,6 +3,7 @@
 from .checkpoint import load_mined, load_miner, save_miner
 from .mined import Mined
 from .miner import Miner
+from .mixture import Mixture
 from .multi import MultiGenerator
 from .prior import PRIORS, default_prior, latent_statistics, own_latents, prior_penalty, project
 
@@ -10,6 +11,7 @@ __all__ = [
     "PRIORS",
     "Mined",
     "Miner",
+    "Mixture",
     "MultiGenerator",
     "default_prior",
     "latent_statistics",
