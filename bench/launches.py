@@ -47,6 +47,7 @@ from minegan_fast.ops import (
     winner,
 )
 from minegan_fast.ops.demodulation import demodulation
+from minegan_fast.ops.kernel_means import kernel_means
 from minegan_fast.ops.penalty import interpolate_drawn
 
 Make = Callable[[], Callable[[], object]]  # prepares a call, which is not looked at, and returns it
@@ -213,6 +214,14 @@ def ops(B: int, dtype: torch.dtype) -> Iterator[tuple[str, list[int], Make]]:
     target = MmdTarget([q, q[:, :20]], [(4.0, 8.0), (2.0, 4.0)], unbiased=B > 1)
     groups = functools.partial(lambda *xs: mmd_groups(xs, target, validate=False))
     yield from of("mmd_groups", p, groups, p, p[:, :20].contiguous())
+    others = [[q.flip(0), q[:, 20:40]] for _ in range(2)]
+
+    def means():
+        leaves = [x.detach().requires_grad_() for x in (p, p[:, :20])]
+        K, b = kernel_means([leaves, *others], target, validate=False)
+        return torch.autograd.grad(K[0].sum() - b[0], leaves)
+
+    yield from repeated("kernel_means", [B, 64], means)
 
 
 def steps(resolution: int, B: int) -> Iterator[tuple[str, list[int], Make]]:

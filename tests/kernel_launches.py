@@ -297,7 +297,7 @@ def mmd_kernels():
     sizes = {"rows": 2048, "columns": 8192, "D": 2048, "op_stride": 10240, "oq_stride": 10240}
     inputs = ("p_ptr", "q_ptr", "hp_ptr", "hq_ptr", "op_ptr", "oq_ptr", "t_ptr", "s_ptr", "A_ptr", "B_ptr")
     kernels = ("gaussian", "laplacian", "energy", "polynomial")
-    cases = [(kernel, order) for kernel in kernels for order in (0, 1, 2)] + [("polynomial", -1)]
+    cases = [(kernel, order) for kernel in kernels for order in (0, 1, 2)] + [("polynomial", -1), ("gaussian", -1)]
     for kernel, order in cases:
         for mode in ("tf32", "tf32x3", "exact") if kernel in SQUARED_KERNELS else ("tf32x3",):
             used = {"t_ptr", "s_ptr"} if kernel == "laplacian" else {*inputs[:6]}

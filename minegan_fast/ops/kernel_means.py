@@ -14,6 +14,7 @@ rows, which are all that is ever held. With w_ab the derivative of the result by
 mmd.py: the sum over b of A_ab (a - b), A = 2 w f'.
 """
 
+import functools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -76,23 +77,23 @@ class _Means(Function):
     def forward(ctx, target, N, backend, *xs):
         ctx.args = target, N, backend
         ctx.save_for_backward(*xs)
-        counts = [len(x) for x in xs[:: len(target.sizes)]]
+        counts, order = _counts(xs, target), tuple(range(N))
+        member = (
+            _whose(order, counts, target.count, target.device)[:, None] == torch.arange(N + 1, device=target.device)
+        ).double()
         total = torch.zeros(N, N + 1, dtype=torch.float64, device=target.device)
         for g in range(len(target.sizes)):
-            z, plan = _pooled(xs, target, g, range(N))
-            member = _members([*counts, target.count], z.device)
+            z, plan = _pooled(xs, target, g, order)
             sums = torch.zeros_like(total)
             for r, c, F in _strips(z, plan, len(z) - target.count, -1, backend):
                 sums += member[r, :N].T @ (F.double() @ member[c])
             total += sums / target.counts[g]
         # A pair within a branch was met once, as one of two branches was: on one side of the diagonal.
-        K = total[:, :N]
-        K = K + K.T
+        K = total[:, :N] + total[:, :N].T
         if not target.unbiased:
-            own = torch.tensor(counts, dtype=torch.float64, device=K.device) * len(target.sizes)
-            K.diagonal().add_(own)
-        weights = _weights(counts, target).to(K.device)
-        return K * weights[:, :N], total[:, N] * weights[:, N]
+            K.diagonal().add_(member[:, :N].sum(0), alpha=len(target.sizes))
+        shares = _shares(counts, target.count, target.unbiased, target.device)
+        return K * shares[:, :N], total[:, N] * shares[:, N]
 
     @staticmethod
     def backward(ctx, gK, gb):
@@ -101,19 +102,18 @@ class _Means(Function):
             raise NotImplementedError("kernel_means has no second derivative: leave create_graph=True out")
         target, N, backend = ctx.args
         xs, G = ctx.saved_tensors, len(target.sizes)
-        counts = [len(x) for x in xs[::G]]
+        counts = _counts(xs, target)
         slopes: list[Tensor | None] = [None] * len(xs)
-        weights = torch.cat([gK + gK.T, gb[:, None]], 1) * _weights(counts, target).to(gK.device)
+        weights = torch.cat([gK + gK.T, gb[:, None]], 1)
+        weights *= _shares(counts, target.count, target.unbiased, target.device)
         for g in range(G):
             wanted = [i for i in range(N) if ctx.needs_input_grad[3 + i * G + g]]
             if not wanted:
                 continue
             order = wanted + [i for i in range(N) if i not in wanted]
             z, plan = _pooled(xs, target, g, order)
-            whose = torch.repeat_interleave(
-                torch.tensor([*order, N]), torch.tensor([*map(counts.__getitem__, order), target.count])
-            )
-            whose, w = whose.to(z.device), (weights / target.counts[g]).to(z.dtype)
+            whose = _whose(tuple(order), counts, target.count, target.device)
+            w = (weights / target.counts[g]).to(z.dtype)
             rows = sum(counts[i] for i in wanted)
             slope = torch.zeros_like(z[:rows])
             for r, c, A in _strips(z, plan, rows, 1, backend):
@@ -134,12 +134,6 @@ def _pooled(xs: Sequence[Tensor], target: MmdTarget, g: int, order: Sequence[int
     return torch.cat([x, target.y.split(target.sizes, 1)[g]]), target.plan(g, 2)  # whose weights are not used
 
 
-def _members(counts: Sequence[int], device: torch.device) -> Tensor:
-    """[samples, branches], 1 where the sample is the branch's."""
-    ones = [torch.ones(n, 1, dtype=torch.float64, device=device) for n in counts]
-    return torch.block_diag(*ones)
-
-
 def _strips(z: Tensor, plan: Plan, rows: int, order: int, backend: str | None) -> Iterator[tuple[slice, slice, Tensor]]:
     """(rows, columns, f or 2 f') of all pairs a < b of z whose first is one of the first `rows`; 0 elsewhere."""
     with torch.autocast(z.device.type, enabled=False):
@@ -153,10 +147,25 @@ def _strips(z: Tensor, plan: Plan, rows: int, order: int, backend: str | None) -
             yield r, c, values
 
 
-def _weights(counts: Sequence[int], target: MmdTarget) -> Tensor:
+# What follows from the numbers of samples alone is on the device once: a copy from the host would be one a step.
+
+
+def _counts(xs: Sequence[Tensor], target: MmdTarget) -> tuple[int, ...]:
+    return tuple(len(x) for x in xs[:: len(target.sizes)])
+
+
+@functools.lru_cache(maxsize=64)
+def _whose(order: tuple[int, ...], counts: tuple[int, ...], M: int, device: torch.device) -> Tensor:
+    """Of all samples the branch, in that order of the branches; N of the target's."""
+    times = torch.tensor([*(counts[i] for i in order), M])
+    return torch.repeat_interleave(torch.tensor([*order, len(counts)]), times).to(device)
+
+
+@functools.lru_cache(maxsize=64)
+def _shares(counts: tuple[int, ...], M: int, unbiased: bool, device: torch.device) -> Tensor:
     """[N, N + 1]: 1 over the number of pairs of two branches, and of a branch and the target."""
     n = torch.tensor(counts, dtype=torch.float64)
     pairs = n[:, None] * n
-    if target.unbiased:
+    if unbiased:
         pairs.diagonal().sub_(n)
-    return 1 / torch.cat([pairs, n[:, None] * target.count], 1)
+    return (1 / torch.cat([pairs, n[:, None] * M], 1)).to(device)
