@@ -44,7 +44,7 @@ parts=("build checks iteration demo bench" "build test gpu sanitize compile memc
 seconds=(480 360)
 # The ops that a training step spends its time in come first.
 ops=(row_update bias_act noise_bias_act modulated_conv2d demodulation upfirdn2d mmd_groups mmd miner penalty row_score row_gradient
-  minibatch_stddev manhattan)
+  minibatch_stddev winner manhattan)
 
 fingerprint() {
   { cat CMakeLists.txt csrc/*; "$python" --version; } | sha256sum

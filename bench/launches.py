@@ -47,8 +47,10 @@ from minegan_fast.ops import (
     row_score,
     upfirdn2d,
     use_backend,
+    winner,
 )
 from minegan_fast.ops.demodulation import demodulation
+from minegan_fast.ops.kernel_means import kernel_means
 from minegan_fast.ops.penalty import interpolate_drawn
 
 Make = Callable[[], Callable[[], object]]  # prepares a call, which is not looked at, and returns it
@@ -212,6 +214,9 @@ def ops(B: int, dtype: torch.dtype) -> Iterator[tuple[str, list[int], Make]]:
         step = functools.partial(update.step, [torch.ones_like(t.leaf) for t in tensors], hyper)
         yield from repeated(f"row_update {rule}", [135], step)
 
+    scores = draw(B, 48)  # of as many branches as there are samples elsewhere
+    yield from repeated("winner", [B, 48], lambda: winner(scores))
+
     p, q = draw(B, 64), draw(B + 2, 64)
     for kernel in ("gaussian", "laplacian", "polynomial", "energy"):
         bandwidth = {"bandwidth": (4.0, 8.0, 16.0)} if kernel in ("gaussian", "laplacian") else {}
@@ -220,6 +225,14 @@ def ops(B: int, dtype: torch.dtype) -> Iterator[tuple[str, list[int], Make]]:
     target = MmdTarget([q, q[:, :20]], [(4.0, 8.0), (2.0, 4.0)], unbiased=B > 1)
     groups = functools.partial(lambda *xs: mmd_groups(xs, target, validate=False))
     yield from of("mmd_groups", p, groups, p, p[:, :20].contiguous())
+    others = [[q.flip(0), q[:, 20:40]] for _ in range(2)]
+
+    def means():
+        leaves = [x.detach().requires_grad_() for x in (p, p[:, :20])]
+        K, b = kernel_means([leaves, *others], target, validate=False)
+        return torch.autograd.grad(K[0].sum() - b[0], leaves)
+
+    yield from repeated("kernel_means", [B, 64], means)
 
 
 def steps(resolution: int, B: int) -> Iterator[tuple[str, list[int], Make]]:

@@ -124,6 +124,13 @@ def _groups(machine, rival, least=32, most=256):
             yield 1 / ratio if rival == "products" else ratio
 
 
+def _multi(machine, step, branches, field="median_us"):
+    """How many times as much as ours the formulation with all graphs needs; of `shares` what ours needs."""
+    for row in machine.ours("multi"):
+        if row["pass"] == step and row["shape"][0] == branches:
+            yield row[field] if step == "shares" else machine.ratio(row, "all with a graph, maximum", field)
+
+
 def _penalties(machine, name):
     """The rows of the passes that begin so; of kernels those that come from memory."""
     rows = [row for row in machine.ours("penalty") if row["pass"].startswith(name)]
@@ -258,6 +265,15 @@ GOALS = [
     Goal("the same against vmap", lambda m: _miners(m, TRAINING, "vmap"), 1.5, 1.5),
     Goal("the same against `baddbmm`", lambda m: _miners(m, TRAINING, "baddbmm"), 1.5, 1.5),
     Goal("the same over the byte floor", lambda m: _miners(m, TRAINING), 1.6, 1.6, most=True),
+    Goal(
+        "a mining step of 8 StyleGAN2 generators, 64 pixels, against all of them with a graph",
+        lambda m: _multi(m, "step", 8), 1.8, 1.8,
+    ),
+    Goal("its peak memory: theirs over ours", lambda m: _multi(m, "step", 8, "peak_bytes"), 4, 4),
+    Goal(
+        "the shares of 64 GANs, solved for",
+        lambda m: [us / 1e3 for us in _multi(m, "shares", 64)], 1, None, True, " ms",
+    ),
     Goal("KID of 100 subsets of 1,000, against NumPy", lambda m: _kid(m, "NumPy"), 3, None),
     Goal("the same against torchmetrics", lambda m: _kid(m, "torchmetrics"), 3, 10),
     Goal(

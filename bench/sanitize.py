@@ -41,6 +41,7 @@ from minegan_fast.ops import (
     row_score,
     upfirdn2d,
     use_backend,
+    winner,
 )
 from minegan_fast.ops._op import _ops
 from minegan_fast.ops.demodulation import demodulation_forward, demodulation_rows, demodulation_styles
@@ -256,6 +257,19 @@ def check_minibatch_stddev(device: str) -> Iterator[Check]:
         yield f"{list(shape)} {group} {features} {dtype}{' channels last' * last}", dtype, *calls
 
 
+def check_winner(device: str) -> Iterator[Check]:
+    """Branches and samples that no tile divides, several tiles, ties, NaN."""
+    shapes = [(1, 1), (3, 5), (8, 130), (64, 300), (70, 3)]
+    for shape, dtype in itertools.product(shapes, (torch.float32, torch.float64, torch.bfloat16, torch.float16)):
+        scores = (4 * torch.randn(shape)).round().to(dtype).masked_fill(torch.rand(shape) < 0.3, torch.nan)
+
+        def make(place, scores=scores):
+            one = scores.to(place)
+            return lambda: tuple(t.double() for t in winner(one))
+
+        yield f"{list(shape)} {dtype}", torch.float64, *(functools.partial(make, place) for place in (device, "cpu"))
+
+
 def check_mmd(device: str) -> Iterator[Check]:
     """Tiles that no block divides, on the diagonal and off it, points that coincide; all orders."""
     for kernel, (N, M, D), order in itertools.product(KERNELS, [(5, 3, 2), (70, 130, 33), (129, 64, 64)], (0, 1, 2)):
@@ -412,6 +426,7 @@ OPS: dict[str, Callable[[str], Iterator[Check]]] = {
     "demodulation": check_demodulation,
     "upfirdn2d": check_upfirdn2d,
     "minibatch_stddev": check_minibatch_stddev,
+    "winner": check_winner,
     "manhattan": check_manhattan,
     "mmd": check_mmd,
     "mmd_groups": check_mmd_groups,

@@ -3,7 +3,7 @@
 from . import layers, metrics, models
 from .finetune import FrozenNeuronsChanged, Selection, SparseFinetuner, load_delta, unload_delta
 from .layers import LazyPenalty, dragan_penalty, gradient_penalty, lazy_adam, path_length_penalty, r1_penalty
-from .mining import Mined, Miner, MinerBank, load_mined
+from .mining import Mined, Miner, MinerBank, MultiGenerator, load_mined
 from .models import load_discriminator, load_generator, save_model
 from .ops import backends, interpolate, mmd2, use_backend
 from .training import transfer
@@ -16,6 +16,7 @@ __all__ = [
     "Mined",
     "Miner",
     "MinerBank",
+    "MultiGenerator",
     "Selection",
     "SparseFinetuner",
     "backends",

@@ -283,13 +283,28 @@ def minibatch_stddev_kernels():
             )  # fmt: skip
 
 
+def winner_kernels():
+    from triton import language as tl
+
+    from minegan_fast.kernels.winner import _OPTIONS, tile
+
+    for N, element in ((2, "fp32"), (8, "fp32"), (8, "bf16"), (8, "fp64"), (64, "fp32")):
+        pointers = {"scores_ptr": element} | dict.fromkeys(("who_ptr", "counts_ptr", "nans_ptr", "order_ptr"), "i64")
+        constants = {"WIDE": tl.float64 if element == "fp64" else tl.float32, **tile(N)}
+        sizes = {"N": N, "B": 32}
+        yield Kernel(
+            "winner", "winner_kernel", f"{N} branches {element}", pointers, sizes, constants=constants, wide=False,
+            options=_OPTIONS,
+        )  # fmt: skip
+
+
 def mmd_kernels():
     from minegan_fast.kernels.mmd import _OPTIONS, SQUARED_KERNELS, blocks
 
     sizes = {"rows": 2048, "columns": 8192, "D": 2048, "op_stride": 10240, "oq_stride": 10240}
     inputs = ("p_ptr", "q_ptr", "hp_ptr", "hq_ptr", "op_ptr", "oq_ptr", "t_ptr", "s_ptr", "A_ptr", "B_ptr")
     kernels = ("gaussian", "laplacian", "energy", "polynomial")
-    cases = [(kernel, order) for kernel in kernels for order in (0, 1, 2)] + [("polynomial", -1)]
+    cases = [(kernel, order) for kernel in kernels for order in (0, 1, 2)] + [("polynomial", -1), ("gaussian", -1)]
     for kernel, order in cases:
         for mode in ("tf32", "tf32x3", "exact") if kernel in SQUARED_KERNELS else ("tf32x3",):
             used = {"t_ptr", "s_ptr"} if kernel == "laplacian" else {*inputs[:6]}
@@ -416,6 +431,7 @@ TRITON = {
     "demodulation": demodulation_kernels,
     "minibatch_stddev": minibatch_stddev_kernels,
     "miner": miner_kernels,
+    "winner": winner_kernels,
     "manhattan": manhattan_kernels,
     "mmd": mmd_kernels,
     "mmd_groups": mmd_groups_kernels,

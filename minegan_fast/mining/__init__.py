@@ -4,6 +4,8 @@ from .bank import MinerBank
 from .checkpoint import load_bank, load_mined, load_miner, save_miner
 from .mined import Mined
 from .miner import Miner
+from .mixture import Mixture
+from .multi import MultiGenerator
 from .prior import PRIORS, default_prior, latent_statistics, own_latents, prior_penalty, project
 
 __all__ = [
@@ -11,6 +13,8 @@ __all__ = [
     "Mined",
     "Miner",
     "MinerBank",
+    "Mixture",
+    "MultiGenerator",
     "default_prior",
     "latent_statistics",
     "load_bank",

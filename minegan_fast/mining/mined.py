@@ -7,6 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from .draws import draw_inputs, seeded_by
 from .miner import mine_together
 from .prior import Mapped, Whitening, check_prior, latent_statistics, on_sphere, prior_penalty
 
@@ -91,6 +92,10 @@ class Mined(nn.Module):
         latents, classes = mine_together([self.miner, self.class_miner], u, on_sphere(self.prior))
         return self._images(latents, [classes], keywords)
 
+    def best(self, u: Tensor, critic=None, count: bool | None = None, **keywords) -> tuple[Tensor, Tensor]:
+        """`MultiGenerator.best` of this one generator, which always wins."""
+        return self(u, **keywords), torch.zeros(len(u), dtype=torch.int64, device=u.device)
+
     def latents(self, u: Tensor) -> Tensor:
         """What the generator gets for u: z [B, latent_dim] after the projection, or w [B, style_dim]; not the class."""
         if self.place == "w":
@@ -151,16 +156,8 @@ class Mined(nn.Module):
         network runs, for its noise injection; the global random state is left as it was.
         """
         like = next(itertools.chain(self.miner.parameters(), self.parameters()), torch.empty(()))
-        source = like.device if generator is None else generator.device
-        u = torch.randn(batch, self.input_dim, generator=generator, device=source, dtype=like.dtype).to(like.device)
-        if generator is None:
-            return self(u, **keywords)
-        seed = int(torch.randint(2**62, (), generator=generator, device=source))
-        with torch.random.fork_rng([like.device] if like.is_cuda else []):
-            torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach GPUs that are not forked
-            if like.is_cuda:
-                with torch.cuda.device(like.device):
-                    torch.cuda.manual_seed(seed)
+        u = draw_inputs(batch, self.input_dim, like, generator)
+        with seeded_by(generator, like):
             return self(u, **keywords)
 
 

@@ -15,6 +15,7 @@ from .row_score import row_score
 from .row_update import Hyperparameters, RowUpdate
 from .transposed_conv2d import transposed_conv2d
 from .upfirdn2d import upfirdn2d
+from .winner import winner
 
 __all__ = [
     "BackendUnavailable",
@@ -40,5 +41,6 @@ __all__ = [
     "transposed_conv2d",
     "upfirdn2d",
     "use_backend",
+    "winner",
     "write_rows",
 ]

@@ -148,10 +148,12 @@ def _offsets(z: Tensor, h: Tensor | None, plan: Plan) -> Tensor:
     out = z.new_zeros(2, len(z))
     if plan.kernel == "polynomial":
         out[0] = z @ plan.center
-        out[1] = 0 if h is None else h @ plan.center
+        if h is not None:
+            out[1] = h @ plan.center
     elif plan.squared:
         out[0] = torch.linalg.vecdot(z, z)
-        out[1] = 0 if h is None else torch.linalg.vecdot(z, h)
+        if h is not None:
+            out[1] = torch.linalg.vecdot(z, h)
     return out
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from ..mining.draws import random_state, set_random_state
 from ..ops._features import median_distance
 from ..ops.mmd_groups import MmdTarget, mmd_groups
 from .augment import diff_augment, parse_policy
@@ -141,7 +142,7 @@ class KernelLoss:
             with torch.no_grad():  # the features of all parts, from which the slopes of each follow
                 made = []
                 for first, last in parts:
-                    states.append(self._random_state())
+                    states.append(random_state(self.features.device))
                     made.append(self._features(make(first, last), validate))
             own = [torch.cat(group) for group in zip(*made, strict=True)]
         everyone, rows = gather([group.detach() for group in own]) if gather else (own, slice(0, count))
@@ -155,7 +156,7 @@ class KernelLoss:
             torch.autograd.backward(own, slopes)
             return loss.detach()
         for (first, last), state in zip(parts, states, strict=True):
-            self._restore(state)
+            set_random_state(state, self.features.device)
             again = self._features(make(first, last), validate)
             if not self._repeats:
                 self._check_repeats(again, [group[first:last] for group in own])
@@ -180,15 +181,6 @@ class KernelLoss:
         if self.unbiased and len(groups[0]) < 2:
             raise ValueError("the unbiased kernel distance needs a batch of at least 2: set batch=2 or more")
         return mmd_groups(groups, self.target, validate=False)  # the features have been checked
-
-    def _random_state(self) -> tuple[Tensor, Tensor | None]:
-        device = self.features.device
-        return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-    def _restore(self, state: tuple[Tensor, Tensor | None]) -> None:
-        torch.set_rng_state(state[0])
-        if state[1] is not None:
-            torch.cuda.set_rng_state(state[1], self.features.device)
 
     def _check_repeats(self, again: list[Tensor], before: list[Tensor]) -> None:
         for a, b in zip(again, before, strict=True):

@@ -18,9 +18,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from torch.overrides import TorchFunctionMode
 
 from ..collectives import active, average, coalesced
+from ..mining.draws import RowsOfBatch
 
 T = TypeVar("T")
 # Longer than any evaluation, during which the other processes wait. A process that ends is noticed at once even so.
@@ -50,8 +50,10 @@ class Processes:
     def part(self, batch: int) -> Iterator[int]:
         """Gives the number of this process's samples of a batch. In the block, draws for so many samples are this
         process's part of the draws for the whole batch."""
-        with _PartOfBatch(self, batch) if self.size > 1 else nullcontext():
-            yield len(range(self.rank, batch, self.size))
+        count = len(range(self.rank, batch, self.size))
+        own = slice(self.rank, None, self.size)
+        with RowsOfBatch(own, count, batch) if self.size > 1 else nullcontext():
+            yield count
 
     def average(self, tensors: list[Tensor]) -> None:
         """Replaces the tensors, of which every process has its own values, by their means over the processes."""
@@ -170,34 +172,3 @@ def _portable(error: Exception) -> Exception:
     except Exception:
         return RuntimeError(f"{type(error).__name__}: {error}")
     return error
-
-
-class _PartOfBatch(TorchFunctionMode):
-    """Makes draws for as many samples as this process has for the whole batch, and keeps this process's rows.
-
-    The samples are the first dimension of that size. Draws of other shapes and kinds, such as a dropout's mask, stay as
-    they are, which is equal on all ranks.
-    """
-
-    def __init__(self, processes: Processes, batch: int):
-        super().__init__()
-        self.processes, self.batch, self.count = processes, batch, len(range(processes.rank, batch, processes.size))
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if function in (torch.rand, torch.randn) and args:
-            shape = torch.Size(args if isinstance(args[0], int) else args[0])
-        elif function in (torch.rand_like, torch.randn_like, Tensor.normal_, Tensor.uniform_):
-            shape = args[0].shape
-        else:
-            return function(*args, **kwargs)
-        if self.count not in shape:
-            return function(*args, **kwargs)
-        axis = shape.index(self.count)
-        whole = (*shape[:axis], self.batch, *shape[axis + 1 :])
-        if function in (torch.rand, torch.randn):
-            drawn = function(whole, **kwargs)
-        else:
-            drawn = function(args[0].new_empty(whole), *args[1:], **kwargs)
-        own = self.processes.own(drawn.movedim(axis, 0)).movedim(0, axis)
-        return args[0].copy_(own) if function in (Tensor.normal_, Tensor.uniform_) else own.contiguous()

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 BATCHES = (1, 2, 4)
 OPS = (
     "bias_act", "minibatch_stddev", "upfirdn2d", "noise_bias_act", "modulated_conv2d", "demodulation", "row_gradient",
-    "penalty", "interpolate", "row_score", "row_update", "mmd2", "mmd_groups", "miner",
+    "winner", "penalty", "interpolate", "row_score", "row_update", "mmd2", "mmd_groups", "kernel_means", "miner",
 )  # fmt: skip
 KERNELS = [
     f"{path.stem}.{name}"
