@@ -14,8 +14,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from ..mining import MultiGenerator
 from ..training.config import TransferConfig, load_config
-from ..training.sources import Checkpoints
+from ..training.sources import Checkpoints, listed
 from . import files
 
 app = typer.Typer(
@@ -84,6 +85,8 @@ def _rank() -> int:
 
 def _transfer(
     source: Optional[str],  # noqa: UP045
+    target: Optional[str],  # noqa: UP045
+    sources: Optional[list[str]],  # noqa: UP045
     images: Optional[str],  # noqa: UP045
     out: Path,
     config: Optional[Path],  # noqa: UP045
@@ -95,6 +98,7 @@ def _transfer(
     from ..training import recipe
     from ..training.evaluation import MEASURES
 
+    source, images = _named_once(source, target, sources or [], images)
     given = {name: value for name, value in settings.items() if value is not None}
     if "metrics" in given:
         given["metrics"] = tuple(filter(None, given["metrics"].split(",")))
@@ -106,7 +110,7 @@ def _transfer(
             stored = load_config(out)
         elif source is None:
             raise ValueError(f"there is no run in {str(out)!r} to go on with: check the path")
-        if source is None and stored and stored["source"] is None:
+        if source is None and stored and None in listed(stored["source"]):
             raise ValueError(
                 f"the source of the run in {str(out)!r} is a module, which Python alone can give: call "
                 "minegan_fast.transfer(module, images, out, resume=True, ...) with the arguments that began it"
@@ -115,7 +119,10 @@ def _transfer(
     merged = stored | given
     for name in ("source", "images"):
         if not merged.get(name):
-            raise ValueError(f"{name} is missing: minegan-fast transfer SOURCE IMAGES --out RUN, or --config FILE")
+            raise ValueError(
+                f"{name} is missing: minegan-fast transfer SOURCE IMAGES --out RUN, or for several sources --source A "
+                "--source B --images FOLDER, or --config FILE"
+            )
     if dry_run:
         checkpoints = Checkpoints()
         _print_estimate(recipe.configure(checkpoints, **merged), checkpoints)
@@ -132,6 +139,19 @@ def _transfer(
             table.add_column(name)
         table.add_row(*(f"{value:.4g}" for value in shown.values()))
         console.print(table)
+
+
+def _named_once(first: str | None, second: str | None, sources: list[str], images: str | None):
+    """(source or sources, images), from the arguments and from the options --source and --images.
+
+    With --source the arguments are what is left: at most the images.
+    """
+    if sources and images is None and second is None:
+        first, second = None, first
+    for name, argument, option in (("source", first, sources), ("images", second, images)):
+        if argument is not None and option:
+            raise ValueError(f"{name} is given twice: {argument!r} and --{name}; leave one of them out")
+    return sources or first, images if second is None else second
 
 
 def _fraction_or_folder(text: str) -> float | str:
@@ -158,9 +178,11 @@ def _print_estimate(config: TransferConfig, checkpoints: Checkpoints) -> None:
     )
 
 
-_TRANSFER_HELP = """Adapts the GAN in SOURCE to the images in a folder.
+_TRANSFER_HELP = """Adapts the GAN in SOURCE, or several together, to the images in a folder.
 
 Example: minegan-fast transfer ffhq.pt cats/ --out run --batch 8
+
+Example: minegan-fast transfer --source ffhq.pt --source church.pt --images cats/ --out run
 
 The folder then holds best/ and last/ (generator, miner, delta), samples/, history.jsonl, losses.png, events/ for
 TensorBoard, config.json, and the snapshots that --resume goes on from.
@@ -175,10 +197,17 @@ def _register_transfer() -> None:
     own = inspect.signature(_transfer).parameters
     text = {
         "source": "Checkpoint of the pretrained GAN.",
-        "images": "Folder with PNG, JPEG, WebP or BMP images, searched recursively.",
+        "target": "Folder with PNG, JPEG, WebP or BMP images, searched recursively.",
     }
-    parameters = [own[n].replace(default=typer.Argument(None, help=text[n]), annotation=Optional[str]) for n in text]  # noqa: UP045
+    shown = {"source": "SOURCE", "target": "IMAGES"}
+    parameters = [
+        own[n].replace(default=typer.Argument(None, help=text[n], metavar=f"[{shown[n]}]"), annotation=Optional[str])  # noqa: UP045
+        for n in text
+    ]
+    several = typer.Option(None, "--source", help="Checkpoint of one of several GANs; once for each.")
     options = {
+        "sources": (Optional[list[str]], several),  # noqa: UP045
+        "images": (Optional[str], typer.Option(None, help="The folder of images, beside --source.")),  # noqa: UP045
         "out": (Path, typer.Option(..., "--out", "-o", help="Folder of the run.")),
         "config": (Optional[Path], typer.Option(None, help="Settings from a run's config.json; options given win.")),  # noqa: UP045
         "resume": (bool, typer.Option(False, "--resume", help="Go on from the newest snapshot in --out.")),
@@ -216,6 +245,10 @@ def sample(
     source: Base = None,
     miner: MinerFile = None,
     which: Which = "best",
+    by_source: Annotated[
+        bool,
+        typer.Option("--by-source", help="Of several sources: a row of the grid for each, and its name in the files'."),
+    ] = False,
     seed: Seed = 0,
     device: Device = None,
 ) -> None:
@@ -223,15 +256,23 @@ def sample(
 
     Example: minegan-fast sample run --out samples -n 64
     """
-    from ..training.evaluation import generate
+    from ..training.evaluation import generate, generate_named
     from ..training.images import save_folder
-    from ..training.plots import save_grid
+    from ..training.plots import labelled_rows, save_grid
     from ..training.results import open_result
 
     sampler = open_result(run, which, device, source, miner)
-    images = generate(sampler, number, seed)
-    paths = save_folder(out, images)
-    save_grid(out / "grid.png", images)
+    if by_source:
+        if not isinstance(sampler, MultiGenerator):
+            raise ValueError("--by-source is for a run with several sources, and this one has one")
+        images, names = generate_named(sampler, number, seed)
+        paths = save_folder(out, images, names=names)
+        rows = {name: [i for i, other in enumerate(names) if other == name] for name in sampler.names}
+        labelled_rows(out / "grid.png", [(f"{name} {len(r)}", images[r]) for name, r in rows.items() if r])
+    else:
+        images = generate(sampler, number, seed)
+        paths = save_folder(out, images)
+        save_grid(out / "grid.png", images)
     console.print(f"{len(paths)} images and grid.png in {out}", highlight=False)
 
 

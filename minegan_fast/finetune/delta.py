@@ -52,23 +52,34 @@ def _bare_fingerprint(model: nn.Module, loaded: _Loaded) -> str:
     return fingerprint(bare)
 
 
-def save_delta(held: Held, added: set[int], values: nn.Module, path: str | os.PathLike):
+def save_delta(
+    held: Held,
+    added: set[int],
+    values: nn.Module,
+    path: str | os.PathLike,
+    part: tuple[str, nn.Module] | None = None,
+):
     """Writes every row of the held model that has trained, and its parameters whose id is in `added`; no buffers.
 
     The base is the model as it was at the first selection, or when parameters of it were added. A UserWarning names
     buffers that have moved since the optimizer was built, as the statistics of batch norm do in train mode.
 
-    values: the model, or a copy of it with averages: where the values come from.
+    values: the model, or a copy of it with averages: where the values come from. part: as of
+        `SparseFinetuner.save_delta`.
 
     safetensors. Per layer `<layer>:rows` int64 [k]; per parameter `<parameter>` [k, ...], the rows in front. Metadata:
     format, version, `base` (fingerprint of the untrained model), `layers` as JSON {layer: [[parameter, axis], ...]}.
     """
     tensors, layers = {}, {}
     values_of = dict(values.named_parameters())
+    within, base = ("", held.base) if part is None else (part[0] + ".", fingerprint(part[1]))
 
     def store(layer, rows, members):
+        if not all(name.startswith(within) for name, _ in members):
+            return
+        layer = layer.removeprefix(within)
         tensors[f"{layer}:rows"] = rows
-        layers[layer] = members
+        layers[layer] = [(name.removeprefix(within), axis) for name, axis in members]
         for name, axis in members:
             if name not in values_of:
                 raise RuntimeError(
@@ -76,7 +87,7 @@ def save_delta(held: Held, added: set[int], values: nn.Module, path: str | os.Pa
                     "or release() the model and save it as a whole"
                 )
             value = values_of[name]
-            tensors[name] = compact(value.detach(), axis, rows.to(value.device))
+            tensors[name.removeprefix(within)] = compact(value.detach(), axis, rows.to(value.device))
 
     for layer in held.layers:
         if layer.name in held.ever:
@@ -85,12 +96,12 @@ def save_delta(held: Held, added: set[int], values: nn.Module, path: str | os.Pa
     for name, parameter in held.model.named_parameters():
         if id(parameter) in added:
             store(name, torch.arange(parameter.shape[0] if parameter.ndim else 1, device="cpu"), [(name, 0)])
-    if not tensors:
+    if not tensors and part is None:
         raise RuntimeError("nothing has been trained yet, so there is no delta; select() first")
-    metadata = {"format": FORMAT, "version": VERSION, "base": held.base, "layers": json.dumps(layers)}
+    metadata = {"format": FORMAT, "version": VERSION, "base": base, "layers": json.dumps(layers)}
     then = held.buffers
     now = {name: new.to(then[name].device) for name, new in buffer_hashes(held.model).items() if name in then}
-    if moved := [name for name, new in now.items() if not torch.equal(new, then[name])]:
+    if moved := [n for n, new in now.items() if n.startswith(within) and not torch.equal(new, then[n])]:
         warnings.warn(
             f"a delta holds no buffers, and of the model's have moved {', '.join(moved[:3])}"
             f"{', ...' if len(moved) > 3 else ''}: the delta alone will not give the same results. Train in eval mode, "

@@ -458,9 +458,13 @@ class SparseFinetuner(UnscalingOptimizer):
             raise RuntimeError("there is no EMA; build the optimizer with ema_decay, 0.998 say")
         return ema_model(self.state, self.model if module is None else module)
 
-    def save_delta(self, path: str | os.PathLike, ema: bool = False):
-        """Writes every row that was trained, or its average, as safetensors, atomically; see `load_delta`."""
-        save_delta(self.held, self._added(), self.ema_model() if ema else self.model, path)
+    def save_delta(self, path: str | os.PathLike, ema: bool = False, part: tuple[str, nn.Module] | None = None):
+        """Writes every row that was trained, or its average, as safetensors, atomically; see `load_delta`.
+
+        part: the name of a module of the model, and that module as it was before anything trained. The file then is a
+            delta of this module, for whoever has it alone; where nothing of it was trained, it changes nothing.
+        """
+        save_delta(self.held, self._added(), self.ema_model() if ema else self.model, path, part)
 
     def release(self):
         """Gives the plain model back: trained values in place, every parameter trainable as before."""

@@ -82,18 +82,40 @@ class Mixture:
         """d(p) by the means of the window, over which p was chosen: an estimate that is too low by what p follows their
         noise, and may be below 0. ValueError: there was no `update`."""
         means = self._mean()
-        return float(self._p @ means[:, :-1] @ self._p - 2 * self._p @ means[:, -1] + self._c)
+        active = self._p > 0
+        p, K, b = self._p[active], means[:, :-1][np.ix_(active, active)], means[active, -1]
+        return float(p @ K @ p - 2 * p @ b + self._c)
 
-    @torch.no_grad()
-    def update(self, branches: Sequence[Features], validate: bool = True) -> None:
+    @property
+    def batches(self) -> int:
+        """How many the window holds."""
+        return len(self._batches)
+
+    def update(self, branches: Sequence[Features | None], validate: bool = True) -> None:
         """Takes a batch of features of every branch into the means, and solves for p. One wait for a GPU.
 
-        branches, validate: as in `kernel_means`, which also says what is an error. ValueError: another number of
+        branches, validate: as in `measure`. ValueError: as there; no branch has had features in the whole window.
+        """
+        self.add(self.measure(branches, validate))
+
+    @torch.no_grad()
+    def measure(self, branches: Sequence[Features | None], validate: bool = True) -> Tensor:
+        """K and b of a batch, [N, N + 1] float64 on the CPU, for `add`. One wait for a GPU.
+
+        branches, validate: as in `kernel_means`, which also says what is an error. One that is None has no features,
+        as its images are none: it gets no share as long as this batch is in the window. ValueError: another number of
         branches.
         """
         self._check(branches)
-        K, b = kernel_means(branches, self.target, validate)
-        self._batches.append(torch.cat([K, b[:, None]], 1).cpu().numpy())
+        there = [i for i, branch in enumerate(branches) if branch is not None]
+        K, b = kernel_means([branch for branch in branches if branch is not None], self.target, validate)
+        means = torch.full((self.count, self.count + 1), torch.nan, dtype=torch.float64)
+        means[torch.tensor(there)[:, None], torch.tensor([*there, self.count])] = torch.cat([K, b[:, None]], 1).cpu()
+        return means
+
+    def add(self, means: Tensor) -> None:
+        """Takes what `measure` gave into the means, and solves for p."""
+        self._batches.append(means.numpy().copy())
         self._p = _solve(self._mean())
 
     def loss(self, branches: Sequence[Features | None], validate: bool = True) -> Tensor:
@@ -155,7 +177,12 @@ class Mixture:
 
 
 def _solve(means: np.ndarray) -> np.ndarray:
-    return mixture_shares(means[:, :-1], means[:, -1])
+    there = ~np.isnan(means[:, -1])
+    if not there.any():
+        raise ValueError("no branch has had features in every batch of the window")
+    p = np.zeros(len(means))
+    p[there] = mixture_shares(means[:, :-1][np.ix_(there, there)], means[there, -1])
+    return p
 
 
 def mixture_shares(K: np.ndarray, b: np.ndarray) -> np.ndarray:

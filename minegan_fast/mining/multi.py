@@ -123,13 +123,15 @@ class MultiGenerator(nn.Module):
     @property
     def probabilities(self) -> Tensor:
         """p [N], float64 on the CPU, sums to 1: the share of samples that each branch has won in the counted steps,
-        where a step weighs `decay` times as much as the next. All equal before the first one."""
+        where a step weighs `decay` times as much as the next. Before the first one as `reset` says."""
         total = self.wins.sum()
-        return self.wins / total if total > 0 else torch.full_like(self.wins, 1 / len(self))
+        return self.wins / total if total > 0 else self._before / self._before.sum()
 
-    def reset(self) -> None:
-        """Forgets the wins, as stage 2 begins with other networks. p is uniform until the next step."""
+    def reset(self, among: Sequence[bool] | None = None) -> None:
+        """Forgets the wins, as stage 2 begins with other networks. Until the next step p is equal for all generators,
+        or for those that `among` [N] says."""
         self.wins = torch.zeros(len(self), dtype=torch.float64)
+        self._before = torch.ones_like(self.wins) if among is None else torch.tensor(among, dtype=torch.float64)
 
     def forward(self, u: Tensor, who: Tensor | None = None, **keywords) -> Tensor:
         """The images [B, C, H, W] of u. who [B]: which generator makes each; None: drawn from `probabilities`."""
@@ -250,26 +252,27 @@ class MultiGenerator(nn.Module):
                 )
         self._count(counts if count else None)
         if self.explore:
-            draws = torch.rand(2, B, device=scores.device)
-            given = (draws[1] * len(self)).long().clamp_(max=len(self) - 1)
+            chance, which = torch.rand(B, 2, device=scores.device).T
+            given = (which * len(self)).long().clamp_(max=len(self) - 1)
             branch = torch.arange(len(self), device=scores.device)[:, None]
-            lifted = (branch == given) & (draws[0] < self.explore) & ~scores.isnan()
+            lifted = (branch == given) & (chance < self.explore) & ~scores.isnan()
             found = winner(scores.masked_fill(lifted, torch.inf))
             counts = found.counts.tolist()
         return found.order, counts, found.who
 
     def take(self, shares: Tensor) -> None:
         """Makes p that of another selector, `Mixture.p` say: shares [N], which sum to 1."""
-        self._adopt(shares, stacklevel=3)
+        self._adopt(shares, "That may be right", stacklevel=3)
 
     def _count(self, counts: list[int] | None) -> None:
         if counts is None:
             return
         new = torch.tensor(counts, dtype=torch.float64)
         new = new if self.exchange is None else self.exchange(new)
-        self._adopt(self.decay * self.wins + new, stacklevel=5)
+        advice = "That may be right; if not, explore= gives them a share of each batch"
+        self._adopt(self.decay * self.wins + new, advice, stacklevel=5)
 
-    def _adopt(self, wins: Tensor, stacklevel: int) -> None:
+    def _adopt(self, wins: Tensor, advice: str, stacklevel: int) -> None:
         self.wins = wins
         self._counted += 1
         share, i = self.probabilities.max(0)
@@ -277,7 +280,7 @@ class MultiGenerator(nn.Module):
             self._collapse_named = True
             warnings.warn(
                 f"{self.names[int(i)]} has {100 * float(share):.1f} % of the samples, so the others hardly learn any "
-                "more. That may be right; if not, explore= gives them a share of each batch",
+                f"more. {advice}",
                 stacklevel=stacklevel,
             )
 

@@ -5,12 +5,12 @@ from torch import Tensor, nn
 
 from ..finetune import SparseFinetuner
 from ..layers import gradient_penalty
-from ..mining import Mined
 from .augment import diff_augment
 from .critics import begin_training, critic_r1, freeze_lower_blocks
 from .images import to_float
 from .losses import critic_loss, generator_loss
 from .machine import Machine
+from .miners import Network
 from .randomness import DataOrder
 
 # A new critic trains alone for so many steps before it may move the miner, or for a quarter of its stage if that is
@@ -19,7 +19,8 @@ WARM_UP = 50
 
 
 class Adversary:
-    """A critic that trains against the images of a `Mined`. Its parameters that came frozen stay frozen.
+    """A critic that trains against what the miners find; of several generators, against what it scores highest. Its
+    parameters that came frozen stay frozen.
 
     images: uint8 [N, C, R, R], on the CPU or the device of the run.
     """
@@ -41,14 +42,14 @@ class Adversary:
         """Which images this process has of batch `number`, int64, where the images are."""
         return self.machine.processes.own(self.order[number])
 
-    def step(self, samples: Tensor, loss_name: str, mined: Mined, penalised: bool) -> Tensor:
+    def step(self, samples: Tensor, loss_name: str, mined: Network, penalised: bool) -> Tensor:
         """Trains the critic on the images of these numbers, and where it is `penalised` by R1; returns its loss without
         penalties."""
         config, machine = self.config, self.machine
         with machine.processes.part(config.batch) as count:
             real = to_float(self.images[samples]).to(machine.device)
             with torch.no_grad(), machine.autocast():
-                fake = mined(machine.latents(mined, count)).float()
+                fake = mined.best(machine.latents(mined, count), self.critic)[0].float()
             real, fake = (diff_augment(x, config.augment) for x in (real, fake))
             with machine.autocast():
                 loss = critic_loss(loss_name, self.critic(real), self.critic(fake))
@@ -72,7 +73,7 @@ class Adversary:
         """Gives the critic's neurons an optimizer of their own; nothing is selected yet."""
         self.optimizer = SparseFinetuner(self.critic, self.machine.rate(self.config.critic_lr), **settings)
 
-    def evidence(self, loss_name: str, samples: Tensor, mined: Mined) -> Tensor:
+    def evidence(self, loss_name: str, samples: Tensor, mined: Network) -> Tensor:
         """The critic's loss on the real images of these numbers and on as many generated ones."""
         real = to_float(self.images[samples % len(self.images)]).to(self.machine.device)
         fake = mined(self.machine.latents(mined, len(samples)))

@@ -30,6 +30,8 @@ def obstacle(config: TransferConfig, device: torch.device, processes: Processes)
     """Why a run's steps cannot be captured, as far as that is known before the first; empty where nothing is."""
     if device.type != "cuda":
         return f"the run is on {device}, and the graphs are CUDA's"
+    if isinstance(config.source, list):
+        return "of several sources the host learns in each step which have a part in it"
     if processes.size > 1:
         return f"the {processes.size} processes of the run exchange gradients within a step"
     if KERNEL in config.losses and config.part and config.part < config.batch:

@@ -51,7 +51,7 @@ class TransferConfig:
     The learning rates are None until `fit` has seen the generator.
     """
 
-    source: str | None = None
+    source: str | list | None = None
     images: str | None = None
     critic: str | None = setting(
         None, "Checkpoint of the critic; default: the source file's discriminator. features: heads on --loss-features."
@@ -168,6 +168,14 @@ class TransferConfig:
     keep: int = setting(2, "Newest snapshots that stay on the disk.")
     grid: int = setting(64, "Images in a sample grid.")
     log_every: int = setting(10, "Steps between rows of history.jsonl.")
+    resize: int | None = setting(
+        None, "Resolution of the images of several sources, where theirs differ; default: they must not."
+    )
+    explore: float = setting(
+        0.0,
+        "Share of a batch that several sources get at random under an adversarial loss, which keeps one that seldom "
+        "wins learning.",
+    )
     cuda_graphs: bool = setting(
         False, "Capture the steps as CUDA graphs, which spares small batches the time of the host. It needs one GPU."
     )
@@ -241,7 +249,7 @@ class TransferConfig:
         for name in ("lr", "miner_lr", "generator_lr", "critic_lr"):
             if (value := getattr(self, name)) is not None:
                 _positive(name, value)
-        for name, low in (("part", 1), ("critic_warmup", 0)):
+        for name, low in (("part", 1), ("critic_warmup", 0), ("resize", 1)):
             if (value := getattr(self, name)) is not None and value < low:
                 raise ValueError(f"{name} must be a whole number >= {low}, got {value!r}")
         for name in ("r1_gamma", "gradient_penalty_weight", "mmd_weight", "prior_weight", "ewc_weight"):
@@ -260,6 +268,12 @@ class TransferConfig:
             )
         if isinstance(self.mined_class, str) and not re.fullmatch(r"\d+(,\d+)*", self.mined_class):
             raise ValueError(f"mined_class takes labels, as in 207 or 207,208; got {self.mined_class!r}")
+        if isinstance(self.source, list) and self.path_length_weight:
+            raise ValueError("path_length_weight is for one source, and there are several: leave it out")
+        if not isinstance(self.source, list) and (self.resize or self.explore):
+            raise ValueError("resize and explore are for several sources, and there is one: leave them out")
+        if not 0 <= self.explore <= 1:
+            raise ValueError(f"explore is a share of a batch, from 0 to 1, got {self.explore!r}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay!r}")
         for name, known in (
@@ -291,6 +305,10 @@ class TransferConfig:
             raise ValueError(
                 f"train_critic is {self.train_critic} ({self.method}), but the loss is mmd, which has no critic: leave "
                 f"it out, or take an adversarial loss ({', '.join(LOSSES)})"
+            )
+        if self.explore:
+            raise ValueError(
+                "explore is for a critic's choice among several sources; under mmd their shares are solved for"
             )
         if self.mmd_weight:
             raise ValueError("mmd_weight is for a kernel distance beside an adversarial loss; the loss is mmd alone")
@@ -354,7 +372,8 @@ def _check_type(name: str, value: Any, annotation: Any, may_be_open: bool) -> No
     kinds = (*kinds, type(None)) if may_be_open else kinds
     fits = isinstance(value, (*kinds, int) if float in kinds else kinds) and isinstance(value, bool) <= (bool in kinds)
     if not fits:
-        names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "null"}
+        names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+        names |= {list: "a list", type(None): "null"}
         raise ValueError(f"{name} must be {' or '.join(names[kind] for kind in kinds)}, got {value!r}")
 
 

@@ -30,9 +30,9 @@ class ElasticWeights:
         # The square of a batch's gradient is not the mean of its samples' squares, so a batch is one sample where the
         # loss has a value for one. The kernel distance has none.
         batch = config.batch if trainer.loss_name == KERNEL else 1
-        for k in range(-(-config.score_samples // batch)):
+        for k in range(-(-config.score_samples // batch) * len(trainer.branches)):
             set_random_state(config.seed, "elastic", k)
-            loss = trainer.loss(own_samples(trainer.generator, batch))
+            loss = trainer.loss(own_samples(trainer.generator, batch, turn=k))
             gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
             for importance, gradient in zip(self.importances, gradients, strict=True):
                 if gradient is not None:

@@ -1,22 +1,27 @@
 """What a run will need, before it starts: memory by counting what a sample saves, time by a few real steps."""
 
 import contextlib
+import itertools
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from ..mining import Mined
 from .config import TransferConfig
 from .critics import critic_r1
 from .generators import Generator
 from .kernel_loss import KernelLoss
 from .losses import generator_loss
 from .machine import DTYPES
-from .miners import new_mined
+from .miners import branches, new_network
+from .processes import Processes
 from .randomness import keep_random_state
+from .several import Several
 from .trainer import Trainer
 
 # Gradients of activations, workspaces and the allocator's rounding come on top of what is saved for backward.
@@ -70,42 +75,52 @@ def estimate_memory(
 
     The networks are on the device of the run already, so what they occupy is not counted again.
     """
-    networks = (generator, *([] if critic is None else [critic]))
-    sizes = [sum(p.numel() * p.element_size() for p in net.parameters()) for net in networks]
+    held = (generator, *([] if critic is None else [critic]))
+    sizes = [sum(p.numel() * p.element_size() for p in net.parameters()) for net in held]
     # Generator: the dense gradient before the selection, a copy for evaluation, then density x (values, gradient, two
     # moments, average). Critic: gradient and two moments.
-    held = int(sizes[0] * (2 + 5 * config.density) + sum(sizes[1:]) * 3)
-    two, three = (_saved_bytes(config, generator, critic, kernel, batch) for batch in (2, 3))
-    per_sample = max(1, three - two)
-    fixed = max(0, two - 2 * per_sample)
+    weights = int(sizes[0] * (2 + 5 * config.density) + sum(sizes[1:]) * 3)
+    # Of several generators one at a time has a graph of all samples at most.
     device = next(generator.parameters()).device
+    several = isinstance(generator, Several)
+    shaped, finite = (generator.resized, generator.finite) if several else (nn.Identity(), [True])
+    with keep_random_state(device):
+        mined = branches(new_network(config, generator, Processes()).to(device))
+        counted = [
+            [_saved_bytes(config, one, shaped, critic, kernel, batch) for batch in (2, 3)]
+            for one in itertools.compress(mined, finite)
+        ]
+    per_sample = max(1, *(three - two for two, three in counted))
+    fixed = max(0, *(two - 2 * max(1, three - two) for two, three in counted))
     available = available_memory(device)
     if device.type == "cpu":  # torchrun says how many processes share this machine
         available //= int(os.environ.get("LOCAL_WORLD_SIZE", processes)) if processes > 1 else 1
-    return Estimate(held + fixed, int(HEADROOM * per_sample), available, processes, config.part)
+    return Estimate(weights + fixed, int(HEADROOM * per_sample), available, processes, config.part)
 
 
 def _saved_bytes(
-    config: TransferConfig, generator: Generator, critic: nn.Module | None, kernel: KernelLoss | None, batch: int
+    config: TransferConfig,
+    mined: Mined,
+    shaped: Callable[[Tensor], Tensor],
+    critic: nn.Module | None,
+    kernel: KernelLoss | None,
+    batch: int,
 ) -> int:
     """The most bytes that a step saves for its backward: the generator's under each loss, or the critic's with R1."""
-    device = next(generator.parameters()).device
-    dtype = DTYPES[config.precision]
-    with keep_random_state(device):
-        mined = new_mined(config, generator).to(device)
-        steps = []
-        if critic is not None:
-            with _counting() as step, torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                fake = mined(torch.randn(batch, mined.input_dim, device=device))
-                generator_loss("nonsaturating", critic(fake))
-            steps.append(step.total)
-            with _counting() as step:
-                critic_r1(critic, fake.detach().float())
-            steps.append(step.total)
-        if kernel is not None:
-            with _counting() as step, torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                kernel(mined(torch.randn(batch, mined.input_dim, device=device)).float())
-            steps.append(step.total)
+    device = next(mined.parameters()).device
+    dtype, steps = DTYPES[config.precision], []
+    if critic is not None:
+        with _counting() as step, torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            fake = shaped(mined(torch.randn(batch, mined.input_dim, device=device)))
+            generator_loss("nonsaturating", critic(fake))
+        steps.append(step.total)
+        with _counting() as step:
+            critic_r1(critic, fake.detach().float())
+        steps.append(step.total)
+    if kernel is not None:
+        with _counting() as step, torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            kernel(shaped(mined(torch.randn(batch, mined.input_dim, device=device))).float())
+        steps.append(step.total)
     return max(steps)
 
 

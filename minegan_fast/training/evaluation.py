@@ -2,7 +2,7 @@
 
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import metrics as m
+from ..mining import MultiGenerator
 from .images import to_float
 from .randomness import derived_seed
 
@@ -114,9 +115,27 @@ def judge_name(features: Features, choice, loss_choice, critic_trained: bool) ->
 @torch.no_grad()
 def generate(sampler, count: int, seed: int, batch: int = 64) -> Tensor:
     """`count` images of `sampler.sample`, float [count, C, R, R] on the CPU. Seed and batch determine them."""
+    return torch.cat(list(_generated(sampler.sample, count, seed, batch)))
+
+
+@torch.no_grad()
+def generate_named(sampler: MultiGenerator, count: int, seed: int, batch: int = 64) -> tuple[Tensor, list[str]]:
+    """The images of `generate`, and the name of the source of each."""
+    who: list[int] = []
+
+    def sample(size: int, generator: torch.Generator) -> Tensor:
+        images, own = sampler.sample(size, generator=generator, return_who=True)
+        who.extend(own.tolist())
+        return images
+
+    images = torch.cat(list(_generated(sample, count, seed, batch)))
+    return images, [sampler.names[i] for i in who]
+
+
+def _generated(sample: Callable[..., Tensor], count: int, seed: int, batch: int) -> Iterator[Tensor]:
     generator = torch.Generator().manual_seed(derived_seed(seed, "generate"))
-    parts = [min(batch, count - first) for first in range(0, count, batch)]
-    return torch.cat([sampler.sample(size, generator=generator).float().cpu() for size in parts]).clamp(-1, 1)
+    for first in range(0, count, batch):
+        yield sample(min(batch, count - first), generator=generator).float().cpu().clamp(-1, 1)
 
 
 def _kid(fake: Tensor, real: Tensor) -> float:

@@ -32,7 +32,7 @@ class RunFolder:
 
     It holds `config.json`, `history.jsonl`, `losses.png`, `selection.safetensors`, `samples/`, `snapshots/`, `events/`,
     and three results, each with generator, miner and delta: `last/`, `best/` by held-out KID, and `mined/`, which is
-    the state after stage 1.
+    the state after stage 1. Of several sources a result has a folder for each with these files, and `shares.json`.
     """
 
     def __init__(self, path: str | Path):
@@ -171,11 +171,15 @@ class RunFolder:
 
     def copy_last(self, to: Path) -> None:
         """Gives another result the files of `last/`, one by one."""
-        for source in self.last.iterdir():
-            with atomic_path(to / source.name) as temporary:
+        for source in self.last.rglob("*"):
+            if source.is_dir():
+                continue
+            copied = to / source.relative_to(self.last)
+            copied.parent.mkdir(exist_ok=True)
+            with atomic_path(copied) as temporary:
                 shutil.copyfile(source, temporary)
-        for old in to.iterdir():
-            if not (self.last / old.name).exists():
+        for old in to.rglob("*"):
+            if old.is_file() and not (self.last / old.relative_to(to)).exists():
                 old.unlink()
 
 

@@ -6,6 +6,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from .several import Several
+
 
 class Generator(nn.Module):
     """A source, as annotations name it: any module with `latent_dim` and `resolution`, of whatever class.
@@ -28,8 +30,12 @@ def as_generator(module: nn.Module) -> Generator:
     return cast(Generator, module)
 
 
-def own_samples(generator: Generator, count: int) -> Tensor:
-    """Images [count, C, R, R] of latents (and labels) of the generator's own prior."""
+def own_samples(generator: Generator, count: int, turn: int = 0) -> Tensor:
+    """Images [count, C, R, R] of latents (and labels) of the generator's own prior; of several generators those of one,
+    whose turn it is: 0 the first, and so on, over and over. One that makes no numbers has no turn."""
+    if isinstance(generator, Several):
+        able = [network for network, finite in zip(generator, generator.finite, strict=True) if finite]
+        return generator.resized(own_samples(cast(Generator, able[turn % len(able)]), count))
     device = next(generator.parameters()).device
     z = torch.randn(count, generator.latent_dim).to(device)  # drawn on the CPU, whose seed is that of the run
     if classes := class_count(generator):

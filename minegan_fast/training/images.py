@@ -230,8 +230,11 @@ def to_pil(image: Tensor) -> Image.Image:
     return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
 
 
-def save_folder(path: str | os.PathLike, images: Tensor | Sequence[Tensor], *, start: int = 0) -> list[Path]:
-    """Writes [N, C, H, W] (C 1 or 3, uint8 or floating point in [-1, 1]) as `path`/00000.png and so on from `start`.
+def save_folder(
+    path: str | os.PathLike, images: Tensor | Sequence[Tensor], *, start: int = 0, names: Sequence[str] | None = None
+) -> list[Path]:
+    """Writes [N, C, H, W] (C 1 or 3, uint8 or floating point in [-1, 1]) as `path`/00000.png and so on from `start`;
+    where the images have names, as 00000-NAME.png.
 
     The folder is made where it is missing; each file is whole or not there. Returns the paths.
     """
@@ -240,7 +243,8 @@ def save_folder(path: str | os.PathLike, images: Tensor | Sequence[Tensor], *, s
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise ValueError(f"cannot write images into {str(path)!r}: a file is in its place, choose another") from None
-    paths = [folder / f"{number:05d}.png" for number in range(start, start + len(images))]
+    ends = [""] * len(images) if names is None else [f"-{name}" for name in names]
+    paths = [folder / f"{number:05d}{end}.png" for number, end in enumerate(ends, start)]
     for file, image in zip(paths, images, strict=True):
         with atomic_path(file) as temporary:
             to_pil(image).save(temporary)

@@ -132,19 +132,11 @@ class KernelLoss:
         The gradient is that of all samples at once, to rounding. ValueError: fewer than 2 samples where the distance is
         unbiased; `make` gave other images the second time.
         """
-        if part is not None and part < 1:
-            raise ValueError(f"part must be at least 1 sample, or None for all, got {part}")
-        parts = [(i, min(i + (part or count), count)) for i in range(0, count, part or count)]
-        states = []
+        parts, states = cut(count, part), []
         if len(parts) == 1:
             own = self._features(make(*parts[0]), validate)
         else:
-            with torch.no_grad():  # the features of all parts, from which the slopes of each follow
-                made = []
-                for first, last in parts:
-                    states.append(random_state(self.features.device))
-                    made.append(self._features(make(first, last), validate))
-            own = [torch.cat(group) for group in zip(*made, strict=True)]
+            own, states = self.made(make, parts, validate)
         everyone, rows = gather([group.detach() for group in own]) if gather else (own, slice(0, count))
         leaves = [group.detach().requires_grad_() for group in everyone]
         with torch.enable_grad():
@@ -155,14 +147,41 @@ class KernelLoss:
         if len(parts) == 1:
             torch.autograd.backward(own, slopes)
             return loss.detach()
-        for (first, last), state in zip(parts, states, strict=True):
-            set_random_state(state, self.features.device)
-            again = self._features(make(first, last), validate)
-            if not self._repeats:
-                self._check_repeats(again, [group[first:last] for group in own])
-            torch.autograd.backward(again, [slope[first:last] for slope in slopes])
+        self.again(make, parts, states, own, slopes, validate, check=not self._repeats)
         self._repeats = True
         return loss.detach()
+
+    @torch.no_grad()
+    def made(
+        self, make: Callable[[int, int], Tensor], parts: list[tuple[int, int]], validate: bool = True
+    ) -> tuple[list[Tensor], list[tuple[Tensor, ...]]]:
+        """The features of all parts, from which the slopes of each follow, and the random state that each began at."""
+        found, states = [], []
+        for first, last in parts:
+            states.append(random_state(self.features.device))
+            found.append(self._features(make(first, last), validate))
+        return [torch.cat(group) for group in zip(*found, strict=True)], states
+
+    def again(
+        self,
+        make: Callable[[int, int], Tensor],
+        parts: list[tuple[int, int]],
+        states: list[tuple[Tensor, ...]],
+        own: list[Tensor],
+        slopes: list[Tensor],
+        validate: bool = True,
+        check: bool = True,
+    ) -> None:
+        """Makes the parts once more, with a graph, and gives them the slopes of their features.
+
+        check: whether the features are those that were `made`; ValueError where not.
+        """
+        for (first, last), state in zip(parts, states, strict=True):
+            set_random_state(state, self.features.device)
+            features = self._features(make(first, last), validate)
+            if check:
+                self._check_repeats(features, [group[first:last] for group in own])
+            torch.autograd.backward(features, [slope[first:last] for slope in slopes])
 
     def _features(self, images: Tensor, validate: bool = True) -> list[Tensor]:
         return self.features(self._augmented(images), validate)
@@ -189,6 +208,13 @@ class KernelLoss:
                     "the second time other images were made for the same samples: a batch in parts needs a generator "
                     "in eval mode, and latents that are drawn once"
                 )
+
+
+def cut(count: int, part: int | None) -> list[tuple[int, int]]:
+    """The first and the last of each part of `count` samples. ValueError: parts of none."""
+    if part is not None and part < 1:
+        raise ValueError(f"part must be at least 1 sample, or None for all, got {part}")
+    return [(i, min(i + (part or count), count)) for i in range(0, count, part or count)]
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..collectives import gradients
-from ..mining import Mined
+from ..mining import Mined, MultiGenerator
 from .config import TransferConfig
 from .processes import Processes
 
@@ -35,7 +35,7 @@ class Machine:
         with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
             yield
 
-    def latents(self, mined: Mined, count: int) -> Tensor:
+    def latents(self, mined: Mined | MultiGenerator, count: int) -> Tensor:
         """u ~ N(0, I) [count, input_dim]."""
         return torch.randn(count, mined.input_dim, device=self.device)
 

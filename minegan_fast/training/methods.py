@@ -25,6 +25,7 @@ from torch import nn
 from .._torch import BATCH_NORMS
 from .generators import Generator, own_samples
 from .randomness import keep_and_set_random_state
+from .several import networks
 
 KERNEL = "mmd"
 CALIBRATION = 8  # batches that give new batch norms their statistics
@@ -63,7 +64,8 @@ _COMMON = {
 
 def kernel_lr(generator: nn.Module) -> float:
     """The learning rate under mmd. Equalised weights (Progressive GAN and later) are of size 1, and steps with them."""
-    return 1.6e-2 if getattr(generator, "family", None) in ("pgan", "stylegan", "stylegan2") else 2e-3
+    families = {getattr(network, "family", None) for network in networks(generator)}
+    return 1.6e-2 if families <= {"pgan", "stylegan", "stylegan2"} else 2e-3
 
 
 def chosen(method: str, mining_loss: str, finetune_loss: str) -> dict[str, Any]:
@@ -76,25 +78,26 @@ def chosen(method: str, mining_loss: str, finetune_loss: str) -> dict[str, Any]:
 
 @torch.no_grad()
 def fresh_weights(generator: Generator, seed: int) -> None:
-    """Gives every weight a new initial value, as its class makes it: the start of method "scratch".
+    """Gives every weight of a generator a new initial value, as its class makes it: the start of method "scratch".
 
     Batch norms get the statistics of the new network, since the recipe runs them in eval mode.
     ValueError: a generator of no known family with parameters of a module that has no `reset_parameters()`.
     """
     with keep_and_set_random_state(seed, "scratch"):
-        if hasattr(generator, "family") and hasattr(generator, "config"):
-            fresh = type(generator)(**generator.config)
-            generator.load_state_dict(fresh.state_dict())
-        else:
-            _reset(generator)
+        for network in networks(generator):
+            if hasattr(network, "family") and hasattr(network, "config"):
+                fresh = type(network)(**network.config)
+                network.load_state_dict(fresh.state_dict())
+            else:
+                _reset(network)
         norms = [m for m in generator.modules() if isinstance(m, BATCH_NORMS)]
         momenta = [norm.momentum for norm in norms]
         for norm in norms:
             norm.reset_running_stats()
             norm.train()
             norm.momentum = None  # the mean over all batches
-        for _ in range(CALIBRATION if norms else 0):
-            own_samples(generator, 32)
+        for k in range(CALIBRATION * len(networks(generator)) if norms else 0):
+            own_samples(generator, 32, turn=k)
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.eval()
             norm.momentum = momentum

@@ -1,14 +1,53 @@
-"""Where in the source a run mines, and where its miners start: at the source's own distribution."""
+"""Where in the sources a run mines, and where its miners start: at each source's own distribution."""
+
+import copy
+from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor
 
-from ..mining import Mined, Miner
+from ..mining import Mined, Miner, MultiGenerator
 from ..mining.mined import learned_constant
 from ..mining.prior import default_prior, own_latents
 from .config import TransferConfig
 from .generators import Generator, class_count
+from .processes import Processes
 from .randomness import keep_and_set_random_state
+from .several import Several
+
+Network: TypeAlias = Mined | MultiGenerator
+
+
+def new_network(config: TransferConfig, generator: Generator, processes: Processes) -> Network:
+    """The generator behind new miners; several generators each behind its own, of which one wins a sample.
+
+    ValueError: as in `new_mined`, with the source's name.
+    """
+    if not isinstance(generator, Several):
+        return new_mined(config, generator)
+    of_some = any(class_count(network) for network in generator)
+    mined = []
+    for name, network in zip(generator.names, generator, strict=True):
+        own = copy.copy(config)
+        if of_some and not class_count(network):
+            own.mined_class = None
+        try:
+            mined.append(new_mined(own, cast(Generator, network)))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    several = MultiGenerator(generator, mined, resize=generator.resize, explore=config.explore, names=generator.names)
+    several.exchange = processes.total
+    return several
+
+
+def branches(network: Network) -> list[Mined]:
+    """Of several generators, each with its miners; or the one that it is."""
+    return [cast(Mined, branch) for branch in network.branches] if isinstance(network, MultiGenerator) else [network]
+
+
+def shares(network: Network) -> list[float]:
+    """How much each of `branches` has in the mixture."""
+    return network.probabilities.tolist() if isinstance(network, MultiGenerator) else [1.0]
 
 
 def new_mined(config: TransferConfig, generator: Generator) -> Mined:

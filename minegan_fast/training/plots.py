@@ -71,8 +71,8 @@ def loss_curves(path: str | os.PathLike, history: Sequence[dict], metrics: Seque
     """Plots a run's history, rows {"step": int, "stage": str, name: float, ...}, over the steps.
 
     Series whose names contain "loss" share the upper axes. Series whose names begin with one of `metrics` share the
-    lower axes, which are logarithmic, and absent without them. A row may lack any field; a vertical line marks a new
-    stage.
+    lower axes, which are logarithmic, and absent without them. Between them are those that begin with "p_", the shares
+    of several sources, where there are any. A row may lack any field; a vertical line marks a new stage.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -94,15 +94,20 @@ def loss_curves(path: str | os.PathLike, history: Sequence[dict], metrics: Seque
     losses = [name for name in series if "loss" in name.lower()]
     measured = [name for name in series if name.lower().startswith(tuple(metrics))]
 
-    count = 1 + bool(measured)
+    shares = [name for name in series if name.startswith("p_")]
+    parts = [("loss", losses), ("share", shares), ("metric", measured)]
+    parts = [part for part in parts if part[1] or part[0] == "loss"]
+    count = len(parts)
     figure = Figure(figsize=(8, 3.5 * count), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0]
-    for axis, (label, names) in zip(axes, (("loss", losses), ("metric", measured)), strict=False):
+    for axis, (label, names) in zip(axes, parts, strict=True):
         for name in names:
             steps, values = series[name]
             sparse = len(steps) <= 30  # few points are hard to see as a line, one not at all
-            axis.plot(steps, values, label=name, linewidth=1, marker="o" if sparse else None, markersize=3)
+            axis.plot(
+                steps, values, label=name.removeprefix("p_"), linewidth=1, marker="o" if sparse else None, markersize=3
+            )
         for step, stage in stages:
             axis.axvline(step, color="grey", linewidth=0.8, linestyle=":")
             axis.text(step, 1, f" {stage}", transform=axis.get_xaxis_transform(), va="bottom", fontsize=8)
@@ -111,9 +116,9 @@ def loss_curves(path: str | os.PathLike, history: Sequence[dict], metrics: Seque
         if names:
             axis.legend(fontsize=8, loc="upper right")
     if measured and all(min(series[name][1]) > 0 for name in measured):
-        axes[1].set_yscale("log")
+        axes[-1].set_yscale("log")
     elif measured:
-        axes[1].set_yscale("symlog", linthresh=1e-2)  # KID and KMMD are unbiased and may fall below 0
+        axes[-1].set_yscale("symlog", linthresh=1e-2)  # KID and KMMD are unbiased and may fall below 0
     axes[-1].set_xlabel("step")
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=120)

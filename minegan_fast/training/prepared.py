@@ -2,8 +2,9 @@
 
 import copy
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
+import torch
 from torch import nn
 
 from ..files.reading import Contents
@@ -12,21 +13,22 @@ from .config import TransferConfig
 from .estimate import estimate_memory
 from .evaluation import choose_features, judge_name
 from .feature_critic import FeatureCritic
-from .generators import check_samples, image_channels, own_samples
+from .generators import Generator, check_samples, image_channels, own_samples
 from .images import to_float
 from .kernel_loss import KernelLoss
 from .loss_features import LossFeatures
-from .methods import fresh_weights
+from .methods import KERNEL, fresh_weights
 from .processes import Processes, local_index
 from .randomness import keep_and_set_random_state
+from .several import Several, networks, remember_finite, short_names
 from .sources import (
     Checkpoints,
     Networks,
     choose_device,
+    listed,
     open_critic,
     open_images,
     open_networks,
-    single,
     source_critic,
 )
 from .stages import evaluating
@@ -75,16 +77,21 @@ class Prepared:
         by_features = isinstance(materials.critic, str) and materials.critic == "features"
         if by_features:
             materials = materials._replace(critic=None)
-        networks, judging = self._open(materials, checkpoints, needed=config.adversarial and not by_features)
-        self.generator = networks.generator.to(self.device)
+        found, judging = self._open(materials, checkpoints, needed=config.adversarial and not by_features)
+        self.generator = found.generator.to(self.device)
         config.fit(self.generator)
-        notes = list(networks.notes)
-        if isinstance(single(materials.source), nn.Module):
-            with keep_and_set_random_state(config.seed, "check"):
-                notes += check_samples(self.generator)
+        notes = list(found.notes)
+        with keep_and_set_random_state(config.seed, "check"):
+            notes += self._check_sources(listed(materials.source))
         if config.method == "scratch":
             fresh_weights(self.generator, config.seed)
-        self.critic, self.new_critic = networks.critic, not networks.pretrained
+        moves = config.criterion == "movement" and config.finetune_loss != KERNEL
+        if isinstance(self.generator, Several) and processes.size > 1 and moves:
+            raise ValueError(
+                "criterion movement is not offered for several sources on several processes: take another criterion, "
+                "or one process"
+            )
+        self.critic, self.new_critic = found.critic, not found.pretrained
         if judging is not None:
             judging = copy.deepcopy(judging).eval().requires_grad_(False).to(self.device)
         self.target, self.held_out = open_images(materials.images, self.generator, config)
@@ -104,8 +111,8 @@ class Prepared:
                 views = config.views if config.view_augment else 1
                 images = self.target.images
                 # A generator with new weights has no images to speak of: measured from there, kernels made it worse.
-                batches = 0 if config.method == "scratch" else SOURCE_BATCHES
-                source = (own_samples(self.generator, SOURCE_BATCH) for _ in range(batches))
+                batches = 0 if config.method == "scratch" else max(SOURCE_BATCHES, len(networks(self.generator)))
+                source = (own_samples(self.generator, SOURCE_BATCH, k) for k in range(batches))
                 with evaluating(self.generator):
                     self.kernel = KernelLoss(
                         features, images, config.flips, views, config.view_augment, seed=config.seed, source=source
@@ -129,18 +136,31 @@ class Prepared:
         def opened(network) -> Contents | nn.Module:
             return network if isinstance(network, nn.Module) else checkpoints.open(network)
 
-        source, given = opened(single(materials.source)), materials.critic
+        sources, given = listed(materials.source), materials.critic
+        read, names = [opened(source) for source in sources], short_names(sources)
         critic = opened(given) if given is not None and needed else None
-        networks = open_networks(source, critic, self.config, needed)
-        judging = networks.critic if networks.pretrained else None
+        found = open_networks(read, critic, self.config, needed, names)
+        judging = found.critic if found.pretrained else None
         by_loss = self.config.kernel and materials.loss_features == "critic"
-        if networks.critic is None and (materials.features in (None, "critic") or by_loss):
+        if found.critic is None and (materials.features in (None, "critic") or by_loss):
             if given is None:
-                judging = source_critic(source, networks.generator)[0]
+                judging = source_critic(read, found.generator)[0]
             else:
-                judging = open_critic(opened(given), networks.generator)
+                judging = open_critic(opened(given), found.generator)
         checkpoints.clear()  # the networks have the weights, and the run needs the memory
-        return networks, judging
+        return found, judging
+
+    def _check_sources(self, sources: list) -> list[str]:
+        """Runs the modules of a user, and of several sources all, and returns what a user should know of them."""
+        notes: list[str] = []
+        for source, network in zip(sources, networks(self.generator), strict=True):
+            if isinstance(source, nn.Module):
+                notes += check_samples(cast(Generator, network))
+        if isinstance(self.generator, Several):
+            with torch.no_grad():
+                images = [own_samples(cast(Generator, network), SOURCE_BATCH) for network in self.generator]
+            notes += remember_finite(self.generator, images)
+        return notes
 
     def _choose_loss_features(self, choice, critic: nn.Module | None) -> LossFeatures:
         if isinstance(choice, LossFeatures):
@@ -166,6 +186,8 @@ class Prepared:
         held_out = "none held out: the last snapshot is taken"
         if self.held_out is not None:
             held_out = f"{len(self.held_out)} held out"
+        if isinstance(self.generator, Several):
+            yield f"{len(self.generator)} sources: {', '.join(self.generator.names)}"
         yield f"{len(self.target)} images to train on, {held_out}; metrics on {self.judge} features"
         if self.kernel is not None:
             features = self.kernel.features

@@ -60,6 +60,14 @@ class Processes:
         if self.size > 1:
             average(tensors, None)
 
+    def total(self, tensor: Tensor) -> Tensor:
+        """The sum of all processes' tensors of whole numbers."""
+        if self.size == 1:
+            return tensor
+        summed = tensor.clone()
+        average([summed], None)
+        return summed.mul_(self.size).round_()
+
     def equalise(self, tensors: list[Tensor]) -> None:
         """Gives all processes the first one's values."""
         if self.size > 1:

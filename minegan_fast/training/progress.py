@@ -55,7 +55,7 @@ class Progress:
         self._console = (console or _Stderr(stderr=True)) if enabled else None
         self._live: Live | None = None
         self._stages: list[_Stage] = []
-        self._values: dict[str, float | Tensor] = {}
+        self._values: dict[str, float | Tensor | str] = {}
         self._step = done
         self._samples: deque[tuple[float, int]] = deque(maxlen=_SAMPLES)
         self._next_draw = 0.0
@@ -85,7 +85,7 @@ class Progress:
         if not self._live:
             self._print(f"{name}: {steps} steps")
 
-    def update(self, step: int, values: Mapping[str, float | Tensor] | None = None) -> None:
+    def update(self, step: int, values: Mapping[str, float | Tensor | str] | None = None) -> None:
         """Says that `step` steps of the whole run are done. values: shown until newer ones of the same name come."""
         self._step = step
         if not self._console:
@@ -126,7 +126,8 @@ class Progress:
 
     def _status(self) -> str:
         parts = [f"step {self._step}/{self._total}"]
-        parts += [f"{name} {float(value):.4g}" for name, value in self._values.items()]
+        shown = ((n, v if isinstance(v, str) else f"{float(v):.4g}") for n, v in self._values.items())
+        parts += [f"{name} {text}" for name, text in shown]
         if self._samples:
             began, first = self._samples[0]
             speed = (self._step - first) / max(time.monotonic() - began, 1e-9)

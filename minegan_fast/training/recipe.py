@@ -5,6 +5,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from ..models import has_discriminator, load_generator
 from .config import TransferConfig, check_names
@@ -15,7 +16,7 @@ from .prepared import NAMED_LOSS_FEATURES, Materials, Prepared
 from .processes import join
 from .randomness import keep_random_state
 from .run import TransferResult, execute
-from .sources import Checkpoints, source_critic
+from .sources import Checkpoints, listed, source_critic
 
 
 def transfer(
@@ -50,7 +51,8 @@ def transfer(
 
     Args:
         source: a checkpoint's path, or a generator module with `latent_dim` and `resolution` (copied, not changed). One
-            with `num_classes` > 0 takes (z, class embedding) and has `class_embeddings()` [num_classes, class_dim].
+            with `num_classes` > 0 takes (z, class embedding) and has `class_embeddings()` [num_classes, class_dim]. Or
+            a list of several, which are mined together: see below.
         images: a folder, or a tensor [N, C, R, R], float in [-1, 1] or uint8.
         out: the run's folder. A folder that holds a run is refused unless `resume`. A run that ended before its first
             snapshot does not count, and a new one takes its place. Where the file system has locks, a folder that
@@ -79,21 +81,27 @@ def transfer(
             `LossFeatures` with taps of your choice.
         **settings: any other field of `TransferConfig`: method (a published recipe, see `methods.py`), mining_loss and
             finetune_loss (a loss for one stage), mmd_weight (of the kernel distance beside an adversarial loss), part
-            (images in memory at once under "mmd"), view_augment, views and flips (what "mmd" sees of the target), prior
-            ("sphere" | "moments" | "sphere+moments" | "shell" | "none": what keeps mined latents where the generator's
-            own are) and prior_weight, train_miner, critic_warmup, held_out (fraction set aside where that makes 5
-            images or more, or a folder), patience (snapshots without a gain in held-out KID after which stage 2 stops;
-            0 never), criterion, scope, budget, policy, affine, score_samples, reselect_every, train_critic ("all" |
-            "sparse" | "freezed") and freeze_blocks, mine ("z" | "w": behind a StyleGAN's mapping network),
-            mine_constant (a StyleGAN's learned constant too), mined_class (a label, or "207,208": where the class miner
-            starts; by default at the distribution of all classes' embeddings), miner_depth, miner_width, r1_gamma,
-            r1_every, path_length_weight, path_length_every, gradient_penalty_weight, augment, ema_decay, ewc_weight,
-            precision ("fp32" | "bf16" | "fp16"), eval_samples, keep, grid, log_every, cuda_graphs (capture the steps on
-            one GPU, on which the target images then lie too: the same steps to rounding, prepared by the host once;
-            each kind of step runs three times as it is before, and so do all steps from then on where one cannot be
-            captured, with the reason in the run's output).
+            (images in memory at once under "mmd"), resize (the resolution of several sources whose own differ), explore
+            (share of a batch that several sources get at random under an adversarial loss), view_augment, views and
+            flips (what "mmd" sees of the target), prior ("sphere" | "moments" | "sphere+moments" | "shell" | "none":
+            what keeps mined latents where the generator's own are) and prior_weight, train_miner, critic_warmup,
+            held_out (fraction set aside where that makes 5 images or more, or a folder), patience (snapshots without a
+            gain in held-out KID after which stage 2 stops; 0 never), criterion, scope, budget, policy, affine,
+            score_samples, reselect_every, train_critic ("all" | "sparse" | "freezed") and freeze_blocks, mine ("z" |
+            "w": behind a StyleGAN's mapping network), mine_constant (a StyleGAN's learned constant too), mined_class (a
+            label, or "207,208": where the class miner starts; by default at the distribution of all classes'
+            embeddings), miner_depth, miner_width, r1_gamma, r1_every, path_length_weight, path_length_every,
+            gradient_penalty_weight, augment, ema_decay, ewc_weight, precision ("fp32" | "bf16" | "fp16"), eval_samples,
+            keep, grid, log_every, cuda_graphs (capture the steps on one GPU, on which the target images then lie too:
+            the same steps to rounding, prepared by the host once; each kind of step runs three times as it is before,
+            and so do all steps from then on where one cannot be captured, with the reason in the run's output).
 
     Returns a `TransferResult`; the folder holds the same and more (see README).
+
+    Several sources: one miner each, one target. Under "mmd" the shares p of their mixture are solved for, and the
+    miners follow the gradient of that mixture; under an adversarial loss each sample is that of the generator that the
+    critic scores highest, and p is how often each one is it, anew in stage 2. p is in every row of the history
+    (`p_NAME`). Stage 2 spends one budget of neurons on all. `result.mined` is a `MultiGenerator`, which draws by p.
 
     On several processes (`torchrun`, or torch.distributed initialised by the caller) every process calls this with the
     same arguments and sees the same files, computes its part of each batch, and gets the same result; the first one
@@ -137,7 +145,12 @@ def configure(checkpoints: Checkpoints | None = None, **settings) -> TransferCon
     if settings.get("loss_features") is not None:
         if not chosen:
             settings["loss"] = KERNEL
-    elif not chosen and not trains_critic and critic is None and _has_critic(source, checkpoints or Checkpoints()):
+    elif (
+        not chosen
+        and not trains_critic
+        and critic is None
+        and _has_critic(source, settings.get("resize"), checkpoints or Checkpoints())
+    ):
         settings |= {"loss": KERNEL, "loss_features": "critic"}
     for name in ("source", "images", "critic", "features", "loss_features", "held_out"):
         value = settings.get(name)
@@ -171,21 +184,27 @@ def _prepared(config: TransferConfig, materials: Materials, checkpoints: Checkpo
             yield prepared
 
 
-def _name(thing) -> str | None:
-    """A path as the configuration keeps it: in full, so that a run can go on from any folder. None for a module."""
+def _name(thing):
+    """A path as the configuration keeps it: in full, so that a run can go on from any folder. None for a module. Of
+    several things a list."""
     if isinstance(thing, (list, tuple)) and len(thing) == 1:
         thing = thing[0]
+    if isinstance(thing, (list, tuple, nn.ModuleList)):
+        return [_name(one) for one in thing]
     return str(Path(thing).resolve()) if isinstance(thing, (str, Path)) else None
 
 
-def _has_critic(source, checkpoints: Checkpoints) -> bool:
-    """Whether the source's file holds a critic that can judge its generator's images."""
-    if isinstance(source, (list, tuple)) and len(source) == 1:
-        source = source[0]
-    if not isinstance(source, (str, Path)) or not Path(source).exists():
-        return False
-    contents = checkpoints.open(source)
-    return has_discriminator(contents) and source_critic(contents, load_generator(contents))[0] is not None
+def _has_critic(source, resize: int | None, checkpoints: Checkpoints) -> bool:
+    """Whether a source's file holds a critic that can judge its generator's images, as large as they will be."""
+    for one in listed(source):
+        if isinstance(one, (str, Path)) and Path(one).exists():
+            contents = checkpoints.open(one)
+            if has_discriminator(contents):
+                generator = load_generator(contents)
+                fits = resize in (None, generator.resolution)
+                if fits and source_critic(contents, generator)[0] is not None:
+                    return True
+    return False
 
 
 def _is_number(value) -> bool:

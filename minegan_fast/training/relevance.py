@@ -58,27 +58,31 @@ def _collect(trainer, optimizer: SparseFinetuner, of: str) -> None:
             hooks = [
                 m.parameter.register_hook(trainer.machine.mean) for layer in optimizer.layers for m in layer.members
             ]
-        for k in range(-(-config.score_samples // batch)):
+        # A batch of the source's own samples is that of one source, each of which has its turns.
+        rounds = -(-config.score_samples // batch) * (len(trainer.branches) if of == "source" else 1)
+        for k in range(rounds):
             set_random_state(config.seed, "score", of, k)
             samples = torch.arange(k * batch, (k + 1) * batch)
             if kernel:  # the distance is of a whole batch: every process scores all of them
-                _evidence(trainer, optimizer, samples, of).backward()
+                _backward(trainer, optimizer, samples, of, k)
             elif batch % processes.size == 0:
                 with processes.part(batch):
-                    _evidence(trainer, optimizer, processes.own(samples), of).backward()
+                    _backward(trainer, optimizer, processes.own(samples), of, k)
             elif k % processes.size == processes.rank:
-                _evidence(trainer, optimizer, samples, of).backward()
+                _backward(trainer, optimizer, samples, of, k)
     for hook in hooks:
         hook.remove()
 
 
-def _evidence(trainer, optimizer: SparseFinetuner, samples: Tensor, of: str) -> Tensor:
-    """The loss whose gradient is the evidence: the critic's of these samples, or the generator's of as many."""
+def _backward(trainer, optimizer: SparseFinetuner, samples: Tensor, of: str, turn: int) -> None:
+    """Brings the gradient that is the evidence: of the critic's loss of these samples, or of the generator's of as
+    many."""
+    count = len(samples)
     if optimizer.model is not trainer.generator:
-        return trainer.adversary.evidence(trainer.loss_name, samples, trainer.mined)
-    fake = own_samples(trainer.generator, len(samples)) if of == "source" else _mined(trainer, len(samples))
-    return trainer.loss(fake)
-
-
-def _mined(trainer, count: int) -> Tensor:
-    return trainer.mined(trainer.machine.latents(trainer.mined, count))
+        trainer.adversary.evidence(trainer.loss_name, samples, trainer.mined).backward()
+    elif of == "source":
+        trainer.loss(own_samples(trainer.generator, count, turn)).backward()
+    elif trainer.mixture and trainer.loss_name == KERNEL:
+        trainer.mixture_backward(count, learn=False)
+    else:
+        trainer.loss(trainer.mined(trainer.machine.latents(trainer.mined, count))).backward()

@@ -6,15 +6,17 @@ import torch
 
 from ..finetune import load_delta
 from ..finetune.delta import is_delta
-from ..mining import Mined, load_mined
+from ..mining import Mined, MultiGenerator, load_mined
 from ..models import has_discriminator, load_discriminator, load_generator
 from .config import TransferConfig, load_config
 from .evaluation import MEASURES, choose_features, generate, judge_name, measure
 from .folder import RESULTS, RunFolder
 from .generators import as_generator, image_channels
 from .images import load_images
-from .miners import new_mined
-from .sources import Checkpoints, choose_device
+from .miners import Network, branches, new_mined
+from .several import Several
+from .several_files import SHARES, read_result
+from .sources import Checkpoints, choose_device, listed, source_critic
 
 
 def open_result(
@@ -24,8 +26,8 @@ def open_result(
     source=None,
     miner=None,
     checkpoints: Checkpoints | None = None,
-) -> Mined:
-    """The sampler of a result.
+) -> Network:
+    """The sampler of a result; of a run with several sources a `MultiGenerator`.
 
     path: a run's folder; a delta file, which needs its `source` and takes `miner` or the miner's file beside it; or a
         checkpoint with a miner: a training file of the original MineGAN (for BigGAN the folder with G.pth and M.pth),
@@ -52,18 +54,18 @@ def open_result(
         if which not in RESULTS:
             raise ValueError(f"which must be one of {', '.join(RESULTS)}, got {which!r}")
         folder = getattr(RunFolder(path), which)
-        if not (folder / "generator.safetensors").is_file():
+        if not any((folder / name).is_file() for name in ("generator.safetensors", SHARES)):
             raise FileNotFoundError(f"no {which} result in {str(path)!r}: give the folder that transfer wrote")
         try:
-            generator = load_generator(folder / "generator.safetensors")
+            mined = read_result(folder, lambda file, _: load_generator(file))
         except ValueError:
-            if not RunFolder(path).config.is_file() or load_config(path)["source"] is not None:
+            if not RunFolder(path).config.is_file() or None not in listed(load_config(path)["source"]):
                 raise
-            raise ValueError(
-                f"the generator of the run in {str(path)!r} is a module of yours, which Python alone can build: "
-                f"minegan_fast.load_mined({str(path)!r}, module).sample(16) shows what the run made of it"
-            ) from None
-        mined = load_mined(folder / "miner.safetensors", generator)
+            of_one = f"minegan_fast.load_mined({str(path)!r}, module).sample(16) shows what the run made of it"
+            if (folder / SHARES).is_file():
+                of_one = "the result of transfer(..., resume=True) samples from it"
+            what = f"the generator of the run in {str(path)!r}"
+            raise ValueError(f"{what} is a module of yours, which Python alone can build: {of_one}") from None
     return mined.to(where).eval()
 
 
@@ -86,16 +88,24 @@ def evaluate_result(path, which, device, source, miner, images, samples: int, fe
     """
     checkpoints = Checkpoints()
     sampler = open_result(path, which, device, source, miner, checkpoints)
-    generator = as_generator(sampler.generator)
-    real = load_images(images, generator.resolution, image_channels(generator)).images
+    several = isinstance(sampler, MultiGenerator)
+    generator = as_generator(branches(sampler)[0].generator)
+    resolution = sampler.resize[0] if several and sampler.resize else generator.resolution
+    real = load_images(images, resolution, image_channels(generator)).images
     critic = config = None
     if RunFolder(path).config.is_file():
         config = TransferConfig(**load_config(path))
         features, source = features or config.features, config.source
         if config.critic and config.critic != "features":
             critic = load_discriminator(checkpoints.open(config.critic))
-    if critic is None and source and features in (None, "critic") and has_discriminator(checkpoints.open(source)):
-        critic = load_discriminator(checkpoints.open(source))
+    if critic is None and source and features in (None, "critic"):
+        files = [checkpoints.open(one) for one in listed(source) if one is not None]
+        if len(files) == 1:
+            critic = load_discriminator(files[0]) if has_discriminator(files[0]) else None
+        elif files:
+            critic, _ = source_critic(
+                files, Several([b.generator for b in branches(sampler)], sampler.names, resolution)
+            )
     checkpoints.clear()  # the networks have the weights
     extractor = choose_features(features, critic, real, next(generator.parameters()).device)
     fake = generate(sampler, samples, seed)

@@ -1,8 +1,10 @@
 """From what the user names to networks and images that fit together."""
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from .config import TransferConfig
 from .critics import check_fit, new_critic
 from .generators import Generator, as_generator, image_channels
 from .images import ImageSet, load_images
+from .several import Several, networks
 
 # A KID against fewer images than this would choose the best snapshot by chance: then none is set aside.
 LEAST_HELD_OUT = 5
@@ -39,23 +42,22 @@ class Checkpoints:
         self._contents.clear()
 
 
-def single(source):
-    """The source, also from a list of one. ValueError: there are several."""
+def listed(source) -> list:
+    """The sources, of which one need be in no list. ValueError: there is none."""
     if isinstance(source, dict):
         raise TypeError(
             "the source is a dictionary, a state dict perhaps: build its network, load the weights into that, and give "
             "the network, or give the path of a checkpoint of a family that is known here"
         )
-    if not isinstance(source, (list, tuple)):
-        return source
-    if len(source) != 1:
-        raise ValueError(f"one source at a time can be adapted, got {len(source)}; give one path or module")
-    return source[0]
+    sources = list(source) if isinstance(source, (list, tuple, nn.ModuleList)) else [source]
+    if not sources:
+        raise ValueError("there is no source: give the path of a checkpoint or a module, or several of them")
+    return sources
 
 
 @dataclass
 class Networks:
-    """A generator and the critic that judges it, None where none is needed.
+    """A generator (`Several` of several sources) and the critic that judges it, None where none is needed.
 
     pretrained: whether the critic came with the source or was given. notes: what a user should know about the choice.
     """
@@ -66,38 +68,49 @@ class Networks:
     notes: tuple[str, ...] = ()
 
 
-def open_networks(source, critic, config: TransferConfig, needed: bool = True) -> Networks:
+def open_networks(source, critic, config: TransferConfig, needed: bool = True, names: Sequence[str] = ()) -> Networks:
     """Networks in eval mode from files or modules; modules are copied, and the caller's stay as they are.
 
-    source: a path, the `Contents` of a file, or a module. critic: the same, or None: then it is the discriminator in
-        the source's file, and where that has none, or none that can be used, a new one of the generator's sizes.
+    source: a path, the `Contents` of a file, or a module, or a list of them. critic: the same, or None: then it is the
+        discriminator in the source's file (the first of several that has one), and where there is none, or none that
+        can be used, a new one of the generator's sizes.
     needed: False reads and builds no critic at all, whatever `critic` is.
+    names: of several sources.
 
     ValueError: images of channels that are not adapted, networks whose images differ, NaN in weights.
     """
-    if isinstance(source, nn.Module):
-        generator = copy.deepcopy(source)
+    sources = listed(source)
+    if len(sources) == 1:
+        generator = open_generator(sources[0])
     else:
-        source = read(source)
-        generator = load_generator(source)
-    generator = as_generator(generator)
-    if (channels := image_channels(generator)) not in (1, 3):
-        raise ValueError(
-            f"the source makes images of {channels} channels, of which no picture can be written: adapted are those "
-            "of 1 (grey) and 3 (RGB); cut the others off behind the generator"
-        )
-    _check_finite("source", generator)
-    # A module may come in train mode: what is measured before the training must not move its statistics.
-    generator.eval()
+        opened = [open_generator(source, name) for source, name in zip(sources, names, strict=True)]
+        generator = cast(Generator, Several(opened, names, config.resize).eval())
     if not needed:
         return Networks(generator, None, pretrained=False)
     if critic is None:
-        critic, note = source_critic(source, generator)
+        critic, note = source_critic(sources, generator)
         if critic is None:
-            return Networks(generator, new_critic(generator, config.seed).eval(), pretrained=False, notes=(note,))
+            like = networks(generator)[0]  # of its family is the new one
+            like = cast(Generator, like) if like.resolution == generator.resolution else generator
+            return Networks(generator, new_critic(like, config.seed).eval(), pretrained=False, notes=(note,))
     else:
         critic = open_critic(critic, generator)
     return Networks(generator, critic.eval(), pretrained=True)
+
+
+def open_generator(source, name: str = "the source") -> Generator:
+    """A generator in eval mode from a path, the `Contents` of a file, or a module, which is copied. Errors as in
+    `open_networks`."""
+    generator = copy.deepcopy(source) if isinstance(source, nn.Module) else load_generator(read(source))
+    generator = as_generator(generator)
+    if (channels := image_channels(generator)) not in (1, 3):
+        raise ValueError(
+            f"{name} makes images of {channels} channels, of which no picture can be written: adapted are those "
+            "of 1 (grey) and 3 (RGB); cut the others off behind the generator"
+        )
+    _check_finite(name, generator)
+    # A module may come in train mode: what is measured before the training must not move its statistics.
+    return generator.eval()
 
 
 def open_critic(critic, generator: nn.Module) -> nn.Module:
@@ -110,8 +123,16 @@ def open_critic(critic, generator: nn.Module) -> nn.Module:
 def source_critic(source, generator: nn.Module) -> tuple[nn.Module | None, str]:
     """(discriminator in the source's file, ""), or (None, why there is none that could judge the generator's images).
 
-    source: a path, the `Contents` of a file, or a module, which has none.
+    source: a path, the `Contents` of a file, or a module, which has none; or a list, of which the first that has one
+        gives it.
     """
+    if isinstance(source, list):
+        tried = []
+        for one in source:
+            tried.append(source_critic(one, generator))
+            if tried[-1][0] is not None:
+                return tried[-1]
+        return tried[0]
     if isinstance(source, nn.Module):
         return None, "the source is a module, without a discriminator"
     try:
@@ -127,14 +148,14 @@ def source_critic(source, generator: nn.Module) -> tuple[nn.Module | None, str]:
 
 def _check_critic(generator: nn.Module, critic: nn.Module) -> None:
     check_fit(generator, critic)
-    _check_finite("critic", critic)
+    _check_finite("the critic", critic)
 
 
 def _check_finite(what: str, network: nn.Module) -> None:
     named = [*network.named_parameters(), *network.named_buffers()]
     if bad := [name for name, t in named if t.is_floating_point() and not torch.isfinite(t).all()]:
         raise ValueError(
-            f"the {what}'s weights hold NaN or inf, in {shorten(bad)}: its training broke down, or the file is "
+            f"{what}'s weights hold NaN or inf, in {shorten(bad)}: its training broke down, or the file is "
             "damaged; take another checkpoint"
         )
 

@@ -9,26 +9,30 @@ in both stages, because batch statistics of a few images are noisy, and a delta 
 import copy
 import functools
 import inspect
+from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from ..collectives import gradients
 from ..finetune import Selection, SparseFinetuner
 from ..layers import path_length_penalty
-from ..mining import Mined
+from ..mining import MultiGenerator
 from .adversary import WARM_UP, Adversary
 from .captured import CapturedSteps, CaptureError, CudaGraphs
 from .config import TransferConfig
 from .elastic import ElasticWeights
 from .generators import Generator
 from .kernel_loss import KernelLoss, gathering
+from .kernel_mixture import KernelMixture
 from .machine import Machine
 from .methods import KERNEL
-from .miners import new_mined
+from .miners import Network, branches, new_network, shares
 from .processes import Processes
 from .randomness import set_random_state
 from .relevance import score
+from .several import Several
 
 T = TypeVar("T")
 
@@ -71,8 +75,14 @@ class Trainer:
         self.machine = Machine(config, self.device, self.processes, self.scaler, fixed=graphs is not None)
         self.captured, self.why_eager = CapturedSteps(graphs), ""
         self.generator = generator.to(self.device).eval().requires_grad_(False)
-        self.mined = new_mined(config, self.generator).to(self.device)
-        self.kernel = kernel
+        self.mined: Network = new_network(config, self.generator, self.processes).to(self.device)
+        self.branches = branches(self.mined)
+        self.kernel, self.mixture = kernel, None
+        if isinstance(generator, Several) and KERNEL in config.losses:
+            self.mixture = KernelMixture(
+                _given(kernel, "kernel distance"), generator.names, config.batch, self.processes
+            )
+        self._forget_shares()
         self.adversary: Adversary | None = None
         if config.adversarial:
             images = images.to(self.device) if self.machine.fixed else images
@@ -92,8 +102,9 @@ class Trainer:
                 self.mined.mining_parameters(), self.machine.rate(config.miner_lr), betas=self.betas, fused=True
             )
         else:
-            self.mined.miner.requires_grad_(False)
-        self.penalised = bool(config.train_miner and config.prior_weight) and self.mined.prior not in ("sphere", "none")
+            for branch in self.branches:
+                branch.miner.requires_grad_(False)
+        self.penalised = bool(config.train_miner and config.prior_weight)
         mines = config.mining_steps and config.mining_loss != KERNEL
         first, steps = (0, config.mining_steps) if mines else (config.mining_steps, config.finetune_steps)
         warm_up = min(WARM_UP, steps // 4) if new_critic else 0
@@ -150,7 +161,24 @@ class Trainer:
                 average.lerp_(live, average_weight.to(average.dtype))
         for value in values.values():
             self.finite &= torch.isfinite(value)
-        return values
+        return values | {f"p_{name}": torch.tensor(p) for name, p in self.shares_of().items()}
+
+    def shares_of(self) -> dict[str, float]:
+        """{name of a source: its share in the mixture}; empty where there is one."""
+        names = self.generator.names if isinstance(self.generator, Several) else []
+        return dict(zip(names, shares(self.mined), strict=False))
+
+    def interval(self) -> list[list[float]] | None:
+        """Where each share lies, in 9 of 10 cases; None where the critic chooses, who tells no such thing."""
+        solved = self.mixture and self.loss_name == KERNEL
+        return self.mixture.mixture.interval().tolist() if solved else None
+
+    def _forget_shares(self) -> None:
+        """Begins p anew: equal for all generators whose images are numbers."""
+        if isinstance(self.generator, Several) and isinstance(self.mined, MultiGenerator):
+            self.mined.reset(self.generator.finite)
+        if self.mixture:
+            self.mixture.mixture.reset()
 
     def stop_capturing(self) -> None:
         """From now on every step runs as it is, also after a capture that failed: it has left its marks in objects of
@@ -180,29 +208,40 @@ class Trainer:
         for optimizer in optimizers:
             self.machine.zero_grad(optimizer)
         with self.processes.part(config.batch) as count:
-            u = self.machine.latents(self.mined, count)
-            loss = self._kernel_step(u) if self.loss_name == KERNEL else self._adversarial_step(u, trained)
+            if self.mixture and self.loss_name == KERNEL:
+                us, loss = self.mixture_backward(count)
+            else:
+                u = self.machine.latents(self.mined, count)
+                loss = self._kernel_step(u) if self.loss_name == KERNEL else self._adversarial_step(u, trained)
+                us = [u] * len(self.branches)
             if self.penalised:
-                self._penalise(u)
+                self._penalise(us)
         if path_length:
             self._regularise_path_length(trained)
         if self.elastic:
             self.elastic.add_gradients(config.ewc_weight, self._scale)
+        if len(self.branches) > 1:  # one that has no part in this batch gets zeros, as of the formulas
+            for optimizer in optimizers:
+                gradients(optimizer.param_groups)
         return {"loss_G": self.machine.update(loss, *optimizers)}
 
-    def _penalise(self, u: Tensor) -> None:
-        """Adds the gradient of the prior's penalty, of the latents of all processes. It runs the miner once more, which
-        costs nothing beside a step."""
-        latents = self.mined.latents(u)
-        if (gather := gathering(self.processes, self.config.batch)) is not None:
-            (others,), own = gather([latents.detach()])
-            latents = torch.cat([others[: own.start], latents, others[own.stop :]])  # only this process's have a graph
-        weight = self.config.prior_weight * self.processes.size  # gradients become means
-        self.scaler.scale(weight * self.mined.penalty(latents)).backward()
+    def _penalise(self, us: list[Tensor]) -> None:
+        """Adds the gradient of the prior's penalty, of the latents of all processes: of several generators the mean by
+        their shares. It runs the miners once more, which costs nothing beside a step."""
+        gather = gathering(self.processes, self.config.batch)
+        for branch, share, u in zip(self.branches, shares(self.mined), us, strict=True):
+            if branch.prior in ("sphere", "none") or not share:
+                continue
+            latents = branch.latents(u[:, : branch.input_dim])
+            if gather is not None:
+                (others,), own = gather([latents.detach()])
+                latents = torch.cat([others[: own.start], latents, others[own.stop :]])  # only this process's learn
+            weight = share * self.config.prior_weight * self.processes.size  # gradients become means
+            self.scaler.scale(weight * branch.penalty(latents)).backward()
 
     def _adversarial_step(self, u: Tensor, trained: list[nn.Parameter]) -> Tensor:
         with self.machine.autocast():
-            fake = self.mined(u)
+            fake, _ = self.mined.best(u, _given(self.adversary, "critic").critic)
             loss = self.loss(fake)
         # `inputs` leaves the critic's weight gradients out.
         weight = self.config.mmd_weight
@@ -212,12 +251,29 @@ class Trainer:
         return loss.detach()
 
     def _kernel_step(self, u: Tensor) -> Tensor:
+        return self._kernel_backward(self._making(self.mined, u), len(u), self._part, 1.0)
+
+    def _making(self, network: nn.Module, u: Tensor, **keywords) -> Callable[[int, int], Tensor]:
         def make(first: int, last: int) -> Tensor:
             with self.machine.autocast():
-                return self.mined(u[first:last]).float()
+                return network(u[first:last], **{name: t[first:last] for name, t in keywords.items()}).float()
 
-        part = self.config.part and -(-self.config.part // self.processes.size)
-        return self._kernel_backward(make, len(u), part, 1.0)
+        return make
+
+    @property
+    def _part(self) -> int | None:
+        return self.config.part and -(-self.config.part // self.processes.size)
+
+    def mixture_backward(self, count: int, learn: bool = True) -> tuple[list[Tensor], Tensor]:
+        """Adds the gradient of the kernel distance of the mixture of all generators, each of which makes `count`
+        samples, and returns their latents and the distance. learn: as of `KernelMixture.backward`."""
+        mixture = _given(self.mixture, "mixture")
+        us = [self.machine.latents(self.mined, count) for _ in self.branches]
+        makes = [self._making(self.mined, u, who=torch.full((count,), i)) for i, u in enumerate(us)]
+        loss = mixture.backward(makes, count, self._part, self._scale, learn)
+        if learn and isinstance(self.mined, MultiGenerator):
+            self.mined.take(mixture.mixture.p)
+        return us, loss
 
     def _kernel_backward(self, make, count: int, part: int | None, weight: float) -> Tensor:
         """Adds the gradient of the kernel distance of the samples of all processes, and returns the distance."""
@@ -256,8 +312,9 @@ class Trainer:
             "scope": config.scope, "policy": config.policy, "seed": config.seed,
         }  # fmt: skip
         self.generator.requires_grad_(True)
-        if self.mined.constant is not None:  # the generator's own is not read: no neuron of it is to be selected
-            self.generator.learned_constant.requires_grad_(False)
+        for branch in self.branches:
+            if branch.constant is not None:  # the generator's own is not read: no neuron of it is to be selected
+                branch.generator.learned_constant.requires_grad_(False)
         own = {"ema_decay": config.ema_decay, "affine": config.affine}
         self.finetuner = SparseFinetuner(self.generator, self.machine.rate(config.generator_lr), **common, **own)
         if config.train_critic == "sparse":
@@ -269,6 +326,7 @@ class Trainer:
 
         Returns the optimizer of the generator's neurons, and the selection.
         """
+        begins = self.finetuner is None
         finetuner = self.finetuner or self.begin_finetuning()
         self.captured.forget()
         if self.config.method == "scale_shift":
@@ -284,12 +342,17 @@ class Trainer:
         if self.config.method == "ewc":
             self.elastic = ElasticWeights(finetuner)
             self.elastic.measure(self)
+        if begins:  # other networks from now on; what scored the neurons were those of stage 1
+            self._forget_shares()
         return finetuner, selection
 
-    def result(self) -> Mined:
+    def result(self) -> Network:
         """A copy that samples as the run's result does: averaged miners before the generator with averaged neurons."""
         generator = self.finetuner.ema_model() if self.finetuner else copy.deepcopy(self.generator)
-        return self.average.before(generator).eval().requires_grad_(False)
+        found = self.average.before(generator).eval().requires_grad_(False)
+        if isinstance(found, MultiGenerator):
+            found.take(self.mined.probabilities)
+        return found
 
     def state_dict(self) -> dict:
         def of(part):
@@ -303,6 +366,7 @@ class Trainer:
             "adversary": of(self.adversary),
             "finetuner": of(self.finetuner),
             "elastic": of(self.elastic),
+            "mixture": of(self.mixture and self.mixture.mixture),
             "scaler": self.scaler.state_dict(),
             "path_length_mean": self.path_length_mean,
         }
@@ -322,6 +386,8 @@ class Trainer:
         self.generator.load_state_dict(state["generator"])
         for name in ("mined", "average"):
             getattr(self, name).load_mining_state(state[name])
+        if self.mixture:
+            self.mixture.mixture.load_state_dict(state["mixture"])
         self.scaler.load_state_dict(state["scaler"])
         self.path_length_mean.copy_(state["path_length_mean"])
         for optimizer, lr in self._rates().items():  # the run so far may have had them elsewhere
@@ -339,6 +405,8 @@ def _given(part: T | None, name: str) -> T:
 def path_length_weight(config: TransferConfig, generator: nn.Module) -> float:
     """The configured weight, or by default 2 under an adversarial loss for generators that return their latents and 0
     for others, among them StyleGAN, which was trained without."""
+    if isinstance(generator, Several):
+        return 0.0
     able = "return_latents" in inspect.signature(generator.forward).parameters
     if config.path_length_weight and not able:
         raise ValueError(

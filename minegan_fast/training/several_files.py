@@ -1,0 +1,56 @@
+"""The files of a result: of one source generator, miner and delta; of several a folder for each, and their shares."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import nn
+
+from ..files.atomic import atomic_path
+from ..finetune import SparseFinetuner
+from ..mining import MultiGenerator, load_mined, save_miner
+from .folder import write_generator
+from .miners import Network, branches
+from .several import Several, networks
+
+SHARES = "shares.json"
+
+
+def write_result(
+    folder: Path, sampler: Network, source: nn.Module, finetuner: SparseFinetuner | None, interval: list | None = None
+) -> None:
+    """Writes what `read_result` reads, and the deltas.
+
+    source: the generator as it was before the run. interval: of each share.
+    """
+    several = isinstance(source, Several)
+    for i, (branch, before) in enumerate(zip(branches(sampler), networks(source), strict=True)):
+        own = folder / source.names[i] if several else folder
+        own.mkdir(exist_ok=True)
+        write_generator(own / "generator.safetensors", branch.generator)
+        save_miner(own / "miner.safetensors", branch)
+        if finetuner is not None:
+            part = (f"generators.{i}", before) if several else None
+            finetuner.save_delta(own / "delta.safetensors", ema=True, part=part)
+    if several:
+        p = cast(MultiGenerator, sampler).probabilities.tolist()
+        found = {"names": source.names, "p": p, "interval": interval, "resize": source.resize}
+        with atomic_path(folder / SHARES) as temporary:
+            temporary.write_text(json.dumps(found, indent=2) + "\n")
+
+
+def read_result(folder: Path, generator: Callable[[Path, int], nn.Module]) -> Network:
+    """The sampler of a result. generator: (file, number of the source) -> what is in the file."""
+
+    def read(folder: Path, i: int):
+        return load_mined(folder / "miner.safetensors", generator(folder / "generator.safetensors", i))
+
+    if not (folder / SHARES).is_file():
+        return read(folder, 0)
+    shares = json.loads((folder / SHARES).read_text())
+    mined = [read(folder / name, i) for i, name in enumerate(shares["names"])]
+    found = MultiGenerator([m.generator for m in mined], mined, resize=shares["resize"], names=shares["names"])
+    found.take(torch.tensor(shares["p"], dtype=torch.float64))
+    return found.eval()
