@@ -38,6 +38,30 @@ VARIANTS = {
 
 KERNEL = {"loss": "mmd", "loss_features": "critic", "features": "pixels", "density": 0.3}
 
+
+def several(tiny) -> dict[str, dict]:
+    """Settings of runs with two sources, of which the second is conditional."""
+    torch.manual_seed(3)
+    sources = [copy.deepcopy(tiny["generator"]), Conditional()]
+    common = {"source": sources, "mining_steps": 2, "finetune_steps": 2}
+    critic = {"loss": "hinge", "explore": 0.2, "density": 0.3}
+    return {
+        "mixture": common | KERNEL | {"critic": None, "loss_features": Features()},
+        "winner": common | critic,
+    }
+
+
+class Features(torch.nn.Module):
+    """The same in every process."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("weight", torch.randn(6, 1, 3, 3, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, x):
+        return torch.nn.functional.conv2d(x, self.weight, stride=2).tanh()
+
+
 LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
 
 
@@ -153,6 +177,8 @@ def main(rank: int, port: int, folder: str, tiny: dict, settings: dict):
     torch.save(found, folder / f"steps{rank}.pt")
     mf.transfer(**settings, out=folder / "own group")
     mf.transfer(**settings | KERNEL, out=folder / "kernel two")
+    for name, changes in several(tiny).items():
+        mf.transfer(**settings | changes, out=folder / f"{name} two")
     assert dist.is_initialized(), "a group that the caller made is the caller's"
     dist.destroy_process_group()
 

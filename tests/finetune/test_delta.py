@@ -272,3 +272,25 @@ def test_buffers_that_have_moved_are_named(tmp_path):
     train(1)
     with pytest.warns(UserWarning, match=r"have moved 1\.running_mean, 1\.running_var, .*: the delta alone"):
         ft.save_delta(tmp_path / "moved.safetensors")
+
+
+def test_a_part_of_the_model_has_a_delta_of_its_own(tmp_path):
+    torch.manual_seed(0)
+    parts = [nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)) for _ in range(2)]
+    bases, model = copy.deepcopy(parts), nn.ModuleDict({"one": parts[0], "other": parts[1]})
+    ft = SparseFinetuner(model, lr=0.1, density=0.5)
+    ft.select({"one.0.weight": [1, 3], "one.2.weight": [0]})
+    ft.zero_grad()
+    sum(part(torch.ones(2, 3)).square().sum() for part in parts).backward()
+    ft.step()
+    for name, base, part in zip(model, bases, parts, strict=True):
+        path = tmp_path / f"{name}.safetensors"
+        ft.save_delta(path, part=(name, base))
+        with safe_open(path, "pt") as file:
+            assert file.metadata()["base"] == fingerprint(base)
+        alone = copy.deepcopy(base)
+        load_delta(alone, path)
+        assert_same(alone, part)
+    assert not torch.equal(parts[0][0].weight, bases[0][0].weight)
+    with safe_open(tmp_path / "one.safetensors", "pt") as file:
+        assert {"0.weight:rows", "0.weight", "0.bias", "2.weight:rows", "2.weight", "2.bias"} == set(file.keys())

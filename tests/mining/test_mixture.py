@@ -328,3 +328,31 @@ def test_what_does_not_fit_is_named():
     ):
         with pytest.raises(ValueError, match=message):
             make()
+
+
+def test_a_branch_without_features_has_no_share_while_its_batch_is_known():
+    torch.manual_seed(0)
+    target = torch.randn(40, D)
+    mixture = Mixture(3, MmdTarget([target], [[median_distance(target)]], unbiased=True), window=2)
+
+    def batch(shift):
+        return [torch.randn(12, D) + shift]
+
+    near, far = batch(0.0), batch(3.0)
+    mixture.update([far, None, near])
+    assert mixture.p[1] == 0
+    alone = Mixture(2, mixture.target)
+    alone.update([far, near])
+    assert torch.equal(mixture.p[[0, 2]], alone.p)
+    assert mixture.distance == pytest.approx(alone.distance)
+    mixture.update([far, near, far])
+    assert not mixture.interval()[1].any()
+    assert mixture.p[1] == 0, "the batch without it is in the window"
+    mixture.update([far, near, far])
+    assert mixture.p[1] > 0.5
+    assert mixture.batches == 2
+    with pytest.raises(ValueError, match="branches is empty"):
+        mixture.update([None, None, None])
+    mixture.update([None, near, None])
+    with pytest.raises(ValueError, match="no branch has had features in every batch of the window"):
+        mixture.update([near, None, near])

@@ -122,6 +122,15 @@ def test_loss_curves(tmp_path, drawn, monkeypatch):
     assert "matplotlib.pyplot" not in sys.modules, "pyplot keeps every figure alive and may open a window"
 
 
+def test_shares_have_axes_of_their_own(tmp_path, drawn):
+    rows = [row | {"p_cats": row["step"] / 10, "p_dogs": 1 - row["step"] / 10} for row in history(10)]
+    loss_curves(tmp_path / "curves.png", rows)
+    _, shares, metrics = drawn[0].axes
+    assert [line.get_label() for line in shares.lines if not line.get_label().startswith("_")] == ["cats", "dogs"]
+    assert list(shares.lines[0].get_ydata()) == [step / 10 for step in range(10)]
+    assert (shares.get_yscale(), metrics.get_yscale()) == ("linear", "log")
+
+
 @pytest.mark.parametrize(
     "rows",
     [

@@ -42,6 +42,8 @@ def two(tiny, settings, tmp_path_factory):
     mf.transfer(**settings, out=folder / "one")
     mf.transfer(**settings | {"finetune_steps": 3}, out=folder / "one then two")
     mf.transfer(**settings | recipe_ranks.KERNEL, out=folder / "kernel one")
+    for name, changes in recipe_ranks.several(tiny).items():
+        mf.transfer(**settings | changes, out=folder / f"{name} one")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -89,6 +91,28 @@ def test_a_run_on_two_processes_is_that_on_one(two):
 
 def test_the_kernel_distance_is_that_of_all_samples(two):
     assert_same_run(two / "kernel one", two / "kernel two")
+
+
+@pytest.mark.parametrize("name", ["mixture", "winner"])
+def test_several_sources_are_those_of_one_process(two, name):
+    """The shares too; a winner is one of several that score alike to rounding, which these do not."""
+    one, other = (RunFolder(two / f"{name} {count}") for count in ("one", "two"))
+    assert Selection.load(one.selection) == Selection.load(other.selection)
+    rows, others = ([row for row in folder.read_history() if "loss_G" in row] for folder in (one, other))
+    assert [row["step"] for row in rows] == list(range(1, 5))
+    for row, same in zip(rows, others, strict=True):
+        assert {key for key in row if key.startswith("p_")} == {"p_StyleGAN2Generator", "p_Conditional"}
+        for key in row.keys() - {"seconds", "step", "stage"}:
+            assert same[key] == pytest.approx(row[key], rel=1e-4, abs=1e-5)
+    for source in ("StyleGAN2Generator", "Conditional"):
+        states = [
+            {**load_file(folder.last / source / "generator.safetensors"),
+             **load_file(folder.last / source / "miner.safetensors")}
+            for folder in (one, other)
+        ]  # fmt: skip
+        starts = load_file(one.mined / source / "generator.safetensors")
+        starts |= {name: torch.zeros_like(t) for name, t in states[0].items() if name not in starts}
+        assert distance(*states) < 1e-4 * distance(starts, states[0])
 
 
 def test_a_run_goes_on_with_another_number_of_processes(two, settings):

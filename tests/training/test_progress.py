@@ -40,20 +40,20 @@ def test_plain_lines_come_every_ten_seconds(clock):
         progress.stage("mining", 200)
         for step in range(1, 201):
             clock.now += 0.25
-            progress.update(step, {"loss G": 0.5 + step, "loss D": torch.tensor(2.0)})
+            progress.update(step, {"loss G": 0.5 + step, "loss D": torch.tensor(2.0), "p": "cats 50 %"})
         progress.stage("finetuning", 400)
         progress.log("[red] a message that is longer than the console is wide")
     assert console.file.getvalue().splitlines() == [
         "mining: 200 steps",
-        "mining: step 40/600  loss G 40.5  loss D 2  4 steps/s  2:20 left",
-        "mining: step 80/600  loss G 80.5  loss D 2  4 steps/s  2:10 left",
-        "mining: step 120/600  loss G 120.5  loss D 2  4 steps/s  2:00 left",
-        "mining: step 160/600  loss G 160.5  loss D 2  4 steps/s  1:50 left",
-        "mining: step 200/600  loss G 200.5  loss D 2  4 steps/s  1:40 left",
-        "mining: 200/200 steps, 0:50, step 200/600  loss G 200.5  loss D 2  4 steps/s  1:40 left",
+        "mining: step 40/600  loss G 40.5  loss D 2  p cats 50 %  4 steps/s  2:20 left",
+        "mining: step 80/600  loss G 80.5  loss D 2  p cats 50 %  4 steps/s  2:10 left",
+        "mining: step 120/600  loss G 120.5  loss D 2  p cats 50 %  4 steps/s  2:00 left",
+        "mining: step 160/600  loss G 160.5  loss D 2  p cats 50 %  4 steps/s  1:50 left",
+        "mining: step 200/600  loss G 200.5  loss D 2  p cats 50 %  4 steps/s  1:40 left",
+        "mining: 200/200 steps, 0:50, step 200/600  loss G 200.5  loss D 2  p cats 50 %  4 steps/s  1:40 left",
         "finetuning: 400 steps",
         "[red] a message that is longer than the console is wide",
-        "finetuning: 0/400 steps, 0:00, step 200/600  loss G 200.5  loss D 2",
+        "finetuning: 0/400 steps, 0:00, step 200/600  loss G 200.5  loss D 2  p cats 50 %",
     ]
 
 
