@@ -23,7 +23,7 @@ from .plots import loss_curves, save_grid
 from .prepared import Prepared
 from .progress import Progress
 from .randomness import derived_seed, keep_and_set_random_state, keep_random_state
-from .several import networks
+from .several import networks, source_of
 from .several_files import read_result, write_result
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -182,7 +182,7 @@ class Run:
         if names := list(self.trainer.shares_of()):
             counts = [0] * len(names)
             for layer, rows in selection.rows.items():
-                counts[int(layer.split(".")[1])] += len(rows)
+                counts[source_of(layer)] += len(rows)
             own = ", ".join(f"{count} of {name}" for name, count in zip(names, counts, strict=True))
             self.progress.log(f"neurons that train: {own}")
 

@@ -55,6 +55,11 @@ def networks(generator: nn.Module) -> list[nn.Module]:
     return list(generator) if isinstance(generator, Several) else [generator]
 
 
+def source_of(layer: str) -> int:
+    """The number of the generator in `Several` that a parameter's or a layer's name leads to."""
+    return int(layer.split(".")[1])
+
+
 def short_names(sources: Sequence) -> list[str]:
     """A name for each source, a path or a module, unique and fit for a folder: of a path its last part, and as many
     parts before it as tell all of them apart; of a module its class."""

@@ -82,7 +82,6 @@ class Trainer:
             self.mixture = KernelMixture(
                 _given(kernel, "kernel distance"), generator.names, config.batch, self.processes
             )
-        self._forget_shares()
         self.adversary: Adversary | None = None
         if config.adversarial:
             images = images.to(self.device) if self.machine.fixed else images
@@ -94,6 +93,7 @@ class Trainer:
             parameter.requires_grad_(False)
         self.finetuner: SparseFinetuner | None = None
         self.elastic: ElasticWeights | None = None
+        self._begin_shares()
 
         self.betas = (config.beta1, config.beta2)
         self.miner_optimizer: torch.optim.Adam | None = None
@@ -161,7 +161,7 @@ class Trainer:
                 average.lerp_(live, average_weight.to(average.dtype))
         for value in values.values():
             self.finite &= torch.isfinite(value)
-        return values | {f"p_{name}": torch.tensor(p) for name, p in self.shares_of().items()}
+        return values | {f"p_{name}": torch.tensor(p, dtype=torch.float64) for name, p in self.shares_of().items()}
 
     def shares_of(self) -> dict[str, float]:
         """{name of a source: its share in the mixture}; empty where there is one."""
@@ -173,12 +173,14 @@ class Trainer:
         solved = self.mixture and self.loss_name == KERNEL
         return self.mixture.mixture.interval().tolist() if solved else None
 
-    def _forget_shares(self) -> None:
-        """Begins p anew: equal for all generators whose images are numbers."""
-        if isinstance(self.generator, Several) and isinstance(self.mined, MultiGenerator):
-            self.mined.reset(self.generator.finite)
-        if self.mixture:
-            self.mixture.mixture.reset()
+    def _begin_shares(self) -> None:
+        """p at the beginning of a stage: as far as it is solved for what is known, else equal for all generators whose
+        images are numbers."""
+        if not isinstance(self.generator, Several) or not isinstance(self.mined, MultiGenerator):
+            return
+        self.mined.reset(self.generator.finite)
+        if self.mixture and self.loss_name == KERNEL and self.mixture.mixture.batches:
+            self.mined.take(self.mixture.mixture.p)
 
     def stop_capturing(self) -> None:
         """From now on every step runs as it is, also after a capture that failed: it has left its marks in objects of
@@ -342,8 +344,8 @@ class Trainer:
         if self.config.method == "ewc":
             self.elastic = ElasticWeights(finetuner)
             self.elastic.measure(self)
-        if begins:  # other networks from now on; what scored the neurons were those of stage 1
-            self._forget_shares()
+        if begins:  # only now: the neurons are scored by samples of the mixture as it was mined
+            self._begin_shares()
         return finetuner, selection
 
     def result(self) -> Network:

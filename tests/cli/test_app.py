@@ -60,6 +60,9 @@ def test_transfer_sample_evaluate(call, transfer, run_settings, tmp_path):
     assert len(list((tmp_path / "s").glob("*.png"))) == 6
     assert (tmp_path / "s" / "grid.png").exists()
 
+    code, _, err = call("sample", run, "--out", tmp_path / "s", "--by-source")
+    assert (code, err) == (1, "error: --by-source is for a run with several sources, and this one has one\n")
+
     delta = run / "last" / "delta.safetensors"
     assert call("sample", delta, "--source", run_settings["source"], "--out", tmp_path / "d", "-n", 2)[0] == 0
 

@@ -210,6 +210,26 @@ def test_the_program(files, tiny, monkeypatch, capsys, tmp_path):
     assert open_result(run).names == NAMES[:2]
 
 
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        (("a.pt", "i/", [], None), ("a.pt", "i/")),
+        ((None, None, ["a.pt", "b.pt"], "i/"), (["a.pt", "b.pt"], "i/")),
+        (("i/", None, ["a.pt", "b.pt"], None), (["a.pt", "b.pt"], "i/")),
+        (("a.pt", None, [], "i/"), ("a.pt", "i/")),
+        ((None, None, [], None), (None, None)),
+        (("a.pt", "i/", ["b.pt"], None), "source is given twice: 'a.pt' and --source"),
+        (("a.pt", "i/", [], "j/"), "images is given twice: 'i/' and --images"),
+    ],
+)
+def test_sources_and_images_as_arguments_and_options(given, found):
+    if isinstance(found, str):
+        with pytest.raises(ValueError, match=found):
+            app._named_once(*given)
+    else:
+        assert app._named_once(*given) == found
+
+
 def test_a_result_with_a_module_leads_back_to_python(runs):
     with pytest.raises(ValueError, match="is a module of yours, which Python alone can build: the result of transfer"):
         open_result(runs["kernel"].folder)
