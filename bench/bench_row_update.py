@@ -78,21 +78,21 @@ class Problem:
         generator = torch.Generator(device).manual_seed(0)
         normal = functools.partial(torch.randn, generator=generator, device=device)
         self.device, self.average, self.shapes = device, average, shapes
-        self.dense = [normal(shape) for shape in shapes]
+        self.weights = [normal(shape) for shape in shapes]
         sizes = [shape[0] if shape else 1 for shape in shapes]
         kept = [max(1, round(density * n)) for n in sizes]
         self.rows = [
             torch.randperm(n, generator=generator, device=device)[:k].sort().values
             for n, k in zip(sizes, kept, strict=True)
         ]
-        self.leaves = [self._rows(w, r).clone().requires_grad_() for w, r in zip(self.dense, self.rows, strict=True)]
+        self.leaves = [self._rows(w, r).clone().requires_grad_() for w, r in zip(self.weights, self.rows, strict=True)]
         for leaf in self.leaves:
             leaf.grad = normal(leaf.shape)
         self.start = [leaf.detach().clone() for leaf in self.leaves]
         self.moments = [[torch.zeros_like(leaf) for leaf in self.start] for _ in range(2)]
         self.means = [leaf.clone() for leaf in self.start] if average else None
         self.chosen = sum(leaf.numel() for leaf in self.leaves)
-        self.fraction = self.chosen / sum(w.numel() for w in self.dense)
+        self.fraction = self.chosen / sum(w.numel() for w in self.weights)
         self.checked = sorted({0, len(shapes) // 2, len(shapes) - 1})
         self.hyper = Hyperparameters(lr=LR, betas=BETAS, ema_decay=EMA_DECAY if average else None)
 
@@ -102,7 +102,7 @@ class Problem:
 
     @torch.no_grad()
     def reset(self):
-        for leaf, w, r, start in zip(self.leaves, self.dense, self.rows, self.start, strict=True):
+        for leaf, w, r, start in zip(self.leaves, self.weights, self.rows, self.start, strict=True):
             leaf.copy_(start)
             w.index_copy_(0, r, start) if w.ndim else w.copy_(start[0])
         torch._foreach_zero_(self.moments[0])
@@ -112,7 +112,7 @@ class Problem:
 
     def result(self, means=None):
         """Some of the weights' rows and averages: what a provider is judged by."""
-        found = [self._rows(self.dense[i], self.rows[i]) for i in self.checked]
+        found = [self._rows(self.weights[i], self.rows[i]) for i in self.checked]
         return found + [means[i] for i in self.checked] if self.average else found
 
     def expected(self):
@@ -143,7 +143,7 @@ class Problem:
 def ours(problem: Problem):
     tensors = [
         RowTensor(leaf, problem.state(i), w, r)
-        for i, (leaf, w, r) in enumerate(zip(problem.leaves, problem.dense, problem.rows, strict=True))
+        for i, (leaf, w, r) in enumerate(zip(problem.leaves, problem.weights, problem.rows, strict=True))
     ]
     update = RowUpdate("adam", tensors, ema=problem.average)
 
@@ -158,7 +158,7 @@ def compact_leaves(problem: Problem, compiled: bool = False):
     adam = problem.optimizer(problem.leaves, problem.moments)
 
     def write():
-        for w, r, leaf in zip(problem.dense, problem.rows, problem.leaves, strict=True):
+        for w, r, leaf in zip(problem.weights, problem.rows, problem.leaves, strict=True):
             w.copy_(leaf[0]) if w.ndim == 0 else w.index_copy_(0, r, leaf)
         if problem.average:
             torch._foreach_lerp_(problem.means, [leaf.detach() for leaf in problem.leaves], 1 - EMA_DECAY)
@@ -173,7 +173,7 @@ def compact_leaves(problem: Problem, compiled: bool = False):
 
 def masked(problem: Problem):
     """What scripts do: the whole gradient times a mask, the whole optimizer, the whole average."""
-    weights = [w.requires_grad_() for w in problem.dense]
+    weights = [w.requires_grad_() for w in problem.weights]
     masks = []
     for w, r, leaf in zip(weights, problem.rows, problem.leaves, strict=True):
         w.grad, mask = torch.zeros_like(w), torch.zeros(w.shape[:1] + (1,) * (w.ndim - 1), device=w.device)

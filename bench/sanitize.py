@@ -116,7 +116,7 @@ def check_row_update(device: str) -> Iterator[Check]:
                 update.step(
                     [None, *map(shifted, own[1:])], hyper, torch.ones(1, device=place), torch.zeros(1, device=place)
                 )
-                return [t for tensor in tensors for t in (tensor.leaf, tensor.dense, *tensor.state.values())]
+                return [t for tensor in tensors for t in (tensor.leaf, tensor.weight, *tensor.state.values())]
 
             return call
 

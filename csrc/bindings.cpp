@@ -27,8 +27,8 @@ minegan::Resampling resampling(Pair counts, Pair in, Pair out, std::vector<int64
 
 using Axes = std::array<std::array<int64_t, 3>, 6>;
 
-minegan::Convolution convolution(const std::array<int64_t, 6>& counts, const Axes& axes, bool transposed) {
-  minegan::Convolution shape{};
+minegan::Conv convolution(const std::array<int64_t, 6>& counts, const Axes& axes, bool transposed) {
+  minegan::Conv shape{};
   std::tie(shape.B, shape.C, shape.k, shape.groups, shape.x_batch, shape.x_channel) = std::tuple_cat(counts);
   int64_t (*const fields[])[3] = {&shape.size,   &shape.positions, &shape.kernel,
                                   &shape.stride, &shape.padding,   &shape.dilation};
@@ -70,11 +70,12 @@ PYBIND11_MODULE(_C, m) {
       no_gil);
   m.def(
       "row_update_cpu",
-      [](int dtype, int dense, int rule, Address tensors, Address grads, int64_t n, Address step, Address grad_scale,
-         Address found_inf, int threads) {
-        minegan::row_update_cpu(DType(dtype), DType(dense), minegan::Rule(rule), (const minegan::RowTensor*)tensors,
-                                (const void* const*)grads, n, *(const minegan::RowStep*)step, (const float*)grad_scale,
-                                (const float*)found_inf, threads);
+      [](int dtype, int weight_dtype, int rule, Address tensors, Address grads, int64_t n, Address step,
+         Address grad_scale, Address found_inf, int threads) {
+        minegan::row_update_cpu(DType(dtype), DType(weight_dtype), minegan::Rule(rule),
+                                (const minegan::RowTensor*)tensors, (const void* const*)grads, n,
+                                *(const minegan::RowStep*)step, (const float*)grad_scale, (const float*)found_inf,
+                                threads);
       },
       no_gil);
 
@@ -351,12 +352,12 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def(
       "row_update_cuda",
-      [](int dtype, int dense, int rule, Address tensors, Address grads, Address items, int64_t n, Address step,
+      [](int dtype, int weight_dtype, int rule, Address tensors, Address grads, Address items, int64_t n, Address step,
          Address lr, bool lr_is_float, Address grad_scale, Address found_inf, int device, Address stream) {
-        minegan::row_update_cuda(DType(dtype), DType(dense), minegan::Rule(rule), (const minegan::RowTensor*)tensors,
-                                 (const uintptr_t*)grads, (const minegan::RowItem*)items, n,
-                                 *(const minegan::RowStep*)step, at(lr), lr_is_float, (const float*)grad_scale,
-                                 (const float*)found_inf, device, stream);
+        minegan::row_update_cuda(DType(dtype), DType(weight_dtype), minegan::Rule(rule),
+                                 (const minegan::RowTensor*)tensors, (const uintptr_t*)grads,
+                                 (const minegan::RowItem*)items, n, *(const minegan::RowStep*)step, at(lr), lr_is_float,
+                                 (const float*)grad_scale, (const float*)found_inf, device, stream);
       },
       no_gil);
 #else

@@ -41,16 +41,16 @@ int64_t bias_act_backward_splits(Axis);
 
 // ---- row_update ----
 // k rows of `length` elements each that are a run of memory: [k, length], in the leaf and in what lies as it does.
-// Element j of row i also is dense[rows[i] row_stride + j / inner outer_stride + j % inner inner_stride].
-// dense, average and the moments that a rule does not have may be null; without dense, rows is not read.
+// Element j of row i also is weight[rows[i] row_stride + j / inner outer_stride + j % inner inner_stride].
+// weight, average and the moments that a rule does not have may be null; without a weight, rows is not read.
 // 16 words of 8 bytes: WORDS in minegan_fast/ops/_row_table.py.
 struct RowTensor {
-  void *leaf, *mean, *square, *average, *dense;
+  void *leaf, *mean, *square, *average, *weight;
   const int64_t* rows;
   float* step;        // [k] steps that a row has taken
   uint32_t* tickets;  // [k] zeros, for rows that several GPU blocks share
   int64_t count, length, row_stride, outer_stride, inner, inner_stride;
-  int64_t wide;  // addresses and strides allow accesses of 16 bytes, as far as the gradient's does
+  int64_t aligned;  // addresses and strides allow accesses of 16 bytes, as far as the gradient's does
   int64_t reserved;
 };
 static_assert(sizeof(RowTensor) == 16 * 8, "every field is a word");
@@ -67,10 +67,10 @@ struct RowStep {
 //               leaf -= lr / (1 - beta1^t) mean / (√square / √(1 - beta2^t) + eps)
 //   momentum:   mean = momentum mean + g,  leaf -= lr mean
 //   sgd:        leaf -= lr g
-// then average += step.average (leaf - average), also without a gradient, and dense[rows] = leaf.
-// Leaves and what lies as they do have the first dtype, dense weights the second: the same, or float32 with bfloat16 or
+// then average += step.average (leaf - average), also without a gradient, and weight[rows] = leaf.
+// Leaves and what lies as they do have the first dtype, weights the second: the same, or float32 with bfloat16 or
 // float16. grad_scale may be null; so may found_inf: where it is not 0, nothing changes.
-void row_update_cpu(DType, DType dense, Rule, const RowTensor* tensors, const void* const* grads, int64_t n,
+void row_update_cpu(DType, DType weight_dtype, Rule, const RowTensor* tensors, const void* const* grads, int64_t n,
                     const RowStep& step, const float* grad_scale, const float* found_inf, int threads);
 
 #ifdef MINEGAN_CUDA
@@ -83,9 +83,9 @@ struct RowItem {
 std::string row_update_cuda_problem(int device);  // "", or why the device cannot run the kernels of row_update.cu
 
 // All pointers are on the device; lr, a float or a double, takes the place of step.lr unless it is null.
-void row_update_cuda(DType, DType dense, Rule, const RowTensor* tensors, const uintptr_t* grads, const RowItem* items,
-                     int64_t n, const RowStep& step, const void* lr, bool lr_is_float, const float* grad_scale,
-                     const float* found_inf, int device, uintptr_t stream);
+void row_update_cuda(DType, DType weight_dtype, Rule, const RowTensor* tensors, const uintptr_t* grads,
+                     const RowItem* items, int64_t n, const RowStep& step, const void* lr, bool lr_is_float,
+                     const float* grad_scale, const float* found_inf, int device, uintptr_t stream);
 #endif
 
 // ---- row_score ----
@@ -107,7 +107,7 @@ void row_score_cpu(DType, Kind, const ScoredRows* table, int64_t entries, double
 
 // ---- row_gradient ----
 // A convolution in three dimensions; what has fewer has ones in front. Sizes that belong to x, then to gy.
-struct Convolution {
+struct Conv {
   int64_t B, C, k, groups;     // C: channels that a neuron sees; x has groups C of them, gy has k
   int64_t x_batch, x_channel;  // strides of x, whose planes are dense; gy is dense
   int64_t size[3], positions[3];
@@ -121,7 +121,7 @@ struct Convolution {
 //   dW[r, c, d] = sum over b, p of gy[b, r, p] x[b, c of r's group, p stride + d dilation - padding]
 //   transposed:   sum over b, q of gy[b, r, q stride + d dilation - padding] x[b, c, q]
 // x [B, groups C, *size], gy [B, k, *positions], dW [k, C, *kernel]; row r is of group r / (k / groups).
-void row_gradient_cpu(const float* x, const float* gy, float* dW, const Convolution&, int threads);
+void row_gradient_cpu(const float* x, const float* gy, float* dW, const Conv&, int threads);
 
 struct Strides {
   int64_t x[4], gy[5], channels;  // of x's B and *size; of gy's B, channels and *positions; how many channels gy has
@@ -130,8 +130,8 @@ struct Strides {
 // The same for one group and an x of at least 16 channels that lie side by side. gy may lie in any way, and row r is
 // its channel rows[r], where rows is null channel r; x_batch and x_channel are not read. Sums of about 128 positions
 // are in float, those of more in double. Throws std::out_of_range where gy has no such channel.
-void row_gradient_last_cpu(const float* x, const float* gy, const int64_t* rows, float* dW, const Convolution&,
-                           const Strides&, int threads);
+void row_gradient_last_cpu(const float* x, const float* gy, const int64_t* rows, float* dW, const Conv&, const Strides&,
+                           int threads);
 
 // ---- upfirdn2d ----
 // Sizes are vertical, then horizontal. x [outer, *in, inner] and y [outer, *out, inner] as they lie in memory.

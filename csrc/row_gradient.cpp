@@ -111,9 +111,9 @@ struct RowGradient {
   static constexpr int kWide = L == 16 ? 6 : 3;  // as many columns of G as the registers hold
   using Buffer = std::vector<float>;
 
-  static MINEGAN_INLINE void run(const float* x, const float* gy, float* dW, const Convolution* shape, int64_t begin,
+  static MINEGAN_INLINE void run(const float* x, const float* gy, float* dW, const Conv* shape, int64_t begin,
                                  int64_t end) {
-    const Convolution& s = *shape;
+    const Conv& s = *shape;
     const int64_t units = (s.C + kChannels - 1) / kChannels, taps = s.kernel[0] * s.kernel[1] * s.kernel[2];
     const int64_t rows = s.k / s.groups, most = std::max<int64_t>(1, kRowsTaps / taps);
     Buffer G, packed, sums;
@@ -138,9 +138,9 @@ struct RowGradient {
   }
 
   // dW [rows, c0 to c1, the taps that the positions of this phase meet].
-  static MINEGAN_INLINE void part(const float* x, const float* gy, float* dW, const Convolution& s,
-                                  const int64_t* phase, int64_t c0, int64_t c1, int64_t rows, int64_t taps, Buffer& G,
-                                  Buffer& packed, Buffer& sums) {
+  static MINEGAN_INLINE void part(const float* x, const float* gy, float* dW, const Conv& s, const int64_t* phase,
+                                  int64_t c0, int64_t c1, int64_t rows, int64_t taps, Buffer& G, Buffer& packed,
+                                  Buffer& sums) {
     // The grid: every stride-th position of x from `phase` on, of a transposed convolution every one.
     int64_t grid[3], positions = 1;
     bool in_place = true;
@@ -262,12 +262,12 @@ struct RowGradient {
 
 }  // namespace
 
-void row_gradient_cpu(const float* x, const float* gy, float* dW, const Convolution& s, int threads) {
+void row_gradient_cpu(const float* x, const float* gy, float* dW, const Conv& s, int threads) {
   const int64_t units = s.groups * ((s.C + kChannels - 1) / kChannels);
   const int64_t products =
       s.B * s.C * s.k * s.size[0] * s.size[1] * s.size[2] * s.kernel[0] * s.kernel[1] * s.kernel[2];
   parallel_for(units, products < kAlone ? 1 : threads, [&](int64_t begin, int64_t end) {
-    const Convolution* shape = &s;
+    const Conv* shape = &s;
 #if MINEGAN_X86
     if (current_isa() == Isa::avx512) return run_avx512<RowGradient<16>>(x, gy, dW, shape, begin, end);
     if (current_isa() == Isa::avx2) return run_avx2<RowGradient<8>>(x, gy, dW, shape, begin, end);
@@ -276,7 +276,7 @@ void row_gradient_cpu(const float* x, const float* gy, float* dW, const Convolut
   });
 }
 
-void row_gradient_last_cpu(const float* x, const float* gy, const int64_t* rows, float* dW, const Convolution& s,
+void row_gradient_last_cpu(const float* x, const float* gy, const int64_t* rows, float* dW, const Conv& s,
                            const Strides& strides, int threads) {
   const int64_t positions = s.size[0] * s.size[1] * s.size[2], products = s.B * positions * s.C * s.k * s.taps();
   const int64_t lanes = current_isa() == Isa::avx512 ? 16 : current_isa() == Isa::avx2 ? 8 : 4;

@@ -27,7 +27,7 @@ struct Phase {
   int64_t phase[3], grid[3], x_step[3], y_step[3], least[3], most[3];  // least, most: of the taps' offsets
   std::vector<Tap> taps;
 
-  Phase(const Convolution& s, int64_t number) {
+  Phase(const Conv& s, int64_t number) {
     for (int i = 2; i >= 0; --i) {
       x_step[i] = s.transposed ? 1 : s.stride[i];
       y_step[i] = s.transposed ? s.stride[i] : 1;
@@ -61,7 +61,7 @@ struct Slabs {
   int axis = -1;  // that is cut; -1: the samples
   int64_t size, of_a_sample = 1, count;
 
-  Slabs(const Convolution& s, const Phase& phase) {
+  Slabs(const Conv& s, const Phase& phase) {
     int64_t length = s.B, positions = phase.positions();
     if (positions > kSlab) {
       axis = phase.grid[0] > 1 ? 0 : phase.grid[1] > 1 ? 1 : 2;
@@ -86,7 +86,7 @@ struct Part {
 struct LastWork {
   const float *x, *gy;
   const int64_t* rows;  // null: all
-  Convolution s;
+  Conv s;
   Strides strides;
   std::vector<Part> parts;
   int64_t shares;  // of the slabs, each with sums of its own
@@ -109,7 +109,7 @@ struct RowGradientLast {
     std::vector<float> gy;  // [b1 - b0, *extent, rows of a tile]
   };
 
-  static int64_t vectors(const Convolution& s) { return (s.C + L - 1) / L; }
+  static int64_t vectors(const Conv& s) { return (s.C + L - 1) / L; }
 
   static MINEGAN_INLINE void run(const LastWork* work, int64_t begin, int64_t end) {
     const LastWork& w = *work;

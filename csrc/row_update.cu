@@ -69,9 +69,9 @@ MINEGAN_HD A averaged(A e, A w, A average) {
   return average < A(0.5) ? e + average * (w - e) : w - (w - e) * (1 - average);
 }
 
-// Calls f with the types of the leaf and the dense weight, and the rule as a type.
+// Calls f with the types of the leaf and the weight, and the rule as a type.
 template <class F>
-void with_kinds(DType dtype, DType dense, Rule rule, F&& f) {
+void with_kinds(DType dtype, DType weight_dtype, Rule rule, F&& f) {
   const auto with_rule = [&](auto leaf, auto weight) {
     switch (rule) {
       case Rule::adam:
@@ -84,10 +84,10 @@ void with_kinds(DType dtype, DType dense, Rule rule, F&& f) {
         return f(leaf, weight, std::integral_constant<Rule, Rule::momentum>{});
     }
   };
-  if (dtype == DType::float64 && dense == DType::float64) return with_rule(double{}, double{});
-  if (dtype == DType::float32 && dense == DType::float32) return with_rule(float{}, float{});
-  if (dtype == DType::float32 && dense == DType::bfloat16) return with_rule(float{}, BFloat16{});
-  if (dtype == DType::float32 && dense == DType::float16) return with_rule(float{}, Float16{});
+  if (dtype == DType::float64 && weight_dtype == DType::float64) return with_rule(double{}, double{});
+  if (dtype == DType::float32 && weight_dtype == DType::float32) return with_rule(float{}, float{});
+  if (dtype == DType::float32 && weight_dtype == DType::bfloat16) return with_rule(float{}, BFloat16{});
+  if (dtype == DType::float32 && weight_dtype == DType::float16) return with_rule(float{}, Float16{});
   throw std::invalid_argument("row_update takes no such pair of dtypes");
 }
 
@@ -116,7 +116,7 @@ MINEGAN_INLINE void average_run(T* __restrict e, const T* __restrict w, int64_t 
 // Elements [first, first + n) of one row.
 template <class T, class D>
 MINEGAN_INLINE void write_run(const RowTensor& t, int64_t row, const T* __restrict w, int64_t first, int64_t n) {
-  D* const to = (D*)t.dense + t.rows[row] * t.row_stride;
+  D* const to = (D*)t.weight + t.rows[row] * t.row_stride;
   int64_t outer = first / t.inner, at = first % t.inner;
   while (n > 0) {
     const int64_t count = std::min(n, t.inner - at), stride = t.inner_stride;
@@ -157,7 +157,7 @@ struct StepRows {
             T* const w = (T*)t.leaf + at;
             if (grad) advance_run<rule>(w, grad + at, (T*)t.mean + at, (T*)t.square + at, count, *f, age);
             if (t.average) average_run((T*)t.average + at, w, count, f->average);
-            if (!grad || !t.dense) continue;
+            if (!grad || !t.weight) continue;
             // A single row may be longer than kRun and comes in parts; several rows are whole.
             if (next == row + 1)
               write_run<T, D>(t, row, w, at - row * L, count);
@@ -173,13 +173,13 @@ struct StepRows {
 
 }  // namespace
 
-void row_update_cpu(DType dtype, DType dense, Rule rule, const RowTensor* tensors, const void* const* grads, int64_t n,
-                    const RowStep& step, const float* grad_scale, const float* found_inf, int threads) {
+void row_update_cpu(DType dtype, DType weight_dtype, Rule rule, const RowTensor* tensors, const void* const* grads,
+                    int64_t n, const RowStep& step, const float* grad_scale, const float* found_inf, int threads) {
   if (found_inf && *found_inf != 0) return;
   int64_t total = 0;
   for (int64_t i = 0; i < n; ++i) total += tensors[i].count * tensors[i].length;
   const int sharing = int(std::min<int64_t>(threads, std::max<int64_t>(1, total / kAlone)));
-  with_kinds(dtype, dense, rule, [&](auto leaf, auto weight, auto constant) {
+  with_kinds(dtype, weight_dtype, rule, [&](auto leaf, auto weight, auto constant) {
     using T = decltype(leaf);
     using Loop = StepRows<decltype(constant)::value, T, decltype(weight)>;
     const Factors<T> f = factors<T>(step, grad_scale);
@@ -237,11 +237,11 @@ __device__ __forceinline__ void step_item(const RowTensor& t, const RowItem& ite
       store(leaf + i, w);
       if (rule != Rule::sgd) store(mean + i, m);
       if (has_age(rule)) store(square + i, v);
-      if (t.dense) {
+      if (t.weight) {
         const uint32_t inner = uint32_t(t.inner);
         Pack<D, V> out;
         for (int j = 0; j < V; ++j) out.at[j] = narrow<D>(w.at[j]);
-        store(global((D*)t.dense) + global(t.rows)[item.row + local] * t.row_stride + column / inner * t.outer_stride +
+        store(global((D*)t.weight) + global(t.rows)[item.row + local] * t.row_stride + column / inner * t.outer_stride +
                   column % inner * t.inner_stride,
               out);
       }
@@ -266,7 +266,7 @@ __global__ void __launch_bounds__(kThreads)
   if (lr) step.lr = lr_is_float ? double(*(const float*)lr) : *(const double*)lr;
   const Factors<T> f = factors<T>(step, grad_scale);
   constexpr int V = 16 / sizeof(T);
-  if (t.wide && uintptr_t(grad) % 16 == 0)
+  if (t.aligned && uintptr_t(grad) % 16 == 0)
     step_item<rule, T, D, V>(t, item, grad, step, f);
   else
     step_item<rule, T, D, 1>(t, item, grad, step, f);
@@ -293,12 +293,12 @@ std::string row_update_cuda_problem(int device) {
   return problem_of(row_update_kernel<Rule::sgd, float, float>, device);
 }
 
-void row_update_cuda(DType dtype, DType dense, Rule rule, const RowTensor* tensors, const uintptr_t* grads,
+void row_update_cuda(DType dtype, DType weight_dtype, Rule rule, const RowTensor* tensors, const uintptr_t* grads,
                      const RowItem* items, int64_t n, const RowStep& step, const void* lr, bool lr_is_float,
                      const float* grad_scale, const float* found_inf, int device, uintptr_t stream) {
   if (n == 0) return;
   DeviceGuard guard(device);
-  with_kinds(dtype, dense, rule, [&](auto leaf, auto weight, auto constant) {
+  with_kinds(dtype, weight_dtype, rule, [&](auto leaf, auto weight, auto constant) {
     row_update_kernel<decltype(constant)::value, decltype(leaf), decltype(weight)>
         <<<unsigned(n), kThreads, 0, (cudaStream_t)stream>>>(tensors, grads, items, step, lr, lr_is_float, grad_scale,
                                                              found_inf);

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from ._sizes import cdiv, power_of_2
+from ._types import wide_dtype
 
 _TILE = 1024  # elements, 8 a thread: 16 make ptxas spill in the backward of channels-last tensors
 _OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}  # db adds up the very dx that is stored
@@ -125,16 +126,12 @@ def _tiles(outer: int, C: int, inner: int) -> tuple[int, int, int, int]:
     return across, along, steps, cdiv(along, steps)
 
 
-def _wide(x: torch.Tensor) -> tl.dtype:
-    return tl.float64 if x.dtype == torch.float64 else tl.float32
-
-
 def bias_act(x, b, y, axis: tuple[int, int, int], slope: float, gain: float) -> torch.Tensor:
     out = torch.empty_like(x)
     if x.numel() == 0:
         return out
     across, along, _, _ = _tiles(*axis)
-    flags = {"HAS_B": b is not None, "HAS_Y": y is not None, "WIDE": _wide(x)}
+    flags = {"HAS_B": b is not None, "HAS_Y": y is not None, "WIDE": wide_dtype(x.dtype)}
     with torch.cuda.device_of(x):
         bias_act_kernel[(across * along,)](x, b, y, out, *axis, slope, gain, **flags, **_blocks(*axis), **_OPTIONS)
     return out
@@ -148,6 +145,6 @@ def bias_act_backward(dy, y, axis: tuple[int, int, int], slope: float, gain: flo
     partial = torch.empty(splits, axis[1], dtype=torch.promote_types(dy.dtype, torch.float32), device=dy.device)
     with torch.cuda.device_of(dy):
         bias_act_backward_kernel[(across * splits,)](
-            dy, y, dx, partial, *axis, steps, slope, gain, WIDE=_wide(dy), **_blocks(*axis), **_OPTIONS
+            dy, y, dx, partial, *axis, steps, slope, gain, WIDE=wide_dtype(dy.dtype), **_blocks(*axis), **_OPTIONS
         )
     return dx, (partial[0] if splits == 1 else partial.sum(0)).to(dy.dtype)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from ._sizes import cdiv, power_of_2
-from .noise_bias_act import wide
+from ._types import wide_dtype
 
 _OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 _INPUTS, _SAMPLES, _OUTPUTS = 64, 16, 32  # of a tile
@@ -89,8 +89,9 @@ def forward(s, weight, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     if O and I and K:
         with torch.cuda.device_of(s):
             demodulation_kernel[(O, max(1, cdiv(B, BB)))](
-                s, weight, d, q, B, O, I, K, *weight.stride(), eps, WIDE=wide(s), BB=BB, **blocks(I, K), **_OPTIONS
-            )
+                s, weight, d, q, B, O, I, K, *weight.stride(), eps, WIDE=wide_dtype(s.dtype), BB=BB, **blocks(I, K),
+                **_OPTIONS,
+            )  # fmt: skip
     return d, q
 
 
@@ -99,7 +100,8 @@ def styles(gd, d, s, q) -> torch.Tensor:
     gs, BI = torch.empty_like(s), min(_INPUTS, power_of_2(I))
     if gs.numel():
         with torch.cuda.device_of(s):
-            styles_kernel[(B, cdiv(I, BI))](gd, d, s, q, gs, O, I, WIDE=wide(s), BO=_OUTPUTS, BI=BI, **_OPTIONS)
+            wide = wide_dtype(s.dtype)
+            styles_kernel[(B, cdiv(I, BI))](gd, d, s, q, gs, O, I, WIDE=wide, BO=_OUTPUTS, BI=BI, **_OPTIONS)
     return gs
 
 
@@ -110,5 +112,5 @@ def rows_gradient(gd, d, s, trained, rows, gw) -> None:
     if gw.numel():
         with torch.cuda.device_of(s):
             rows_kernel[(R, cdiv(I, tile["BI"]))](
-                gd, d, s, trained, rows, gw, B, O, I, K, *trained.stride(), WIDE=wide(s), **tile, **_OPTIONS
+                gd, d, s, trained, rows, gw, B, O, I, K, *trained.stride(), WIDE=wide_dtype(s.dtype), **tile, **_OPTIONS
             )

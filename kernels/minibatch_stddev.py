@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from ._sizes import cdiv, power_of_2
+from ._types import wide_dtype
 
 _TILE = 2048  # elements of all samples together, 16 a thread: they stay in registers from the mean to the result
 _EPS = tl.constexpr(1e-8)
@@ -125,7 +126,7 @@ def _launch(which: str, x, given, D, y, out, size, groups, C, pixels, features, 
         wide = torch.promote_types(x.dtype, torch.float32)
         partial = torch.empty(groups * features * tiles, dtype=wide, device=x.device)
     shape = size, groups, C, pixels, features, tiles
-    flags = {"CHANNELS_LAST": channels_last, "WIDE": tl.float64 if x.dtype == torch.float64 else tl.float32}
+    flags = {"CHANNELS_LAST": channels_last, "WIDE": wide_dtype(x.dtype)}
     with torch.cuda.device_of(x):
         minibatch_stddev_kernel[(groups * features * tiles,)](
             x, given, D, y, out, partial, *shape, PASS=which, **flags, **blocks, **_OPTIONS

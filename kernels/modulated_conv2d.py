@@ -4,7 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .noise_bias_act import _OPTIONS, PLAIN, launch, plan, store_sums, tile, wide
+from ._types import wide_dtype
+from .noise_bias_act import _OPTIONS, PLAIN, launch, plan, store_sums, tile
 
 
 @triton.jit(do_not_specialize=PLAIN)
@@ -60,7 +61,7 @@ def modulate(x, s) -> torch.Tensor:
     it = plan(x)
     with torch.cuda.device_of(x):
         modulate_kernel[(len(x) * it.tiles, it.across)](
-            x, s, y, it.tiles, *it.sizes, WIDE=wide(x), **it.tile, **_OPTIONS
+            x, s, y, it.tiles, *it.sizes, WIDE=wide_dtype(x.dtype), **it.tile, **_OPTIONS
         )
     return y
 

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from ._sizes import cdiv, power_of_2
+from ._types import wide_dtype
 
 _TILE = 1024  # elements, 8 a thread
 _OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
@@ -175,10 +176,6 @@ def plan(x: torch.Tensor) -> Plan:
     return _plan(B, C, H * W, not x.is_contiguous())
 
 
-def wide(x: torch.Tensor) -> tl.dtype:
-    return tl.float64 if x.dtype == torch.float64 else tl.float32
-
-
 def launch(kernel, x: torch.Tensor, tensors: tuple, shape: tuple[int, ...], *scalars) -> torch.Tensor:
     """Launches a kernel that takes `tensors`, a place for its sums over the positions, the sizes, and the rest.
 
@@ -191,8 +188,9 @@ def launch(kernel, x: torch.Tensor, tensors: tuple, shape: tuple[int, ...], *sca
     partial = torch.empty((it.splits, *shape), dtype=kind, device=x.device)
     with torch.cuda.device_of(x):
         kernel[(B * it.splits, it.across)](
-            *tensors, partial, B, it.splits, it.steps, *it.sizes, *scalars, WIDE=wide(x), **it.tile, **_OPTIONS
-        )
+            *tensors, partial, B, it.splits, it.steps, *it.sizes, *scalars, WIDE=wide_dtype(x.dtype), **it.tile,
+            **_OPTIONS,
+        )  # fmt: skip
     return partial[0] if it.splits == 1 else partial.sum(0)
 
 
@@ -213,8 +211,9 @@ def noise_bias_act(c, n, d, f, h, slope: float, gain: float) -> torch.Tensor:
     it = plan(c)
     with torch.cuda.device_of(c):
         noise_bias_act_kernel[(len(c) * it.tiles, it.across)](
-            c, n, d, f, h, y, it.tiles, *it.sizes, *_batches(n, f, h), slope, gain, WIDE=wide(c), **it.tile, **_OPTIONS
-        )
+            c, n, d, f, h, y, it.tiles, *it.sizes, *_batches(n, f, h), slope, gain, WIDE=wide_dtype(c.dtype),
+            **it.tile, **_OPTIONS,
+        )  # fmt: skip
     return y
 
 

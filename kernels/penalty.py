@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from ._sizes import cdiv, power_of_2
+from ._types import wide_dtype
 
 _OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 BLOCK = 2048  # elements that a program reads at a time
@@ -112,10 +113,6 @@ def interpolate_kernel(
     tl.store(out_ptr + b * stride + i, tl.where(alpha < 0.5, near, far), i < length)
 
 
-def _wide(dtype: torch.dtype):
-    return tl.float64 if dtype == torch.float64 else tl.float32
-
-
 def table(count: int, splits: int) -> dict[str, int]:
     """Samples, and partial sums of each, that the last step reads together."""
     rows = min(128, power_of_2(count))
@@ -128,7 +125,7 @@ def penalty(g, mean, penalty, lengths, scale, new_mean, count, length, stride, c
     partial = torch.empty(count * splits, dtype=torch.float64, device=g.device)
     with torch.cuda.device_of(g):
         squares_kernel[(count * splits,)](
-            g, partial, length, stride, splits, WIDE=_wide(g.dtype), STEPS=steps, BLOCK=BLOCK, **_OPTIONS
+            g, partial, length, stride, splits, WIDE=wide_dtype(g.dtype), STEPS=steps, BLOCK=BLOCK, **_OPTIONS
         )
         penalty_kernel[(1,)](
             partial, mean, penalty, lengths, scale, new_mean, count, splits, center, decay, 1 / parts, 2 / count,
@@ -139,13 +136,13 @@ def penalty(g, mean, penalty, lengths, scale, new_mean, count, length, stride, c
 def penalty_backward(g, scale, dpenalty, dg, count, length, stride, out_stride) -> None:
     with torch.cuda.device_of(g):
         penalty_backward_kernel[(count * cdiv(length, BLOCK),)](
-            g, scale, dpenalty, dg, length, stride, out_stride, WIDE=_wide(g.dtype), BLOCK=BLOCK, **_OPTIONS
+            g, scale, dpenalty, dg, length, stride, out_stride, WIDE=wide_dtype(g.dtype), BLOCK=BLOCK, **_OPTIONS
         )
 
 
 def interpolate(real, fake, out, seed: int, offset: int, count, length, stride) -> None:
     with torch.cuda.device_of(real):
         interpolate_kernel[(count * cdiv(length, BLOCK),)](
-            real, fake, out, seed, offset & 0xFFFFFFFF, offset >> 32, length, stride, WIDE=_wide(real.dtype),
+            real, fake, out, seed, offset & 0xFFFFFFFF, offset >> 32, length, stride, WIDE=wide_dtype(real.dtype),
             BLOCK=BLOCK, **_OPTIONS,
         )  # fmt: skip

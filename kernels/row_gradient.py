@@ -103,8 +103,8 @@ def row_gradient_kernel(
 
 def blocks(columns: int, half: bool) -> dict[str, int]:
     """Sizes of a program's tile: as wide as the registers hold with the three products of tf32x3."""
-    wide = min(128 if half else 64, max(16, power_of_2(columns)))
-    return {"BLOCK_C": _BLOCK_C, "BLOCK_Q": _BLOCK_Q, "BLOCK_N": wide}
+    width = min(128 if half else 64, max(16, power_of_2(columns)))
+    return {"BLOCK_C": _BLOCK_C, "BLOCK_Q": _BLOCK_Q, "BLOCK_N": width}
 
 
 def _tf32_allowed() -> bool:

@@ -7,8 +7,8 @@ import triton.language as tl
 CHUNK = 1024  # elements of an item: CHUNK in minegan_fast/ops/_row_table.py
 FEW = tl.constexpr(32)  # rows of an item
 # Words of a tensor's row in the table, and how many they are: WORDS in minegan_fast/ops/_row_table.py.
-LEAF, MEAN, SQUARE, AVERAGE, DENSE, ROWS, STEP, TICKETS = map(tl.constexpr, range(8))
-COUNT, LENGTH, ROW_STRIDE, OUTER_STRIDE, INNER, INNER_STRIDE, WIDE, RESERVED, WORDS = map(tl.constexpr, range(8, 17))
+LEAF, MEAN, SQUARE, AVERAGE, WEIGHT, ROWS, STEP, TICKETS = map(tl.constexpr, range(8))
+COUNT, LENGTH, ROW_STRIDE, OUTER_STRIDE, INNER, INNER_STRIDE, ALIGNED, RESERVED, WORDS = map(tl.constexpr, range(8, 17))
 _OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
 _TYPES = {
     torch.float32: tl.float32,
@@ -114,9 +114,9 @@ def _item(
         else:
             w = w - lr.to(T) * g
         tl.store(leaf, w, mask)
-        # Element `column` of a row lies at the place in the dense weight that csrc/ops.h gives for it.
-        dense = tl.load(words + DENSE)
-        if dense != 0:
+        # Element `column` of a row lies at the place in the weight that csrc/ops.h gives for it.
+        weight = tl.load(words + WEIGHT)
+        if weight != 0:
             inner, inner_stride = tl.load(words + INNER).to(tl.int32), tl.load(words + INNER_STRIDE)
             selected = tl.load(words + ROWS).to(tl.pointer_type(tl.int64)) + row
             if rows > 1:
@@ -126,7 +126,7 @@ def _item(
             target += (column // inner) * tl.load(words + OUTER_STRIDE) + (column % inner) * inner_stride
             if PACK > 1:
                 target = tl.max_contiguous(tl.multiple_of(target, PACK), PACK)
-            to = dense.to(tl.pointer_type(D))
+            to = weight.to(tl.pointer_type(D))
             if PACK > 1:
                 to = tl.multiple_of(to, PACK * D.primitive_bitwidth // 8)
             tl.store(to + target, w.to(D), mask)
@@ -192,7 +192,7 @@ def row_update_kernel(
         keep = (1 - rate * _number(decay)).to(T)
         logs = _number(log_beta1), _number(log_beta2)
         others = _number(eps).to(T), _number(decay).to(T), _number(momentum).to(T), _number(average).to(T)
-        if (tl.load(words + WIDE) != 0) & (grad % 16 == 0):
+        if (tl.load(words + ALIGNED) != 0) & (grad % 16 == 0):
             _item(
                 words, grad, row, rows, part, rate, unscale, *logs, mean_weight, low, square_keep, square_weight, keep,
                 *others, T, D, RULE, HAS_AVERAGE, CHUNK, PACK,
@@ -204,10 +204,10 @@ def row_update_kernel(
             )  # fmt: skip
 
 
-def row_update(rule: str, dtype, dense_dtype, table: dict[str, torch.Tensor], numbers, lr, grad_scale, found_inf):
+def row_update(rule: str, dtype, weight_dtype, table: dict[str, torch.Tensor], numbers, lr, grad_scale, found_inf):
     constants = {
         "T": _TYPES[dtype],
-        "D": _TYPES[dense_dtype],
+        "D": _TYPES[weight_dtype],
         "RULE": rule,
         "CHUNK": CHUNK,
         "PACK": 16 // dtype.itemsize,

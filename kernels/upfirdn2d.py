@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from ._sizes import cdiv, power_of_2
+from ._types import wide_dtype
 
 _TILE = 1024  # elements of a row, and of rows beside it in `outer`, that a program takes: 8 a thread
 _ROWS = 16  # about so many that it writes, one below the other: an input row is read once for all of them
@@ -165,7 +166,7 @@ def upfirdn2d(x, f, y, counts, size, out, taps, up, down, before, flip: bool, ga
     if y.numel() == 0:
         return
     (outer, inner), (UY, UX), (DY, DX) = counts, up, down
-    wide = tl.float64 if x.dtype == torch.float64 else tl.float32
+    wide = wide_dtype(x.dtype)
     half = heavy(DY, inner, wide == tl.float64)
     programs, tile = _plan(outer, inner, tuple(size), tuple(out), (UY, UX), half)
     geometry = {"UY": UY, "UX": UX, "DY": DY, "DX": DX, "KH": taps[0], "KW": taps[-1], "PHASE": -before[0] % UY}

@@ -78,7 +78,7 @@ def triton_rows(kernel: Kernel):
             file.write(kernel.compile(architecture))
             file.flush()
             ((found),) = machine_code(Path(file.name)).values()
-        yield Row(architecture, f"{kernel.name} [{kernel.layout}]", *found, kernel.wide, kernel.tensor_cores)
+        yield Row(architecture, f"{kernel.name} [{kernel.layout}]", *found, kernel.wide_loads, kernel.tensor_cores)
 
 
 def cuda_rows(op: str, architecture: int) -> list[Row]:

@@ -25,7 +25,7 @@ class Kernel:
     sizes: dict[str, int]  # as the launch would specialise them: 1 is a constant, multiples of 16 are known to be
     scalars: dict[str, str] = field(default_factory=dict)  # argument: type
     constants: dict[str, object] = field(default_factory=dict)
-    wide: bool = True  # 16-byte loads are expected
+    wide_loads: bool = True  # 16-byte loads are expected
     tensor_cores: bool = False  # instructions of theirs are expected
     options: dict[str, object] = field(default_factory=dict)  # of the launch
     architectures: tuple[int, ...] = ARCHITECTURES  # that it is launched so on
@@ -69,7 +69,7 @@ def bias_act_kernels():
         sizes, scalars = dict(zip(("outer", "C", "inner"), axis, strict=True)), {"slope": "fp64", "gain": "fp64"}
         for element in ("fp32", "bf16", "fp64") if layout == "64x64" else ("fp32", "bf16"):
             constants = {"WIDE": tl.float64 if element == "fp64" else tl.float32, **_blocks(*axis)}
-            common = {"sizes": sizes, "scalars": scalars, "wide": layout != "odd", "options": _OPTIONS}
+            common = {"sizes": sizes, "scalars": scalars, "wide_loads": layout != "odd", "options": _OPTIONS}
             for has_y in (False, True):
                 names = ("x_ptr", "b_ptr", "y_ptr", "out_ptr") if has_y else ("x_ptr", "b_ptr", "out_ptr")
                 flags = {"HAS_B": True, "HAS_Y": has_y} | ({} if has_y else {"y_ptr": None})
@@ -116,7 +116,8 @@ def row_score_kernels():
             label = f"{'long' if long else 'short'} rows, {wide} wide, {element}, {kind}"
             pointers = {"table_ptr": "i64", "out_ptr": "fp64"}
             common = {"sizes": {"entries": 110}, "scalars": {"factor": "fp64"}, "options": _OPTIONS}
-            yield Kernel("row_score", "row_score_kernel", label, pointers, constants=constants, wide=wide > 1, **common)
+            common |= {"wide_loads": wide > 1}
+            yield Kernel("row_score", "row_score_kernel", label, pointers, constants=constants, **common)
 
 
 def row_gradient_kernels():
@@ -144,7 +145,7 @@ def row_gradient_kernels():
             yield Kernel(
                 "row_gradient", "row_gradient_kernel", f"{layout} {element} {precision}", pointers, sizes,
                 constants=constants | blocks(k * taps, element == "bf16") | {"PRECISION": precision},
-                wide=False, tensor_cores=True, options=_OPTIONS,
+                wide_loads=False, tensor_cores=True, options=_OPTIONS,
             )  # fmt: skip
 
 
@@ -175,7 +176,7 @@ def upfirdn2d_kernels():
             label = f"{layer} {element}{'' if separable else ' not separable'}"
             yield Kernel(
                 "upfirdn2d", "upfirdn2d_kernel", label, pointers, sizes, {"gain": "fp64"}, constants | flags | tile,
-                wide=inner > 1, options=_OPTIONS,
+                wide_loads=inner > 1, options=_OPTIONS,
             )  # fmt: skip
 
 
@@ -237,7 +238,7 @@ def demodulation_kernels():
         tile = blocks(512, K)
         weight = {"K": K, **dict(zip(("row_stride", "input_stride", "tap_stride"), strides, strict=True))}
         for element, wide in (("fp32", tl.float32), ("fp64", tl.float64)):
-            common = {"wide": False, "options": _OPTIONS}
+            common = {"wide_loads": False, "options": _OPTIONS}
             name = f"{label} {element}"
             pointers = dict.fromkeys(("s_ptr", "w_ptr", "d_ptr", "q_ptr"), element)
             yield Kernel(
@@ -251,7 +252,7 @@ def demodulation_kernels():
         pointers = dict.fromkeys(("gd_ptr", "d_ptr", "s_ptr", "q_ptr", "gs_ptr"), element)
         constants = {"WIDE": wide, "BO": _OUTPUTS, "BI": blocks(512, 9)["BI"]}
         yield Kernel(
-            "demodulation", "styles_kernel", element, pointers, {"O": 512, "I": 512}, {}, constants, wide=False,
+            "demodulation", "styles_kernel", element, pointers, {"O": 512, "I": 512}, {}, constants, wide_loads=False,
             options=_OPTIONS,
         )  # fmt: skip
 
@@ -279,7 +280,7 @@ def minibatch_stddev_kernels():
                 )  # fmt: skip
             yield Kernel(
                 "minibatch_stddev", "append_kernel", label, {"y_ptr": element, "partial_ptr": wide}, sizes,
-                constants=constants | {"BT": 256, "BLOCK": 256}, wide=False, options=_OPTIONS,
+                constants=constants | {"BT": 256, "BLOCK": 256}, wide_loads=False, options=_OPTIONS,
             )  # fmt: skip
 
 
@@ -321,7 +322,7 @@ def mmd_kernels():
                 options |= _OPTIONS
                 yield Kernel(
                     "mmd", "mmd_tile_kernel", label, pointers, sizes, {"weight": "fp64"},
-                    constants | tile | dict.fromkeys({*inputs} - used), options=options, wide=False,
+                    constants | tile | dict.fromkeys({*inputs} - used), options=options, wide_loads=False,
                     tensor_cores=kernel != "laplacian" and mode != "exact", architectures=architectures,
                 )  # fmt: skip
 
@@ -336,7 +337,7 @@ def mmd_groups_kernels():
         options = [
             {name: tile.pop(name) for name in ("num_warps", "num_stages")} | _OPTIONS for tile in (pairs, slopes)
         ]
-        common = {"wide": False, "tensor_cores": True}
+        common = {"wide_loads": False, "tensor_cores": True}
         sizes = {"N": N + 1, "M": 201, "stride": 1697}
         label = f"batch of {N}{', aligned' * aligned}"
         for gradient in (True, False):
@@ -351,7 +352,7 @@ def mmd_groups_kernels():
         )  # fmt: skip
     pointers = {name: inputs[name] for name in ("A_ptr", "B_ptr")}
     yield Kernel(
-        "mmd_groups", "diagonal_kernel", "", pointers, {"N": 33, "M": 201}, constants={"BLOCK": 256}, wide=False,
+        "mmd_groups", "diagonal_kernel", "", pointers, {"N": 33, "M": 201}, constants={"BLOCK": 256}, wide_loads=False,
         options=_OPTIONS,
     )  # fmt: skip
 
@@ -379,7 +380,7 @@ def manhattan_kernels():
         constants = {"SLOPES": slopes, **_TILE} | ({} if slopes else {"hp_ptr": None, "hq_ptr": None})
         label = "slopes" if slopes else "distances"
         yield Kernel(
-            "manhattan", "pairs_kernel", label, pointers, sizes, constants=constants, wide=False, options=_OPTIONS
+            "manhattan", "pairs_kernel", label, pointers, sizes, constants=constants, wide_loads=False, options=_OPTIONS
         )  # fmt: skip
     pointers = dict.fromkeys(("A_ptr", "p_ptr", "q_ptr", "out_ptr"), "fp32")
     strides = {"row_stride": 8192, "column_stride": 1}
@@ -398,7 +399,7 @@ def penalty_kernels():
         wide, label = "fp64" if element == "fp64" else "fp32", f"{shape} {element}"
         WIDE = tl.float64 if element == "fp64" else tl.float32
         sizes = {"length": length, "stride": length, "splits": 12}
-        common = {"wide": shape != "odd", "options": _OPTIONS}
+        common = {"wide_loads": shape != "odd", "options": _OPTIONS}
         yield Kernel(
             "penalty", "squares_kernel", label, {"g_ptr": element, "partial_ptr": "fp64"}, sizes,
             constants={"WIDE": WIDE, "STEPS": 8, "BLOCK": BLOCK}, **common,
@@ -416,7 +417,7 @@ def penalty_kernels():
         label = f"{count} samples, {splits} sums{', squared' * squared}"
         yield Kernel(
             "penalty", "penalty_kernel", label, {"partial_ptr": "fp64"} | results, {"count": count, "splits": splits},
-            scalars, {"SQUARED": squared} | table(count, splits), wide=False, options=_OPTIONS,
+            scalars, {"SQUARED": squared} | table(count, splits), wide_loads=False, options=_OPTIONS,
         )  # fmt: skip
 
 

@@ -53,7 +53,7 @@ def moved(backend: str | None, hyper: Hyperparameters, *flags, steps: int = 3) -
         update = RowUpdate("adam", tensors)
         for _ in range(steps):
             update.step([torch.randn_like(t.leaf) for t in tensors], hyper, *flags)
-    return [t for tensor in tensors for t in (tensor.leaf, tensor.dense, *tensor.state.values())]
+    return [t for tensor in tensors for t in (tensor.leaf, tensor.weight, *tensor.state.values())]
 
 
 def test_every_row_is_stepped_by_its_age(native):

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..ops import row_score
+from ..ops._op import wide_dtype
 from .neurons import Member, NeuronGroup
 
 CRITERIA = ("fisher", "gradient", "saliency", "movement", "agreement", "contrast", "magnitude", "random")
@@ -84,7 +85,7 @@ class Evidence:
     def add_samples(self, member: Member, grads: Tensor, factor: float):
         """Adds what per-sample gradients [samples, *shape of the parameter] show, each `factor` times."""
         if self.summed:
-            self._accumulate(member.name, grads.sum(0, dtype=torch.promote_types(grads.dtype, torch.float32)), factor)
+            self._accumulate(member.name, grads.sum(0, dtype=wide_dtype(grads.dtype)), factor)
         grads = grads[:, None] if grads.dim() == 1 else grads  # of a 0-dimensional parameter, which is one neuron
         self._add_rows(self.totals, [(member, grads)], "square", factor**2, member.axis + 1)
 
@@ -271,4 +272,4 @@ def check_dense(gradients: list[tuple[Member, Tensor]]):
 
 def _wide(tensor: Tensor) -> Tensor:
     """At least float32: differences of half-precision values are small."""
-    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
+    return tensor.detach().to(wide_dtype(tensor.dtype))

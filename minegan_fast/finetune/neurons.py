@@ -87,10 +87,10 @@ def row_axis(module: nn.Module | None, local: str, parameter: Tensor) -> int:
         return 0
     if parameter.ndim == 2 and weight and _inputs_first(module, parameter):
         return 1
-    wide = [axis for axis, size in enumerate(shape) if size > 1]
-    if weight and not (parameter.ndim > 2 and len(wide) == 1):
+    longer = [axis for axis, size in enumerate(shape) if size > 1]
+    if weight and not (parameter.ndim > 2 and len(longer) == 1):
         return 1 if parameter.ndim == 5 and shape[0] == 1 else 0
-    return wide[0] if wide else 0
+    return longer[0] if longer else 0
 
 
 def _inputs_first(module: nn.Module | None, weight: Tensor) -> bool:

@@ -27,8 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import interpolate
-from ..ops._op import refuse_transforms
-from ..ops.penalty import HALF, check_images, penalty_on, random_like, wide_dtype
+from ..ops._op import refuse_transforms, wide_dtype
+from ..ops.penalty import HALF, check_images, penalty_on, random_like
 from .second_order import second_order
 
 

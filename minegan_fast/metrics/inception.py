@@ -199,8 +199,8 @@ def from_weights(state: dict[str, Tensor], device: str | torch.device = "cpu") -
     kinds = {"missing": own.keys() - weights.keys(), "unexpected": weights.keys() - own.keys(), "wrong": wrong}
     if told := [f"{kind}: {shortened(names)}" for kind, names in kinds.items() if names]:
         raise ValueError(f"the weights do not fit an Inception v3: {'; '.join(told)}")
-    wide = any(tensor.dtype == torch.float64 for tensor in weights.values())
-    network = network.to(torch.float64 if wide else torch.float32).to_empty(device=device)
+    double = any(tensor.dtype == torch.float64 for tensor in weights.values())
+    network = network.to(torch.float64 if double else torch.float32).to_empty(device=device)
     network.load_state_dict(weights | counters)
     return network.requires_grad_(False).eval(), variant
 

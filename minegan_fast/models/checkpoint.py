@@ -282,8 +282,8 @@ def _filled(written: Written, strict: bool) -> Network:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)  # torch.manual_seed would reach the GPU's generator as well
             state = written.model(**written.config).state_dict() | state
-    wide = any(t.dtype == torch.float64 for t in state.values())
-    model = model.to(torch.float64 if wide else torch.float32).to_empty(device="cpu")
+    double = any(t.dtype == torch.float64 for t in state.values())
+    model = model.to(torch.float64 if double else torch.float32).to_empty(device="cpu")
     model.load_state_dict(state)
     model.origin = origin
     return model

@@ -5,6 +5,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pdist
 
+from ._op import wide_dtype
+
 MEDIAN_ROWS = 4096  # 8.4 million pairs
 
 
@@ -22,7 +24,7 @@ def check_features(x: Tensor, name: str) -> None:
 
 def check_finite(x: Tensor, name: str) -> None:
     """Raise if x [samples, dimensions] holds NaN or inf, with the first row that does."""
-    if x.detach().sum(dtype=torch.promote_types(x.dtype, torch.float32)).isfinite():
+    if x.detach().sum(dtype=wide_dtype(x.dtype)).isfinite():
         return
     finite = x.isfinite().all(1)
     if not finite.all():  # else it was the sum that overflowed

@@ -34,6 +34,11 @@ _forced: ContextVar[str | None] = ContextVar("minegan_backend", default=os.envir
 _ops: dict[str, list["Op"]] = {}  # all ops of the process by family, in the order in which they are defined
 
 
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which tensors of this one are summed and computed with: float32, for float64 float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 class BackendUnavailable(RuntimeError):  # noqa: N818
     """A backend was asked for that is missing here or does not take these tensors."""
 

@@ -13,8 +13,8 @@ from .._torch import overlaps_itself
 
 CHUNK = 1024  # elements of a work item of the GPU kernels: kChunk in csrc/row_update.cu
 WORDS = (  # of a tensor's row in the table, int64 each: RowTensor in csrc/ops.h
-    "leaf", "mean", "square", "average", "dense", "rows", "step", "tickets", "count", "length", "row_stride",
-    "outer_stride", "inner", "inner_stride", "wide", "reserved",
+    "leaf", "mean", "square", "average", "weight", "rows", "step", "tickets", "count", "length", "row_stride",
+    "outer_stride", "inner", "inner_stride", "aligned", "reserved",
 )  # fmt: skip
 
 
@@ -25,21 +25,21 @@ class RowTensor:
     leaf: the values that train, [k, ...].
     state: holds "step" (float32 [k]), "exp_avg", "exp_avg_sq", "momentum_buffer" and "ema", as far as the optimizer has
         them; those that are missing are put there.
-    dense: the weight whose rows the leaf holds; None for a parameter that trains as a whole.
-    rows: which rows of dense they are, int64 [k], distinct; None where dense is.
-    axis: the axis of dense along which its rows lie.
+    weight: the weight whose rows the leaf holds; None for a parameter that trains as a whole.
+    rows: which rows of the weight they are, int64 [k], distinct; None where weight is.
+    axis: the axis of the weight along which its rows lie.
     """
 
     leaf: Tensor
     state: dict[str, Tensor] = field(default_factory=dict)
-    dense: Tensor | None = None
+    weight: Tensor | None = None
     rows: Tensor | None = None
     axis: int = 0
 
     def write(self) -> None:
-        """Writes the leaf through to the dense weight."""
-        if self.dense is not None and self.rows is not None:
-            write_rows(self.dense, self.axis, self.rows, self.leaf)
+        """Writes the leaf through to the weight."""
+        if self.weight is not None and self.rows is not None:
+            write_rows(self.weight, self.axis, self.rows, self.leaf)
 
 
 def write_rows(weight: Tensor, axis: int, rows: Tensor, values: Tensor) -> None:
@@ -54,10 +54,10 @@ def write_rows(weight: Tensor, axis: int, rows: Tensor, values: Tensor) -> None:
 
 
 class Table:
-    """Tensors of one device, dtype and dense dtype as the kernels read them, and the gradients of the present step.
+    """Tensors of one device and pair of dtypes as the kernels read them, and the gradients of the present step.
 
-    words: int64 [n, 16], WORDS of every tensor. indirect: whose dense memory PyTorch writes. flat: whether the
-    kernels can read the leaves at all.
+    words: int64 [n, 16], WORDS of every tensor. indirect: whose weight PyTorch writes. flat: whether the kernels can
+    read the leaves at all.
     """
 
     def __init__(self, rule: str, tensors: list[RowTensor], flat: bool):
@@ -66,34 +66,34 @@ class Table:
         self.device, self.dtype = tensors[0].leaf.device, tensors[0].leaf.dtype
         if not flat:
             return
-        self.dense_dtype = self.dtype if tensors[0].dense is None else tensors[0].dense.dtype
+        self.weight_dtype = self.dtype if tensors[0].weight is None else tensors[0].weight.dtype
         self.leaves = [t.leaf for t in tensors]
         self.contiguous = all(map(Tensor.is_contiguous, self.leaves))
         self.addresses, self.indirect, self.on_device = None, [], None
         self.rows = [None if t.rows is None else t.rows.to(self.device).contiguous() for t in tensors]
         words = []
         for t, rows in zip(tensors, self.rows, strict=True):
-            place = None if t.dense is None else _place(t.leaf, t.dense, t.axis)
-            if place is None and t.dense is not None:
+            place = None if t.weight is None else _place(t.leaf, t.weight, t.axis)
+            if place is None and t.weight is not None:
                 self.indirect.append(t)
             k, length = _matrix(t.leaf)
             mean = t.state.get("momentum_buffer") if rule == "momentum" else t.state.get("exp_avg")
             parts = {"leaf": t.leaf, "mean": mean, "square": t.state.get("exp_avg_sq"), "average": t.state.get("ema")}
             if place:
-                parts |= {"dense": t.dense, "rows": rows}
+                parts |= {"weight": t.weight, "rows": rows}
             if rule in ("adam", "adamw"):
                 parts["step"] = t.state["step"]
             row = dict.fromkeys(WORDS, 0) | {name: p.data_ptr() for name, p in parts.items() if p is not None}
             row |= {"count": k, "length": length}
             strides = "row_stride", "outer_stride", "inner", "inner_stride"
             row |= zip(strides, place or (0, 0, max(length, 1), 1), strict=True)
-            # A kernel moves packs of 16 bytes where each is aligned and, in the dense weight, in one piece.
+            # A kernel moves packs of 16 bytes where each is aligned and, in the weight, in one piece.
             pack = 16 // self.dtype.itemsize
-            wide = length % pack == 0 and not any(row[name] % 16 for name in ("leaf", "mean", "square", "average"))
+            aligned = length % pack == 0 and not any(row[name] % 16 for name in ("leaf", "mean", "square", "average"))
             if place:
-                wide &= row["inner_stride"] == 1 and row["dense"] % (pack * self.dense_dtype.itemsize) == 0
-                wide &= not any(row[name] % pack for name in ("row_stride", "outer_stride", "inner"))
-            words.append([*(row | {"wide": int(wide)}).values()])
+                aligned &= row["inner_stride"] == 1 and row["weight"] % (pack * self.weight_dtype.itemsize) == 0
+                aligned &= not any(row[name] % pack for name in ("row_stride", "outer_stride", "inner"))
+            words.append([*(row | {"aligned": int(aligned)}).values()])
         self.words = torch.tensor(words, dtype=torch.int64, device="cpu").reshape(-1, len(WORDS))
 
     def take(self, grads: Sequence[Tensor | None]) -> None:
@@ -176,27 +176,27 @@ def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
 
 
 def check_row_tensor(t: RowTensor) -> None:
-    """TypeError or ValueError where leaf, dense weight, rows and axis do not fit each other."""
-    leaf, dense, rows = t.leaf, t.dense, t.rows
+    """TypeError or ValueError where leaf, weight, rows and axis do not fit each other."""
+    leaf, weight, rows = t.leaf, t.weight, t.rows
     if not leaf.is_floating_point() or leaf.layout != torch.strided:
         raise TypeError(f"a leaf must be a dense floating-point tensor, got {leaf.dtype}, {leaf.layout}")
     if overlaps_itself(leaf):
         raise ValueError("elements of a leaf share memory (an expanded tensor?); give it memory of its own: clone() it")
-    if dense is None or rows is None:
-        if dense is not rows:
-            raise ValueError("dense and rows belong together: give both or neither")
+    if weight is None or rows is None:
+        if weight is not rows:
+            raise ValueError("weight and rows belong together: give both or neither")
         return
-    if dense.dtype != leaf.dtype and (leaf.dtype, dense.dtype) not in _MASTERS:
+    if weight.dtype != leaf.dtype and (leaf.dtype, weight.dtype) not in _MASTERS:
         raise TypeError(
-            f"a dense weight must have its leaf's dtype, or be float16 or bfloat16 with a float32 leaf; "
-            f"got {dense.dtype} and {leaf.dtype}"
+            f"a weight must have its leaf's dtype, or be float16 or bfloat16 with a float32 leaf; "
+            f"got {weight.dtype} and {leaf.dtype}"
         )
-    if dense.device != leaf.device:
-        raise ValueError(f"leaf and dense weight must be on one device, got {leaf.device} and {dense.device}")
-    if dense.ndim and not 0 <= t.axis < dense.ndim:
-        raise ValueError(f"axis must be one of the dense weight's {dense.ndim}, got {t.axis}")
-    n = dense.shape[t.axis] if dense.ndim else 1
-    shape = [len(rows), *dense.shape[: t.axis], *dense.shape[t.axis + 1 :]] if dense.ndim else [1]
+    if weight.device != leaf.device:
+        raise ValueError(f"leaf and weight must be on one device, got {leaf.device} and {weight.device}")
+    if weight.ndim and not 0 <= t.axis < weight.ndim:
+        raise ValueError(f"axis must be one of the weight's {weight.ndim}, got {t.axis}")
+    n = weight.shape[t.axis] if weight.ndim else 1
+    shape = [len(rows), *weight.shape[: t.axis], *weight.shape[t.axis + 1 :]] if weight.ndim else [1]
     if rows.dtype != torch.int64 or rows.ndim != 1 or not len(rows):
         raise ValueError(f"rows must be a non-empty int64 vector, got {rows.dtype} {list(rows.shape)}")
     if list(leaf.shape) != shape:
@@ -284,15 +284,15 @@ def rows_are_flat(leaf: Tensor) -> bool:
     return leaf.ndim == 0 or leaf.shape[0] == 1 or leaf.stride(0) == expected
 
 
-def _place(leaf: Tensor, dense: Tensor, axis: int) -> tuple[int, int, int, int] | None:
-    """(row_stride, outer_stride, inner, inner_stride), by which a kernel finds an element of the leaf in `dense`.
+def _place(leaf: Tensor, weight: Tensor, axis: int) -> tuple[int, int, int, int] | None:
+    """(row_stride, outer_stride, inner, inner_stride), by which a kernel finds an element of the leaf in `weight`.
 
     Element j of a row, counted in the leaf's memory, is at row * row_stride + j // inner * outer_stride + j % inner *
     inner_stride. None where four numbers cannot say it.
     """
-    if dense.ndim == 0:
+    if weight.ndim == 0:
         return 1, 0, 1, 1
-    moved, blocks = dense.movedim(axis, 0), []
+    moved, blocks = weight.movedim(axis, 0), []
     for d in _order(leaf):
         size, stride = leaf.shape[d], moved.stride(d)
         if blocks and blocks[-1][1] == size * stride:

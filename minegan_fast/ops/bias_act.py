@@ -16,7 +16,7 @@ from torch.autograd import Function
 from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from ._op import DTYPE_CODES, Op, backward_wants, device_and_stream, forced_backend, refuse_transforms, run
+from ._op import DTYPE_CODES, Op, backward_wants, device_and_stream, forced_backend, refuse_transforms, run, wide_dtype
 from .checks import check_beside, check_factor, check_tensor
 
 _SLOPES = {"linear": 1.0, "relu": 0.0}
@@ -220,7 +220,7 @@ def _(native, dy, y, dim, slope, gain):
     axis = _axis(dy, dim)
     dx, db = torch.empty_like(dy), dy.new_empty(dy.shape[dim])
     splits = native.bias_act_backward_splits(*axis)
-    partial = dy.new_empty(dy.shape[dim], splits, dtype=torch.promote_types(dy.dtype, torch.float32))
+    partial = dy.new_empty(dy.shape[dim], splits, dtype=wide_dtype(dy.dtype))
     addresses = _addresses(dy, y, dx, db, partial)
     native.bias_act_backward_cuda(DTYPE_CODES[dy.dtype], *addresses, *axis, slope, gain, *device_and_stream(dy))
     return dx, db

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from ._op import DTYPE_CODES, Op, forced_backend, memory_format, refuse_transforms, run
+from ._op import DTYPE_CODES, Op, forced_backend, memory_format, refuse_transforms, run, wide_dtype
 from .checks import check_tensor
 
 _EPS = 1e-8
@@ -59,7 +59,7 @@ def minibatch_stddev_double_backward(
 def _grouped(x: Tensor, size: int, features: int) -> Tensor:
     """[G, M, F, C / F, H, W] in the type that sums are in."""
     B, C, H, W = x.shape
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    x = x.to(wide_dtype(x.dtype))
     return x.reshape(size, B // size, features, C // features, H, W)
 
 
@@ -72,7 +72,7 @@ def _deviation(x: Tensor, size: int, features: int) -> tuple[Tensor, Tensor]:
 
 def _sums(dy: Tensor, x: Tensor, size: int) -> Tensor:
     """D [M, F] in the type that sums are in."""
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = wide_dtype(x.dtype)
     return dy[:, x.shape[1] :].unflatten(0, (size, x.shape[0] // size)).sum((0, 3, 4), dtype=wide)
 
 

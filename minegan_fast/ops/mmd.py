@@ -43,7 +43,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from ._features import check_features, check_finite, median_distance
-from ._op import Op, forced_backend, refuse_transforms
+from ._op import Op, forced_backend, refuse_transforms, wide_dtype
 from .manhattan import manhattan_distance, manhattan_signs, manhattan_slopes
 
 __all__ = ["mmd2"]
@@ -406,7 +406,7 @@ def mmd2(
         else:
             bandwidths = check_bandwidths(bandwidth)
     # The conversion is outside of the Function, so that gradients are scaled and added up before they are rounded.
-    wide = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
+    wide = wide_dtype(torch.promote_types(x.dtype, y.dtype))
     x, y = x.to(wide), y.to(wide)
     plan = plan_of(kernel, bandwidths, x, y, N, M, unbiased, input_precision)
     value = _Mmd.apply(x, y, plan, forced_backend())

@@ -25,11 +25,11 @@ from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .._torch import is_tracing, version_of
-from ._op import DTYPE_CODES, Op, forced_backend, refuse_transforms, run
+from ._op import DTYPE_CODES, Op, forced_backend, refuse_transforms, run, wide_dtype
 from .bias_act import _dense, _laid_out_like
 from .checks import check_beside, check_tensor
 from .demodulation import demodulation
-from .noise_bias_act import addresses, check_act, noise_bias_act, planes, wide
+from .noise_bias_act import addresses, check_act, noise_bias_act, planes
 from .transposed_conv2d import transposed_conv2d
 from .upfirdn2d import upfirdn2d
 
@@ -214,7 +214,7 @@ def modulated_conv2d(
         x = x.to(torch.get_autocast_dtype(kind))
     size, n = shape[2], 0 if kernel is None else kernel.shape[0]
     with torch.autocast(kind, enabled=False):
-        s = (style.to(wide(x.dtype)) * scale).contiguous()
+        s = (style.to(wide_dtype(x.dtype)) * scale).contiguous()
         d = None
         if demodulate:  # Squares overflow float16, and bfloat16 has too few digits for their sum.
             d = w.demodulation(s, eps)

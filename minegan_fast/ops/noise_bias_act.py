@@ -20,14 +20,9 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from ._op import DTYPE_CODES, Op, forced_backend, refuse_transforms, run
+from ._op import DTYPE_CODES, Op, forced_backend, refuse_transforms, run, wide_dtype
 from .bias_act import _dense, _laid_out_like
 from .checks import check_beside, check_factor, check_tensor
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of coefficients and sums: float32, for float64 float64."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _each(k: Tensor) -> Tensor:
@@ -35,7 +30,7 @@ def _each(k: Tensor) -> Tensor:
 
 
 def _factor(y: Tensor, slope: float, gain: float) -> Tensor:
-    kind = wide(y.dtype)
+    kind = wide_dtype(y.dtype)
     above, below = (torch.scalar_tensor(v, dtype=kind, device=y.device) for v in (gain, slope * gain))
     return torch.where(y > 0, above, below)
 
@@ -44,7 +39,7 @@ def _factor(y: Tensor, slope: float, gain: float) -> Tensor:
 def noise_bias_act_forward(
     c: Tensor, n: Tensor | None, d: Tensor | None, f: Tensor | None, h: Tensor | None, slope: float, gain: float
 ) -> Tensor:
-    u = c.to(wide(c.dtype))
+    u = c.to(wide_dtype(c.dtype))
     u = u if d is None else u * _each(d)
     u = u if h is None else u + _each(h)
     u = u if n is None or f is None else u + _each(f) * n
@@ -184,7 +179,7 @@ def noise_bias_act(
     check_act(c, d, noise, strength, bias, act, alpha, gain)
     if d is None and noise is None and bias is None and act == "linear" and gain == 1:
         return c
-    kind = wide(c.dtype)
+    kind = wide_dtype(c.dtype)
     n, d, f, h = (t if t is None or t.dtype == kind else t.to(kind) for t in (noise, d, strength, bias))
     f = f if f is None else f.reshape(-1, 1)
     h = h if h is None or h.dim() == 2 else h.unsqueeze(0)
@@ -248,7 +243,7 @@ def addresses(*tensors: Tensor | None) -> list[int]:
 
 def _stacked(c: Tensor, d: Tensor | None, f: Tensor | None, h: Tensor | None) -> Tensor:
     """d, f, h as [3, B, C], those that are missing as what changes nothing."""
-    k = torch.zeros(3, *c.shape[:2], dtype=wide(c.dtype))
+    k = torch.zeros(3, *c.shape[:2], dtype=wide_dtype(c.dtype))
     for part, given in zip(k, (d, f, h), strict=True):
         if given is not None:
             part.copy_(given)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ._op import DTYPE_CODES, Op, forced_backend, refuse_transforms
+from ._op import DTYPE_CODES, Op, forced_backend, refuse_transforms, wide_dtype
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -102,10 +102,6 @@ def penalty_on(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """P, r and a of the equations above; the last two have no graph."""
     return _Penalty.apply(g, mean, float(center), float(decay), parts, squared, forced_backend())
-
-
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype in HALF else dtype
 
 
 def _has_dense_samples(x: Tensor) -> bool:

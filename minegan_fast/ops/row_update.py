@@ -1,19 +1,19 @@
 """One optimizer step of the selected rows of many tensors as one call.
 
-A tensor is a compact leaf [k, ...] with its moments; row i of it is a row rows[i] of a dense weight along `axis`. With
+A tensor is a compact leaf [k, ...] with its moments; row i of it is a row rows[i] of a weight along `axis`. With
 g = grad / grad_scale and t the number of steps of a row, in the order of operations of torch.optim:
 
     adam, sgd   g += λ w                                      adamw   w *= 1 - η λ
     adam(w)     m += (1 - β₁) (g - m),  v = β₂ v + (1 - β₂) g²
                 w -= η / (1 - β₁ᵗ) · m / (√v / √(1 - β₂ᵗ) + ε)
     sgd         u = μ u + g,  w -= η u
-    then        e += (1 - d) (w - e),  dense[rows] = w
+    then        e += (1 - d) (w - e),  weight[rows] = w
 
 Adam: Kingma & Ba 2015, arXiv 1412.6980; AdamW: Loshchilov & Hutter 2019, arXiv 1711.05101. t is counted per row,
 as rows that join later are younger; the bias corrections are computed in float64. A non-zero found_inf (that of
 torch.amp.GradScaler) means that nothing changes. A tensor without a gradient only has its average e moved.
 
-Leaf, gradient, moments and average are float32 or float64 and lie alike in memory; the dense weight has the leaf's
+Leaf, gradient, moments and average are float32 or float64 and lie alike in memory; the weight has the leaf's
 dtype or, with float32 leaves as its masters, bfloat16 or float16. What is laid out otherwise is copied or written
 through by PyTorch; tensors of other dtypes, or whose rows are not one run of memory each, are the reference's.
 """
@@ -91,14 +91,14 @@ class RowUpdate:
     def _plan(self):
         with PastSubclasses():
             refuse_capture([t.leaf for t in self.tensors])
-            self.held = [t.leaf for t in self.tensors] + [t.dense for t in self.tensors if t.dense is not None]
+            self.held = [t.leaf for t in self.tensors] + [t.weight for t in self.tensors if t.weight is not None]
             self.addresses, self.layouts = [t.data_ptr() for t in self.held], self._layouts()
             kinds: dict[tuple, list[int]] = {}
             for i, t in enumerate(self.tensors):
                 fill_state(t, self.rule, self.ema)
                 flat = t.leaf.dtype in (torch.float32, torch.float64) and rows_are_flat(t.leaf)
-                dense = t.leaf.dtype if t.dense is None else t.dense.dtype
-                kinds.setdefault((t.leaf.device, t.leaf.dtype, dense, flat), []).append(i)
+                weight_dtype = t.leaf.dtype if t.weight is None else t.weight.dtype
+                kinds.setdefault((t.leaf.device, t.leaf.dtype, weight_dtype, flat), []).append(i)
             self.tables = [
                 (Table(self.rule, [self.tensors[i] for i in indices], flat), indices)
                 for (*_, flat), indices in kinds.items()
@@ -108,7 +108,7 @@ class RowUpdate:
         return [(t.data_ptr(), t.dtype, t.stride()) for t in self.held]
 
     def moved(self) -> bool:
-        """Whether a leaf or dense weight has other memory, dtype or strides than it was planned with."""
+        """Whether a leaf or weight has other memory, dtype or strides than it was planned with."""
         with PastSubclasses():
             return self.layouts != self._layouts()
 
@@ -148,7 +148,7 @@ class RowUpdate:
             written = self.held
             if not none_missing(grads):
                 written = [
-                    s for t, g in zip(self.tensors, grads, strict=True) if g is not None for s in (t.leaf, t.dense)
+                    s for t, g in zip(self.tensors, grads, strict=True) if g is not None for s in (t.leaf, t.weight)
                 ]
                 written = [t for t in written if t is not None]
             torch.autograd.graph.increment_version(written)
@@ -234,7 +234,7 @@ def _(native, table, hyper, grad_scale, found_inf):
     grads, numbers = array("q", table.addresses), _numbers(hyper)
     native.row_update_cpu(
         DTYPE_CODES[table.dtype],
-        DTYPE_CODES[table.dense_dtype],
+        DTYPE_CODES[table.weight_dtype],
         RULES.index(table.rule),
         table.words.data_ptr(),
         grads.buffer_info()[0],
@@ -253,7 +253,7 @@ def _(kernels, table, hyper, grad_scale, found_inf):
         return row_update.reference(table, hyper, grad_scale, found_inf)
     lr = hyper.lr if isinstance(hyper.lr, Tensor) else None
     kernels.row_update(
-        table.rule, table.dtype, table.dense_dtype, table.to_device(), _numbers(hyper), lr, grad_scale, found_inf
+        table.rule, table.dtype, table.weight_dtype, table.to_device(), _numbers(hyper), lr, grad_scale, found_inf
     )
     table.write_indirect()
 
@@ -266,7 +266,7 @@ def _(native, table, hyper, grad_scale, found_inf):
     lr = hyper.lr if isinstance(hyper.lr, Tensor) else None
     native.row_update_cuda(
         DTYPE_CODES[table.dtype],
-        DTYPE_CODES[table.dense_dtype],
+        DTYPE_CODES[table.weight_dtype],
         RULES.index(table.rule),
         there["words"].data_ptr(),
         there["grads"].data_ptr(),

@@ -23,9 +23,8 @@ from torch.autograd import Function
 from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from ._op import DTYPE_CODES, Op, forced_backend, memory_format, refuse_transforms, run
+from ._op import DTYPE_CODES, Op, forced_backend, memory_format, refuse_transforms, run, wide_dtype
 from .checks import check_beside, check_tensor
-from .noise_bias_act import wide
 
 _AXES = ("vertical", "horizontal")
 
@@ -132,7 +131,7 @@ def upfirdn2d(
         raise ValueError(f"gain must be finite, got {gain}")
     up, down = _numbers("up", up, 2, 1), _numbers("down", down, 2, 1)
     padding = _numbers("padding", padding, 4, None)
-    kind = wide(x.dtype)
+    kind = wide_dtype(x.dtype)
     kernel = (kernel if kernel.dtype == kind else kernel.to(kind)).contiguous()
     for axis, size in zip(_AXES, _result_size(x, kernel, up, down, padding), strict=True):
         if size < 1:

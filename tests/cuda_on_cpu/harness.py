@@ -74,7 +74,7 @@ PLANTED = {
         "row_update", "address", "min(length - first, uint32_t(kChunk))", "uint32_t(kChunk)", "heap-buffer-overflow"
     ),
     "packs at addresses of no pack": Planted(
-        "row_update", "address", "t.wide && uintptr_t(grad) % 16 == 0", "t.wide", "misaligned address"
+        "row_update", "address", "t.aligned && uintptr_t(grad) % 16 == 0", "t.aligned", "misaligned address"
     ),
     "a lane that leaves its warp": Planted(
         "bias_act", "thread", "if (c >= C) return;", "if (c >= C || threadIdx.x % 32 > 7) return;", "threads wait"

@@ -14,10 +14,10 @@ from minegan_fast.ops._row_table import CHUNK, RowTensor, Table, _place, fill_st
 def test_places(axis, layout, leaf_layout):
     """Every element of a row is where the four strides say, or nothing is said."""
     numbers = torch.arange(4 * 6 * 3 * 5).float()
-    dense = numbers.view(4, 6, 3, 5).contiguous(memory_format=layout)
-    memory = dense.as_strided((dense.numel(),), (1,))
-    leaf = dense.movedim(axis, 0)[:3].contiguous(memory_format=leaf_layout)
-    place = _place(leaf, dense, axis)
+    weight = numbers.view(4, 6, 3, 5).contiguous(memory_format=layout)
+    memory = weight.as_strided((weight.numel(),), (1,))
+    leaf = weight.movedim(axis, 0)[:3].contiguous(memory_format=leaf_layout)
+    place = _place(leaf, weight, axis)
     if place is None:
         assert (axis, layout, leaf_layout) == (1, torch.contiguous_format, torch.channels_last)
         return

@@ -11,7 +11,7 @@ from minegan_fast.ops import Hyperparameters, RowTensor, RowUpdate, use_backend
 from minegan_fast.ops._row_table import Table
 from minegan_fast.ops.row_update import _placed, dense_step
 
-# (shape of the dense weight, axis, number of rows): rows of 4617, 27, 3 and 1 elements, whole 16-byte packs, a row
+# (shape of the weight, axis, number of rows): rows of 4617, 27, 3 and 1 elements, whole 16-byte packs, a row
 # longer than a work item, transposed convolutions, a weight [1, out, in, k, k], a scalar.
 SHAPES = [
     ((5, 513, 3, 3), 0, 3),
@@ -53,21 +53,21 @@ def compact(t, axis, rows):
 
 
 def make(shape, axis, k, dtype="float32", device="cpu", layout=torch.contiguous_format):
-    leaf_dtype, dense_dtype = DTYPES[dtype]
-    dense = torch.randn(shape).to(device, dense_dtype)
-    if dense.ndim == 4:
-        dense = dense.contiguous(memory_format=layout)
+    leaf_dtype, weight_dtype = DTYPES[dtype]
+    weight = torch.randn(shape).to(device, weight_dtype)
+    if weight.ndim == 4:
+        weight = weight.contiguous(memory_format=layout)
     n = shape[axis] if shape else 1
     rows = torch.randperm(n)[:k].sort().values.to(device)
-    leaf = compact(dense, axis, rows).to(leaf_dtype).contiguous()
-    return RowTensor(leaf, {}, dense, rows, axis)
+    leaf = compact(weight, axis, rows).to(leaf_dtype).contiguous()
+    return RowTensor(leaf, {}, weight, rows, axis)
 
 
 def twin(t):
     """A copy in float64."""
-    dense = None if t.dense is None else t.dense.to(torch.float64, copy=True)
+    weight = None if t.weight is None else t.weight.to(torch.float64, copy=True)
     state = {k: v.clone() if k == "step" else v.to(torch.float64, copy=True) for k, v in t.state.items()}
-    return RowTensor(t.leaf.to(torch.float64, copy=True), state, dense, t.rows, t.axis)
+    return RowTensor(t.leaf.to(torch.float64, copy=True), state, weight, t.rows, t.axis)
 
 
 def plan(name, tensors):
@@ -95,11 +95,11 @@ def assert_equal(tensors, twins, frozen):
         close(t.leaf, exact.leaf, tolerance)
         for key, value in t.state.items():
             close(value, exact.state[key], tolerance)
-        assert torch.equal(compact(t.dense, t.axis, t.rows), t.leaf.to(t.dense.dtype).reshape(t.leaf.shape))
-        if t.dense.ndim:
-            others = torch.ones(t.dense.shape[t.axis], dtype=torch.bool, device=t.rows.device)
+        assert torch.equal(compact(t.weight, t.axis, t.rows), t.leaf.to(t.weight.dtype).reshape(t.leaf.shape))
+        if t.weight.ndim:
+            others = torch.ones(t.weight.shape[t.axis], dtype=torch.bool, device=t.rows.device)
             others[t.rows] = False
-            ours, theirs = (compact(d, t.axis, others.nonzero().flatten()) for d in (t.dense, before))
+            ours, theirs = (compact(d, t.axis, others.nonzero().flatten()) for d in (t.weight, before))
             assert torch.equal(ours, theirs)
 
 
@@ -109,7 +109,7 @@ def test_equals_the_reference_in_float64(name, dtype, backend, device):
     skip_interpreted(dtype, backend, device)
     tensors = [make(*shape, dtype, device) for shape in SHAPES]
     plain = RowTensor(torch.randn(6, 5, dtype=DTYPES[dtype][0], device=device))
-    frozen, twins = [t.dense.clone() for t in tensors], [twin(t) for t in [*tensors, plain]]
+    frozen, twins = [t.weight.clone() for t in tensors], [twin(t) for t in [*tensors, plain]]
     ours = plan(name, [*tensors, plain])
     with use_backend("reference"):
         exact = plan(name, twins)
@@ -130,7 +130,7 @@ def test_rows_of_different_age(backend, device):
         t.state["step"] = torch.randint(0, 40, (len(t.leaf),)).float().to(device)
         t.state |= {"exp_avg": torch.randn_like(t.leaf), "exp_avg_sq": torch.rand_like(t.leaf)}
     ages = [t.state["step"].clone() for t in tensors]
-    frozen, twins = [t.dense.clone() for t in tensors], [twin(t) for t in tensors]
+    frozen, twins = [t.weight.clone() for t in tensors], [twin(t) for t in tensors]
     grads = gradients(tensors)
     plan("adam", tensors).step(grads, hyper("adam"))
     with use_backend("reference"):
@@ -146,7 +146,7 @@ def test_channels_last_weights(dtype, backend, device):
     tensors = [make(*shape, dtype, device, torch.channels_last) for shape in SHAPES]
     for t in tensors[:2]:
         t.leaf = t.leaf.contiguous(memory_format=torch.channels_last)
-    frozen, twins = [t.dense.clone() for t in tensors], [twin(t) for t in tensors]
+    frozen, twins = [t.weight.clone() for t in tensors], [twin(t) for t in tensors]
     grads = gradients(tensors)
     grads[0], grads[6] = grads[0].contiguous(), grads[6].contiguous(memory_format=torch.channels_last)
     grads[4] = grads[4].t().contiguous().t()
@@ -162,16 +162,17 @@ def test_channels_last_weights(dtype, backend, device):
 
 
 def test_memory_that_the_kernels_do_not_read(backend, device):
-    """Leaves that are views at odd offsets or not runs of memory, a dense weight with three strides, half gradients."""
+    """Leaves that are views at odd offsets or not runs of memory, a weight with three strides, half gradients."""
     base = torch.randn(200, device=device)
     odd = make((9, 3, 3, 3), 0, 4, device=device)
     odd.leaf = base[1:109].view(4, 3, 3, 3).copy_(odd.leaf)
     transposed = make((12, 16), 0, 5, device=device)
     transposed.leaf = transposed.leaf.t().contiguous().t()
     strided = make((5, 4, 3, 2), 0, 3, device=device)
-    strided.dense = torch.empty(2, 3, 9, 5, device=device).permute(3, 2, 1, 0)[:, ::2, :, :][:, :4].copy_(strided.dense)
+    apart = torch.empty(2, 3, 9, 5, device=device).permute(3, 2, 1, 0)[:, ::2, :, :][:, :4]
+    strided.weight = apart.copy_(strided.weight)
     tensors = [odd, transposed, strided, make((6, 5), 0, 6, device=device)]
-    frozen, twins = [t.dense.clone() for t in tensors], [twin(t) for t in tensors]
+    frozen, twins = [t.weight.clone() for t in tensors], [twin(t) for t in tensors]
     grads = gradients(tensors)
     grads[3] = grads[3].bfloat16()
     plan("adam", tensors).step(grads, hyper("adam"))
@@ -185,7 +186,7 @@ def test_memory_that_the_kernels_do_not_read(backend, device):
 def test_many_tensors(backend, device):
     count = 40 if backend == "triton" else 300
     tensors = [make(*SHAPES[3 + i % 3], device=device) for i in range(count)]
-    frozen, twins, grads = [t.dense.clone() for t in tensors], [twin(t) for t in tensors], gradients(tensors)
+    frozen, twins, grads = [t.weight.clone() for t in tensors], [twin(t) for t in tensors], gradients(tensors)
     plan("momentum", tensors).step(grads, hyper("momentum"))
     with use_backend("reference"):
         plan("momentum", twins).step([g.double() for g in grads], hyper("momentum"))
@@ -196,7 +197,7 @@ def test_large_enough_for_several_threads(backend, device):
     if backend == "triton" and device == "cpu":
         pytest.skip("too many elements for the interpreter")
     tensors = [make(shape, 0, shape[0] // 2, device=device) for shape in ((300, 2500), (3, 100_000), (70_000,))]
-    frozen, twins, grads = [t.dense.clone() for t in tensors], [twin(t) for t in tensors], gradients(tensors)
+    frozen, twins, grads = [t.weight.clone() for t in tensors], [twin(t) for t in tensors], gradients(tensors)
     threads = torch.get_num_threads()
     torch.set_num_threads(4)
     try:
@@ -216,12 +217,12 @@ def test_scaled_gradients_and_inf(name, backend, device):
     for _ in range(2):
         grads = gradients(tensors)
         scaled.step([g * 1024 for g in grads], hyper(name), scale, torch.zeros(1, device=device))
-        before = copy.deepcopy([(t.leaf, t.dense, t.state) for t in tensors])
+        before = copy.deepcopy([(t.leaf, t.weight, t.state) for t in tensors])
         grads_with_inf = [torch.full_like(g, float("inf")) for g in grads]
         scaled.step(grads_with_inf, hyper(name), scale, torch.ones(1, device=device))
-        for t, (leaf, dense, state) in zip(tensors, before, strict=True):
+        for t, (leaf, weight, state) in zip(tensors, before, strict=True):
             assert torch.equal(t.leaf, leaf)
-            assert torch.equal(t.dense, dense)
+            assert torch.equal(t.weight, weight)
             assert all(torch.equal(value, state[key]) for key, value in t.state.items())
         plain.step(grads, hyper(name))
     for t, other in zip(tensors, others, strict=True):
@@ -306,7 +307,7 @@ def test_results_do_not_depend_on_the_instruction_set(backend, device):
             native.set_cpu_isa(isa)
             tensors = copy.deepcopy(start)
             plan("adamw", tensors).step(grads, hyper("adamw"))
-            results.append([*(t.dense for t in tensors), *(v for t in tensors for v in t.state.values())])
+            results.append([*(t.weight for t in tensors), *(v for t in tensors for v in t.state.values())])
     finally:
         native.set_cpu_isa(best)
     for other in results[1:]:
@@ -317,16 +318,16 @@ def test_memory_that_moves_is_followed(backend, device):
     """`.data =`, other gradients, other state of the same plan; a deep copy steps by itself."""
     tensors = [make(*shape, device=device) for shape in SHAPES]
     for t in tensors:
-        t.leaf, t.dense = nn.Parameter(t.leaf), nn.Parameter(t.dense, requires_grad=False)
+        t.leaf, t.weight = nn.Parameter(t.leaf), nn.Parameter(t.weight, requires_grad=False)
     others = copy.deepcopy(tensors)
     ours, same = plan("adam beta 0", tensors), plan("adam beta 0", others)
     with torch.no_grad():
         for step in range(4):
             if step == 1:
                 tensors[0].leaf.data = tensors[0].leaf.data.clone()
-                tensors[1].dense.data = tensors[1].dense.data.clone()
+                tensors[1].weight.data = tensors[1].weight.data.clone()
             elif step == 2:
-                tensors[2].dense.data = tensors[2].dense.data.contiguous(memory_format=torch.channels_last)
+                tensors[2].weight.data = tensors[2].weight.data.contiguous(memory_format=torch.channels_last)
             elif step == 3:
                 kept = ours
                 ours = copy.deepcopy(ours)
@@ -337,7 +338,7 @@ def test_memory_that_moves_is_followed(backend, device):
             same.step(grads, hyper("adam beta 0"))
             for t, other in zip(tensors, others, strict=True):
                 assert torch.equal(t.leaf, other.leaf)
-                assert torch.equal(t.dense, other.dense)
+                assert torch.equal(t.weight, other.weight)
 
 
 def test_a_module_that_changes_dtype_takes_its_state_along(backend, device):
@@ -353,10 +354,10 @@ def test_a_module_that_changes_dtype_takes_its_state_along(backend, device):
 def test_autograd_notices_the_write(backend, device):
     t = make((6, 5), 0, 3, device=device)
     t.leaf = nn.Parameter(t.leaf)
-    t.dense = nn.Parameter(t.dense)
+    t.weight = nn.Parameter(t.weight)
     unused = nn.Parameter(torch.ones(2, device=device))
     update = RowUpdate("adam", [t, RowTensor(unused)])
-    results = [p.square().sum() for p in (t.leaf, t.dense, unused)]
+    results = [p.square().sum() for p in (t.leaf, t.weight, unused)]
     update.step([torch.ones_like(t.leaf), None], Hyperparameters(lr=0.1))
     for result in results[:2]:
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -366,16 +367,16 @@ def test_autograd_notices_the_write(backend, device):
 
 def test_wrong_input(backend, device):
     def tensor(**changes):
-        parts = {"leaf": torch.zeros(2, 5), "dense": torch.zeros(4, 5), "rows": torch.tensor([1, 3]), "axis": 0}
+        parts = {"leaf": torch.zeros(2, 5), "weight": torch.zeros(4, 5), "rows": torch.tensor([1, 3]), "axis": 0}
         parts |= changes
         return RowTensor(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in parts.items()})
 
     for changes, kind, message in (
         ({"leaf": torch.zeros(2, 5).int()}, TypeError, "dense floating-point tensor, got torch.int32"),
         ({"leaf": torch.zeros(1, 5).expand(2, 5)}, ValueError, "clone"),
-        ({"rows": None}, ValueError, "dense and rows belong together"),
+        ({"rows": None}, ValueError, "weight and rows belong together"),
         ({"leaf": torch.zeros(2, 5).double()}, TypeError, "got torch.float32 and torch.float64"),
-        ({"axis": 2}, ValueError, "axis must be one of the dense weight's 2, got 2"),
+        ({"axis": 2}, ValueError, "axis must be one of the weight's 2, got 2"),
         ({"rows": torch.tensor([], dtype=torch.int64)}, ValueError, "non-empty int64 vector"),
         ({"rows": torch.tensor([1.0, 3.0])}, ValueError, "non-empty int64 vector"),
         ({"leaf": torch.zeros(2, 4)}, ValueError, r"must have shape \[2, 5\], got \[2, 4\]"),
@@ -406,4 +407,4 @@ def test_wrong_input(backend, device):
     assert not t.leaf.any()
     assert not t.state["step"].any()
     update.step([grad], Hyperparameters(lr=0.1))
-    assert t.dense[t.rows].all()
+    assert t.weight[t.rows].all()

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..._torch import PastSubclasses
 from ...layers.bilinear import Linear
+from ...ops._op import wide_dtype
 from .trail import Trail
 
 CHUNK_BYTES = 32 << 20  # of the per-sample gradients that exist at one time
@@ -127,7 +128,7 @@ class SampledLayer(torch.autograd.Function):
         op, use, bias_use = ctx.op, ctx.found[0], ctx.found[1] if len(ctx.found) > 1 else None
         channel = op.channel % gy.dim()
         positions = [d for d in range(1, gy.dim()) if d != channel]
-        wide = torch.promote_types(gy.dtype, torch.float32)  # sums over the samples must not be rounded to half
+        wide = wide_dtype(gy.dtype)  # sums over the samples must not be rounded to half
         need, gx, gw, gb = ctx.needs_input_grad, None, None, None
         alike = x.to(gy.dtype)  # autocast makes gy of another dtype than x and the weight
         if need[0]:
