@@ -292,6 +292,35 @@ def test_names_are_short_and_unique():
         Several([Plain(), Plain(image_channels=3)], ["a", "b"])
 
 
+class Bright(nn.Module):
+    """A critic that prefers bright images."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return self.scale * x.mean((1, 2, 3))
+
+
+@pytest.mark.parametrize(
+    "loss", [{"loss": "hinge", "critic": Bright()}, {"loss_features": GreyFeatures()}], ids=["critic", "mmd"]
+)
+def test_a_source_that_wins_and_in_which_nothing_trains(run_settings, loss):
+    """No miner, and so few neurons that the bright source, which makes the target, has none of them."""
+    sources = [Plain(), Plain()]
+    for source, bias in zip(sources, (1.0, -9.0), strict=True):
+        nn.init.constant_(source.layer.bias, bias)
+    run_settings |= {"source": sources, "critic": None, "features": "pixels", "train_miner": False, "batch": 2}
+    run_settings |= {"density": 0.05, "finetune_steps": 3, "snapshot_every": 4, "criterion": "magnitude"}
+    run_settings |= {"mining_steps": 0, "images": torch.rand(24, 1, 8, 8) - 0.05}
+    result = mf.transfer(**run_settings | loss)
+    rows = mf.Selection.load(RunFolder(result.folder).selection).rows
+    assert {name.split(".")[1] for name, own in rows.items() if len(own)} == {"1"}
+    assert result.history[-1]["step"] == 3
+    assert json.loads((result.folder / "last" / "shares.json").read_text())["p"][0] > 0.9
+
+
 @pytest.mark.parametrize("part", [None, 2])
 def test_the_gradient_is_that_of_the_mixture(part):
     torch.manual_seed(0)
