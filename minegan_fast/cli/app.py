@@ -323,13 +323,26 @@ def demo(
         bool,
         typer.Option("--controls", help="Also the neurons that matter, and as many random ones of every layer."),
     ] = False,
+    multi: Annotated[
+        bool,
+        typer.Option("--multi", help="Several sources instead: GANs of 0-2, 3-5 and 6-8 for fours mixed with sevens."),
+    ] = False,
     seed: Seed = 0,
     device: Device = None,
 ) -> None:
     """Adapts a small embedded GAN of the digits 0 to 8 to a hundred nines; needs nothing else.
 
     Example: minegan-fast demo --out minegan_demo
+
+    Example: minegan-fast demo --multi --out minegan_demo_multi
     """
+    if multi and controls:
+        raise ValueError("--controls are of the demo with one source: leave it or --multi out")
+    if multi:
+        from .demo_multi import run_multi_demo
+
+        run_multi_demo(out, seed, device, console)
+        return
     from .demo import run_demo
 
     run_demo(out, controls, seed, device, console)
