@@ -298,6 +298,7 @@ class Run:
         return whole
 
     def _latents(self, branch: Mined, what: str) -> dict[str, float]:
+        """The statistics of the latents of one source; logs them where they are out of bounds."""
         with keep_and_set_random_state(self.config.seed, "latents"):
             u = torch.randn(LATENTS, branch.input_dim).to(self.prepared.device)
         with torch.no_grad():
