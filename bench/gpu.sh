@@ -150,7 +150,8 @@ step_checks() {
 run_pytest() {
   local limit=$1
   shift
-  limited "$limit" "$python" -m pytest -q -p no:cacheprovider -p at_once --at-once "$out/tests.jsonl" "$@"
+  limited "$limit" "$python" -m pytest -q -p no:cacheprovider -p at_once --at-once "$out/tests.jsonl" \
+    --continue-on-collection-errors "$@"
 }
 
 # benchmarks SECONDS ARGUMENTS...

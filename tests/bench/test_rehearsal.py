@@ -103,6 +103,19 @@ def test_results_of_tests_are_there_before_the_run_ends(tmp_path):
     assert "assert 1 == 2" in wrong["says"]
 
 
+def test_a_file_that_cannot_be_imported_is_in_the_results(tmp_path):
+    (tmp_path / "test_broken.py").write_text("import no_such_module\n")
+    (tmp_path / "test_sound.py").write_text("def test_right(): pass\n")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "at_once", "--at-once", "found.jsonl"]
+    running = start([*command, "--continue-on-collection-errors"], tmp_path, PYTHONPATH=f"{ROOT}:{ROOT / 'bench'}")
+    output = running.communicate(timeout=120)[0]
+    assert running.returncode == 1, output
+    _, broken, right = lines_of(tmp_path / "found.jsonl")
+    assert (broken["test"], broken["outcome"]) == ("test_broken.py", "error")
+    assert "No module named 'no_such_module'" in broken["says"]
+    assert right["outcome"] == "passed"
+
+
 def process(step, units, specialisations, seconds=1.0, compile_seconds=1.0):
     line = {"step": step, "units": units, "seconds": seconds, "specialisations": specialisations}
     return line | {"sampled": 2, "compile_seconds": compile_seconds}
