@@ -1,5 +1,6 @@
 """A plugin of pytest: `-p at_once --at-once FILE` appends each test's result to FILE as soon as it is known, a line of
-JSON each (machine.Lines). So what a run has found until it is stopped is not lost.
+JSON each (machine.Lines), and each file's error whose tests cannot be collected. So what a run has found until it is
+stopped is not lost.
 
 In a rehearsal (rehearsal.py) it also puts the stand-in in the place of the GPU; `--every N` runs every N-th test alone.
 """
@@ -48,6 +49,11 @@ class Writer:
         if report.when == "call" or not report.passed:
             row = {"test": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 3)}
             self.lines.add(row | ({"says": report.longreprtext} if report.failed else {}))
+
+    def pytest_collectreport(self, report):
+        """A file that cannot be imported has no tests, whose results would tell."""
+        if report.failed:
+            self.lines.add({"test": report.nodeid, "outcome": "error", "says": report.longreprtext})
 
 
 class Rehearsed:

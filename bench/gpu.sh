@@ -16,7 +16,8 @@ bench/gpu.sh [--out FOLDER] 1 | 2 | step [arguments]
   gpu [pytest args]   the tests that are marked gpu
   sanitize [op ...]   compute-sanitizer over the CUDA kernels; first it must find two planted faults
   compile [op ...]    bench again in float32, with torch.compile among the competitors
-  memcheck [op ...]   compute-sanitizer over Triton's kernels, which are compiled before
+
+  memcheck [op ...]   a step of no part: compute-sanitizer over Triton's kernels, which are compiled before
 
 FOLDER (default: $OUT, else build/gpu) gets gpu.log, checks.jsonl, tests.jsonl and <gpu>.json, in which each result is as
 soon as it is known, with device, driver, versions, commit and date. A step is stopped (SIGINT, 20 seconds later SIGKILL)
@@ -37,14 +38,16 @@ export PYTHONPATH="$PWD:$PWD/bench${PYTHONPATH:+:$PYTHONPATH}"
 unset TRITON_INTERPRET MINEGAN_BACKEND
 python=${PYTHON:-python3}
 grace=20
+build_limit=150
 skipped=77 # exit code of a step that cannot run for want of a tool
 stopped=75 # and of one that a signal has ended
 late=76    # and of one for which its part leaves no time
-parts=("build checks iteration demo bench" "build test gpu sanitize compile memcheck")
+parts=("build checks iteration demo bench" "build test gpu sanitize compile")
 seconds=(480 360)
 # The ops that a training step spends its time in come first.
 ops=(row_update bias_act noise_bias_act modulated_conv2d demodulation upfirdn2d mmd_groups mmd miner penalty row_score row_gradient
   minibatch_stddev winner manhattan)
+cuda_ops="bias_act row_update" # those of csrc/*.cu
 
 fingerprint() {
   { cat CMakeLists.txt csrc/*; "$python" --version; } | sha256sum
@@ -63,15 +66,21 @@ print("\n".join(f"backend {name}: {text}" for name, (_, text) in report.items())
 sys.exit(not all(usable for usable, _ in report.values()))'
 }
 
-# In a process of its own. By CMake alone: an installation would need the setuptools that pyproject.toml asks for.
+# configure FOLDER LIBRARY CAPABILITY [OPTION...]: the native module is to be built in FOLDER and to lie in LIBRARY. By
+# CMake alone: an installation would need the setuptools that pyproject.toml asks for.
+configure() {
+  cmake -S . -B "$1" -DCMAKE_BUILD_TYPE=Release -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$2" \
+    -DPython_EXECUTABLE="$("$python" -c 'import sys; print(sys.executable)')" \
+    -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)" \
+    -DMINEGAN_CUDA=ON -DMINEGAN_CUDA_ARCHITECTURES="$3" "${@:4}"
+}
+
+# In a process of its own.
 build() {
   command -v nvcc cmake ninja
   command -v nvcc >/dev/null || { echo "nvcc: not found on PATH"; return 1; }
   nvcc --version | tail -n 2
-  cmake -S . -B build/native -DCMAKE_BUILD_TYPE=Release -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$PWD/minegan_fast" \
-    -DPython_EXECUTABLE="$("$python" -c 'import sys; print(sys.executable)')" \
-    -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)" \
-    -DMINEGAN_CUDA=ON -DMINEGAN_CUDA_ARCHITECTURES="$(capability)" || return
+  configure build/native "$PWD/minegan_fast" "$(capability)" || return
   cmake --build build/native --parallel || return
   show_backends || return
   fingerprint >build/gpu.built
@@ -85,7 +94,7 @@ fi
 # limited SECONDS COMMAND...: the command's exit code; 124 or 137 where it ran out of time.
 limited() {
   local left=$((end - SECONDS - grace)) limit=$(($1 * slower)) status
-  step_limit=$((step_limit + $1))
+  note limit "$1"
   shift
   ((limit < left)) || limit=$left
   ((limit > 0 && !interrupted)) || return $late
@@ -100,13 +109,29 @@ limited() {
   return $status
 }
 
+# A build elsewhere, each process of its compilers noted. What uses the module takes the one that is here.
+rehearse_build() {
+  local from=$SECONDS timed="$python;$PWD/bench/rehearsal.py;--timed"
+  note start 24 # Python asks torch for the capability before, and for the backends after
+  if ! { command -v nvcc && command -v cmake; } >/dev/null; then
+    echo "nvcc or cmake: not found on PATH; the build is estimated at its limit"
+    note limit $build_limit
+    return
+  fi
+  configure "$scratch/native" "$scratch" 90 -DCMAKE_CXX_COMPILER_LAUNCHER="$timed" \
+    -DCMAKE_CUDA_COMPILER_LAUNCHER="$timed" || return
+  note serial $((SECONDS - from))
+  limited $build_limit cmake --build "$scratch/native" --parallel 1
+}
+
 step_build() {
   if [[ -n $rehearsal ]]; then
     show_backends || true
+    ((!build_chosen)) || rehearse_build
   elif [[ $(cat build/gpu.built 2>/dev/null) == "$(fingerprint)" ]]; then
     echo "built before"
   else
-    timeout --kill-after=5 150 bash bench/gpu.sh --build >"$out/build.log" 2>&1 &
+    timeout --kill-after=5 $build_limit bash bench/gpu.sh --build >"$out/build.log" 2>&1 &
     building=$!
   fi
 }
@@ -139,7 +164,10 @@ each() {
 step_checks() {
   local failed=0
   each 120 triton "$*" checks.jsonl || failed=$?
-  if [[ -z $rehearsal ]]; then
+  phase "checks cuda"
+  if [[ -n $rehearsal ]]; then # of the CPU's kernels, as many as there are of CUDA's
+    each 40 cpp "${*:-$cuda_ops}" checks-cpp.jsonl || failed=$?
+  else
     built || failed=$?
     each 40 cuda "$*" checks.jsonl || failed=$?
   fi
@@ -150,7 +178,8 @@ step_checks() {
 run_pytest() {
   local limit=$1
   shift
-  limited "$limit" "$python" -m pytest -q -p no:cacheprovider -p at_once --at-once "$out/tests.jsonl" "$@"
+  limited "$limit" "$python" -m pytest -q -p no:cacheprovider -p at_once --at-once "$out/tests.jsonl" \
+    --continue-on-collection-errors "$@"
 }
 
 # benchmarks SECONDS ARGUMENTS...
@@ -159,6 +188,11 @@ benchmarks() {
   shift
   run_pytest "$limit" --benchmark-only --benchmark-columns=median,iqr --show-capture=no --record="$out" \
     ${rehearsal:+--quick --device cpu} "$@"
+}
+
+# collected ARGUMENTS...: how many tests pytest finds.
+collected() {
+  "$python" -m pytest "$@" -q --collect-only 2>&1 | sed -nE 's,^([0-9]+)[/0-9]* tests? collected.*,\1,p'
 }
 
 files_of() {
@@ -189,23 +223,21 @@ step_bench() {
   note budget 0.6 # 0.2 of timing, the rest for checks, warming up and replays
   benchmarks 150 "${files[@]}" --largest --no-compile --budget 0.2
   status=$?
-  [[ -z $rehearsal ]] || ((interrupted)) || note units "$(
-    "$python" -m pytest "${files[@]}" -q --collect-only --device cuda --largest 2>&1 |
-      sed -nE 's,^([0-9]+)[/0-9]* tests? collected.*,\1,p'
-  )"
+  [[ -z $rehearsal ]] || ((interrupted)) || note units "$(collected "${files[@]}" --device cuda --largest)"
   return $status
 }
 
 # A rehearsal compiles one op for the CPU.
 step_compile() {
   built || true
-  note units 27
-  note budget 4
-  (($#)) || set -- bias_act noise_bias_act modulated_conv2d row_update mmd_groups mmd penalty upfirdn2d minibatch_stddev
+  note units 15
+  note budget 4 # a guess
+  (($#)) || set -- bias_act noise_bias_act modulated_conv2d row_update mmd penalty upfirdn2d
   [[ -z $rehearsal ]] || set -- bias_act
   files_of "$@"
   local -x MINEGAN_GPU_REHEARSAL=
-  benchmarks 130 "${files[@]}" --largest --budget 0.2 -k "not bfloat16 and not inference and not double"
+  benchmarks 90 "${files[@]}" --largest --budget 0.2 \
+    -k "not bfloat16 and not inference and not double and not twice and not half and not channels"
 }
 
 # processes N: so many `workers` of pytest, where pytest-xdist is there.
@@ -216,7 +248,7 @@ processes() {
 
 step_test() {
   built || true
-  note spread true
+  note spread 14 # processes, of 16 cores
   (($#)) || set -- tests/ops -k "triton or cuda"
   processes $((jobs - 2))
   OMP_NUM_THREADS=1 run_pytest 110 --timeout 60 ${rehearsal:+--every 40} "${workers[@]}" "$@"
@@ -225,11 +257,20 @@ step_test() {
   return $status
 }
 
+# In a rehearsal those that have a twin on the CPU, which is half of them.
 step_gpu() {
   built || true
   (($#)) || set -- tests -m gpu
+  if [[ -n $rehearsal && $* == "tests -m gpu" ]]; then
+    note units "$(collected "$@")"
+    set -- tests/finetune/test_masked_dense.py tests/finetune/test_training.py -k "cpu and (mask or frozen_bits)"
+  fi
+  note spread 4
   processes 4
-  OMP_NUM_THREADS=4 run_pytest 50 --timeout 50 "${workers[@]}" "$@"
+  OMP_NUM_THREADS=4 run_pytest 65 --timeout 50 "${workers[@]}" "$@"
+  local status=$?
+  ((status != 1)) || [[ -z $rehearsal ]] || return 0
+  return $status
 }
 
 # watch SECONDS TOOL BACKEND OPS [OPTION...]: what the tool finds is in files of its own; fails where that is anything. In a
@@ -237,8 +278,12 @@ step_gpu() {
 watch() {
   local limit=$1 tool=$2 backend=$3 chosen=$4 failed=0
   shift 4
+  phase "$tool $backend"
   if [[ -n $rehearsal ]]; then
-    each "$limit" cpp "${chosen:-row_update}" "under-$tool.jsonl"
+    note start 24 # guesses: the tool doubles what a process takes to begin, and what it does then takes 10 times as long
+    note factor 10
+    [[ $backend != cuda ]] || chosen=${chosen:-$cuda_ops}
+    each "$limit" cpp "$chosen" "under-$tool.jsonl"
     return
   fi
   each "$limit" "$backend" "$chosen" "under-$tool.jsonl" \
@@ -249,7 +294,17 @@ watch() {
 }
 
 find_planted() {
-  local tool
+  local tool from=$SECONDS
+  phase planted
+  if [[ -n $rehearsal ]]; then
+    ! command -v nvcc || nvcc -lineinfo -arch=sm_90 -o "$scratch/planted" bench/planted.cu || return
+    note serial $((SECONDS - from))
+    note limit 60
+    note start 0 # torch has no part in it
+    note units 2
+    note budget 6 # a guess: the tool, a context and a launch
+    return
+  fi
   command -v compute-sanitizer || { echo "compute-sanitizer: not found on PATH"; return $skipped; }
   limited 20 nvcc -lineinfo -arch="sm_$(capability)" -o "$scratch/planted" bench/planted.cu || return
   for tool in memcheck racecheck; do
@@ -260,7 +315,7 @@ find_planted() {
 
 step_sanitize() {
   local failed=0
-  [[ -n $rehearsal ]] || find_planted || return
+  find_planted || return
   built || failed=$?
   # torch asks for things that may fail, and handles it: no fault of a kernel.
   watch 40 memcheck cuda "$*" --report-api-errors no || failed=$?
@@ -269,8 +324,7 @@ step_sanitize() {
 }
 
 step_memcheck() {
-  [[ -z $rehearsal ]] || return $skipped
-  command -v compute-sanitizer || { echo "compute-sanitizer: not found on PATH"; return $skipped; }
+  [[ -n $rehearsal ]] || command -v compute-sanitizer || { echo "compute-sanitizer: not found on PATH"; return $skipped; }
   local failed=0
   # Under compute-sanitizer Triton would take many times as long to compile.
   each 60 triton "$*" checks.jsonl || failed=$?
@@ -303,7 +357,8 @@ if [[ -z $rehearsal ]] && ! why=$("$python" -c "$gpu" 2>&1); then
   echo "gpu.sh: no usable GPU: ${why##*$'\n'}. Nothing was run; MINEGAN_GPU_REHEARSAL=1 does the same without one." >&2
   exit 3
 fi
-[[ ${chosen[0]} == build ]] || chosen=(build "${chosen[@]}")
+build_chosen=1
+[[ ${chosen[0]} == build ]] || chosen=(build "${chosen[@]}") build_chosen=0
 mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 2
 jobs=$(nproc) slower=1
 if [[ -n $rehearsal ]]; then
@@ -319,7 +374,12 @@ set -m # else what runs in the background would ignore SIGINT
 trap 'rm -rf "$scratch"' EXIT
 trap 'interrupted=1; for running in $child $building; do kill -INT "$running"; done' INT TERM
 
-# note NAME VALUE: for the estimate of a rehearsal.
+# phase NAME: what the estimate of a rehearsal counts from here on, after what came before.
+phase() {
+  MINEGAN_GPU_STEP=$1
+}
+
+# note NAME VALUE: for that estimate.
 note() {
   [[ -z $rehearsal ]] || echo "{\"step\": \"$MINEGAN_GPU_STEP\", \"$1\": ${2:-0}}" >>"$out/rehearsal.jsonl"
 }
@@ -331,11 +391,10 @@ for step in "${chosen[@]}"; do
   ((!interrupted)) || break
   echo "=== $step"
   export MINEGAN_GPU_STEP=$step
-  start=$SECONDS given=() step_limit=0
+  start=$SECONDS given=()
   [[ $step != "${chosen[-1]}" ]] || given=("${arguments[@]}")
   "step_$step" "${given[@]}"
   status=$?
-  note limit $step_limit
   ((!interrupted || status == 0)) || status=$stopped
   case $status in
     0) result=ok ;;

@@ -12,6 +12,7 @@ What asks whether a tensor is on a GPU (`is_cuda`) gets the CPU's answer. Needs 
 does not interpret, because nothing here is undone.
 """
 
+import functools
 import inspect
 import os
 import sys
@@ -220,7 +221,13 @@ _READING_METHODS = {"tolist", "numpy", "__array__", "cpu"}  # which on a CPU nee
 # What makes a tensor without numbers of its own: on the host, unless it names a device.
 _FACTORIES = {
     "empty", "zeros", "ones", "full", "arange", "rand", "randn", "randint", "randperm", "eye", "linspace",
-    "scalar_tensor", "from_numpy", "frombuffer",
+    "scalar_tensor",
+}  # fmt: skip
+_OF_THE_HOST = ("from_numpy", "frombuffer")  # of its memory, which no mode sees
+# What launches no kernel, beside views: memory as it was, and what is about types or the profiler.
+_LAUNCH_NOTHING = {
+    "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "detach_", "resize_",
+    "set_", "is_same_size", "promote_types", "result_type",
 }  # fmt: skip
 _MAKERS = {"tensor", "as_tensor", "asarray"}  # of Python's numbers, on the host unless a device is named
 
@@ -235,6 +242,8 @@ class HostWatch:
         it can only need for a copy to the GPU, or from it. From pinned memory that waits for nothing, but a CUDA graph
         cannot hold it.
 
+    `operations`: how many of ATen's operations launch a kernel, or several, that is not ours.
+
     What autograd does in a backward is seen too. On CPU tensors a copy between devices is none; the device's name tells
     which one the code means: "cpu" is the host, and a tensor's own, a torch.device, is the GPU.
     """
@@ -242,10 +251,14 @@ class HostWatch:
     def __init__(self):
         self.waits: list[str] = []
         self.copies: list[str] = []
+        self.operations = 0
 
     def __enter__(self):
         self._functions = _Functions(self)
         self._operations = _Operations(self)
+        self._unseen = {name: getattr(torch, name) for name in _OF_THE_HOST}
+        for name, function in self._unseen.items():
+            setattr(torch, name, functools.partial(self._of_the_host, name, function))
         self._functions.__enter__()
         self._operations.__enter__()
         return self
@@ -253,6 +266,12 @@ class HostWatch:
     def __exit__(self, *error):
         self._operations.__exit__(*error)
         self._functions.__exit__(*error)
+        for name, function in self._unseen.items():
+            setattr(torch, name, function)
+
+    def _of_the_host(self, name: str, function: Callable, *args, **kwargs) -> torch.Tensor:
+        self.note(self.copies, f"torch.{name} on the host")
+        return function(*args, **kwargs)
 
     def made_of_numbers(self) -> None:
         """A tensor was made of Python's numbers."""
@@ -308,6 +327,8 @@ class _Operations(TorchDispatchMode):
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = operation._schema.name.removeprefix("aten::")
+        launches = not operation.is_view and name not in _LAUNCH_NOTHING and "::" not in name
+        self.watch.operations += launches
         indices = args[1] if name in _INDEXING else ()
         by_mask = any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in indices)
         of_unknown_size = name == "repeat_interleave" and kwargs.get("output_size") is None

@@ -2,15 +2,19 @@
 
     python bench/launches.py [--batch 1 2 4] [--size 16] [--compile [N]] [--time SECONDS] [--json] [ops] [step]
 
-Prints launches, specialisations and the host's time for each pass of each op, and for each step (critic, generator, R1,
-path length; both networks under a SparseFinetuner). Exits with 1 where a specialisation does not get through the
+Prints launches, specialisations, operations of ATen that launch something, and the host's time for each pass of each
+op, and for each step (critic, generator, R1, path length; both networks under a SparseFinetuner); then how many
+specialisations a first use needs, of each op's kernels and of all, with --compile 1 also the CPU time of their machine
+code. Exits with 1 where a specialisation does not get through the
 compiler's front end, where a repetition waits for the GPU, and with --compile where machine code for compute capability
 9.0 cannot be made.
 """
 
 import argparse
 import functools
+import itertools
 import json
+import os
 import statistics
 import sys
 import time
@@ -64,7 +68,7 @@ def examine(name: str, shape: list[int], dtype: str, make: Make, seconds: float 
     """What the call launches once an earlier one has planned and allocated, what is wrong with the launches of both,
     and what in it waits for the GPU. seconds: time that is spent on timing."""
     row = {"pass": name, "shape": shape, "dtype": dtype, "every": [], "launches": 0, "specialisations": 0}
-    row |= {"faults": [], "waits": [], "copies": [], "kernels": {}}
+    row |= {"aten": 0, "faults": [], "waits": [], "copies": [], "kernels": {}}
     with recording() as all_launches, warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always", UserWarning)
         try:
@@ -83,7 +87,7 @@ def examine(name: str, shape: list[int], dtype: str, make: Make, seconds: float 
     row |= {"every": [*every], "launches": len(launches), "specialisations": len({x.specialisation for x in launches})}
     row["faults"] += [f"{s}: {s.fault}" for s in every if s.fault]
     row["faults"] += [f"warns: {w.message}" for w in warned if issubclass(w.category, UserWarning)]
-    row |= {"waits": watch.waits, "copies": watch.copies}
+    row |= {"waits": watch.waits, "copies": watch.copies, "aten": watch.operations}
     row |= {"kernels": Counter(x.specialisation.kernel for x in launches)}
     return row | (timed(make, seconds) if seconds else {})
 
@@ -214,6 +218,13 @@ def ops(B: int, dtype: torch.dtype) -> Iterator[tuple[str, list[int], Make]]:
         step = functools.partial(update.step, [torch.ones_like(t.leaf) for t in tensors], hyper)
         yield from repeated(f"row_update {rule}", [135], step)
 
+    many = [RowTensor(torch.randn(shape), {}) for shape in [(64, 64), (64,)] * 55]
+    update, hyper = RowUpdate("adam", many), Hyperparameters(lr=0.1)
+    kept, others = ([torch.ones_like(t.leaf) for t in many] for _ in range(2))
+    yield from repeated("row_update adam, gradients where they were", [len(many)], lambda: update.step(kept, hyper))
+    moved = itertools.cycle([others, kept])
+    yield from repeated("row_update adam, gradients elsewhere", [len(many)], lambda: update.step(next(moved), hyper))
+
     scores = draw(B, 48)  # of as many branches as there are samples elsewhere
     yield from repeated("winner", [B, 48], lambda: winner(scores))
 
@@ -280,17 +291,34 @@ def rows_of(what: list[str], batches: list[int], resolution: int, dtypes: list[s
                 yield examine(name, shape, "float32", make, seconds=seconds)
 
 
-def compile_some(specialisations: list[Specialisation], every: int) -> list[str]:
-    """Machine code of every n-th; what the compiler says of those that have none."""
-    faults, start = [], time.perf_counter()
+def compile_some(specialisations: list[Specialisation], every: int) -> tuple[list[str], dict[Specialisation, float]]:
+    """Machine code of every n-th: what the compiler says of those that have none, and the CPU time that each took, with
+    that of the assembler, which is a process of its own."""
+    faults, seconds = [], {}
+    os.environ["TRITON_ALWAYS_COMPILE"] = "1"
     for specialisation in specialisations[::every]:
+        start = sum(os.times()[:4])
         try:
             specialisation.compile()
         except Exception as error:
             faults.append(f"{specialisation}: {type(error).__name__}: {error}")
-    count, seconds = len(specialisations[::every]), time.perf_counter() - start
-    print(f"{count} of {len(specialisations)} specialisations compiled in {seconds:.0f} s", file=sys.stderr)
-    return faults
+        seconds[specialisation] = sum(os.times()[:4]) - start
+    total = f"{sum(seconds.values()):.0f} s of CPU time"
+    print(f"{len(seconds)} of {len(specialisations)} specialisations compiled in {total}", file=sys.stderr)
+    return faults, seconds
+
+
+def first_use(specialisations: list[Specialisation], seconds: dict[Specialisation, float]) -> list[dict]:
+    """What a process that has compiled nothing needs, of the kernels of each file and of all together.
+    `compile_seconds` is None where not all of them were compiled."""
+    files = {s: s.kernel.partition(".")[0] for s in specialisations}
+    rows = []
+    for name in (*sorted({*files.values()}), "all"):
+        own = [s for s in specialisations if name in (files[s], "all")]
+        complete = {*own} <= seconds.keys()
+        spent = round(sum(seconds[s] for s in own), 2) if complete else None
+        rows.append({"kernels": name, "specialisations": len(own), "compile_seconds": spent})
+    return rows
 
 
 def main() -> int:
@@ -316,11 +344,13 @@ def main() -> int:
         rows.append(row)
         if not arguments.json:
             print(line(row), flush=True)
-    faults = compile_some([s for s in every if not s.fault], arguments.compile) if arguments.compile else []
+    sound = [s for s in every if not s.fault]
+    faults, seconds = compile_some(sound, arguments.compile) if arguments.compile else ([], {})
+    used = first_use([*every], seconds)
     if arguments.json:
-        json.dump({"rows": rows, "specialisations": len(every), "faults": faults}, sys.stdout)
+        json.dump({"rows": rows, "first_use": used, "faults": faults}, sys.stdout)
     else:
-        print(*faults, f"{len(every)} specialisations in all", sep="\n")
+        print(*faults, *map(use_line, used), sep="\n")
     return int(bool(faults) or any(map(is_wrong, rows)))
 
 
@@ -328,8 +358,13 @@ def is_wrong(row: dict) -> bool:
     return bool(row["faults"] or row["waits"])
 
 
+def use_line(row: dict) -> str:
+    spent = row["compile_seconds"]
+    return f"{row['kernels']}: {row['specialisations']} specialisations" + (f", {spent:.0f} s" if spent else "")
+
+
 def line(row: dict) -> str:
-    numbers = f"{row['launches']:5} launches {row['specialisations']:4} specialisations"
+    numbers = f"{row['launches']:5} launches {row['specialisations']:4} specialisations {row['aten']:5} of ATen"
     if "median_us" in row:
         numbers += f" {row['median_us']:10.0f} us {row['launchers_us']:8.0f} us of launchers"
     name = f"{row['pass']} {'x'.join(map(str, row['shape']))} {row['dtype']}"

@@ -24,6 +24,7 @@ SECTIONS = {"README.md": ("goals", "demo"), "bench/TABLES.md": ("bench",), "docs
 TESTS = {  # of no op
     "step": "tests/finetune/test_masked_dense.py", "stylegan2": "tests/models/test_stylegan2.py",
     "kernel_step": "tests/training/test_kernel_loss.py", "launches": "tests/bench/test_launches.py",
+    "first_use": "tests/bench/test_launches.py", "instructions": "tests/bench/test_instructions.py",
 }  # fmt: skip
 PASSES = ("inference", "forward", "backward", "double backward")
 
@@ -37,10 +38,20 @@ products; `clone` is `torch.clone` of as many bytes; `plain` is a layer in plain
 projects write it, with weights of every sample's own and grouped convolutions.
 """
 LAUNCHES = """\
-What the host does for a GPU, without one: launches of our Triton kernels, which compute nothing here. `host` is the
-whole call with autograd and what PyTorch's own operations compute on the CPU, `our launchers` what of it the launchers
-of our kernels take, from the choice of tiles to the launch; `waits` are the points at which the host waits for the GPU,
-`copies` what it copies there without waiting.
+What the host does for a GPU, without one: launches of our Triton kernels, which compute nothing here. `ATen` are the
+operations of PyTorch that launch a kernel, or several. `host` is the whole call with autograd and what PyTorch's own
+operations compute on the CPU, `our launchers` what of it the launchers of our kernels take, from the choice of tiles to
+the launch; `waits` are the points at which the host waits for the GPU, `copies` what it copies there without waiting.
+
+"""
+FIRST_USE = """\
+What a process has Triton compile where nothing is compiled yet: kernels of each file for all passes of the ops in the
+table of launches, and for the four steps of StyleGAN2 on such images (critic, generator, R1, path length), with the
+time that one core takes for the machine code of those.
+
+"""
+INSTRUCTIONS = """\
+Instructions of a kernel's machine code, by compute capability, and its registers behind the stroke; nothing ran.
 
 """
 
@@ -117,7 +128,7 @@ def render(machines: list[dict], red: set[str]) -> str:
         for (op, name), group in groupby(rows, key=lambda row: (row["op"], row["run"])):
             run = machine["runs"][name]
             title = f"**`{op}`, {run['device']}** "
-            written = launches if op == "launches" else table
+            written = {"launches": launches, "first_use": first_use, "instructions": instructions}.get(op, table)
             parts.append(
                 title + ("\n\nWithheld: the tests of this op fail.\n" if op in red else written(run, list(group)))
             )
@@ -178,13 +189,36 @@ def facts(run: dict) -> str:
 
 def launches(run: dict, rows: list[dict]) -> str:
     """The facts of the run and a table of what the host launches, a line a call."""
-    head = ["call", "shape", "type", "launches", "specialisations", "waits", "copies", "our launchers", "host"]
+    head = ["call", "shape", "type", "launches", "specialisations", "waits", "copies", "ATen", "our launchers", "host"]
     lines = [head, ["---"] * len(head)]
     for row in rows:
-        counts = [str(row[name]) for name in head[3:7]]
+        counts = [str(row[name]) for name in head[3:7]] + [str(row.get("aten", "–"))]
         host = [duration(row["launchers_us"]), spread(row) if "median_us" in row else "–"]
         lines.append([row["pass"], "×".join(map(str, row["shape"])), row["dtype"], *counts, *host])
     return facts(run) + LAUNCHES + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def first_use(run: dict, rows: list[dict]) -> str:
+    head = ["kernels of", "for", "shape", "specialisations", "compiling"]
+    lines = [head, ["---"] * len(head)]
+    for row in rows:
+        spent = row["compile_seconds"]
+        cells = [row["kernels"], {"ops": "the ops", "step": "the steps"}[row["part"]], "×".join(map(str, row["shape"]))]
+        lines.append([*cells, str(row["specialisations"]), f"{number(spent)} s" if spent is not None else "–"])
+    return facts(run) + FIRST_USE + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def instructions(run: dict, rows: list[dict]) -> str:
+    """A line a kernel, a column an architecture."""
+    architectures = sorted({row["architecture"] for row in rows})
+    head = ["op", "backend", "kernel", *(f"{a // 10}.{a % 10}" for a in architectures)]
+    lines = [head, ["---"] * len(head)]
+    kernels = {}
+    for row in rows:
+        of = kernels.setdefault((row["of"], row["backend"], row["kernel"]), {})
+        of[row["architecture"]] = f"{row['instructions']} / {row['registers']}"
+    lines += [[*names, *(of.get(a, "–") for a in architectures)] for names, of in kernels.items()]
+    return facts(run) + INSTRUCTIONS + "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def of_ceiling(row: dict, ceilings: dict) -> str:

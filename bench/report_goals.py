@@ -144,6 +144,25 @@ def _miners(machine, step, rival=None):
             yield machine.above_floor(row) if rival is None else machine.ratio(row, rival, "median_us")
 
 
+LAUNCHED = ("bias_act", "noise_bias_act", "upfirdn2d", "minibatch_stddev", "demodulation")
+
+
+def _host(machine, *passes):
+    """The host's microseconds in these passes of each op, by launches that compute nothing."""
+    rows = {r["pass"]: r for r in machine.ours("launches") if r["shape"] == [4, 32, 16, 16] and r["dtype"] == "float32"}
+    for op in LAUNCHED:
+        if f"{op}, {passes[0]}" in rows:
+            yield sum(rows[f"{op}, {step}"]["median_us"] for step in passes)
+
+
+def _launches(machine, what, field):
+    return [row[field] for row in machine.ours("launches") if row["pass"] == what and field in row]
+
+
+def _first_use(machine, field):
+    return [row[field] for row in machine.ours("first_use", part="step", kernels="all")]
+
+
 PUBLIC = ("public", "float32"), ("public", "bfloat16")
 TRAINING = "forward + backward"
 NORMS = f"norm {TRAINING}"
@@ -167,6 +186,29 @@ GOALS = [
         lambda m: [m.above_floor(r) for r in _updates(m, density=0.05)], 1.25, 1.2, most=True,
     ),
     Goal("host time of a step, 110 tensors", lambda m: [r["host_us"] for r in _small(m)], None, 25, True, " µs"),
+    Goal(
+        "host time without a GPU of `RowUpdate.step`, Adam, 110 tensors (64×64 and 64), gradients where they were",
+        lambda m: _launches(m, "row_update adam, gradients where they were", "median_us"), 30, None, True, " µs",
+    ),
+    Goal(
+        "the same, gradients elsewhere",
+        lambda m: _launches(m, "row_update adam, gradients elsewhere", "median_us"), 120, None, True, " µs",
+    ),
+    Goal(
+        f"host time without a GPU of a call of {', '.join(f'`{op}`' for op in LAUNCHED)}, 4×32×16×16, float32, "
+        "without gradient",
+        lambda m: _host(m, "inference"), 30, None, True, " µs",
+    ),
+    Goal("the same, forward and backward", lambda m: _host(m, "forward", "backward"), 90, None, True, " µs"),
+    Goal(
+        "PyTorch's launches in the generator's step of StyleGAN2-256, batch 4",
+        lambda m: _launches(m, "StyleGAN2-256, generator", "aten"), 685, None, True, "",
+    ),
+    Goal(
+        "specialisations of Triton kernels of the first four steps of StyleGAN2-256, batch 4",
+        lambda m: _first_use(m, "specialisations"), 60, None, True, "",
+    ),
+    Goal("their compilation on one core", lambda m: _first_use(m, "compile_seconds"), 20, None, True, " s"),
     Goal("dW of a 3×3 layer of 512 channels at 5 %, against dense", lambda m: _gradients(m, "dense"), 10, 8),
     Goal("the same, up to 8 neurons, against the gathered library", lambda m: _gradients(m, "gathered", True), 2, 1.5),
     Goal("the same for more neurons", lambda m: _gradients(m, "gathered", False), 1, 1),

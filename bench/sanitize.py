@@ -489,7 +489,7 @@ def main() -> int:
                     progress = "--done", str(done), str(wrong)
                     os.execv(sys.executable, [sys.executable, *sys.argv, *progress])
         print(f"{op}, {arguments.backend}: {count} calls, {wrong} wrong", flush=True)
-    if rehearsing:
+    if rehearsal.asked():
         rehearsal.note(done, time.process_time() - start)
     return int(wrong > 0)
 

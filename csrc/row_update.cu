@@ -208,9 +208,9 @@ __device__ __forceinline__ T* global(T* p) {
 }
 
 // An item begins at element `first` of its first row; a thread takes V elements of it, and the V that lie kThreads V
-// further on, and so on.
+// further on, and so on. `ages` has one for each row of the item.
 template <Rule rule, class T, class D, int V>
-__device__ __forceinline__ void step_item(const RowTensor& t, const RowItem& item, const T* grad, const RowStep& step,
+__device__ __forceinline__ void step_item(const RowTensor& t, const RowItem& item, const T* grad, const Age<T>* ages,
                                           const Factors<T>& f) {
   const uint32_t length = uint32_t(t.length), first = uint32_t(item.part) * kChunk;
   const uint32_t count = item.rows > 1 ? item.rows * length : min(length - first, uint32_t(kChunk));
@@ -219,20 +219,15 @@ __device__ __forceinline__ void step_item(const RowTensor& t, const RowItem& ite
   T* const mean = global((T*)t.mean) + base;
   T* const square = global((T*)t.square) + base;
   T* const average = global((T*)t.average) + base;
-  float known = -1;
-  Age<T> age{};
   for (uint32_t i = threadIdx.x * V; i < count; i += kThreads * V) {
     const uint32_t local = item.rows > 1 ? i / length : 0, column = first + i - local * length;
     Pack<T, V> w = load<T, V>(leaf + i);
     if (grad) {
       const Pack<T, V> g = load<T, V>(global(grad) + base + i);
       Pack<T, V> m{}, v{};
+      Age<T> age{};
       if (rule != Rule::sgd) m = load<T, V>(mean + i);
-      if (has_age(rule)) {
-        v = load<T, V>(square + i);
-        const float taken = global(t.step)[item.row + local];
-        if (taken + 1 != known) age = age_of<T>(known = taken + 1, step);
-      }
+      if (has_age(rule)) v = load<T, V>(square + i), age = ages[local];
       for (int j = 0; j < V; ++j) advance<rule>(w.at[j], g.at[j], m.at[j], v.at[j], f, age);
       store(leaf + i, w);
       if (rule != Rule::sgd) store(mean + i, m);
@@ -264,18 +259,23 @@ __global__ void __launch_bounds__(kThreads)
   const RowTensor& t = tensors[item.tensor];
   const T* grad = (const T*)grads[item.tensor];
   if (lr) step.lr = lr_is_float ? double(*(const float*)lr) : *(const double*)lr;
+  // The corrections are computed in double, which is slow on many GPUs: once for each row, not for each element.
+  __shared__ Age<T> ages[kChunk];
+  if (has_age(rule) && grad) {
+    for (int r = threadIdx.x; r < item.rows; r += kThreads) ages[r] = age_of<T>(global(t.step)[item.row + r] + 1, step);
+    __syncthreads();
+  }
   const Factors<T> f = factors<T>(step, grad_scale);
   constexpr int V = 16 / sizeof(T);
   if (t.aligned && uintptr_t(grad) % 16 == 0)
-    step_item<rule, T, D, V>(t, item, grad, step, f);
+    step_item<rule, T, D, V>(t, item, grad, ages, f);
   else
-    step_item<rule, T, D, 1>(t, item, grad, step, f);
+    step_item<rule, T, D, 1>(t, item, grad, ages, f);
   if (!has_age(rule) || !grad) return;
-  // Every thread must have read the ages before one of them is advanced. Of the blocks that share a row, the last one
-  // to take a ticket advances it. One fence keeps the reads of each block before its ticket, the other keeps what the
-  // last block writes after the tickets of all.
+  // Each age is advanced by the thread that has read it, which no other thread of the block has. Of the blocks that
+  // share a row, the last one to take a ticket advances it. One fence keeps the read of each block before its ticket,
+  // the other keeps what the last block writes after the tickets of all.
   const unsigned parts = unsigned((t.length + kChunk - 1) / kChunk);
-  __syncthreads();
   if (parts == 1) {
     for (int r = threadIdx.x; r < item.rows; r += kThreads) t.step[item.row + r] += 1;
   } else if (threadIdx.x == 0) {

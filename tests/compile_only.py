@@ -1,9 +1,10 @@
 """Compiles every GPU kernel for several architectures without a GPU and reads the machine code.
 
-    python tests/compile_only.py [op ...]
+    python tests/compile_only.py [--json] [op ...]
     python tests/compile_only.py --sizes ones [--architectures 90] [op ...]
 
-Prints a table and exits with 1 if a kernel spills registers or has lost its 16-byte loads or its tensor cores.
+Prints a table, or its rows as JSON, and exits with 1 if a kernel spills registers or has lost its 16-byte loads or its
+tensor cores.
 With --sizes the Triton kernels need only compile: with the sizes that are given in tests/kernel_launches.py, with all
 of them 1, which Triton makes constants of another type, or with sizes and addresses that are odd.
 
@@ -13,13 +14,14 @@ without it. PYTHONPATH chooses another Triton. An op with a .cu file joins with 
 
 import argparse
 import concurrent.futures
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 os.environ.pop("TRITON_INTERPRET", None)
@@ -40,8 +42,11 @@ CUDA = {
 
 @dataclass
 class Row:
+    op: str
+    backend: str
     architecture: int
     kernel: str
+    instructions: int  # without those that fill up the last line
     registers: int
     stack: int
     spills: int
@@ -58,8 +63,14 @@ class Row:
         return ", ".join(faults) or "ok"
 
 
-def machine_code(cubin: Path) -> dict[str, tuple[int, int, int, int, int]]:
-    """Of every kernel: registers, bytes of stack, spills, loads of 16 bytes or more, tensor-core instructions."""
+def instructions_in(body: str) -> int:
+    """How many a kernel's disassembly holds, but for the NOPs at its end."""
+    return len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?!NOP\b)\S", body, re.MULTILINE))
+
+
+def machine_code(cubin: Path) -> dict[str, tuple[int, int, int, int, int, int]]:
+    """Of every kernel: instructions, registers, bytes of stack, spills, loads of 16 bytes or more, those of tensor
+    cores."""
     usage = subprocess.run([CUOBJDUMP, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
     code = subprocess.run([CUOBJDUMP, "-sass", cubin], capture_output=True, text=True, check=True).stdout
     found = {}
@@ -68,7 +79,7 @@ def machine_code(cubin: Path) -> dict[str, tuple[int, int, int, int, int]]:
         spills = len(re.findall(r"\b(?:LDL|STL)\b", body))
         wide = len(re.findall(r"\bLDG\.E\S*\.(?:128|256)\b", body))
         tensor_cores = len(re.findall(r"\b(?:HMMA|HGMMA|QGMMA|DMMA|UTC\w*MMA)\b", body))
-        found[name] = (int(registers), int(stack), spills, wide, tensor_cores)
+        found[name] = (instructions_in(body), int(registers), int(stack), spills, wide, tensor_cores)
     return found
 
 
@@ -78,7 +89,8 @@ def triton_rows(kernel: Kernel):
             file.write(kernel.compile(architecture))
             file.flush()
             ((found),) = machine_code(Path(file.name)).values()
-        yield Row(architecture, f"{kernel.name} [{kernel.layout}]", *found, kernel.wide_loads, kernel.tensor_cores)
+        name = f"{kernel.name} [{kernel.layout}]"
+        yield Row(kernel.op, "triton", architecture, name, *found, kernel.wide_loads, kernel.tensor_cores)
 
 
 def cuda_rows(op: str, architecture: int) -> list[Row]:
@@ -93,7 +105,7 @@ def cuda_rows(op: str, architecture: int) -> list[Row]:
         short = re.sub(
             r"minegan::|\(anonymous namespace\)::|^void |\(.*\)$", "", re.sub(r"\((int|minegan::Rule)\)", "", name)
         )
-        rows.append(Row(architecture, short, *numbers, bool(re.search(CUDA[op], short))))
+        rows.append(Row(op, "cuda", architecture, short, *numbers, bool(re.search(CUDA[op], short))))
     return sorted(rows, key=lambda row: row.kernel)
 
 
@@ -127,6 +139,7 @@ def only_compile(ops: list[str], architectures: list[int], sizes: list[str]) -> 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Compiles every GPU kernel without a GPU.")
     parser.add_argument("ops", nargs="*", metavar="op", help=f"{', '.join({**TRITON, **CUDA})}; default: all")
+    parser.add_argument("--json", action="store_true", help="the table's rows as JSON")
     parser.add_argument("--sizes", nargs="+", choices=("given", "ones", "odd"), help="only compile, with these sizes")
     parser.add_argument("--architectures", nargs="+", type=int, default=[90], help="with --sizes; default: 90")
     arguments = parser.parse_args()
@@ -145,12 +158,16 @@ def main() -> int:
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             for part in pool.map(lambda job: cuda_rows(*job), jobs):
                 rows += part
-    width = max(len(row.kernel) for row in rows)
-    print(f"sm   {'kernel':{width}}  registers  stack  spills  16-byte loads  tensor cores")
-    for row in rows:
-        numbers = f"{row.registers:9}  {row.stack:5}  {row.spills:6}  {row.wide_loads:13}  {row.tensor_cores:12}"
-        print(f"{row.architecture:<4} {row.kernel:{width}}  {numbers}  {row.verdict}")
     bad = sum(row.verdict != "ok" for row in rows)
+    if arguments.json:
+        json.dump([asdict(row) for row in rows], sys.stdout)
+        return 1 if bad else 0
+    width = max(len(row.kernel) for row in rows)
+    print(f"sm   {'kernel':{width}}  instructions  registers  stack  spills  16-byte loads  tensor cores")
+    for row in rows:
+        numbers = f"{row.instructions:12}  {row.registers:9}  {row.stack:5}  {row.spills:6}  {row.wide_loads:13}"
+        numbers += f"  {row.tensor_cores:12}"
+        print(f"{row.architecture:<4} {row.kernel:{width}}  {numbers}  {row.verdict}")
     print(
         f"{len(rows)} kernels compiled, {bad} bad" + ("" if shutil.which("nvcc") else "; CUDA left out: no nvcc here")
     )

@@ -36,9 +36,10 @@ def test_some_checks(native, op, every):
 
 
 def rows_of_all_ages() -> list[RowTensor]:
-    """Rows in several parts, in whole items and in a part of one, every second of a weight, of five ages."""
+    """Rows in several parts, in whole items, up to 1024 in one, and in a part of one; every second of a weight, of five
+    ages."""
     tensors = []
-    for shape in ((3, 2500), (2, 4096), (1500, 3), (1, 1)):
+    for shape in ((3, 2500), (2, 4096), (1500, 3), (1100, 1), (1, 1)):
         leaf, weight = torch.randn(shape), torch.randn(2 * shape[0], *shape[1:])
         rows = torch.arange(1, 2 * shape[0], 2)
         state = {"step": torch.arange(shape[0]).float() % 5, "exp_avg": torch.randn(shape)}
@@ -98,6 +99,8 @@ def test_a_launch_that_cuda_refuses_is_an_error(program):
         native.bias_act_backward_cuda(0, 0, 0, 0, 0, 0, 1, 2**31, 2, 0.2, 1.0, 0, 0)
 
 
-@pytest.mark.parametrize("name", ["no barrier between sums", "no fence after a ticket", "a pack too many"])
+@pytest.mark.parametrize(
+    "name", ["no barrier between sums", "no barrier after ages", "no fence after a ticket", "a pack too many"]
+)
 def test_a_planted_fault_is_found(folder, name):
     assert finds(folder, PLANTED[name])

@@ -98,7 +98,7 @@ def _transfer(
     from ..training import recipe
     from ..training.evaluation import MEASURES
 
-    source, images = _named_once(source, target, sources or [], images)
+    named, images = _named_once(source, target, sources or [], images)
     given = {name: value for name, value in settings.items() if value is not None}
     if "metrics" in given:
         given["metrics"] = tuple(filter(None, given["metrics"].split(",")))
@@ -108,14 +108,14 @@ def _transfer(
     if config is None and resume:
         if (out / "config.json").is_file():
             stored = load_config(out)
-        elif source is None:
+        elif named is None:
             raise ValueError(f"there is no run in {str(out)!r} to go on with: check the path")
-        if source is None and stored and None in listed(stored["source"]):
+        if named is None and stored and None in listed(stored["source"]):
             raise ValueError(
                 f"the source of the run in {str(out)!r} is a module, which Python alone can give: call "
                 "minegan_fast.transfer(module, images, out, resume=True, ...) with the arguments that began it"
             )
-    given |= {name: value for name, value in (("source", source), ("images", images)) if value is not None}
+    given |= {name: value for name, value in (("source", named), ("images", images)) if value is not None}
     merged = stored | given
     for name in ("source", "images"):
         if not merged.get(name):
@@ -141,7 +141,9 @@ def _transfer(
         console.print(table)
 
 
-def _named_once(first: str | None, second: str | None, sources: list[str], images: str | None):
+def _named_once(
+    first: str | None, second: str | None, sources: list[str], images: str | None
+) -> tuple[str | list[str] | None, str | None]:
     """(source or sources, images), from the arguments and from the options --source and --images.
 
     With --source the arguments are what is left: at most the images.

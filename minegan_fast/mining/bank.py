@@ -2,6 +2,7 @@
 
 import operator
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -103,9 +104,9 @@ class MinerBank(nn.Module):
         first = miners[0]
         self.config, self.input_dim, self.output_dim = dict(first.config), first.input_dim, first.output_dim
         places = range(0, len(first.layers), 2)
-        self.layers = nn.ModuleDict({str(i): _Stacked([m.layers[i] for m in miners]) for i in places})
+        self.layers = nn.ModuleDict({str(i): _Stacked([cast(nn.Linear, m.layers[i]) for m in miners]) for i in places})
         affine = isinstance(first.skip, nn.Linear)
-        self.skip = _Stacked([m.skip for m in miners]) if affine else None
+        self.skip = _Stacked([cast(nn.Linear, m.skip) for m in miners]) if affine else None
         self.miners_of = {}
         self.register_load_state_dict_post_hook(_tie_all)
 
@@ -115,7 +116,7 @@ class MinerBank(nn.Module):
         if u.ndim not in (2, 3) or u.shape[-1] != self.input_dim or (u.ndim == 3 and len(u) != n):
             expected = f"[B, {self.input_dim}] or [{n}, B, {self.input_dim}]"
             raise ValueError(f"u must have shape {expected}, got {list(u.shape)}")
-        layers = [*self.layers.values()]
+        layers = [cast(_Stacked, layer) for layer in self.layers.values()]
         skip = None if not self.config["residual"] else "identity"
         if self.skip is not None:
             skip = (self.skip.weight, self.skip.bias)
@@ -128,7 +129,7 @@ class MinerBank(nn.Module):
         return project(z.flatten(0, 1), "sphere").view(z.shape) if sphere else z
 
     def __len__(self) -> int:
-        return len(self.layers["0"].weight)
+        return len(cast(_Stacked, self.layers["0"]).weight)
 
     def __getitem__(self, i: int) -> Miner:
         n, index = len(self), operator.index(i)

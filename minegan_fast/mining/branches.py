@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ class _OfBank(nn.Module):
 
     def __init__(self, bank: Bank, i: int):
         super().__init__()
+        self.bank: Bank
         object.__setattr__(self, "bank", bank)
         self.i = i
         for name in ("input_dim", "output_dim"):
@@ -53,7 +54,7 @@ def branches(
     if bank is None:
         miners = [_identity(name, generator) for name, generator in zip(names, generators, strict=True)]
     else:
-        miners = [_OfBank(bank, i) for i in range(len(bank))] if is_bank(bank) else [*bank]
+        miners = [_OfBank(cast(Bank, bank), i) for i in range(len(bank))] if is_bank(bank) else [*cast(Sequence, bank)]
     classes = [None] * N if class_miners is None else [*class_miners]
     for what, given in (("miners", miners), ("class miners", classes)):
         if len(given) != N:

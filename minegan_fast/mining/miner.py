@@ -7,6 +7,7 @@ identity, so mining starts at the source GAN's own distribution.
 
 import itertools
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -99,6 +100,7 @@ class Miner(nn.Module):
         they will refuse u."""
         if not u.is_cuda and len(u) <= FEW:
             return None
+        layers: list[Any]
         layers, skip = [*own_modules(self.layers).values()], self.skip
         linears = layers[::2]
         if isinstance(skip, nn.Linear):
@@ -107,7 +109,7 @@ class Miner(nn.Module):
         if any(map(watched, layers)) or any(type(layer) is not nn.Linear for layer in linears):
             return None
         # Where the layer itself would look for them; a weight that is not there is no parameter, but computed.
-        pairs = [(own.get("weight"), own.get("bias")) for own in map(own_parameters, linears)]
+        pairs: list[Any] = [(own.get("weight"), own.get("bias")) for own in map(own_parameters, linears)]
         if not u.numel() or len(linears) > DEPTH or not takes(u, *itertools.chain.from_iterable(pairs)):
             return None
         around = None if skip is None else pairs.pop() if isinstance(skip, nn.Linear) else "identity"
@@ -145,9 +147,9 @@ def mine_together(miners: Sequence[nn.Module], u: Tensor, sphere: bool) -> list[
     """What each miner gives for u, in one call where it can be; `sphere` is for the first."""
     together = all(isinstance(m, Miner) and not watched(m) and m.input_dim == u.shape[-1] for m in miners)
     if len(miners) > 1 and together and u.ndim == 2:
-        chains = [m.chain(u, sphere and i == 0) for i, m in enumerate(miners)]
+        chains = [cast(Miner, m).chain(u, sphere and i == 0) for i, m in enumerate(miners)]
         if None not in chains:
-            return mine(chains)
+            return mine(cast(list[Chain], chains))
     first, *others = miners
     if isinstance(first, Miner):
         z = first(u, sphere=sphere)

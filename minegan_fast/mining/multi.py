@@ -329,9 +329,9 @@ class MultiGenerator(nn.Module):
             )
         self._repeating.add(i)
 
-    def before(self, generators: Iterable[nn.Module]) -> "MultiGenerator":
-        """A copy, miners and wins included, before other generators."""
-        pairs = zip(self._mined(), generators, strict=True)
+    def before(self, generators: Iterable[nn.Module] | nn.Module) -> "MultiGenerator":
+        """A copy, miners and wins included, before other generators: several, or a module that gives them."""
+        pairs = zip(self._mined(), cast(Iterable[nn.Module], generators), strict=True)
         return copy.deepcopy(self, {id(branch.generator): generator for branch, generator in pairs})
 
     def mining_parameters(self) -> list[nn.Parameter]:

@@ -175,7 +175,7 @@ def _buffer(s: Shape, places, like: Tensor) -> Tensor:
     return like.new_empty(s.miners, rows_of(places(s)), s.lanes)
 
 
-def _spread(values: Sequence[Tensor], flags: Sequence[bool]) -> list[Tensor | None]:
+def _spread(values: Sequence, flags: Sequence[bool]) -> list:
     """Each of the values in the place of a flag that is set."""
     rest = iter(values)
     return [next(rest) if flag else None for flag in flags]
@@ -308,7 +308,7 @@ class _Gradients(Function):
             program = planned("second", _shapes(tensors, kinds, scales), inner, given, along, ggz).program
             places = [first + i for i in sorted(program.writes("gradient"))]
             places += [sum(given[:c]) for c in sorted(program.writes("ggz"))]
-            found = [None] * len(asked)
+            found: list[Tensor | None] = [None] * len(asked)
             for place, value in zip(places, values, strict=True):
                 found[place] = value
         return None, *found, *[None] * (len(saved) - len(wanted))
@@ -359,7 +359,7 @@ def _flat(chains: Sequence[Chain]) -> tuple[list[int], list[float], list[Tensor]
         ]
         scales += [float(value) for layer in mapping.scales for value in layer]
         tensors += [chain.u, *itertools.chain.from_iterable(zip(chain.weights, chain.biases, strict=True))]
-        tensors += chain.skip if affine else ()
+        tensors += chain.skip if isinstance(chain.skip, tuple) else ()
         for weight, bias in zip(mapping.weights, mapping.biases, strict=True):
             tensors += [weight.detach(), bias.detach()]
     return kinds, scales, tensors

@@ -14,14 +14,13 @@ from torch import Tensor, nn
 from ..mining import Mined
 from .config import TransferConfig
 from .critics import critic_r1
-from .generators import Generator
+from .generators import Generator, Several
 from .kernel_loss import KernelLoss
 from .losses import generator_loss
 from .machine import DTYPES
 from .miners import branches, new_network
 from .processes import Processes
 from .randomness import keep_random_state
-from .several import Several
 from .trainer import Trainer
 
 # Gradients of activations, workspaces and the allocator's rounding come on top of what is saved for backward.

@@ -1,12 +1,12 @@
 """What the recipe asks of a generator."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from .several import Several
+from ..mining.multi import resized
 
 
 class Generator(nn.Module):
@@ -20,6 +20,67 @@ class Generator(nn.Module):
     style_dim: int  # of a StyleGAN, which also has `mapping`
     family: str  # of a network of this package, and then
     config: dict[str, Any]  # the arguments of its constructor
+
+
+class Several(nn.Module):
+    """Generators whose images have one shape [C, R, R].
+
+    names: short and unique, one for each. resize: None, or the resolution that all images are brought to.
+
+    Attributes: names, resolution, image_channels, latent_dim (the largest), resize, and finite: for each whether its
+    images are numbers, as far as that has been seen. Iteration gives the generators.
+
+    ValueError: images differ in channels, or in resolution without `resize`; the message names the sources.
+    """
+
+    def __init__(self, generators: Sequence[nn.Module], names: Sequence[str], resize: int | None = None):
+        super().__init__()
+        self.generators, self.names, self.resize = nn.ModuleList(generators), list(names), resize
+        self.finite = [True] * len(generators)
+        self.image_channels = self._same("image_channels", 3, "channels", "the channels must be the same")
+        largest = max(generator.resolution for generator in self)
+        remedy = f"resize={largest} (--resize {largest}) would bring all to one size"
+        self.resolution = resize or self._same("resolution", None, "pixels", remedy)
+        self.latent_dim = max(generator.latent_dim for generator in self)
+
+    def __iter__(self) -> Iterator[Generator]:
+        return iter(cast(Iterable[Generator], self.generators))
+
+    def __len__(self) -> int:
+        return len(self.generators)
+
+    def _same(self, attribute: str, default: int | None, unit: str, remedy: str) -> int:
+        first, *others = [getattr(generator, attribute, default) for generator in self]
+        for name, other in zip(self.names[1:], others, strict=True):
+            if other != first:
+                raise ValueError(f"{name} makes images of {other} {unit}, {self.names[0]} of {first}: {remedy}")
+        return cast(int, first)
+
+    def resized(self, images: Tensor) -> Tensor:
+        return images if self.resize is None else resized(images, (self.resize, self.resize))
+
+
+def networks(generator: nn.Module) -> list[Generator]:
+    """The generators of `Several`, or the one that it is."""
+    return list(generator) if isinstance(generator, Several) else [cast(Generator, generator)]
+
+
+def source_of(layer: str) -> int:
+    """The number of the generator in `Several` that a parameter's or a layer's name leads to."""
+    return int(layer.split(".")[1])
+
+
+@torch.no_grad()
+def remember_finite(generator: Several, images: Sequence[Tensor]) -> list[str]:
+    """Notes which of the generators make images of numbers, of a batch of each; returns what to say of the others.
+
+    ValueError: none does.
+    """
+    generator.finite = [bool(torch.isfinite(batch).all()) for batch in images]
+    bad = [name for name, finite in zip(generator.names, generator.finite, strict=True) if not finite]
+    if len(bad) == len(generator):
+        raise ValueError(f"the images of all {len(bad)} sources ({', '.join(bad)}) hold NaN or inf")
+    return [f"the images of {name} hold NaN or inf: it gets no share" for name in bad]
 
 
 def as_generator(module: nn.Module) -> Generator:

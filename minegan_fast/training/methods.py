@@ -23,9 +23,8 @@ import torch
 from torch import nn
 
 from .._torch import BATCH_NORMS
-from .generators import Generator, own_samples
+from .generators import Generator, networks, own_samples
 from .randomness import keep_and_set_random_state
-from .several import networks
 
 KERNEL = "mmd"
 CALIBRATION = 8  # batches that give new batch norms their statistics

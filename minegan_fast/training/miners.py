@@ -10,10 +10,9 @@ from ..mining import Mined, Miner, MultiGenerator
 from ..mining.mined import learned_constant
 from ..mining.prior import default_prior, own_latents
 from .config import TransferConfig
-from .generators import Generator, class_count
+from .generators import Generator, Several, class_count
 from .processes import Processes
 from .randomness import keep_and_set_random_state
-from .several import Several
 
 Network: TypeAlias = Mined | MultiGenerator
 

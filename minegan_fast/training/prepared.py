@@ -13,14 +13,14 @@ from .config import TransferConfig
 from .estimate import estimate_memory
 from .evaluation import choose_features, judge_name
 from .feature_critic import FeatureCritic
-from .generators import Generator, check_samples, image_channels, own_samples
+from .generators import Generator, Several, check_samples, image_channels, networks, own_samples, remember_finite
 from .images import to_float
 from .kernel_loss import KernelLoss
 from .loss_features import LossFeatures
 from .methods import KERNEL, fresh_weights
+from .names import short_names
 from .processes import Processes, local_index
 from .randomness import keep_and_set_random_state
-from .several import Several, networks, remember_finite, short_names
 from .sources import (
     Checkpoints,
     Networks,

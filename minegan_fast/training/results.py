@@ -11,11 +11,10 @@ from ..models import has_discriminator, load_discriminator, load_generator
 from .config import TransferConfig, load_config
 from .evaluation import MEASURES, choose_features, generate, judge_name, measure
 from .folder import RESULTS, RunFolder
-from .generators import as_generator, image_channels
+from .generators import Several, as_generator, image_channels
 from .images import load_images
 from .miners import Network, branches, new_mined
-from .several import Several
-from .several_files import SHARES, read_result
+from .result_files import SHARES, read_result
 from .sources import Checkpoints, choose_device, listed, source_critic
 
 
@@ -88,9 +87,10 @@ def evaluate_result(path, which, device, source, miner, images, samples: int, fe
     """
     checkpoints = Checkpoints()
     sampler = open_result(path, which, device, source, miner, checkpoints)
-    several = isinstance(sampler, MultiGenerator)
+    names = sampler.names if isinstance(sampler, MultiGenerator) else []
     generator = as_generator(branches(sampler)[0].generator)
-    resolution = sampler.resize[0] if several and sampler.resize else generator.resolution
+    resize = sampler.resize if isinstance(sampler, MultiGenerator) else None
+    resolution = generator.resolution if resize is None else resize[0]
     real = load_images(images, resolution, image_channels(generator)).images
     critic = config = None
     if RunFolder(path).config.is_file():
@@ -103,9 +103,7 @@ def evaluate_result(path, which, device, source, miner, images, samples: int, fe
         if len(files) == 1:
             critic = load_discriminator(files[0]) if has_discriminator(files[0]) else None
         elif files:
-            critic, _ = source_critic(
-                files, Several([b.generator for b in branches(sampler)], sampler.names, resolution)
-            )
+            critic, _ = source_critic(files, Several([b.generator for b in branches(sampler)], names, resolution))
     checkpoints.clear()  # the networks have the weights
     extractor = choose_features(features, critic, real, next(generator.parameters()).device)
     fake = generate(sampler, samples, seed)

@@ -18,13 +18,13 @@ from .estimate import DoesNotFit
 from .evaluation import generate, measure
 from .events import EventWriter
 from .folder import RunFolder, read_generator
+from .generators import networks, source_of
 from .miners import Network, branches, shares
 from .plots import loss_curves, save_grid
 from .prepared import Prepared
 from .progress import Progress
 from .randomness import derived_seed, keep_and_set_random_state, keep_random_state
-from .several import networks, source_of
-from .several_files import read_result, write_result
+from .result_files import read_result, write_result
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 VERSION = 3  # of the snapshots
@@ -298,6 +298,7 @@ class Run:
         return whole
 
     def _latents(self, branch: Mined, what: str) -> dict[str, float]:
+        """The statistics of the latents of one source; logs them where they are out of bounds."""
         with keep_and_set_random_state(self.config.seed, "latents"):
             u = torch.randn(LATENTS, branch.input_dim).to(self.prepared.device)
         with torch.no_grad():

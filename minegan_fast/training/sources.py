@@ -14,9 +14,8 @@ from ..models import has_discriminator, load_discriminator, load_generator
 from ..models.checkpoint import shorten
 from .config import TransferConfig
 from .critics import check_fit, new_critic
-from .generators import Generator, as_generator, image_channels
+from .generators import Generator, Several, as_generator, image_channels, networks
 from .images import ImageSet, load_images
-from .several import Several, networks
 
 # A KID against fewer images than this would choose the best snapshot by chance: then none is set aside.
 LEAST_HELD_OUT = 5

@@ -10,7 +10,7 @@ import copy
 import functools
 import inspect
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from .adversary import WARM_UP, Adversary
 from .captured import CapturedSteps, CaptureError, CudaGraphs
 from .config import TransferConfig
 from .elastic import ElasticWeights
-from .generators import Generator
+from .generators import Generator, Several
 from .kernel_loss import KernelLoss, gathering
 from .kernel_mixture import KernelMixture
 from .machine import Machine
@@ -32,7 +32,6 @@ from .miners import Network, branches, new_network, shares
 from .processes import Processes
 from .randomness import set_random_state
 from .relevance import score
-from .several import Several
 
 T = TypeVar("T")
 
@@ -170,8 +169,9 @@ class Trainer:
 
     def interval(self) -> list[list[float]] | None:
         """Where each share lies, in 9 of 10 cases; None where the critic chooses, who tells no such thing."""
-        solved = self.mixture and self.loss_name == KERNEL
-        return self.mixture.mixture.interval().tolist() if solved else None
+        if self.mixture is None or self.loss_name != KERNEL:
+            return None
+        return self.mixture.mixture.interval().tolist()
 
     def _begin_shares(self) -> None:
         """p at the beginning of a stage: as far as it is solved for what is known, else equal for all generators whose
@@ -353,7 +353,7 @@ class Trainer:
         generator = self.finetuner.ema_model() if self.finetuner else copy.deepcopy(self.generator)
         found = self.average.before(generator).eval().requires_grad_(False)
         if isinstance(found, MultiGenerator):
-            found.take(self.mined.probabilities)
+            found.take(cast(MultiGenerator, self.mined).probabilities)
         return found
 
     def state_dict(self) -> dict:

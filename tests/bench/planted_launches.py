@@ -66,11 +66,13 @@ def main():
         "waits: write by a list": lambda: x.__setitem__([0, 1], 0.0),
         "waits: backward": lambda: ReadsInBackward.apply(leaf).sum().backward(),
         "copies: numbers of the host": lambda: torch.tensor([1], device="cpu"),
+        "copies: memory of the host": lambda: torch.frombuffer(bytearray(8), dtype=torch.int64),
         "nothing: fill": fill,
         "nothing: index": lambda: x[index] + x[1:3],
         "nothing: to": lambda: x.to(x.device, torch.float64),
         "nothing: where": lambda: torch.where(mask, x, 0.0),
         "nothing: repeat_interleave": lambda: index.repeat_interleave(counts, output_size=3),
+        "nothing: operations": lambda: (x.view(2, 4) + 1).t().mul_(torch.empty_like(x).new_empty(2)),
         "nothing: backward": lambda: (leaf * 2).sum().backward(),
     }
     found = {}

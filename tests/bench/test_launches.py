@@ -51,7 +51,7 @@ def found():
 
 def of_batch(rows: list[dict], name: str, B: int) -> list[dict]:
     """Those of an op or a step. Samples of row_score and row_update are no batch: their rows are the same for each."""
-    return [row for row in rows if re.match(rf"{name}\b", row["pass"]) and row["shape"][0] in (B, 135)]
+    return [row for row in rows if re.match(rf"{name}\b", row["pass"]) and row["shape"][0] in (B, 110, 135)]
 
 
 def check(rows: list[dict]) -> None:
@@ -68,7 +68,8 @@ def test_ops(found, op, B):
     rows = of_batch(found["ops"]["rows"], op, B)
     check(rows)
     assert all(row["launches"] for row in rows if row["pass"].endswith("forward") or "," not in row["pass"])
-    assert op in COPYING or not any(row["copies"] for row in rows)
+    copying = {row["pass"] for row in rows if row["copies"]}
+    assert op in COPYING or copying == ({"row_update adam, gradients elsewhere"} if op == "row_update" else set())
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -85,6 +86,7 @@ def test_steps(found, step, B):
     assert rows[0]["launches"] > rows[0]["specialisations"] > 1
     assert rows[0]["kernels"]["row_update.row_update_kernel"] == 1
     assert not rows[0]["copies"]
+    assert rows[0]["aten"] > rows[0]["launches"]
 
 
 @pytest.mark.parametrize("name", ["ops", "step"])
@@ -115,6 +117,41 @@ def test_planted_waits_are_found_and_nothing_else(found):
         assert bool(row["copies"]) == (kind == "copies"), (name, row)
         assert all("planted_launches.py:" in note for note in row["waits"] + row["copies"])
         assert not row["faults"]
+
+
+def test_operations_that_launch_are_counted_and_views_are_not(found):
+    assert found["planted"]["nothing: operations"]["aten"] == 2
+    assert found["planted"]["nothing: fill"]["aten"] == 2
+
+
+@pytest.mark.parametrize("part", ["ops", "step"])
+def test_a_first_use_is_counted_by_files_and_together(found, part):
+    *files, together = found[part]["first_use"]
+    assert together["kernels"] == "all"
+    assert sum(row["specialisations"] for row in files) == together["specialisations"]
+    launched = {kernel.partition(".")[0] for row in found[part]["rows"] for kernel in row["kernels"]}
+    assert {row["kernels"] for row in files} >= launched
+    assert all(row["compile_seconds"] is None for row in files)  # nothing was compiled here
+
+
+def test_the_time_of_a_first_use_is_that_of_all_its_kernels():
+    """In a process of its own, in which Triton compiles."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "MINEGAN_BACKEND")}
+    code = (
+        "import json, launches, torch; launches.install(); x = torch.randn(4, 8)\n"
+        "row = launches.examine('', [4, 8], 'float32', lambda: lambda: launches.bias_act(x, act='lrelu'))\n"
+        "(faults, seconds), (_, again) = (launches.compile_some(row['every'], 1) for _ in range(2))\n"
+        "print(json.dumps([faults, *(launches.first_use(row['every'], s) for s in (seconds, again, {}))]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT / "bench", env=environment, stdout=subprocess.PIPE, text=True, check=True
+    )
+    faults, (own, together), (again, _), (unknown, _) = json.loads(done.stdout)
+    assert not faults
+    assert (own["kernels"], own["specialisations"]) == ("bias_act", 1)
+    assert own["compile_seconds"] == together["compile_seconds"] > 0.01
+    assert again["compile_seconds"] > 0.01  # what is in Triton's cache is compiled too
+    assert unknown["compile_seconds"] is None
 
 
 @pytest.mark.skipif(not _op._INTERPRETING, reason="Triton does not interpret in this process")

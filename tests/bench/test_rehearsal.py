@@ -103,6 +103,19 @@ def test_results_of_tests_are_there_before_the_run_ends(tmp_path):
     assert "assert 1 == 2" in wrong["says"]
 
 
+def test_a_file_that_cannot_be_imported_is_in_the_results(tmp_path):
+    (tmp_path / "test_broken.py").write_text("import no_such_module\n")
+    (tmp_path / "test_sound.py").write_text("def test_right(): pass\n")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "at_once", "--at-once", "found.jsonl"]
+    running = start([*command, "--continue-on-collection-errors"], tmp_path, PYTHONPATH=f"{ROOT}:{ROOT / 'bench'}")
+    output = running.communicate(timeout=120)[0]
+    assert running.returncode == 1, output
+    _, broken, right = lines_of(tmp_path / "found.jsonl")
+    assert (broken["test"], broken["outcome"]) == ("test_broken.py", "error")
+    assert "No module named 'no_such_module'" in broken["says"]
+    assert right["outcome"] == "passed"
+
+
 def process(step, units, specialisations, seconds=1.0, compile_seconds=1.0):
     line = {"step": step, "units": units, "seconds": seconds, "specialisations": specialisations}
     return line | {"sampled": 2, "compile_seconds": compile_seconds}
@@ -114,8 +127,8 @@ def test_an_estimate_is_that_of_the_longest_process_or_of_all_cores():
     assert found["seconds"] == pytest.approx(rehearsal.START + 100 * 0.5 + 1)
     assert (found["specialisations"], found["compiling"], found["limit"]) == (110, 55, 20)
     assert rehearsal.estimate(lines, 1)["a"]["seconds"] == pytest.approx(rehearsal.START + 110 * 0.5 + 2)
-    spread = rehearsal.estimate([*lines, {"step": "a", "spread": True}], 16)["a"]
-    assert spread["seconds"] == pytest.approx(rehearsal.START + (110 * 0.5 + 2) / 16)
+    spread = rehearsal.estimate([*lines, {"step": "a", "spread": 14}], 16)["a"]
+    assert spread["seconds"] == pytest.approx(rehearsal.START + (110 * 0.5 + 2) / 14)
 
 
 def test_an_estimate_grows_with_what_was_not_rehearsed_and_takes_budgets_for_granted():
@@ -128,4 +141,25 @@ def test_an_estimate_grows_with_what_was_not_rehearsed_and_takes_budgets_for_gra
     assert budget["seconds"] == pytest.approx(rehearsal.START + 10 * (8 * 0.5 + 4 * 0.2))
     alone = rehearsal.estimate([{"step": "c", "units": 3}, {"step": "c", "budget": 7}], 16)["c"]
     assert alone["seconds"] == pytest.approx(rehearsal.START + 21)
-    assert rehearsal.estimate([{"step": "d", "limit": 30}], 16)["d"]["seconds"] == 30
+    assert rehearsal.estimate([{"step": "d", "limit": 30}, {"step": "d", "limit": 10}], 16)["d"]["seconds"] == 40
+
+
+def test_an_estimate_counts_what_no_core_shortens_and_says_what_is_assumed():
+    lines = [process("a", 1, 0, seconds=3.0), {"step": "a", "serial": 5}, {"step": "a", "start": 24}]
+    assert rehearsal.estimate(lines, 16)["a"]["seconds"] == pytest.approx(24 + 5 + 3)
+    found = rehearsal.estimate([*lines, {"step": "a", "factor": 10}], 16)["a"]
+    assert found["seconds"] == pytest.approx(24 + 5 + 10 * 3)
+    assert found["assumed"] == ["a start of 24 s", "10 times as long from then on as without the tool"]
+    assert rehearsal.estimate([{"step": "b", "units": 2}, {"step": "b", "budget": 6}], 16)["b"]["assumed"] == [
+        "2 times 6 s"
+    ]
+
+
+def test_a_compilers_process_is_noted(tmp_path, monkeypatch):
+    monkeypatch.setenv("MINEGAN_GPU_REHEARSAL", str(tmp_path / "notes"))
+    monkeypatch.setenv("MINEGAN_GPU_STEP", "build")
+    command = [sys.executable, str(ROOT / "bench" / "rehearsal.py"), "--timed", sys.executable, "-c"]
+    work = "import sys, time\nwhile time.process_time() < 0.5: pass\nsys.exit(3)"
+    assert subprocess.run([*command, work]).returncode == 3
+    (line,) = lines_of(tmp_path / "notes")
+    assert 0.4 <= rehearsal.estimate([line], 16)["build"]["seconds"] - rehearsal.START < 5

@@ -79,16 +79,63 @@ def test_the_table_of_launches(root):
     case = {"op": "launches", "shape": [4, 8], "dtype": "float32", "run": "r", "provider": "minegan_fast"} | counts
     rows = [
         case | {"pass": "twice, forward", "backend": "triton"} | times,
-        case | {"pass": "a step", "backend": "triton"},
+        case | {"pass": "a step", "backend": "triton", "aten": 617},
     ]
     (root / "bench/results/gpu.json").write_text(json.dumps({"runs": {"r": RUN}, "rows": rows}))
     (root / "tests/bench").mkdir()
     (root / "tests/bench/test_launches.py").write_text("def test():\n    pass\n")
     assert report.main([], root) == 0
     head, _, one, two = [line for line in (root / "bench/TABLES.md").read_text().splitlines() if line.startswith("|")]
-    assert head.startswith("| call | shape | type | launches | specialisations | waits | copies |")
-    assert one == "| twice, forward | 4×8 | float32 | 3 | 2 | 1 | 0 | 81.2 µs | 200 µs (190 µs–210 µs) |"
-    assert two == "| a step | 4×8 | float32 | 3 | 2 | 1 | 0 | 81.2 µs | – |"
+    assert head.startswith("| call | shape | type | launches | specialisations | waits | copies | ATen |")
+    assert one == "| twice, forward | 4×8 | float32 | 3 | 2 | 1 | 0 | – | 81.2 µs | 200 µs (190 µs–210 µs) |"
+    assert two == "| a step | 4×8 | float32 | 3 | 2 | 1 | 0 | 617 | 81.2 µs | – |"
+
+
+def test_the_tables_of_what_is_compiled(root):
+    """Of a kernel that is not compiled for an architecture, or a part whose time is not known, there is a dash."""
+    use = {"op": "first_use", "dtype": "float32", "run": "r", "provider": "minegan_fast", "backend": "triton"}
+    rows = [
+        use | {"pass": "ops: all", "part": "ops", "shape": [4, 8], "kernels": "all", "specialisations": 90}
+        | {"compile_seconds": None},
+        use | {"pass": "step: all", "part": "step", "shape": [4, 3], "kernels": "all", "specialisations": 56}
+        | {"compile_seconds": 17.25},
+    ]  # fmt: skip
+    code = {"op": "instructions", "dtype": "", "run": "r", "provider": "minegan_fast", "backend": "cuda", "shape": []}
+    for kernel, architecture, instructions in (("a<1>", 90, 1893), ("a<1>", 80, 1848), ("b", 80, 120)):
+        row = {"pass": f"x: {kernel}, {architecture}", "of": "x", "kernel": kernel, "architecture": architecture}
+        rows.append(code | row | {"instructions": instructions, "registers": 48})
+    (root / "bench/results/gpu.json").write_text(json.dumps({"runs": {"r": RUN}, "rows": rows}))
+    (root / "tests/bench").mkdir()
+    for name in ("launches", "instructions"):
+        (root / f"tests/bench/test_{name}.py").write_text("def test():\n    pass\n")
+    assert report.main([], root) == 0
+    text = (root / "bench/TABLES.md").read_text()
+    assert "| all | the ops | 4×8 | 90 | – |\n| all | the steps | 4×3 | 56 | 17.2 s |\n" in text
+    assert "| op | backend | kernel | 8.0 | 9.0 |\n" in text
+    assert "| x | cuda | a<1> | 1848 / 48 | 1893 / 48 |\n| x | cuda | b | 120 / 48 | – |\n" in text
+
+
+def test_goals_of_the_host():
+    """Each op's forward and backward together, the slowest op judged; what was measured on other shapes is left out."""
+    case = {"op": "launches", "dtype": "float32", "run": "r", "provider": "minegan_fast", "backend": "triton"}
+    times = {"inference": 20.0, "forward": 25.0, "backward": 60.0}
+    rows = [
+        case | {"pass": f"{op}, {step}", "shape": shape, "median_us": scale * time}
+        for op, shape, scale in (("bias_act", [4, 32, 16, 16], 1), ("upfirdn2d", [4, 32, 16, 16], 1.2))
+        for step, time in times.items()
+    ]
+    rows += [case | {"pass": "bias_act, inference", "shape": [2, 32, 16, 16], "median_us": 1e6}]
+    rows += [case | {"pass": "row_update adam, gradients elsewhere", "shape": [110], "median_us": 99.0}]
+    rows += [case | {"pass": "StyleGAN2-256, generator", "shape": [4, 3, 256, 256], "aten": 700}]
+    use = {"op": "first_use", "pass": "step: all", "shape": [4, 3, 256, 256], "part": "step", "kernels": "all"}
+    rows += [case | use | {"specialisations": 56, "compile_seconds": 18.0}]
+    text = report.report_goals.render([{"runs": {"r": RUN}, "rows": rows}], set())
+    assert "`demodulation`, 4×32×16×16, float32, without gradient | ≤ 30 µs | 20–24 µs | yes |" in text
+    assert "| the same, forward and backward | ≤ 90 µs | 85–102 µs | no |" in text
+    assert "| the same, gradients elsewhere | ≤ 120 µs | 99 µs | yes |" in text
+    assert "generator's step of StyleGAN2-256, batch 4 | ≤ 685 | 700 | no |" in text
+    assert "four steps of StyleGAN2-256, batch 4 | ≤ 60 | 56 | yes |" in text
+    assert "| their compilation on one core | ≤ 20 s | 18 s | yes |" in text
 
 
 def test_the_ceiling_is_the_one_that_is_nearer():

@@ -60,7 +60,7 @@ class Planted:
 
 PLANTED = {
     "no barrier between sums": Planted("bias_act", "thread", "__syncthreads();", "", "data race"),
-    "no barrier before ages": Planted("row_update", "thread", "__syncthreads();", "", "data race"),
+    "no barrier after ages": Planted("row_update", "thread", "__syncthreads();", "", "data race"),
     "no fence before a ticket": Planted("row_update", "thread", "{\n    __threadfence();\n", "{\n", "data race"),
     "no fence after a ticket": Planted("row_update", "thread", "\n      __threadfence();\n", "\n", "data race"),
     "a ticket without an atomic": Planted(

@@ -18,12 +18,13 @@ from minegan_fast.mining import MultiGenerator
 from minegan_fast.models import StyleGAN2Generator, load_generator, save_model
 from minegan_fast.training import TransferConfig, dry_run
 from minegan_fast.training.folder import RunFolder
+from minegan_fast.training.generators import Several
 from minegan_fast.training.kernel_loss import KernelLoss
 from minegan_fast.training.kernel_mixture import KernelMixture
 from minegan_fast.training.loss_features import LossFeatures
+from minegan_fast.training.names import short_names
 from minegan_fast.training.processes import Processes
 from minegan_fast.training.results import open_result
-from minegan_fast.training.several import Several, short_names
 from minegan_fast.training.trainer import Trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*were enlarged", "ignore:by held-out KID no snapshot")

@@ -12,8 +12,8 @@ from ..files.atomic import atomic_path
 from ..finetune import SparseFinetuner
 from ..mining import MultiGenerator, load_mined, save_miner
 from .folder import write_generator
+from .generators import Several, networks
 from .miners import Network, branches
-from .several import Several, networks
 
 SHARES = "shares.json"
 
