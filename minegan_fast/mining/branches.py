@@ -1,6 +1,5 @@
 """The branches of a `MultiGenerator`: a generator and its miners each, from what a user gives."""
 
-import itertools
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -95,11 +94,12 @@ def input_size(branch: Mined) -> int | None:
         return None
 
 
-def check_devices(mined: Sequence[Mined], names: Sequence[str]) -> None:
-    """ValueError: generators or miners are on different devices."""
+def check_devices(mined: Sequence[Mined], names: Sequence[str], generators: bool = True) -> None:
+    """ValueError: generators, unless they are left out, or miners are on different devices."""
     first = None
     for name, branch in zip(names, mined, strict=True):
-        for tensor in itertools.chain(branch.parameters(), branch.buffers()):
+        tensors = [*branch.parameters(), *branch.buffers()] if generators else [*branch.mining_state().values()]
+        for tensor in tensors:
             first = first or (name, tensor.device)
             if tensor.device != first[1]:
                 raise ValueError(

@@ -21,18 +21,19 @@ transforms besides. So there is the loop.
 import copy
 import itertools
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..ops.winner import winner
 from .branches import Bank, branches, check_devices, input_size, is_bank
-from .draws import RowsOfBatch, draw_inputs, random_state, seeded_by, set_random_state
+from .draws import draw_inputs, random_state, seeded_by, set_random_state
 from .mined import Mined
+from .offload import Offload, PinnedMemory, Transfers
+from .passes import drawing_again, in_order, resized, rows_of, same, scored
 from .prior import project
 
 COLLAPSED, SOON = 0.99, 20  # the share of one branch that is named, and the steps before that it is not
@@ -55,6 +56,11 @@ class MultiGenerator(nn.Module):
         decay: how much of the counted wins stays from step to step; 1 counts all steps alike.
         explore: the share of a batch, 0 to 1, that `best` gives to branches at random.
         names: what messages call the generators; None: by number and class.
+        offload: "cpu": frozen weights of generators sleep in pinned memory of the host, and those of at most two at a
+            time are on the miners' GPU, one that runs and the next one (see offload.py). Values and gradients are the
+            same bits. The generators may be given on the CPU. The images that are returned keep no graph of their
+            generators: their backward makes them once more, so of N GANs it is N + 3 passes for N + 2, and once
+            differentiable.
 
     A branch whose miner takes fewer numbers than another's takes the first of u.
 
@@ -66,8 +72,8 @@ class MultiGenerator(nn.Module):
 
     ValueError: there is no generator; generators or miners are on different devices; images differ in channels, or in
     resolution without `resize`; a conditional generator has no class miner; numbers of miners and generators differ; a
-    `Mined` holds another generator; and what `Mined` refuses. To see the shapes, the constructor makes one image of
-    each generator, in eval mode.
+    `Mined` holds another generator; there is no GPU for `offload`; and what `Mined` refuses. To see the shapes, the
+    constructor makes one image of each generator, in eval mode.
     """
 
     def __init__(
@@ -80,6 +86,7 @@ class MultiGenerator(nn.Module):
         decay: float = 0.99,
         explore: float = 0.0,
         names: Sequence[str] | None = None,
+        offload: "str | Transfers | None" = None,
     ):
         super().__init__()
         if not (0 < decay <= 1 and 0 <= explore <= 1):
@@ -97,7 +104,8 @@ class MultiGenerator(nn.Module):
         self.bank: nn.Module | None = cast(nn.Module, bank) if is_bank(bank) else None
         self.branches = nn.ModuleList(branches(generators, self.names, bank, class_miners, prior))
         self._sizes = [input_size(branch) for branch in self._mined()]
-        check_devices(self._mined(), self.names)
+        self.offload = None if offload is None else self._offloaded(offload)
+        check_devices(self._mined(), self.names, generators=self.offload is None)
         self._shape: tuple[int, ...] | None = None
         self._first = 0  # the generator whose images have that shape
         self.reset()
@@ -113,6 +121,22 @@ class MultiGenerator(nn.Module):
 
     def _mined(self) -> list[Mined]:
         return [cast(Mined, branch) for branch in self.branches]
+
+    def _offloaded(self, offload: "str | Transfers") -> Offload:
+        """The generators from now on, asleep where the miners are not."""
+        device = next((p.device for p in self.mining_parameters()), torch.device("cpu"))
+        if isinstance(offload, str):
+            if offload != "cpu":
+                raise ValueError(f'offload must be "cpu" or None, got {offload!r}')
+            if device.type != "cuda":
+                raise ValueError(f"offload is for miners on a GPU, whose memory is short; they are on {device}")
+            offload = PinnedMemory()
+        return Offload({i: branch.generator for i, branch in enumerate(self._mined())}, device, offload)
+
+    def _apply(self, fn, recurse=True):
+        if self.offload is None:
+            return super()._apply(fn, recurse)
+        return self.offload.applied(lambda f: super(MultiGenerator, self)._apply(f, recurse), fn)
 
     @property
     def input_dim(self) -> int:
@@ -140,9 +164,7 @@ class MultiGenerator(nn.Module):
         counts = torch.bincount(who, minlength=len(self)).tolist()
         if len(counts) > len(self):
             raise ValueError(f"who names generator {len(counts) - 1}, but there are {len(self)}")
-        order = who.argsort(stable=True).to(u.device)
-        parts = [self._images(i, u[rows], None, keywords) for i, rows in _shares(order, counts)]
-        return _in_order(parts, order)
+        return self._pass(who.argsort(stable=True).to(u.device), counts, u, [None] * len(self), keywords)
 
     @torch.no_grad()
     def sample(self, batch: int, generator: torch.Generator | None = None, return_who: bool = False, **keywords) -> Any:
@@ -199,30 +221,60 @@ class MultiGenerator(nn.Module):
         recorded = torch.is_grad_enabled()
         if len(self) == 1:
             self._count([len(u)] if (recorded if count is None else count) else None)
-            return self._images(0, u, None, keywords), torch.zeros(len(u), dtype=torch.int64, device=u.device)
+            order = torch.arange(len(u), device=u.device)
+            return self._pass(order, [len(u)], u, [None], keywords), torch.zeros_like(order)
         latents = self._latents(u)
         scores, kept, states = [], [], []
         with torch.no_grad():
             for i, z in enumerate(latents):
                 before = random_state(u.device)
-                images = self._images(i, u, z, keywords)
-                states.append(None if _same(before, random_state(u.device)) else before)
-                scores.append(_scores(critic, images))
+                with self._awake(i, (i + 1) % len(self)):  # after the last one the first, which may have won
+                    images = self._images(i, u, z, keywords)
+                states.append(None if same(before, random_state(u.device)) else before)
+                scores.append(scored(critic, images))
                 kept.append(images if not recorded or i not in self._repeating else None)
             order, counts, who = self._winners(torch.stack(scores), recorded if count is None else count)
         # A weight that was converted without a graph would be taken in the passes with one, too.
         torch.clear_autocast_cache()
         if not recorded:
-            return _in_order([cast(Tensor, kept[i])[rows] for i, rows in _shares(order, counts)], order), who
-        after, parts = random_state(u.device), []
-        for i, rows in _shares(order, counts):
-            z = latents[i]
-            with _drawing_again(states[i], rows, len(u)) as again:
-                part = self._images(i, u[again], None if z is None else z[again], keywords)[: len(rows)]
-            self._check_repeats(i, part, kept[i], rows)
-            parts.append(part)
+            return in_order([cast(Tensor, kept[i])[rows] for i, rows in rows_of(order, counts)], order), who
+        after = random_state(u.device)
+        images = self._pass(order, counts, u, latents, keywords, states, kept)
         set_random_state(after, u.device)
-        return _in_order(parts, order), who
+        return images, who
+
+    def _pass(
+        self,
+        order: Tensor,
+        counts: list[int],
+        u: Tensor,
+        latents: list[Tensor | None],
+        keywords: dict,
+        states: list | None = None,
+        kept: list[Tensor | None] | None = None,
+    ) -> Tensor:
+        """The images of the batch, each generator's of its samples, which `order` groups. states: the random states at
+        which the branches began with all of the batch, and kept: what they made of it, where they did."""
+        parts: list[Tensor] = []
+        turns = [*rows_of(order, counts)]
+        for turn, (i, rows) in enumerate(turns):
+
+            def run(u: Tensor, z: Tensor | None, i=i, rows=rows) -> Tensor:
+                with drawing_again(states and states[i], rows, len(u)) as again:
+                    return self._images(i, u[again], None if z is None else z[again], keywords)[: len(rows)]
+
+            before, following = (turns[n][0] if 0 <= n < len(turns) else None for n in (turn - 1, turn + 1))
+            if self.offload and torch.is_grad_enabled():
+                part = self.offload.differentiable(i, run, (u, latents[i]), following, before)
+            else:
+                with self._awake(i, following):
+                    part = run(u, latents[i])
+            self._check_repeats(i, part, kept and kept[i], rows)
+            parts.append(part)
+        return in_order(parts, order)
+
+    def _awake(self, i: int, following: int | None) -> AbstractContextManager:
+        return self.offload.awake(i, following) if self.offload else nullcontext()
 
     def _latents(self, u: Tensor) -> list[Tensor | None]:
         """What a bank gives each generator, by one call for all; without a bank each branch asks its own miner."""
@@ -303,9 +355,11 @@ class MultiGenerator(nn.Module):
         try:
             for i, size in enumerate(self._sizes):
                 like = next(self.branches[i].parameters(), torch.empty(()))
+                like = like.new_empty((), device=self.offload.device) if self.offload else like
                 with torch.random.fork_rng([like.device] if like.is_cuda else []):
                     if size is not None:
-                        self._images(i, like.new_ones(1, size), None, {})
+                        with self._awake(i, i + 1):
+                            self._images(i, like.new_ones(1, size), None, {})
         finally:
             for module, training in modes:
                 module.training = training
@@ -355,50 +409,3 @@ class MultiGenerator(nn.Module):
         if state.shape != self.wins.shape:
             raise ValueError(f"the wins are those of {len(state)} generators, and there are {len(self)}")
         self.wins = state.to("cpu", torch.float64, copy=True)
-
-
-def resized(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """Images [B, C, H, W] of that height and width: bilinear, with a filter where it shrinks."""
-    if images.shape[2:] == size:
-        return images
-    return F.interpolate(images, size, mode="bilinear", antialias=min(size) < min(images.shape[2:]))
-
-
-def _shares(order: Tensor, counts: list[int]) -> Iterator[tuple[int, Tensor]]:
-    """(i, the samples that are i's) for each i that has any."""
-    return ((i, rows) for i, rows in enumerate(order.split(counts)) if len(rows))
-
-
-def _in_order(parts: list[Tensor], order: Tensor) -> Tensor:
-    """The images of the parts, which follow `order`, as the samples do in the batch."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts)[order.argsort()]
-
-
-def _scores(critic: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    """[B] of at least float32; NaN for images that are not finite."""
-    B, scores = len(images), critic(images)
-    if scores.ndim < 1 or len(scores) != B:
-        raise ValueError(f"the critic must give a score for each of {B} images, got shape {list(scores.shape)}")
-    wide = torch.promote_types(scores.dtype, torch.float32)
-    sums = images.flatten(1).sum(1, dtype=torch.promote_types(images.dtype, torch.float32))
-    return scores.reshape(B, -1).mean(1, dtype=wide).masked_fill(~sums.isfinite(), torch.nan)
-
-
-def _same(one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> bool:
-    return all(map(torch.equal, one, other))
-
-
-@contextmanager
-def _drawing_again(state: tuple[Tensor, ...] | None, rows: Tensor, batch: int) -> Iterator[Tensor]:
-    """Gives the samples to run, which begin with `rows`; what is drawn for them is what they had in their batch, which
-    began at `state`. Where nothing was drawn the state is None."""
-    if state is None or len(rows) == batch:
-        if state is not None:
-            set_random_state(state, rows.device)
-        yield rows
-        return
-    # A draw of one is more likely one for the whole batch than one for a single sample, so there are two of it.
-    rows = rows if len(rows) > 1 else rows.repeat(2)
-    set_random_state(state, rows.device)
-    with RowsOfBatch(rows, len(rows), batch, leading=True):
-        yield rows
