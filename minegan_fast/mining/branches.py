@@ -1,5 +1,6 @@
 """The branches of a `MultiGenerator`: a generator and its miners each, from what a user gives."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -82,7 +83,7 @@ def _identity(name: str, generator: nn.Module) -> Miner:
     size = getattr(generator, "latent_dim", None)
     if not isinstance(size, int):
         raise ValueError(f"{name} has no latent_dim, so its miner must be given")
-    like = next(generator.parameters(), torch.empty(()))
+    like = next(itertools.chain(generator.parameters(), generator.buffers()), torch.empty(()))
     return Miner(size).to(like.device, like.dtype)
 
 

@@ -35,6 +35,7 @@ from .mined import Mined
 from .offload import Offload, PinnedMemory, Transfers
 from .passes import drawing_again, in_order, resized, rows_of, same, scored
 from .prior import project
+from .spread import Spread
 
 COLLAPSED, SOON = 0.99, 20  # the share of one branch that is named, and the steps before that it is not
 
@@ -61,6 +62,10 @@ class MultiGenerator(nn.Module):
             same bits. The generators may be given on the CPU. The images that are returned keep no graph of their
             generators: their backward makes them once more, so of N GANs it is N + 3 passes for N + 2, and once
             differentiable.
+        spread: None, or the ranks that share the generators, each of which gives its own and, in the places of others,
+            None. All calls are those of all ranks, with the same u and critic, and give on each what one process would
+            give, to rounding; spread.py says how, and who gets which gradient. Where a generator or the critic fails on
+            one rank, all raise its error.
 
     A branch whose miner takes fewer numbers than another's takes the first of u.
 
@@ -87,6 +92,7 @@ class MultiGenerator(nn.Module):
         explore: float = 0.0,
         names: Sequence[str] | None = None,
         offload: "str | Transfers | None" = None,
+        spread: Spread | None = None,
     ):
         super().__init__()
         if not (0 < decay <= 1 and 0 <= explore <= 1):
@@ -95,10 +101,12 @@ class MultiGenerator(nn.Module):
             )
         self.resize = (resize, resize) if isinstance(resize, int) else resize
         self.decay, self.explore = decay, explore
-        generators = [*generators]
+        generators = [*generators] if spread is None else spread.placed([*generators])
+        self.spread = spread
+        self._own = range(len(generators)) if spread is None else spread.own(len(generators))
         given = range(len(generators)) if names is None else names
         self.names = [
-            f"generator {n} ({type(g).__name__})" if names is None else str(n)
+            f"generator {n} ({getattr(g, 'kind', type(g).__name__)})" if names is None else str(n)
             for n, g in zip(given, generators, strict=True)
         ]
         self.bank: nn.Module | None = cast(nn.Module, bank) if is_bank(bank) else None
@@ -109,6 +117,8 @@ class MultiGenerator(nn.Module):
         self._shape: tuple[int, ...] | None = None
         self._first = 0  # the generator whose images have that shape
         self.reset()
+        if spread is not None:
+            spread.equalise([t for t in self.mining_state().values() if isinstance(t, Tensor)])
         self.exchange: Callable[[Tensor], Tensor] | None = None
         self._counted, self._collapse_named = 0, False
         self._nan_named: set[int] = set()
@@ -131,7 +141,7 @@ class MultiGenerator(nn.Module):
             if device.type != "cuda":
                 raise ValueError(f"offload is for miners on a GPU, whose memory is short; they are on {device}")
             offload = PinnedMemory()
-        return Offload({i: branch.generator for i, branch in enumerate(self._mined())}, device, offload)
+        return Offload({i: self._mined()[i].generator for i in self._own}, device, offload)
 
     def _apply(self, fn, recurse=True):
         if self.offload is None:
@@ -158,13 +168,21 @@ class MultiGenerator(nn.Module):
     def forward(self, u: Tensor, who: Tensor | None = None, **keywords) -> Tensor:
         """The images [B, C, H, W] of u. who [B]: which generator makes each; None: drawn from `probabilities`."""
         self._check_inputs(u)
-        who = self._drawn(len(u)) if who is None else who
+        who = self._agreed(self._drawn(len(u)), u.device) if who is None else who
         if who.shape != u.shape[:1]:
             raise ValueError(f"who must name a generator for each of {len(u)} samples, got shape {list(who.shape)}")
         counts = torch.bincount(who, minlength=len(self)).tolist()
         if len(counts) > len(self):
             raise ValueError(f"who names generator {len(counts) - 1}, but there are {len(self)}")
-        return self._pass(who.argsort(stable=True).to(u.device), counts, u, [None] * len(self), keywords)
+        order = who.argsort(stable=True).to(u.device)
+        return self._together(order, counts, u, lambda: self._parts(order, counts, u, keywords))
+
+    def images_of(self, i: int, u: Tensor, **keywords) -> Tensor:
+        """The images of generator i alone; of a spread one its owner calls it, and nothing is exchanged."""
+        self._check_inputs(u)
+        counts = [len(u) if i == n else 0 for n in range(len(self))]
+        (images,) = self._parts(torch.arange(len(u), device=u.device), counts, u, keywords)
+        return images
 
     @torch.no_grad()
     def sample(self, batch: int, generator: torch.Generator | None = None, return_who: bool = False, **keywords) -> Any:
@@ -174,8 +192,8 @@ class MultiGenerator(nn.Module):
         on the CPU: the generator that each image came from.
         """
         like = next(itertools.chain(self.mining_parameters(), self.parameters()), torch.empty(()))
-        u = draw_inputs(batch, self.input_dim, like, generator)
-        who = self._drawn(batch, generator)
+        u = self._agreed(draw_inputs(batch, self.input_dim, like, generator), like.device)
+        who = self._agreed(self._drawn(batch, generator), like.device)
         with seeded_by(generator, like):
             images = self(u, who, **keywords)
         return (images, who) if return_who else images
@@ -221,57 +239,99 @@ class MultiGenerator(nn.Module):
         recorded = torch.is_grad_enabled()
         if len(self) == 1:
             self._count([len(u)] if (recorded if count is None else count) else None)
-            order = torch.arange(len(u), device=u.device)
-            return self._pass(order, [len(u)], u, [None], keywords), torch.zeros_like(order)
+            order, counts = torch.arange(len(u), device=u.device), [len(u)]
+            images = self._together(order, counts, u, lambda: self._parts(order, counts, u, keywords))
+            return images, torch.zeros_like(order)
         latents = self._latents(u)
-        scores, kept, states = [], [], []
-        with torch.no_grad():
-            for i, z in enumerate(latents):
-                before = random_state(u.device)
-                with self._awake(i, (i + 1) % len(self)):  # after the last one the first, which may have won
-                    images = self._images(i, u, z, keywords)
-                states.append(None if same(before, random_state(u.device)) else before)
+        kept: list[Tensor | None] = [None] * len(self)
+        states: list[tuple[Tensor, ...] | None] = [None] * len(self)
+
+        def score() -> list[Tensor]:
+            scores = []
+            for i in self._own:
+                with self._awake(i, self._after(i)), self._drawing(i, u.device):
+                    before = random_state(u.device)
+                    images = self._images(i, u, latents[i], keywords)
+                    states[i] = None if same(before, random_state(u.device)) else before
                 scores.append(scored(critic, images))
-                kept.append(images if not recorded or i not in self._repeating else None)
-            order, counts, who = self._winners(torch.stack(scores), recorded if count is None else count)
+                kept[i] = images if not recorded or i not in self._repeating else None
+            return scores
+
+        with torch.no_grad():
+            scores = torch.stack(score()) if self.spread is None else self._all_scores(score, u)
+            order, counts, who = self._winners(scores, recorded if count is None else count)
+            if self.spread is not None and self.explore:  # each rank has drawn for itself
+                who = self.spread.agreed(who, u.device)
+                order, counts = who.argsort(stable=True), torch.bincount(who, minlength=len(self)).tolist()
         # A weight that was converted without a graph would be taken in the passes with one, too.
         torch.clear_autocast_cache()
         if not recorded:
-            return in_order([cast(Tensor, kept[i])[rows] for i, rows in rows_of(order, counts)], order), who
+            return self._together(
+                order, counts, u, lambda: [cast(Tensor, kept[i])[rows] for i, rows in self._own_rows(order, counts)]
+            ), who
         after = random_state(u.device)
-        images = self._pass(order, counts, u, latents, keywords, states, kept)
+        images = self._together(
+            order, counts, u, lambda: self._parts(order, counts, u, keywords, latents, states, kept)
+        )
         set_random_state(after, u.device)
         return images, who
 
-    def _pass(
+    def _all_scores(self, score: Callable[[], list[Tensor]], u: Tensor) -> Tensor:
+        return cast(Spread, self.spread).scores(score, len(self), len(u), u.device)
+
+    def _own_rows(self, order: Tensor, counts: list[int]) -> list[tuple[int, Tensor]]:
+        """(i, the samples that are i's) for each i that has any, and is held here."""
+        return [(i, rows) for i, rows in rows_of(order, counts) if i in self._own]
+
+    def _together(self, order: Tensor, counts: list[int], u: Tensor, make: Callable[[], list[Tensor]]) -> Tensor:
+        """The images of the batch; `make` gives those of the generators that are here, which `order` groups."""
+        if self.spread is None:
+            return in_order(make(), order)
+        rows = torch.cat([order[:0], *[rows for _, rows in self._own_rows(order, counts)]])
+        return self.spread.exchange(make, rows, len(u), u.device, [u, *self.parameters()])
+
+    def _parts(
         self,
         order: Tensor,
         counts: list[int],
         u: Tensor,
-        latents: list[Tensor | None],
         keywords: dict,
+        latents: list[Tensor | None] | None = None,
         states: list | None = None,
         kept: list[Tensor | None] | None = None,
-    ) -> Tensor:
-        """The images of the batch, each generator's of its samples, which `order` groups. states: the random states at
-        which the branches began with all of the batch, and kept: what they made of it, where they did."""
+    ) -> list[Tensor]:
+        """The images of each generator that is here, of its samples. states: the random states at which the branches
+        began with all of the batch, and kept: what they made of it, where they did."""
         parts: list[Tensor] = []
-        turns = [*rows_of(order, counts)]
+        turns = self._own_rows(order, counts)
         for turn, (i, rows) in enumerate(turns):
 
             def run(u: Tensor, z: Tensor | None, i=i, rows=rows) -> Tensor:
-                with drawing_again(states and states[i], rows, len(u)) as again:
+                draws = drawing_again(states[i], rows, len(u)) if states else self._drawing(i, u.device, rows)
+                with draws as again:
                     return self._images(i, u[again], None if z is None else z[again], keywords)[: len(rows)]
 
+            z = latents and latents[i]
             before, following = (turns[n][0] if 0 <= n < len(turns) else None for n in (turn - 1, turn + 1))
             if self.offload and torch.is_grad_enabled():
-                part = self.offload.differentiable(i, run, (u, latents[i]), following, before)
+                part = self.offload.differentiable(i, run, (u, z), following, before)
             else:
                 with self._awake(i, following):
-                    part = run(u, latents[i])
+                    part = run(u, z)
             self._check_repeats(i, part, kept and kept[i], rows)
             parts.append(part)
-        return in_order(parts, order)
+        return parts
+
+    def _drawing(self, i: int, device: torch.device, rows: Tensor | None = None) -> AbstractContextManager:
+        """Where a spread generator draws; gives `rows`."""
+        return nullcontext(rows) if self.spread is None else self.spread.drawing(i, device, rows)
+
+    def _agreed(self, drawn: Tensor, device: torch.device) -> Tensor:
+        return drawn if self.spread is None else self.spread.agreed(drawn, device)
+
+    def _after(self, i: int) -> int:
+        """Which generator is scored after i; after the last one the first, which may have won."""
+        return self._own[(self._own.index(i) + 1) % len(self._own)]
 
     def _awake(self, i: int, following: int | None) -> AbstractContextManager:
         return self.offload.awake(i, following) if self.offload else nullcontext()
@@ -337,7 +397,10 @@ class MultiGenerator(nn.Module):
         branch, u = self._mined()[i], u[:, : self._sizes[i]]
         images = branch(u, **keywords) if z is None else branch.images(z, u, **keywords)
         images = images if self.resize is None else resized(images, self.resize)
-        shape = tuple(images.shape[1:])
+        self._check_shape(i, tuple(images.shape[1:]))
+        return images
+
+    def _check_shape(self, i: int, shape: tuple[int, ...]) -> None:
         if self._shape is None:
             self._shape, self._first = shape, i
         if shape != self._shape:
@@ -345,7 +408,6 @@ class MultiGenerator(nn.Module):
             if shape[:1] != self._shape[:1]:
                 raise ValueError(f"{what}the channels must be the same")
             raise ValueError(f"{what}resize={max(*shape[1:], *self._shape[1:])} would bring all to one size")
-        return images
 
     @torch.no_grad()
     def _probe(self) -> None:
@@ -353,16 +415,26 @@ class MultiGenerator(nn.Module):
         modes = [(module, module.training) for module in self.modules()]
         self.eval()
         try:
-            for i, size in enumerate(self._sizes):
-                like = next(self.branches[i].parameters(), torch.empty(()))
-                like = like.new_empty((), device=self.offload.device) if self.offload else like
-                with torch.random.fork_rng([like.device] if like.is_cuda else []):
-                    if size is not None:
-                        with self._awake(i, i + 1):
-                            self._images(i, like.new_ones(1, size), None, {})
+            if self.spread is None:
+                for i in self._own:
+                    self._probe_one(i)
+            else:
+                found = self.spread.collect(lambda: [(i, self._probe_one(i)) for i in self._own])
+                self._shape = None  # on all ranks that of the first one
+                for i, shape in found:
+                    if shape is not None:
+                        self._check_shape(i, shape)
         finally:
             for module, training in modes:
                 module.training = training
+
+    def _probe_one(self, i: int) -> tuple[int, ...] | None:
+        """The shape of branch i's images; None where its miner does not say what it takes."""
+        like = next(self.branches[i].parameters(), torch.empty(()))
+        like = like.new_empty((), device=self.offload.device) if self.offload else like
+        with torch.random.fork_rng([like.device] if like.is_cuda else []), self._awake(i, self._after(i)):
+            size = self._sizes[i]
+            return None if size is None else tuple(self._images(i, like.new_ones(1, size), None, {}).shape[1:])
 
     def _check_inputs(self, u: Tensor) -> None:
         size = None if None in self._sizes else self.input_dim
@@ -381,9 +453,10 @@ class MultiGenerator(nn.Module):
         self._repeating.add(i)
 
     def before(self, generators: Iterable[nn.Module]) -> "MultiGenerator":
-        """A copy, miners and wins included, before other generators."""
+        """A copy, miners and wins included, before other generators; of those that another rank holds None is read."""
         pairs = zip(self._mined(), generators, strict=True)
-        return copy.deepcopy(self, {id(branch.generator): generator for branch, generator in pairs})
+        others = {id(branch.generator): g for i, (branch, g) in enumerate(pairs) if i in self._own}
+        return copy.deepcopy(self, others)
 
     def mining_parameters(self) -> list[nn.Parameter]:
         """What mining trains: the parameters of all miners, and mined constants."""
