@@ -22,7 +22,6 @@ import copy
 import itertools
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -33,8 +32,9 @@ from .branches import Bank, branches, check_devices, input_size, is_bank
 from .draws import draw_inputs, random_state, seeded_by, set_random_state
 from .mined import Mined
 from .offload import Offload, PinnedMemory, Transfers
-from .passes import drawing_again, in_order, resized, rows_of, same, scored
+from .passes import resized, same, scored
 from .prior import project
+from .runner import Runner
 from .spread import Spread
 
 COLLAPSED, SOON = 0.99, 20  # the share of one branch that is named, and the steps before that it is not
@@ -73,7 +73,8 @@ class MultiGenerator(nn.Module):
     image of the same sample twice. Keywords of the calls go to every generator.
 
     Attributes: branches (a `Mined` for each generator), bank (the bank, or None), input_dim (the size of u), names,
-    exchange (None, or what makes of the wins [N] that one process counts in a step, float64, those of all).
+    runner (how they run; with offload `runner.offload.rest()` puts all to sleep), exchange (None, or what makes of the
+    wins [N] that one process counts in a step, float64, those of all).
 
     ValueError: there is no generator; generators or miners are on different devices; images differ in channels, or in
     resolution without `resize`; a conditional generator has no class miner; numbers of miners and generators differ; a
@@ -102,8 +103,7 @@ class MultiGenerator(nn.Module):
         self.resize = (resize, resize) if isinstance(resize, int) else resize
         self.decay, self.explore = decay, explore
         generators = [*generators] if spread is None else spread.placed([*generators])
-        self.spread = spread
-        self._own = range(len(generators)) if spread is None else spread.own(len(generators))
+        self.runner = Runner(len(generators), spread)
         given = range(len(generators)) if names is None else names
         self.names = [
             f"generator {n} ({getattr(g, 'kind', type(g).__name__)})" if names is None else str(n)
@@ -112,8 +112,9 @@ class MultiGenerator(nn.Module):
         self.bank: nn.Module | None = cast(nn.Module, bank) if is_bank(bank) else None
         self.branches = nn.ModuleList(branches(generators, self.names, bank, class_miners, prior))
         self._sizes = [input_size(branch) for branch in self._mined()]
-        self.offload = None if offload is None else self._offloaded(offload)
-        check_devices(self._mined(), self.names, generators=self.offload is None)
+        if offload is not None:
+            self.runner.offload = self._offloaded(offload)
+        check_devices(self._mined(), self.names, generators=offload is None)
         self._shape: tuple[int, ...] | None = None
         self._first = 0  # the generator whose images have that shape
         self.reset()
@@ -141,12 +142,12 @@ class MultiGenerator(nn.Module):
             if device.type != "cuda":
                 raise ValueError(f"offload is for miners on a GPU, whose memory is short; they are on {device}")
             offload = PinnedMemory()
-        return Offload({i: self._mined()[i].generator for i in self._own}, device, offload)
+        return Offload({i: self._mined()[i].generator for i in self.runner.own}, device, offload)
 
     def _apply(self, fn, recurse=True):
-        if self.offload is None:
+        if self.runner.offload is None:
             return super()._apply(fn, recurse)
-        return self.offload.applied(lambda f: super(MultiGenerator, self)._apply(f, recurse), fn)
+        return self.runner.offload.applied(lambda f: super(MultiGenerator, self)._apply(f, recurse), fn)
 
     @property
     def input_dim(self) -> int:
@@ -168,20 +169,20 @@ class MultiGenerator(nn.Module):
     def forward(self, u: Tensor, who: Tensor | None = None, **keywords) -> Tensor:
         """The images [B, C, H, W] of u. who [B]: which generator makes each; None: drawn from `probabilities`."""
         self._check_inputs(u)
-        who = self._agreed(self._drawn(len(u)), u.device) if who is None else who
+        who = self.runner.agreed(self._drawn(len(u)), u.device) if who is None else who
         if who.shape != u.shape[:1]:
             raise ValueError(f"who must name a generator for each of {len(u)} samples, got shape {list(who.shape)}")
         counts = torch.bincount(who, minlength=len(self)).tolist()
         if len(counts) > len(self):
             raise ValueError(f"who names generator {len(counts) - 1}, but there are {len(self)}")
         order = who.argsort(stable=True).to(u.device)
-        return self._together(order, counts, u, lambda: self._parts(order, counts, u, keywords))
+        return self._made(order, counts, u, keywords)
 
     def images_of(self, i: int, u: Tensor, **keywords) -> Tensor:
         """The images of generator i alone; of a spread one its owner calls it, and nothing is exchanged."""
         self._check_inputs(u)
-        counts = [len(u) if i == n else 0 for n in range(len(self))]
-        (images,) = self._parts(torch.arange(len(u), device=u.device), counts, u, keywords)
+        counts, order = [len(u) if i == n else 0 for n in range(len(self))], torch.arange(len(u), device=u.device)
+        ((_, _, images),) = self.runner.parts(self._making(keywords), order, counts, u)
         return images
 
     @torch.no_grad()
@@ -192,8 +193,8 @@ class MultiGenerator(nn.Module):
         on the CPU: the generator that each image came from.
         """
         like = next(itertools.chain(self.mining_parameters(), self.parameters()), torch.empty(()))
-        u = self._agreed(draw_inputs(batch, self.input_dim, like, generator), like.device)
-        who = self._agreed(self._drawn(batch, generator), like.device)
+        u = self.runner.agreed(draw_inputs(batch, self.input_dim, like, generator), like.device)
+        who = self.runner.agreed(self._drawn(batch, generator), like.device)
         with seeded_by(generator, like):
             images = self(u, who, **keywords)
         return (images, who) if return_who else images
@@ -240,101 +241,54 @@ class MultiGenerator(nn.Module):
         if len(self) == 1:
             self._count([len(u)] if (recorded if count is None else count) else None)
             order, counts = torch.arange(len(u), device=u.device), [len(u)]
-            images = self._together(order, counts, u, lambda: self._parts(order, counts, u, keywords))
-            return images, torch.zeros_like(order)
+            return self._made(order, counts, u, keywords), torch.zeros_like(order)
         latents = self._latents(u)
         kept: list[Tensor | None] = [None] * len(self)
         states: list[tuple[Tensor, ...] | None] = [None] * len(self)
 
         def score() -> list[Tensor]:
             scores = []
-            for i in self._own:
-                with self._awake(i, self._after(i)), self._drawing(i, u.device):
+            for i in self.runner.own:
+                with self.runner.turn(i, u.device):
                     before = random_state(u.device)
                     images = self._images(i, u, latents[i], keywords)
                     states[i] = None if same(before, random_state(u.device)) else before
-                scores.append(scored(critic, images))
+                    scores.append(scored(critic, images))
                 kept[i] = images if not recorded or i not in self._repeating else None
             return scores
 
         with torch.no_grad():
-            scores = torch.stack(score()) if self.spread is None else self._all_scores(score, u)
+            scores = self.runner.scores(score, len(self), u)
             order, counts, who = self._winners(scores, recorded if count is None else count)
-            if self.spread is not None and self.explore:  # each rank has drawn for itself
-                who = self.spread.agreed(who, u.device)
+            if self.runner.spread is not None and self.explore:  # each rank has drawn for itself
+                who = self.runner.agreed(who, u.device)
                 order, counts = who.argsort(stable=True), torch.bincount(who, minlength=len(self)).tolist()
         # A weight that was converted without a graph would be taken in the passes with one, too.
         torch.clear_autocast_cache()
         if not recorded:
-            return self._together(
-                order, counts, u, lambda: [cast(Tensor, kept[i])[rows] for i, rows in self._own_rows(order, counts)]
-            ), who
+            return self.runner.together(
+                lambda: [cast(Tensor, kept[i])[rows] for i, rows in self.runner.rows(order, counts)],
+                order, counts, u, [],
+            ), who  # fmt: skip
         after = random_state(u.device)
-        images = self._together(
-            order, counts, u, lambda: self._parts(order, counts, u, keywords, latents, states, kept)
-        )
+        images = self._made(order, counts, u, keywords, latents, states, kept)
         set_random_state(after, u.device)
         return images, who
 
-    def _all_scores(self, score: Callable[[], list[Tensor]], u: Tensor) -> Tensor:
-        return cast(Spread, self.spread).scores(score, len(self), len(u), u.device)
+    def _making(self, keywords: dict) -> Callable[[int, Tensor, Tensor | None], Tensor]:
+        return lambda i, u, z: self._images(i, u, z, keywords)
 
-    def _own_rows(self, order: Tensor, counts: list[int]) -> list[tuple[int, Tensor]]:
-        """(i, the samples that are i's) for each i that has any, and is held here."""
-        return [(i, rows) for i, rows in rows_of(order, counts) if i in self._own]
+    def _made(self, order, counts, u, keywords, latents=None, states=None, kept=None) -> Tensor:
+        """The images of the batch, whose samples `order` groups by generator. latents, states: as of `Runner.parts`;
+        kept: what each generator has made of all of u, or None."""
 
-    def _together(self, order: Tensor, counts: list[int], u: Tensor, make: Callable[[], list[Tensor]]) -> Tensor:
-        """The images of the batch; `make` gives those of the generators that are here, which `order` groups."""
-        if self.spread is None:
-            return in_order(make(), order)
-        rows = torch.cat([order[:0], *[rows for _, rows in self._own_rows(order, counts)]])
-        return self.spread.exchange(make, rows, len(u), u.device, [u, *self.parameters()])
+        def make() -> list[Tensor]:
+            parts = self.runner.parts(self._making(keywords), order, counts, u, latents, states)
+            for i, rows, part in parts:
+                self._check_repeats(i, part, kept and kept[i], rows)
+            return [part for _, _, part in parts]
 
-    def _parts(
-        self,
-        order: Tensor,
-        counts: list[int],
-        u: Tensor,
-        keywords: dict,
-        latents: list[Tensor | None] | None = None,
-        states: list | None = None,
-        kept: list[Tensor | None] | None = None,
-    ) -> list[Tensor]:
-        """The images of each generator that is here, of its samples. states: the random states at which the branches
-        began with all of the batch, and kept: what they made of it, where they did."""
-        parts: list[Tensor] = []
-        turns = self._own_rows(order, counts)
-        for turn, (i, rows) in enumerate(turns):
-
-            def run(u: Tensor, z: Tensor | None, i=i, rows=rows) -> Tensor:
-                draws = drawing_again(states[i], rows, len(u)) if states else self._drawing(i, u.device, rows)
-                with draws as again:
-                    return self._images(i, u[again], None if z is None else z[again], keywords)[: len(rows)]
-
-            z = latents and latents[i]
-            before, following = (turns[n][0] if 0 <= n < len(turns) else None for n in (turn - 1, turn + 1))
-            if self.offload and torch.is_grad_enabled():
-                part = self.offload.differentiable(i, run, (u, z), following, before)
-            else:
-                with self._awake(i, following):
-                    part = run(u, z)
-            self._check_repeats(i, part, kept and kept[i], rows)
-            parts.append(part)
-        return parts
-
-    def _drawing(self, i: int, device: torch.device, rows: Tensor | None = None) -> AbstractContextManager:
-        """Where a spread generator draws; gives `rows`."""
-        return nullcontext(rows) if self.spread is None else self.spread.drawing(i, device, rows)
-
-    def _agreed(self, drawn: Tensor, device: torch.device) -> Tensor:
-        return drawn if self.spread is None else self.spread.agreed(drawn, device)
-
-    def _after(self, i: int) -> int:
-        """Which generator is scored after i; after the last one the first, which may have won."""
-        return self._own[(self._own.index(i) + 1) % len(self._own)]
-
-    def _awake(self, i: int, following: int | None) -> AbstractContextManager:
-        return self.offload.awake(i, following) if self.offload else nullcontext()
+        return self.runner.together(make, order, counts, u, [*self.parameters()])
 
     def _latents(self, u: Tensor) -> list[Tensor | None]:
         """What a bank gives each generator, by one call for all; without a bank each branch asks its own miner."""
@@ -415,15 +369,11 @@ class MultiGenerator(nn.Module):
         modes = [(module, module.training) for module in self.modules()]
         self.eval()
         try:
-            if self.spread is None:
-                for i in self._own:
-                    self._probe_one(i)
-            else:
-                found = self.spread.collect(lambda: [(i, self._probe_one(i)) for i in self._own])
-                self._shape = None  # on all ranks that of the first one
-                for i, shape in found:
-                    if shape is not None:
-                        self._check_shape(i, shape)
+            found = self.runner.collect(lambda: [(i, self._probe_one(i)) for i in self.runner.own])
+            self._shape = None  # of all ranks' generators it is that of the first one
+            for i, shape in found:
+                if shape is not None:
+                    self._check_shape(i, shape)
         finally:
             for module, training in modes:
                 module.training = training
@@ -431,8 +381,8 @@ class MultiGenerator(nn.Module):
     def _probe_one(self, i: int) -> tuple[int, ...] | None:
         """The shape of branch i's images; None where its miner does not say what it takes."""
         like = next(self.branches[i].parameters(), torch.empty(()))
-        like = like.new_empty((), device=self.offload.device) if self.offload else like
-        with torch.random.fork_rng([like.device] if like.is_cuda else []), self._awake(i, self._after(i)):
+        like = like.new_empty((), device=self.runner.offload.device) if self.runner.offload else like
+        with torch.random.fork_rng([like.device] if like.is_cuda else []), self.runner.awake(i, None):
             size = self._sizes[i]
             return None if size is None else tuple(self._images(i, like.new_ones(1, size), None, {}).shape[1:])
 
@@ -455,7 +405,7 @@ class MultiGenerator(nn.Module):
     def before(self, generators: Iterable[nn.Module]) -> "MultiGenerator":
         """A copy, miners and wins included, before other generators; of those that another rank holds None is read."""
         pairs = zip(self._mined(), generators, strict=True)
-        others = {id(branch.generator): g for i, (branch, g) in enumerate(pairs) if i in self._own}
+        others = {id(branch.generator): g for i, (branch, g) in enumerate(pairs) if i in self.runner.own}
         return copy.deepcopy(self, others)
 
     def mining_parameters(self) -> list[nn.Parameter]:
