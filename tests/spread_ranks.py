@@ -61,7 +61,12 @@ def constants(spread):
     return MultiGenerator(places, around, spread=spread)
 
 
-CASES = {f.__name__: f for f in (plain, bank, identity, offloaded, constants)}
+def single(spread):
+    """Fewer generators than ranks."""
+    return MultiGenerator(given([Plain().double().eval()], spread), [changed(Miner(5).double())], spread=spread)
+
+
+CASES = {f.__name__: f for f in (single, plain, bank, identity, offloaded, constants)}
 
 
 def descend(parameters):
@@ -194,20 +199,30 @@ def failures(spread):
 
 
 def noise(spread):
-    """Generators that draw: the ranks agree, the second pass makes what the first made, and the draws go on."""
-    torch.manual_seed(0)
-    multi = MultiGenerator(
-        given([Noisy().double().eval() for _ in range(N)], spread), changed(MinerBank(N, 5).double()), spread=spread
-    )
+    """A generator that draws: the ranks agree, the second pass makes what the first made, and the draws go on."""
+    torch.manual_seed(SEED)
+    generators = [kind().double().eval() for kind in (Noisy, Plain, Plain)]
+    multi = MultiGenerator(given(generators, spread), changed(MinerBank(N, 5).double()), explore=0.5, spread=spread)
     u, critic = torch.randn(B, 5, dtype=torch.float64), network(1, 8, 8).double()
     found = [multi.best(u, critic)[0].detach() for _ in range(3)]
     with torch.no_grad():
         found += [multi.best(u, critic)[0], multi(u, torch.arange(B) % N), multi(u, torch.arange(B) % N)]
-    found += [multi.sample(4, torch.Generator().manual_seed(2)) for _ in range(2)]
-    assert not torch.equal(found[0], found[1])
+    found += [multi.sample(B, torch.Generator().manual_seed(2)) for _ in range(2)]
     assert not torch.equal(found[4], found[5])
     assert torch.equal(found[6], found[7])
     return [*found, torch.get_rng_state()]
+
+
+def apart(spread):
+    """Ranks that draw other numbers."""
+    torch.manual_seed(spread.rank)
+    generators = [Plain().double().eval() for _ in range(N)]
+    multi = MultiGenerator(given(generators, spread), [Miner(5).double() for _ in range(N)], explore=0.5, spread=spread)
+    torch.manual_seed(SEED)
+    u, critic = torch.randn(4 * B, 5, dtype=torch.float64), network(1, 8, 8).double()
+    torch.manual_seed(spread.rank)
+    found = [*multi.mining_state().values(), *multi.best(u, critic, count=False)]
+    return [t.detach() for t in (*found, *multi.sample(B, return_who=True), multi(u))]
 
 
 def main(rank: int, port: int, folder: str):
@@ -218,6 +233,7 @@ def main(rank: int, port: int, folder: str):
     found = {(name, part): steps(make, spread, part) for name, make in CASES.items() for part in (False, True)}
     found["mixture"] = mixture(spread)
     found["noise"] = noise(spread)
+    found["apart"] = apart(spread)
     failures(spread)
     pair = Spread(dist.new_group([0, 1]))
     found["a group"] = steps(plain, pair, True)

@@ -119,7 +119,7 @@ class MultiGenerator(nn.Module):
         self._first = 0  # the generator whose images have that shape
         self.reset()
         if spread is not None:
-            spread.equalise([t for t in self.mining_state().values() if isinstance(t, Tensor)])
+            spread.equalise([t for t in self.mining_state().values() if t is not self.wins])
         self.exchange: Callable[[Tensor], Tensor] | None = None
         self._counted, self._collapse_named = 0, False
         self._nan_named: set[int] = set()

@@ -94,6 +94,9 @@ class _Awake:
         self.versions = [version_of(p) for p in parameters]
         self.arrived = False
 
+    def what(self) -> dict[nn.Parameter, tuple[Tensor, int]]:
+        return {p: (t, v) for p, t, v in zip(self.parameters, self.tensors, self.versions, strict=True)}
+
 
 class Offload:
     """The weights of `modules` {i: module}, which sleep and wake as the module's docstring says.
@@ -162,9 +165,11 @@ class Offload:
         self._here[i] = _Awake([*hosts], *self.transfers.fetch([*hosts.values()], self.device))
 
     def _wake(self, i: int) -> None:
-        here = self._here.get(i)
-        if here and not here.arrived and here.versions != [version_of(p) for p in here.parameters]:
-            self._sleep(i)  # weights were loaded while it was on its way
+        here, hosts = self._here.get(i), self._hosts[i]
+        if here and not here.arrived:
+            stale = here.versions != [version_of(p) for p in here.parameters]
+            if stale or any(own_data(p).data_ptr() != host.data_ptr() for p, host in hosts.items()):
+                self._sleep(i)  # weights were loaded, or given other memory, while it was on its way
         self._fetch(i, beside=None)
         here = self._here[i]
         self.transfers.arrive(here.tensors, here.copying)
@@ -175,8 +180,7 @@ class Offload:
 
     def _sleep(self, i: int) -> None:
         here, hosts = self._here.pop(i, None), self._hosts[i]
-        arrived = here is not None and here.arrived
-        read = dict(zip(here.parameters, zip(here.tensors, here.versions, strict=True), strict=True)) if arrived else {}
+        read = here.what() if here and here.arrived else {}
         for p in self.modules[i].parameters():
             if p.requires_grad or id(p) in self._shared:
                 self._settle(p, hosts.pop(p, None), awake=p in read)

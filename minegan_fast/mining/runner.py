@@ -72,7 +72,7 @@ class Runner:
                 with draws as again:
                     return images(i, u[again], None if z is None else z[again])[: len(rows)]
 
-            z = latents and latents[i]
+            z = None if latents is None else latents[i]
             before, following = (turns[n][0] if 0 <= n < len(turns) else None for n in (turn - 1, turn + 1))
             if self.offload and torch.is_grad_enabled():
                 part = self.offload.differentiable(i, run, (u, z), following, before)

@@ -70,7 +70,8 @@ class Elsewhere(nn.Module):
 class Spread:
     """The ranks of a group, over which a `MultiGenerator` spreads its generators.
 
-    group: a torch.distributed process group; None: the default one.
+    group: a torch.distributed process group; None: the default one. There may be fewer generators than ranks; a rank
+        without one needs the miners given, on its device.
 
     Attributes: rank, size. All methods but `own` and `owner` are collective: every rank calls them, in the same order.
     Where something fails on one rank, all raise its error.

@@ -252,6 +252,28 @@ def test_saved_copied_converted_and_loaded():
     assert torch.equal(multi(u.double(), who), twice)
 
 
+@pytest.mark.parametrize("begun", [False, True], ids=["asleep", "on its way"])
+def test_what_is_given_to_sleeping_weights_counts(begun):
+    multi, _ = offloaded(modules(3), poison=False)
+    other, _ = offloaded(modules(3), poison=False)
+    u, second = torch.randn(4, 5), torch.ones(4, dtype=torch.int64)
+    expected, state = other(u, second).detach(), other.state_dict()
+
+    def begin():
+        multi.runner.offload.rest()
+        if begun:
+            with multi.runner.offload.awake(0, following=1):
+                pass
+
+    begin()
+    multi.load_state_dict(state)
+    assert torch.equal(multi(u, second), expected)
+    begin()
+    bias = multi.branches[1].generator.last.bias
+    bias.data = bias.data + 1
+    assert not torch.equal(multi(u, second), expected)
+
+
 def test_a_generator_that_stands_twice_stays_awake():
     generator = modules(1)[0]
     multi, stand_in = offloaded([generator, generator], [Miner(5), changed(Miner(5))])
@@ -337,9 +359,10 @@ def test_on_a_gpu_the_bits_are_the_same_and_the_memory_is_that_of_two():
         def __init__(self):
             super().__init__()
             self.layers = wide()
+            self.register_buffer("gain", torch.full((), 2.0))
 
         def forward(self, z):
-            return self.layers(z).view(-1, 1, 8, 8) + torch.randn(len(z), 1, 8, 8, device=z.device)
+            return self.gain * self.layers(z).view(-1, 1, 8, 8) + torch.randn(len(z), 1, 8, 8, device=z.device)
 
     generators = [Wide().eval().requires_grad_(False) for _ in range(6)]
     miners = [changed(Miner(5)).cuda() for _ in generators]
