@@ -179,6 +179,9 @@ def failures(spread):
         multi.best(u, judge)
     images, _ = multi.best(u, critic)
     images.sum().backward()
+    assert multi.images_of(spread.rank, u).shape == images.shape
+    with pytest.raises(ValueError, match=r"generator \d \(\w+\) is not held by this rank, which has \[[02, ]+\]|\[1\]"):
+        multi.images_of(1 - spread.rank, u)
     with pytest.raises(NotImplementedError, match=re.escape("leave create_graph=True out")):
         torch.autograd.grad(multi(u).sum(), multi.mining_parameters(), create_graph=True, allow_unused=True)
     with pytest.raises(ValueError, match=re.escape("rank 1 of 2 holds generator 1, and was not given it")):

@@ -179,8 +179,11 @@ class MultiGenerator(nn.Module):
         return self._made(order, counts, u, keywords)
 
     def images_of(self, i: int, u: Tensor, **keywords) -> Tensor:
-        """The images of generator i alone; of a spread one its owner calls it, and nothing is exchanged."""
+        """The images of generator i alone; of a spread one its owner calls it, and nothing is exchanged. ValueError:
+        another rank holds it."""
         self._check_inputs(u)
+        if i not in self.runner.own:
+            raise ValueError(f"{self.names[i]} is not held by this rank, which has {[*self.runner.own]}")
         counts, order = [len(u) if i == n else 0 for n in range(len(self))], torch.arange(len(u), device=u.device)
         ((_, _, images),) = self.runner.parts(self._making(keywords), order, counts, u)
         return images

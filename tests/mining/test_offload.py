@@ -5,6 +5,7 @@ Without a GPU the place where they wake is a stand-in. Weights that sleep, and c
 
 import contextlib
 import copy
+import weakref
 
 import pytest
 import torch
@@ -128,6 +129,29 @@ def test_the_next_one_is_on_its_way_while_one_runs():
     scoring = [0, release, fetch, 1, *after, 2]
     assert stand_in.events[: len(scoring)] == scoring
     assert stand_in.most == 2
+
+
+class Saved:
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+
+def test_images_keep_no_activation_of_their_generators():
+    """They would keep weights too."""
+    for stand_in in (None, StandIn()):
+        multi, saved = MultiGenerator(modules(3), offload=stand_in), weakref.WeakSet()
+
+        def pack(tensor, saved=saved):
+            saved.add(held := Saved(tensor.detach()))  # a result itself would hold its own graph
+            return held
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held.tensor):
+            images, _ = multi.best(torch.randn(32, 5), network(1, 8, 8))
+        kept = [held for held in saved if held.tensor.ndim == 4]
+        assert bool(kept) == (stand_in is None)
+        del kept
+        images.sum().backward()
+        assert not [held for held in saved if held.tensor.ndim == 4]
 
 
 def test_what_is_asleep_is_no_number_here():
