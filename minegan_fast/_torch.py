@@ -88,6 +88,21 @@ def pass_reaches(node: torch.autograd.graph.Node, unknown: bool) -> bool:
         return unknown
 
 
+def leaves_of(tensor: Tensor) -> list[Tensor]:
+    """The leaves to which a backward from the tensor brings a gradient, each once."""
+    if tensor.grad_fn is None:
+        return [tensor] if tensor.requires_grad else []
+    found, seen, left = [], {tensor.grad_fn}, [tensor.grad_fn]
+    while left:
+        node = left.pop()
+        if hasattr(node, "variable"):  # only nodes that accumulate have one
+            found.append(node.variable)
+        new = {following for following, _ in node.next_functions if following is not None} - seen
+        seen |= new
+        left += new
+    return found
+
+
 def current_pass() -> int:
     """The number of the backward pass that runs in this thread; -1 where none runs."""
     return torch._C._current_graph_task_id()

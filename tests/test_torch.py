@@ -223,6 +223,15 @@ def test_which_leaves_a_pass_reaches():
     assert Probe.said == (None, False)
 
 
+def test_leaves_of_a_graph():
+    x, w, v = (torch.ones(2, requires_grad=True) for _ in range(3))
+    y = Probe.apply(x * 2, w) + x + torch.ones(2)
+    assert set(_torch.leaves_of(y * y.detach())) == {x, w}
+    assert len(_torch.leaves_of(y)) == 2
+    assert _torch.leaves_of(v) == [v]
+    assert _torch.leaves_of(v.detach()) == []
+
+
 class Noted(Function):
     """Notes in its backward the pass that runs, and what is called after it."""
 

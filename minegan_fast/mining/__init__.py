@@ -6,7 +6,9 @@ from .mined import Mined
 from .miner import Miner
 from .mixture import Mixture
 from .multi import MultiGenerator
+from .offload import device_bytes
 from .prior import PRIORS, default_prior, latent_statistics, own_latents, prior_penalty, project
+from .spread import Spread
 
 __all__ = [
     "PRIORS",
@@ -15,7 +17,9 @@ __all__ = [
     "MinerBank",
     "Mixture",
     "MultiGenerator",
+    "Spread",
     "default_prior",
+    "device_bytes",
     "latent_statistics",
     "load_bank",
     "load_mined",

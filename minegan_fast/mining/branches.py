@@ -84,7 +84,7 @@ def _identity(name: str, generator: nn.Module) -> Miner:
     size = getattr(generator, "latent_dim", None)
     if not isinstance(size, int):
         raise ValueError(f"{name} has no latent_dim, so its miner must be given")
-    like = next(generator.parameters(), torch.empty(()))
+    like = next(itertools.chain(generator.parameters(), generator.buffers()), torch.empty(()))
     return Miner(size).to(like.device, like.dtype)
 
 
@@ -96,11 +96,12 @@ def input_size(branch: Mined) -> int | None:
         return None
 
 
-def check_devices(mined: Sequence[Mined], names: Sequence[str]) -> None:
-    """ValueError: generators or miners are on different devices."""
+def check_devices(mined: Sequence[Mined], names: Sequence[str], generators: bool = True) -> None:
+    """ValueError: generators, unless they are left out, or miners are on different devices."""
     first = None
     for name, branch in zip(names, mined, strict=True):
-        for tensor in itertools.chain(branch.parameters(), branch.buffers()):
+        tensors = [*branch.parameters(), *branch.buffers()] if generators else [*branch.mining_state().values()]
+        for tensor in tensors:
             first = first or (name, tensor.device)
             if tensor.device != first[1]:
                 raise ValueError(

@@ -22,10 +22,17 @@ def seeded_by(generator: torch.Generator | None, like: Tensor) -> Iterator[None]
         yield
         return
     seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
-    with torch.random.fork_rng([like.device] if like.is_cuda else []):
+    with seeded(seed, like.device):
+        yield
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """What the block draws on the CPU and the device follows from the seed; the random state is as before after it."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach GPUs that are not forked
-        if like.is_cuda:
-            with torch.cuda.device(like.device):
+        if device.type == "cuda":
+            with torch.cuda.device(device):
                 torch.cuda.manual_seed(seed)
         yield
 

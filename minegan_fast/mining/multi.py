@@ -21,19 +21,21 @@ transforms besides. So there is the loop.
 import copy
 import itertools
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..ops.winner import winner
 from .branches import Bank, branches, check_devices, input_size, is_bank
-from .draws import RowsOfBatch, draw_inputs, random_state, seeded_by, set_random_state
+from .draws import draw_inputs, random_state, seeded_by, set_random_state
 from .mined import Mined
+from .offload import Offload, PinnedMemory, Transfers
+from .passes import resized, same, scored
 from .prior import project
+from .runner import Runner
+from .spread import Spread
 
 COLLAPSED, SOON = 0.99, 20  # the share of one branch that is named, and the steps before that it is not
 
@@ -55,6 +57,15 @@ class MultiGenerator(nn.Module):
         decay: how much of the counted wins stays from step to step; 1 counts all steps alike.
         explore: the share of a batch, 0 to 1, that `best` gives to branches at random.
         names: what messages call the generators; None: by number and class.
+        offload: "cpu": frozen weights of generators sleep in pinned memory of the host, and those of at most two at a
+            time are on the miners' GPU, one that runs and the next one (see offload.py). Values and gradients are the
+            same bits. The generators may be given on the CPU. The images that are returned keep no graph of their
+            generators: their backward makes them once more, so of N GANs it is N + 3 passes for N + 2, and once
+            differentiable.
+        spread: None, or the ranks that share the generators, each of which gives its own and, in the places of others,
+            None. All calls are those of all ranks, with the same u and critic, and give on each what one process would
+            give, to rounding; spread.py says how, and who gets which gradient. Where a generator or the critic fails on
+            one rank, all raise its error.
 
     A branch whose miner takes fewer numbers than another's takes the first of u.
 
@@ -62,12 +73,13 @@ class MultiGenerator(nn.Module):
     image of the same sample twice. Keywords of the calls go to every generator.
 
     Attributes: branches (a `Mined` for each generator), bank (the bank, or None), input_dim (the size of u), names,
-    exchange (None, or what makes of the wins [N] that one process counts in a step, float64, those of all).
+    runner (how they run; with offload `runner.offload.rest()` puts all to sleep), exchange (None, or what makes of the
+    wins [N] that one process counts in a step, float64, those of all).
 
     ValueError: there is no generator; generators or miners are on different devices; images differ in channels, or in
     resolution without `resize`; a conditional generator has no class miner; numbers of miners and generators differ; a
-    `Mined` holds another generator; and what `Mined` refuses. To see the shapes, the constructor makes one image of
-    each generator, in eval mode.
+    `Mined` holds another generator; there is no GPU for `offload`; and what `Mined` refuses. To see the shapes, the
+    constructor makes one image of each generator, in eval mode.
     """
 
     def __init__(
@@ -80,6 +92,8 @@ class MultiGenerator(nn.Module):
         decay: float = 0.99,
         explore: float = 0.0,
         names: Sequence[str] | None = None,
+        offload: "str | Transfers | None" = None,
+        spread: Spread | None = None,
     ):
         super().__init__()
         if not (0 < decay <= 1 and 0 <= explore <= 1):
@@ -88,19 +102,24 @@ class MultiGenerator(nn.Module):
             )
         self.resize = (resize, resize) if isinstance(resize, int) else resize
         self.decay, self.explore = decay, explore
-        generators = [*generators]
+        generators = [*generators] if spread is None else spread.placed([*generators])
+        self.runner = Runner(len(generators), spread)
         given = range(len(generators)) if names is None else names
         self.names = [
-            f"generator {n} ({type(g).__name__})" if names is None else str(n)
+            f"generator {n} ({getattr(g, 'kind', type(g).__name__)})" if names is None else str(n)
             for n, g in zip(given, generators, strict=True)
         ]
         self.bank: nn.Module | None = cast(nn.Module, bank) if is_bank(bank) else None
         self.branches = nn.ModuleList(branches(generators, self.names, bank, class_miners, prior))
         self._sizes = [input_size(branch) for branch in self._mined()]
-        check_devices(self._mined(), self.names)
+        if offload is not None:
+            self.runner.offload = self._offloaded(offload)
+        check_devices(self._mined(), self.names, generators=offload is None)
         self._shape: tuple[int, ...] | None = None
         self._first = 0  # the generator whose images have that shape
         self.reset()
+        if spread is not None:
+            spread.equalise([t for t in self.mining_state().values() if t is not self.wins])
         self.exchange: Callable[[Tensor], Tensor] | None = None
         self._counted, self._collapse_named = 0, False
         self._nan_named: set[int] = set()
@@ -113,6 +132,22 @@ class MultiGenerator(nn.Module):
 
     def _mined(self) -> list[Mined]:
         return [cast(Mined, branch) for branch in self.branches]
+
+    def _offloaded(self, offload: "str | Transfers") -> Offload:
+        """The generators from now on, asleep where the miners are not."""
+        device = next((p.device for p in self.mining_parameters()), torch.device("cpu"))
+        if isinstance(offload, str):
+            if offload != "cpu":
+                raise ValueError(f'offload must be "cpu" or None, got {offload!r}')
+            if device.type != "cuda":
+                raise ValueError(f"offload is for miners on a GPU, whose memory is short; they are on {device}")
+            offload = PinnedMemory()
+        return Offload({i: self._mined()[i].generator for i in self.runner.own}, device, offload)
+
+    def _apply(self, fn, recurse=True):
+        if self.runner.offload is None:
+            return super()._apply(fn, recurse)
+        return self.runner.offload.applied(lambda f: super(MultiGenerator, self)._apply(f, recurse), fn)
 
     @property
     def input_dim(self) -> int:
@@ -136,15 +171,24 @@ class MultiGenerator(nn.Module):
     def forward(self, u: Tensor, who: Tensor | None = None, **keywords) -> Tensor:
         """The images [B, C, H, W] of u. who [B]: which generator makes each; None: drawn from `probabilities`."""
         self._check_inputs(u)
-        who = self._drawn(len(u)) if who is None else who
+        who = self.runner.agreed(self._drawn(len(u)), u.device) if who is None else who
         if who.shape != u.shape[:1]:
             raise ValueError(f"who must name a generator for each of {len(u)} samples, got shape {list(who.shape)}")
         counts = torch.bincount(who, minlength=len(self)).tolist()
         if len(counts) > len(self):
             raise ValueError(f"who names generator {len(counts) - 1}, but there are {len(self)}")
         order = who.argsort(stable=True).to(u.device)
-        parts = [self._images(i, u[rows], None, keywords) for i, rows in _shares(order, counts)]
-        return _in_order(parts, order)
+        return self._made(order, counts, u, keywords)
+
+    def images_of(self, i: int, u: Tensor, **keywords) -> Tensor:
+        """The images of generator i alone; of a spread one its owner calls it, and nothing is exchanged. ValueError:
+        another rank holds it."""
+        self._check_inputs(u)
+        if i not in self.runner.own:
+            raise ValueError(f"{self.names[i]} is not held by this rank, which has {[*self.runner.own]}")
+        counts, order = [len(u) if i == n else 0 for n in range(len(self))], torch.arange(len(u), device=u.device)
+        ((_, _, images),) = self.runner.parts(self._making(keywords), order, counts, u)
+        return images
 
     @torch.no_grad()
     def sample(self, batch: int, generator: torch.Generator | None = None, return_who: bool = False, **keywords) -> Any:
@@ -154,8 +198,8 @@ class MultiGenerator(nn.Module):
         on the CPU: the generator that each image came from.
         """
         like = next(itertools.chain(self.mining_parameters(), self.parameters()), torch.empty(()))
-        u = draw_inputs(batch, self.input_dim, like, generator)
-        who = self._drawn(batch, generator)
+        u = self.runner.agreed(draw_inputs(batch, self.input_dim, like, generator), like.device)
+        who = self.runner.agreed(self._drawn(batch, generator), like.device)
         with seeded_by(generator, like):
             images = self(u, who, **keywords)
         return (images, who) if return_who else images
@@ -201,30 +245,55 @@ class MultiGenerator(nn.Module):
         recorded = torch.is_grad_enabled()
         if len(self) == 1:
             self._count([len(u)] if (recorded if count is None else count) else None)
-            return self._images(0, u, None, keywords), torch.zeros(len(u), dtype=torch.int64, device=u.device)
+            order, counts = torch.arange(len(u), device=u.device), [len(u)]
+            return self._made(order, counts, u, keywords), torch.zeros_like(order)
         latents = self._latents(u)
-        scores, kept, states = [], [], []
+        kept: list[Tensor | None] = [None] * len(self)
+        states: list[tuple[Tensor, ...] | None] = [None] * len(self)
+
+        def score() -> list[Tensor]:
+            scores = []
+            for i in self.runner.own:
+                with self.runner.turn(i, u.device):
+                    before = random_state(u.device)
+                    images = self._images(i, u, latents[i], keywords)
+                    states[i] = None if same(before, random_state(u.device)) else before
+                    scores.append(scored(critic, images))
+                kept[i] = images if not recorded or i not in self._repeating else None
+            return scores
+
         with torch.no_grad():
-            for i, z in enumerate(latents):
-                before = random_state(u.device)
-                images = self._images(i, u, z, keywords)
-                states.append(None if _same(before, random_state(u.device)) else before)
-                scores.append(_scores(critic, images))
-                kept.append(images if not recorded or i not in self._repeating else None)
-            order, counts, who = self._winners(torch.stack(scores), recorded if count is None else count)
+            scores = self.runner.scores(score, len(self), u)
+            order, counts, who = self._winners(scores, recorded if count is None else count)
+            if self.runner.spread is not None and self.explore:  # each rank has drawn for itself
+                who = self.runner.agreed(who, u.device)
+                order, counts = who.argsort(stable=True), torch.bincount(who, minlength=len(self)).tolist()
         # A weight that was converted without a graph would be taken in the passes with one, too.
         torch.clear_autocast_cache()
         if not recorded:
-            return _in_order([cast(Tensor, kept[i])[rows] for i, rows in _shares(order, counts)], order), who
-        after, parts = random_state(u.device), []
-        for i, rows in _shares(order, counts):
-            z = latents[i]
-            with _drawing_again(states[i], rows, len(u)) as again:
-                part = self._images(i, u[again], None if z is None else z[again], keywords)[: len(rows)]
-            self._check_repeats(i, part, kept[i], rows)
-            parts.append(part)
+            return self.runner.together(
+                lambda: [cast(Tensor, kept[i])[rows] for i, rows in self.runner.rows(order, counts)],
+                order, counts, u, [],
+            ), who  # fmt: skip
+        after = random_state(u.device)
+        images = self._made(order, counts, u, keywords, latents, states, kept)
         set_random_state(after, u.device)
-        return _in_order(parts, order), who
+        return images, who
+
+    def _making(self, keywords: dict) -> Callable[[int, Tensor, Tensor | None], Tensor]:
+        return lambda i, u, z: self._images(i, u, z, keywords)
+
+    def _made(self, order, counts, u, keywords, latents=None, states=None, kept=None) -> Tensor:
+        """The images of the batch, whose samples `order` groups by generator. latents, states: as of `Runner.parts`;
+        kept: what each generator has made of all of u, or None."""
+
+        def make() -> list[Tensor]:
+            parts = self.runner.parts(self._making(keywords), order, counts, u, latents, states)
+            for i, rows, part in parts:
+                self._check_repeats(i, part, kept and kept[i], rows)
+            return [part for _, _, part in parts]
+
+        return self.runner.together(make, order, counts, u, [*self.parameters()])
 
     def _latents(self, u: Tensor) -> list[Tensor | None]:
         """What a bank gives each generator, by one call for all; without a bank each branch asks its own miner."""
@@ -288,7 +357,10 @@ class MultiGenerator(nn.Module):
         branch, u = self._mined()[i], u[:, : self._sizes[i]]
         images = branch(u, **keywords) if z is None else branch.images(z, u, **keywords)
         images = images if self.resize is None else resized(images, self.resize)
-        shape = tuple(images.shape[1:])
+        self._check_shape(i, tuple(images.shape[1:]))
+        return images
+
+    def _check_shape(self, i: int, shape: tuple[int, ...]) -> None:
         if self._shape is None:
             self._shape, self._first = shape, i
         if shape != self._shape:
@@ -296,7 +368,6 @@ class MultiGenerator(nn.Module):
             if shape[:1] != self._shape[:1]:
                 raise ValueError(f"{what}the channels must be the same")
             raise ValueError(f"{what}resize={max(*shape[1:], *self._shape[1:])} would bring all to one size")
-        return images
 
     @torch.no_grad()
     def _probe(self) -> None:
@@ -304,14 +375,22 @@ class MultiGenerator(nn.Module):
         modes = [(module, module.training) for module in self.modules()]
         self.eval()
         try:
-            for i, size in enumerate(self._sizes):
-                like = next(self.branches[i].parameters(), torch.empty(()))
-                with torch.random.fork_rng([like.device] if like.is_cuda else []):
-                    if size is not None:
-                        self._images(i, like.new_ones(1, size), None, {})
+            found = self.runner.collect(lambda: [(i, self._probe_one(i)) for i in self.runner.own])
+            self._shape = None  # of all ranks' generators it is that of the first one
+            for i, shape in found:
+                if shape is not None:
+                    self._check_shape(i, shape)
         finally:
             for module, training in modes:
                 module.training = training
+
+    def _probe_one(self, i: int) -> tuple[int, ...] | None:
+        """The shape of branch i's images; None where its miner does not say what it takes."""
+        like = next(self.branches[i].parameters(), torch.empty(()))
+        like = like.new_empty((), device=self.runner.offload.device) if self.runner.offload else like
+        with torch.random.fork_rng([like.device] if like.is_cuda else []), self.runner.awake(i, None):
+            size = self._sizes[i]
+            return None if size is None else tuple(self._images(i, like.new_ones(1, size), None, {}).shape[1:])
 
     def _check_inputs(self, u: Tensor) -> None:
         size = None if None in self._sizes else self.input_dim
@@ -330,9 +409,11 @@ class MultiGenerator(nn.Module):
         self._repeating.add(i)
 
     def before(self, generators: Iterable[nn.Module] | nn.Module) -> "MultiGenerator":
-        """A copy, miners and wins included, before other generators: several, or a module that gives them."""
+        """A copy, miners and wins included, before other generators: several, or a module that gives them; of those
+        that another rank holds None is read."""
         pairs = zip(self._mined(), cast(Iterable[nn.Module], generators), strict=True)
-        return copy.deepcopy(self, {id(branch.generator): generator for branch, generator in pairs})
+        others = {id(branch.generator): g for i, (branch, g) in enumerate(pairs) if i in self.runner.own}
+        return copy.deepcopy(self, others)
 
     def mining_parameters(self) -> list[nn.Parameter]:
         """What mining trains: the parameters of all miners, and mined constants."""
@@ -358,50 +439,3 @@ class MultiGenerator(nn.Module):
         if state.shape != self.wins.shape:
             raise ValueError(f"the wins are those of {len(state)} generators, and there are {len(self)}")
         self.wins = state.to("cpu", torch.float64, copy=True)
-
-
-def resized(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """Images [B, C, H, W] of that height and width: bilinear, with a filter where it shrinks."""
-    if images.shape[2:] == size:
-        return images
-    return F.interpolate(images, size, mode="bilinear", antialias=min(size) < min(images.shape[2:]))
-
-
-def _shares(order: Tensor, counts: list[int]) -> Iterator[tuple[int, Tensor]]:
-    """(i, the samples that are i's) for each i that has any."""
-    return ((i, rows) for i, rows in enumerate(order.split(counts)) if len(rows))
-
-
-def _in_order(parts: list[Tensor], order: Tensor) -> Tensor:
-    """The images of the parts, which follow `order`, as the samples do in the batch."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts)[order.argsort()]
-
-
-def _scores(critic: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    """[B] of at least float32; NaN for images that are not finite."""
-    B, scores = len(images), critic(images)
-    if scores.ndim < 1 or len(scores) != B:
-        raise ValueError(f"the critic must give a score for each of {B} images, got shape {list(scores.shape)}")
-    wide = torch.promote_types(scores.dtype, torch.float32)
-    sums = images.flatten(1).sum(1, dtype=torch.promote_types(images.dtype, torch.float32))
-    return scores.reshape(B, -1).mean(1, dtype=wide).masked_fill(~sums.isfinite(), torch.nan)
-
-
-def _same(one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> bool:
-    return all(map(torch.equal, one, other))
-
-
-@contextmanager
-def _drawing_again(state: tuple[Tensor, ...] | None, rows: Tensor, batch: int) -> Iterator[Tensor]:
-    """Gives the samples to run, which begin with `rows`; what is drawn for them is what they had in their batch, which
-    began at `state`. Where nothing was drawn the state is None."""
-    if state is None or len(rows) == batch:
-        if state is not None:
-            set_random_state(state, rows.device)
-        yield rows
-        return
-    # A draw of one is more likely one for the whole batch than one for a single sample, so there are two of it.
-    rows = rows if len(rows) > 1 else rows.repeat(2)
-    set_random_state(state, rows.device)
-    with RowsOfBatch(rows, len(rows), batch, leading=True):
-        yield rows
