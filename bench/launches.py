@@ -3,11 +3,11 @@
     python bench/launches.py [--batch 1 2 4] [--size 16] [--compile [N]] [--time SECONDS] [--json] [ops] [step]
 
 Prints launches, specialisations, operations of ATen that launch something, and the host's time for each pass of each
-op, and for each step (critic, generator, R1, path length; both networks under a SparseFinetuner); then how many
-specialisations a first use needs, of each op's kernels and of all, with --compile 1 also the CPU time of their machine
-code. Exits with 1 where a specialisation does not get through the
-compiler's front end, where a repetition waits for the GPU, and with --compile where machine code for compute capability
-9.0 cannot be made.
+op, and for each step (critic, generator, R1, path length; both networks under a SparseFinetuner; gradients keep their
+memory, but for the operations of ATen are made anew). Then how many specialisations a first use needs, of each op's
+kernels and of all, with --compile 1 also the CPU time of their machine code. Exits with 1 where a specialisation does
+not get through the compiler's front end, where a repetition waits for the GPU, and with --compile where machine code
+for compute capability 9.0 cannot be made.
 """
 
 import argparse
@@ -246,8 +246,21 @@ def ops(B: int, dtype: torch.dtype) -> Iterator[tuple[str, list[int], Make]]:
     yield from repeated("kernel_means", [B, 64], means)
 
 
-def steps(resolution: int, B: int) -> Iterator[tuple[str, list[int], Make]]:
-    """The four steps of StyleGAN2's training, as (name, shape of the images, make); gradients keep their memory."""
+def operations_of(make: Make) -> int:
+    """Operations of ATen that launch something, in a call that repeats earlier ones."""
+    make()(), make()()
+    call = make()
+    with recording(), HostWatch() as watch:
+        call()
+    return watch.operations
+
+
+def steps(resolution: int, B: int, keep: bool = True) -> Iterator[tuple[str, list[int], Make]]:
+    """The four steps of StyleGAN2's training, as (name, shape of the images, make).
+
+    keep: gradients keep their memory, as a captured step needs it: nothing of them comes from the host. Otherwise they
+    are made anew, as most loops do it, which saves the sum of old and new ones.
+    """
     small = {} if resolution >= FULL else {"channel_base": 512, "channel_max": 32}
     G = StyleGAN2Generator(resolution, **small, **({"latent_dim": 32, "mapping_layers": 2} if small else {}))
     D = StyleGAN2Discriminator(resolution, **small)
@@ -260,7 +273,7 @@ def steps(resolution: int, B: int) -> Iterator[tuple[str, list[int], Make]]:
     def trained(network, other, optimizer, loss) -> Make:
         def step():
             other.requires_grad_(False), network.requires_grad_(True)
-            optimizer.zero_grad(set_to_none=False)
+            optimizer.zero_grad(set_to_none=not keep)
             loss().backward()
             optimizer.step()
 
@@ -287,8 +300,9 @@ def rows_of(what: list[str], batches: list[int], resolution: int, dtypes: list[s
                 for name, shape, make in ops(B, DTYPES[dtype]):
                     yield examine(name, shape, dtype, make, seconds=seconds)
         if "step" in what:
-            for name, shape, make in steps(resolution, B):
-                yield examine(name, shape, "float32", make, seconds=seconds)
+            made_anew = [operations_of(make) for _, _, make in steps(resolution, B, keep=False)]
+            for (name, shape, make), aten in zip(steps(resolution, B), made_anew, strict=True):
+                yield examine(name, shape, "float32", make, seconds=seconds) | {"aten": aten}
 
 
 def compile_some(specialisations: list[Specialisation], every: int) -> tuple[list[str], dict[Specialisation, float]]:

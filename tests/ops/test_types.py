@@ -2,10 +2,10 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from triton import language as tl  # noqa: E402
+from triton import language as tl
 
-from minegan_fast.kernels._types import wide_dtype  # noqa: E402
-from minegan_fast.ops import _op  # noqa: E402
+from minegan_fast.kernels._types import wide_dtype
+from minegan_fast.ops import _op
 
 
 @pytest.mark.parametrize("dtype", _op.DTYPE_CODES)
