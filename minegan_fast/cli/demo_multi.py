@@ -4,6 +4,7 @@ digit of the second one with a digit of the third. Their shares p must follow th
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -20,11 +21,11 @@ from ..training.run import TransferResult
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of fours; the rest is sevens
 NEAR, SHOWN = 0.08, 20
 STEPS = 100
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "mining_steps": STEPS, "finetune_steps": 0, "snapshot_every": STEPS, "batch": 32, "log_every": 1,
     "metrics": ("kid",), "features": "critic", "eval_samples": 200, "critic": data.CRITIC,
 }  # fmt: skip
-SELECTORS = {
+SELECTORS: dict[str, dict[str, Any]] = {
     "mixture": {"loss": "mmd", "loss_features": "digits", "view_augment": ""},
     "winner": {"loss": "nonsaturating"},
 }

@@ -16,7 +16,7 @@ miners: z (mean z^2 + 1e-8)^-1/2 again, which is its PixelNorm, and h <- gain lr
                    by W_l it is d_l t_{l-1}^T + e_l h_{l-1}^T, by b_l e_l, by u W_1^T e_1 + V_1^T d_1
 
 summed over the samples, with what the skip connection adds. Each pass is one call of a backend for all chains
-(`_miner_program` lists its tasks). A third order is PyTorch's, from `plain`.
+(`_miner_program` says what its tasks are). A third order is PyTorch's, from `plain`.
 """
 
 import functools
@@ -30,18 +30,17 @@ from torch.autograd import Function
 from torch.nn import functional as F
 
 from .._torch import apply_function
+from ._miner_passes import Plan, planned
 from ._miner_program import (
     ACTIVATIONS,
     EPSILON,
     SKIPS,
     SLOPE,
     WORDS,
-    Plan,
     Shape,
     execute,
     kept,
     kept_by_backward,
-    planned,
     rows_of,
 )
 from ._op import DTYPE_CODES, Op, backward_wants, forced_backend, refuse_transforms, run
@@ -121,7 +120,8 @@ def _shapes(tensors: Sequence[Tensor], kinds: Sequence[int], scales: Sequence[fl
         maps = tensors[end : end + 2 * mapped : 2]
         many = weights[0].ndim == 3
         shared = many and u.ndim == 2
-        scaling = [tuple(scales[factors + 3 * k : factors + 3 * k + 3]) for k in range(mapped)]
+        own = scales[factors : factors + 3 * mapped]
+        scaling = zip(own[::3], own[1::3], own[2::3], strict=True)
         sizes, outputs = (u.shape[-1], *(w.shape[-2] for w in weights)), tuple(m.shape[0] for m in maps)
         what = ACTIVATIONS[activation], SKIPS[skip], bool(sphere), outputs, tuple(scaling), first
         found.append(Shape(weights[0].shape[0] if many else 1, u.shape[-2], shared, sizes, *what))
@@ -338,8 +338,11 @@ def _chains(kinds: Sequence[int], scales: Sequence[float], tensors: Sequence[Ten
         name = SKIPS[skip]
         around = (next(rest), next(rest)) if name == "affine" else "identity" if name == "identity" else None
         maps = [(next(rest), next(rest)) for _ in range(mapped)]
-        mapping = Mapping(*zip(*maps, strict=True), [next(factors) for _ in maps]) if maps else None
-        found.append(Chain(u, *zip(*layers, strict=True), ACTIVATIONS[activation], around, bool(sphere), mapping))
+        mapping = None
+        if maps:
+            mapping = Mapping([w for w, _ in maps], [b for _, b in maps], [next(factors) for _ in maps])
+        weights, biases = [w for w, _ in layers], [b for _, b in layers]
+        found.append(Chain(u, weights, biases, ACTIVATIONS[activation], around, bool(sphere), mapping))
     return found
 
 

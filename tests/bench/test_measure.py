@@ -183,7 +183,7 @@ def test_every_op_has_a_largest_case_on_a_gpu():
     printed = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True).stdout
     cases = re.findall(r"^bench/bench_(\w+)\.py::(.*)$", printed, re.MULTILINE)
     here = {path.stem.removeprefix("bench_") for path in (root / "bench").glob("bench_*.py")}
-    of_no_op = {"kernel_step", "launches", "multi", "step", "stylegan2"}
+    of_no_op = {"instructions", "kernel_step", "launches", "multi", "step", "stylegan2"}
     assert {op for op, _ in cases} == here - of_no_op
     assert all("16x128x256x256" in name for op, name in cases if op in ("bias_act", "upfirdn2d", "noise_bias_act"))
     listed = re.search(r"^ops=\(([^)]*)\)", (root / "bench/gpu.sh").read_text(), re.MULTILINE)[1].split()
