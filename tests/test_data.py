@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import minegan_fast as mf
 from minegan_fast import data
@@ -12,12 +13,16 @@ from minegan_fast.training.images import load_images, to_float
 
 
 def test_sizes():
-    limits = {data.GENERATOR: 4_000_000, data.CRITIC: 4_000_000, data.CLASSIFIER: 1_000_000, data.NINES: 1_000_000}
+    limits = {
+        data.GENERATOR: 4_000_000, data.CRITIC: 4_000_000, data.CLASSIFIER: 1_000_000, data.NINES: 1_000_000,
+        **dict.fromkeys(data.SOURCES.values(), 1_000_000), data.FOURS_AND_SEVENS: 250_000,
+    }  # fmt: skip
     for path, limit in limits.items():
         assert 0 < path.stat().st_size <= limit, path.name
     for name in ("NOTICE", "record.json"):
         assert (data.FOLDER / name).stat().st_size > 0
-    assert {"seed", "torch", "gan", "classifier"} <= json.loads((data.FOLDER / "record.json").read_text()).keys()
+    record = json.loads((data.FOLDER / "record.json").read_text())
+    assert {"seed", "torch", "gan", "classifier", "sources"} <= record.keys()
 
 
 def test_no_nine_is_in_two_sets():
@@ -44,6 +49,51 @@ def test_the_classifier_knows_nines_and_the_source_draws_others():
     counts = torch.bincount(drawn, minlength=10)
     assert counts[9] < 50
     assert (counts[:9] > 5).all(), "the source has lost a digit"
+
+
+@pytest.mark.parametrize("digits", data.SOURCES, ids=str)
+def test_a_source_draws_its_digits_and_no_others(digits):
+    stored = load_file(data.SOURCES[digits])
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
+    assert all(name.startswith("generator.") for name in stored), "a critic is in the file"
+    source = mf.load_generator(data.SOURCES[digits])
+    assert {tensor.dtype for tensor in source.state_dict().values()} == {torch.float32}
+    with torch.no_grad():
+        drawn = data.classifier().logits(source(torch.randn(500, source.latent_dim)).clamp(-1, 1)).argmax(1)
+    shares = torch.bincount(drawn, minlength=10) / 500
+    assert shares[[*digits]].sum() > 0.94, "the source draws digits of another"
+    assert (shares[[*digits]] > 0.2).all(), "the source has lost a digit"
+
+
+def test_the_record_describes_the_sources():
+    record = json.loads((data.FOLDER / "record.json").read_text())["sources"]
+    assert [tuple(entry["digits"]) for entry in record.values()] == [*data.SOURCES]
+    assert len({entry["seed"] for entry in record.values()}) == 3, "two sources start from the same weights"
+    for entry in record.values():
+        assert entry["own_digits"] >= 0.96
+        assert all(0.25 <= entry["shares_of_digits"][digit] <= 0.42 for digit in entry["digits"])
+
+
+def test_fours_and_sevens():
+    judge, seen = data.classifier(), set()
+    for split, count in (("target", 100), ("validation", 200), ("test", 300)):
+        fours, sevens = (data.fours_and_sevens(share, split) for share in (1.0, 0.0))
+        for images, digit in ((fours, 4), (sevens, 7)):
+            assert images.dtype == torch.uint8
+            assert images.shape == (count, 1, 32, 32)
+            with torch.no_grad():
+                assert (judge.logits(to_float(images)).argmax(1) == digit).float().mean() > 0.95
+            seen |= {image.numpy().tobytes() for image in images}
+        mixed = data.fours_and_sevens(0.25, split)
+        assert torch.equal(mixed[: count // 4], fours[: count // 4])
+        assert torch.equal(mixed[count // 4 :], sevens[: count - count // 4])
+    assert len(seen) == 1200, "an image is there twice"
+    assert len(data.fours_and_sevens(1 / 3)) == 100
+    for share in (-0.1, 1.5, float("nan")):
+        with pytest.raises(ValueError, match="share must be from 0 to 1"):
+            data.fours_and_sevens(share)
+    with pytest.raises(ValueError, match="split must be one of"):
+        data.fours_and_sevens(0.5, "train")
 
 
 def test_demo_end_to_end(tmp_path, monkeypatch, capsys):
