@@ -1,6 +1,6 @@
 # ruff: noqa: RUF001
-"""Writes bench/results/*.json into README.md (goals, plots, the demo), bench/TABLES.md (all) and docs/quality.md (what
-bench/quality.py found), between markers.
+"""Writes bench/results/*.json into README.md (goals, plots, the demo), bench/TABLES.md (all), docs/quality.md (what
+bench/quality.py found) and docs/many.md (what `minegan-fast demo --multi` found), between markers.
 
 python bench/report.py            run the tests of every op that has rows, then write; withhold an op whose tests fail
 python bench/report.py --check    exit 1 if the documents do not show what the results hold (tests are not run)
@@ -15,12 +15,16 @@ from pathlib import Path
 
 import report_demo
 import report_goals
+import report_many
 import report_quality
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS = "minegan_fast"
 ORDER = ("", "cuda", "triton", "cpp", "reference")  # "": the automatic choice
-SECTIONS = {"README.md": ("goals", "demo"), "bench/TABLES.md": ("bench",), "docs/quality.md": report_quality.NAMES}
+SECTIONS = {
+    "README.md": ("goals", "demo"), "bench/TABLES.md": ("bench",), "docs/quality.md": report_quality.NAMES,
+    "docs/many.md": report_many.NAMES,
+}  # fmt: skip
 TESTS = {  # of no op
     "step": "tests/finetune/test_masked_dense.py", "stylegan2": "tests/models/test_stylegan2.py",
     "kernel_step": "tests/training/test_kernel_loss.py", "launches": "tests/bench/test_launches.py",
@@ -78,6 +82,7 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
         report_quality.plot(root)
     contents = {
         **report_quality.render(root),
+        **report_many.render(root),
         "bench": render(machines, red),
         "goals": report_goals.render(machines, red),
         "demo": report_demo.render(json.loads(demo.read_text()) if demo.exists() else None),

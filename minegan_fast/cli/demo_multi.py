@@ -17,6 +17,7 @@ from ..training import transfer
 from ..training.images import save_folder
 from ..training.plots import labelled_rows
 from ..training.run import TransferResult
+from ..training.sources import choose_device
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of fours; the rest is sevens
 NEAR, SHOWN = 0.08, 20
@@ -55,7 +56,8 @@ def run_multi_demo(out: Path, seed: int, device: str | None, console: Console) -
                 pictures.append((f"{100 * share:.0f} % fours", images))
 
     report = {
-        "seed": seed, "rows": rows, "minutes": round((time.monotonic() - started) / 60, 1), "torch": torch.__version__,
+        "seed": seed, "rows": rows, "minutes": round((time.monotonic() - started) / 60, 1),
+        "device": str(choose_device(device)), "torch": torch.__version__,
     }  # fmt: skip
     with atomic_path(out / "demo.json") as temporary:
         temporary.write_text(json.dumps(report, indent=2) + "\n")
