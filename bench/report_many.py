@@ -15,7 +15,8 @@ def render(root: Path) -> dict[str, str]:
     if not reports:
         return dict.fromkeys(NAMES, "Not measured yet.\n")
     minutes = max(report["minutes"] for report in reports)
-    facts = f"{len(reports)} seeds, at most {minutes} minutes each on {reports[0]['device']}, torch {reports[0]['torch']}.\n"
+    machine = f"{reports[0]['device']}, torch {reports[0]['torch']}"
+    facts = f"{len(reports)} seeds, at most {minutes} minutes each on {machine}.\n"
     rows = sorted((row for report in reports for row in report["rows"]), key=_place)
     head = ["fours in the target", "shares by", "0-2", "3-5", "6-8", "largest error, mean", "settled at step"]
     lines = [head, ["---:", "---", *["---:"] * (len(head) - 2)]]

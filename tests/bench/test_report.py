@@ -52,8 +52,9 @@ def root(tmp_path):
     (tmp_path / "bench/TABLES.md").write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
     (tmp_path / "README.md").write_text(f"{GOALS[0]}\n{GOALS[1]}\n{DEMO[0]}\n{DEMO[1]}\nend\n")
     (tmp_path / "docs").mkdir()
-    quality = [line for name in report.report_quality.NAMES for line in report.markers(name)]
-    (tmp_path / "docs/quality.md").write_text("\n".join(quality))
+    for name, sections in (("quality", report.report_quality.NAMES), ("many", report.report_many.NAMES)):
+        lines = [line for section in sections for line in report.markers(section)]
+        (tmp_path / f"docs/{name}.md").write_text("\n".join(lines))
     return tmp_path
 
 
@@ -189,6 +190,23 @@ def test_the_demos_table(root):
     text = (root / "README.md").read_text()
     assert "| mined | 1.23 | 0.568 | 0.040 (0.030 to 0.050) | 0.400 | 0.90 | 3.00 | 91% |" in text
     assert "3.2 minutes on cpu with 2 threads" in text
+    assert report.main(["--check"], root) == 0
+
+
+def test_the_table_of_several_sources(root):
+    (root / "bench/quality").mkdir()
+    for seed, (p, error, steps) in enumerate([([0.0, 0.2, 0.8], 0.05, 40), ([0.1, 0.3, 0.6], 0.15, None)]):
+        rows = [
+            {"fours": 0.25, "selector": which, "p": p, "error": error, "steps": steps}
+            for which in ("winner", "mixture")
+        ]
+        recorded = {"seed": seed, "rows": rows, "minutes": 3.0 + seed, "device": "cpu", "torch": "2.13.0"}
+        (root / f"bench/quality/demo-multi-{seed}.json").write_text(json.dumps(recorded))
+    assert report.main([], root) == 0
+    text = (root / "docs/many.md").read_text()
+    line = "5 % (0 to 10) | 25 % (20 to 30) | 70 % (60 to 80) | 0.100 | 40, - |"
+    assert text.index(f"| 25% | mixture | {line}") < text.index(f"| 25% | winner | {line}")
+    assert "2 seeds, at most 4.0 minutes each on cpu, torch 2.13.0." in text
     assert report.main(["--check"], root) == 0
 
 
