@@ -76,6 +76,7 @@ def run(tmp_path):
         script = subprocess.Popen(
             ["bash", "bench/gpu.sh", *arguments], cwd=tmp_path, env=environment | {"CALLS": str(calls)},
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # `make test &` has it ignored
         )  # fmt: skip
         try:
             output = script.communicate(timeout=interrupt_after)[0]

@@ -30,6 +30,7 @@ def start(command: list, cwd: Path = ROOT, **environment: str) -> subprocess.Pop
     return subprocess.Popen(
         command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # `make test &` has it ignored
     )  # fmt: skip
 
 
