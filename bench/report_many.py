@@ -1,19 +1,24 @@
-"""The table of docs/many.md: shares of several sources, as `minegan-fast demo --multi` has found them."""
+"""The tables of docs/many.md: shares of several sources, as `minegan-fast demo --multi` has found them, and
+bench/faces_and_eyes.py."""
 
 import json
 from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
 
-NAMES = ("many-facts", "many-shares")
+NAMES = ("many-facts", "many-shares", "many-public")
 SELECTORS = ("mixture", "winner")
 
 
 def render(root: Path) -> dict[str, str]:
     """The text between the markers of NAMES. Each file is one seed's demo."""
     reports = [json.loads(path.read_text()) for path in sorted((root / "bench" / "quality").glob("demo-multi-*.json"))]
+    public = root / "bench" / "quality" / "faces-and-eyes.json"
+    found = dict.fromkeys(NAMES, "Not measured yet.\n")
+    if public.exists():
+        found["many-public"] = _public(json.loads(public.read_text()))
     if not reports:
-        return dict.fromkeys(NAMES, "Not measured yet.\n")
+        return found
     minutes = max(report["minutes"] for report in reports)
     machine = f"{reports[0]['device']}, torch {reports[0]['torch']}"
     facts = f"{len(reports)} seeds, at most {minutes} minutes each on {machine}.\n"
@@ -26,7 +31,18 @@ def render(root: Path) -> dict[str, str]:
         error = sum(row["error"] for row in same) / len(same)
         steps = ", ".join("-" if row["steps"] is None else str(row["steps"]) for row in same)
         lines.append([f"{fours:.0%}", SELECTORS[which], *p, f"{error:.3f}", steps])
-    return {"many-facts": facts, "many-shares": "".join(f"| {' | '.join(line)} |\n" for line in lines)}
+    return found | {"many-facts": facts, "many-shares": _table(lines)}
+
+
+def _public(report: dict) -> str:
+    steps = [*report["rows"][0]["faces"]]
+    lines = [["shares by", *(f"step {step}" for step in steps)], ["---", *["---:"] * len(steps)]]
+    lines += [[row["selector"], *(f"{100 * share:.0f} %" for share in row["faces"].values())] for row in report["rows"]]
+    return _table(lines)
+
+
+def _table(lines: list[list[str]]) -> str:
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def _place(row: dict) -> tuple[float, int]:

@@ -202,8 +202,11 @@ def test_the_table_of_several_sources(root):
         ]
         recorded = {"seed": seed, "rows": rows, "minutes": 3.0 + seed, "device": "cpu", "torch": "2.13.0"}
         (root / f"bench/quality/demo-multi-{seed}.json").write_text(json.dumps(recorded))
+    public = {"rows": [{"selector": "mixture", "faces": {"1": 0.36, "100": 0.489}}], "torch": "2.13.0"}
+    (root / "bench/quality/faces-and-eyes.json").write_text(json.dumps(public))
     assert report.main([], root) == 0
     text = (root / "docs/many.md").read_text()
+    assert "| shares by | step 1 | step 100 |\n| --- | ---: | ---: |\n| mixture | 36 % | 49 % |\n" in text
     line = "5 % (0 to 10) | 25 % (20 to 30) | 70 % (60 to 80) | 0.100 | 40, - |"
     assert text.index(f"| 25% | mixture | {line}") < text.index(f"| 25% | winner | {line}")
     assert "2 seeds, at most 4.0 minutes each on cpu, torch 2.13.0." in text
