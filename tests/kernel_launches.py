@@ -294,8 +294,8 @@ def winner_kernels():
         constants = {"WIDE": tl.float64 if element == "fp64" else tl.float32, **tile(N)}
         sizes = {"N": N, "B": 32}
         yield Kernel(
-            "winner", "winner_kernel", f"{N} branches {element}", pointers, sizes, constants=constants, wide=False,
-            options=_OPTIONS,
+            "winner", "winner_kernel", f"{N} branches {element}", pointers, sizes, constants=constants,
+            wide_loads=False, options=_OPTIONS,
         )  # fmt: skip
 
 
@@ -366,7 +366,7 @@ def miner_kernels():
         pointers |= dict.fromkeys(("units_ptr", "steps_ptr", "counter_ptr"), "i32")
         constants = {"PRECISION": "tf32x3", "ALIGNED": aligned, "BM": _BM, "BN": _BN, "BK": _BK, "BI": _BI}
         yield Kernel(
-            "miner", "miner_kernel", label, pointers, {"first": 0, "last": 10}, constants=constants, wide=False,
+            "miner", "miner_kernel", label, pointers, {"first": 0, "last": 10}, constants=constants, wide_loads=False,
             tensor_cores=True, options=_OPTIONS | {"launch_cooperative_grid": True},
         )  # fmt: skip
 
