@@ -1,5 +1,6 @@
 """What all processes of a group do together. Tensors travel in one message for each dtype and device."""
 
+import pickle
 from collections.abc import Callable
 from typing import TypeAlias
 
@@ -51,3 +52,12 @@ def average_gradients(groups: list[dict], group: Group) -> None:
     """Averages the gradients of all parameters over the group. Every process of the group has to call it."""
     if active(group):
         average(gradients(groups), group)
+
+
+def portable(error: Exception) -> Exception:
+    """The error in a form that can be sent: itself, or where it cannot be pickled a RuntimeError that names it."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from minegan_fast.models import StyleGAN2Discriminator, StyleGAN2Generator, save_model
+from minegan_fast.training import transfer
 from minegan_fast.training.images import save_folder
+from minegan_fast.training.trainer import Trainer
 
 SIZES = {"resolution": 8, "channel_base": 64, "channel_max": 8, "image_channels": 1}
 RUN = {
@@ -20,6 +22,22 @@ RUN = {
     "held_out": 0.25,
     "progress": False,
 }
+
+
+def cut_off(monkeypatch, settings: dict):
+    """The result of a run that was interrupted in its step 6, then resumed."""
+    step = Trainer.step
+
+    def failing(self, number):
+        if number == 6:
+            raise KeyboardInterrupt
+        return step(self, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", failing)
+        with pytest.raises(KeyboardInterrupt):
+            transfer(**settings)
+    return transfer(**settings | {"resume": True})
 
 
 @pytest.fixture(scope="session")

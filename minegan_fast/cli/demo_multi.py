@@ -68,7 +68,8 @@ def run_multi_demo(out: Path, seed: int, device: str | None, console: Console) -
 
 
 def measured(result: TransferResult, share: float) -> dict:
-    """p of the three sources at the last step, the error of the fours' part, and from which step on it is small."""
+    """p of the three sources at the last step, the largest error of a share, and from which step on it is
+    small."""
     names = [path.stem for path in data.SOURCES.values()]
     p = [[row[f"p_{name}"] for name in names] for row in result.history if f"p_{names[0]}" in row]
     truth = torch.tensor([0.0, share, 1 - share])

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..ops._op import wide_dtype
 from .draws import RowsOfBatch, set_random_state
 
 
@@ -32,8 +33,8 @@ def scored(critic: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     B, scores = len(images), critic(images)
     if scores.ndim < 1 or len(scores) != B:
         raise ValueError(f"the critic must give a score for each of {B} images, got shape {list(scores.shape)}")
-    wide = torch.promote_types(scores.dtype, torch.float32)
-    sums = images.flatten(1).sum(1, dtype=torch.promote_types(images.dtype, torch.float32))
+    wide = wide_dtype(scores.dtype)
+    sums = images.flatten(1).sum(1, dtype=wide_dtype(images.dtype))
     return scores.reshape(B, -1).mean(1, dtype=wide).masked_fill(~sums.isfinite(), torch.nan)
 
 

@@ -22,7 +22,6 @@ ones than in one process, and all ranks' random states go on in step.
 """
 
 import hashlib
-import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -32,7 +31,8 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.autograd import Function
 
-from ..collectives import Group, average, coalesced
+from ..collectives import Group, average, coalesced, portable
+from ..ops._op import wide_dtype
 from ..ops.mmd_groups import MmdTarget
 from .draws import random_state, seeded
 from .passes import same
@@ -166,7 +166,7 @@ class Spread:
 
         parts, (kind, *shape) = self._attempt(make, device, 4, describe)
         dtype = _DTYPES[kind]
-        wide = torch.promote_types(dtype, torch.float32)
+        wide = wide_dtype(dtype)
         own = torch.cat(parts) if parts else torch.empty(0, *shape, dtype=dtype, device=device)
         whole = torch.zeros(batch, *shape, dtype=wide, device=device)
         whole[rows] = own.detach().to(wide)
@@ -242,7 +242,7 @@ class Spread:
         try:
             mine = None, work()
         except Exception as error:
-            mine = _portable(error), None
+            mine = portable(error), None
         found: list = [None] * self.size
         dist.all_gather_object(found, mine, group=self.group)
         for rank, (error, _) in enumerate(found):
@@ -285,7 +285,7 @@ class _Exchange(Function):
     def backward(ctx, g):
         if torch.is_grad_enabled():
             raise NotImplementedError("images of other ranks have no second derivative: leave create_graph=True out")
-        g = g.to(torch.promote_types(g.dtype, torch.float32), copy=True).contiguous()
+        g = g.to(wide_dtype(g.dtype), copy=True).contiguous()
         average([g], ctx.spread.group)
         own = g[ctx.rows].to(ctx.dtype) if ctx.needs_input_grad[3] else None
         return None, None, None, own, *[None] * ctx.count
@@ -312,12 +312,3 @@ def _known(generator: nn.Module | None, rank: int) -> dict[str, Any]:
 def _raise(error: Exception | None) -> None:
     if error is not None:
         raise error
-
-
-def _portable(error: Exception) -> Exception:
-    """The error in a form that can be sent."""
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}")
-    return error

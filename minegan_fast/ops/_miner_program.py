@@ -22,6 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._op import wide_dtype
+
 LANES = 16
 SLOPE, EPSILON = 0.2, 1e-8  # of the leaky ReLU, of the projection; kSlope and kEpsilon in csrc/miner.cpp
 ACTIVATIONS = ("linear", "relu", "lrelu", "tanh")
@@ -347,7 +349,7 @@ def _epilogue(task: Task, value, at) -> Tensor:
 
 
 def _projected(task: Task, adds: list[Tensor], at) -> Tensor:
-    wide = torch.promote_types(adds[0].dtype, torch.float32)
+    wide = wide_dtype(adds[0].dtype)
     adds = [a.to(wide) for a in adds]
     z = adds[0]
     r = torch.rsqrt(z.square().mean(1, keepdim=True) + EPSILON)

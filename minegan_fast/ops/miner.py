@@ -43,7 +43,7 @@ from ._miner_program import (
     kept_by_backward,
     rows_of,
 )
-from ._op import DTYPE_CODES, Op, backward_wants, forced_backend, refuse_transforms, run
+from ._op import DTYPE_CODES, Op, backward_wants, forced_backend, refuse_transforms, run, wide_dtype
 from .checks import check_beside, check_tensor
 
 __all__ = ["Chain", "Mapping", "mine", "miner", "plain"]
@@ -96,7 +96,7 @@ def plain(chain: Chain) -> Tensor:
     if chain.skip is not None:
         x = x + (chain.u if isinstance(chain.skip, str) else linear(chain.u, *chain.skip))
     for _ in range(chain.sphere + (chain.mapping is not None)):
-        z = x.to(torch.promote_types(x.dtype, torch.float32))
+        z = x.to(wide_dtype(x.dtype))
         x = (z * torch.rsqrt(z.square().mean(-1, keepdim=True) + EPSILON)).to(x.dtype)
     if chain.mapping is not None:
         for weight, bias, (scale, bias_scale, gain) in zip(*chain.mapping, strict=True):

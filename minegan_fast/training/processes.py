@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from ..collectives import active, average, coalesced
+from ..collectives import active, average, coalesced, portable
 from ..mining.draws import RowsOfBatch
 
 T = TypeVar("T")
@@ -175,8 +175,4 @@ def _portable(error: Exception) -> Exception:
     if isinstance(error, dist.DistError) or "/gloo/" in str(error):
         reason = str(error).splitlines()[0]
         return RuntimeError(f"another process of this run was lost ({reason}); the run goes on with --resume")
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}")
-    return error
+    return portable(error)

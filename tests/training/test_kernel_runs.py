@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from feature_networks import GreyFeatures
+from tiny_run import cut_off
 from torch import nn
 
 import minegan_fast as mf
@@ -82,20 +83,7 @@ def test_a_batch_in_parts_is_the_whole_batch(kernel_run):
 def test_a_run_that_was_cut_off_ends_as_if_not(kernel_run, monkeypatch):
     whole = mf.transfer(**kernel_run)
     out = kernel_run["out"].with_name("cut")
-    from minegan_fast.training.trainer import Trainer
-
-    step = Trainer.step
-
-    def failing(self, number):
-        if number == 6:
-            raise KeyboardInterrupt
-        return step(self, number)
-
-    monkeypatch.setattr(Trainer, "step", failing)
-    with pytest.raises(KeyboardInterrupt):
-        mf.transfer(**{**kernel_run, "out": out})
-    monkeypatch.setattr(Trainer, "step", step)
-    mf.transfer(**{**kernel_run, "out": out, "resume": True})
+    cut_off(monkeypatch, kernel_run | {"out": out})
     assert files(out) == files(whole.folder)
 
 

@@ -8,7 +8,7 @@ import torch
 from feature_networks import GreyFeatures
 from safetensors.torch import load_file
 from tiny_conditional import Conditional
-from tiny_run import RUN, SIZES
+from tiny_run import RUN, SIZES, cut_off
 from torch import nn
 
 import minegan_fast as mf
@@ -25,7 +25,6 @@ from minegan_fast.training.loss_features import LossFeatures
 from minegan_fast.training.names import short_names
 from minegan_fast.training.processes import Processes
 from minegan_fast.training.results import open_result
-from minegan_fast.training.trainer import Trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*were enlarged", "ignore:by held-out KID no snapshot")
 
@@ -130,18 +129,7 @@ def test_a_delta_for_each_over_its_source(runs, settings, loss):
 @pytest.mark.parametrize("loss", ["kernel", "critic"])
 def test_a_run_that_was_cut_off_ends_as_if_not(runs, settings, loss, monkeypatch, tmp_path):
     own = settings | {"kernel": KERNEL, "critic": CRITIC}[loss] | {"out": tmp_path / "cut"}
-    step = Trainer.step
-
-    def failing(self, number):
-        if number == 6:
-            raise KeyboardInterrupt
-        return step(self, number)
-
-    monkeypatch.setattr(Trainer, "step", failing)
-    with pytest.raises(KeyboardInterrupt):
-        mf.transfer(**own)
-    monkeypatch.setattr(Trainer, "step", step)
-    again = mf.transfer(**own, resume=True)
+    again = cut_off(monkeypatch, own)
 
     def results(folder):
         found = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*.safetensors")}
