@@ -36,6 +36,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime import driver
 
 from minegan_fast.ops import _op
+from minegan_fast.ops.transposed_conv2d import _SPLIT_ON
 
 TARGET = GPUTarget("cuda", 90, 32)
 ROOT = Path(__file__).resolve().parent.parent
@@ -156,6 +157,7 @@ def install() -> None:
     _op._missing = lambda backend, *gpu: None if backend == "triton" else missing(backend, *gpu)
     _op._DEVICES["triton"] = ("cpu", "cuda")
     _op._AUTOMATIC["cpu"] = ("triton",)
+    _SPLIT_ON.clear()
     _choose_anew()
 
 

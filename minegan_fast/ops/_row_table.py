@@ -105,8 +105,8 @@ class Table:
         try:
             # Most steps find their gradients where those of the step before were, and have nothing to check or copy;
             # or elsewhere, as backward() makes them anew. Whole lists are compared: a call a tensor would take longer.
-            addresses = _addresses(grads)
             present = grads if none_missing(grads) else [g for g in grads if g is not None]
+            addresses = _addresses(grads, present is grads)
             known = self.contiguous and all(map(Tensor.is_contiguous, present))
             if known and (addresses == self.addresses or self._fits(grads, present)):
                 self._move(addresses)
@@ -168,9 +168,9 @@ def none_missing(tensors: Sequence[Tensor | None]) -> TypeGuard[Sequence[Tensor]
     return type(None) not in {*map(type, tensors)}
 
 
-def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
-    """0 for None."""
-    if none_missing(tensors):
+def _addresses(tensors: Sequence[Tensor | None], all_there: bool = False) -> list[int]:
+    """0 for None. all_there: that none of them is None is known."""
+    if all_there or none_missing(tensors):
         return [*map(Tensor.data_ptr, tensors)]
     return [0 if t is None else t.data_ptr() for t in tensors]
 
