@@ -41,7 +41,7 @@ GAN = {"resolution": 32, "channel_base": 1024, "channel_max": 96, "image_channel
 BATCH, LR, BETAS, R1_GAMMA, R1_EVERY, EMA_HALF_LIFE = 32, 2.5e-3, (0.0, 0.99), 1.0, 16, 200.0
 PIXEL_VARIANCE, RECONSTRUCTION_WEIGHT, WARMUP_LR = 0.1, 0.004, 1e-2
 ALONE = 300  # the encoder is new, and what it says at first would spoil a generator that has learnt
-CLARITY, TEACHER_SEED = 4.0, SEED + 1
+CLARITY, TEACHER_SEED = 1.0, SEED + 1
 
 
 def read(archive: str) -> dict[str, torch.Tensor]:
@@ -267,7 +267,7 @@ def train_source(
         save_model(path, copy.deepcopy(average).half())
 
     def penalty(fake: torch.Tensor) -> torch.Tensor:
-        return CLARITY * clearly_one_of(teacher.logits(diff_augment(fake, "translation")), digits)
+        return CLARITY * clearly_one_of(teacher.logits(fake), digits)
 
     networks = load_generator(path.parent / GENERATOR.name), load_discriminator(path.parent / CRITIC.name)
     train_gan(*networks, images, warmup, steps, save, ALONE, penalty)
@@ -319,8 +319,8 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     parser.add_argument("--warmup", type=int, default=3500, help="steps of the autoencoder alone")
     parser.add_argument("--steps", type=int, default=1200, help="adversarial steps after them")
-    parser.add_argument("--source-warmup", type=int, default=1000, help="--warmup of each of the three sources")
-    parser.add_argument("--source-steps", type=int, default=800, help="--steps of each of the three sources")
+    parser.add_argument("--source-warmup", type=int, default=1500, help="--warmup of each of the three sources")
+    parser.add_argument("--source-steps", type=int, default=1600, help="--steps of each of the three sources")
     parser.add_argument("--source", nargs="+", choices=["012", "345", "678"], help="which of them; all by default")
     parser.add_argument("--epochs", type=int, default=3)
     arguments = parser.parse_args()
