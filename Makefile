@@ -6,7 +6,7 @@ BIN := .venv/bin
 BUILT_FROM := pyproject.toml setup.py CMakeLists.txt MANIFEST.in $(wildcard csrc/*)
 CHOICE := $(PYTHON) $(TORCH)
 
-.PHONY: demo test lint bench report wheel clean
+.PHONY: demo test lint bench report docs wheel clean
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
@@ -25,6 +25,9 @@ bench: .venv/installed
 
 report: .venv/installed
 	$(BIN)/python bench/report.py
+
+docs: .venv/extra-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 wheel: .venv/installed
 	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist .

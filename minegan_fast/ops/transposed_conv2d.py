@@ -22,7 +22,6 @@ from .._torch import transforms_active
 from ._op import backward_wants, refuse_transforms, use_backend
 from .row_gradient import row_gradient
 
-
 _SPLIT_ON = {"cpu"}  # where the library's own is slow
 
 
