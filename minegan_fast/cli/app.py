@@ -97,6 +97,8 @@ def _transfer(
 ) -> None:
     from ..training import recipe
     from ..training.evaluation import MEASURES
+    from ..training.folder import RunFolder
+    from ..training.moved import located
 
     named, images = _named_once(source, target, sources or [], images)
     given = {name: value for name, value in settings.items() if value is not None}
@@ -107,7 +109,7 @@ def _transfer(
     stored = load_config(config) if config else {}
     if config is None and resume:
         if (out / "config.json").is_file():
-            stored = load_config(out)
+            stored = located(RunFolder(out), load_config(out))
         elif named is None:
             raise ValueError(f"there is no run in {str(out)!r} to go on with: check the path")
         if named is None and stored and None in listed(stored["source"]):

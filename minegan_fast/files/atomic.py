@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -44,11 +46,16 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
 def save_tensors(path: str | os.PathLike, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Writes a safetensors file atomically; equal contents give equal bytes.
 
-    safetensors itself writes the metadata in random order. SafetensorError/OSError where the file cannot be written.
+    safetensors itself writes the metadata in random order. OSError where the file cannot be written.
     """
     contents = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomic_path(path) as temporary:
-        save_file(contents, temporary, metadata)
+        try:
+            save_file(contents, temporary, metadata)
+        except SafetensorError as error:
+            if (said := re.search(r"os error (\d+)", str(error))) is None:
+                raise
+            raise OSError(int(said[1]), os.strerror(int(said[1])), str(path)) from error
         with open(temporary, "r+b") as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))

@@ -29,7 +29,25 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 METRICS = ("fid", "kid", "kmmd", "mv", "diversity")
 # Settings that may differ when a run is resumed: they do not change what a step computes.
 OF_THE_SELECTION = ("density", "budget", "criterion", "scope", "policy", "affine")
-FREE_ON_RESUME = ("device", "cuda_graphs", "mining_steps", "finetune_steps", "patience", "keep", "log_every")
+FREE_ON_RESUME = (
+    "device", "cuda_graphs", "mining_steps", "finetune_steps", "snapshot_every", "patience", "keep", "log_every",
+)  # fmt: skip
+# Of these the contents count, which the run compares, and not where they lie.
+PATHS = ("source", "images", "critic", "held_out", "features", "loss_features")
+
+
+# What nobody means is refused at once, and not when memory, time or a generator of random numbers gives out.
+_STEPS, _IMAGES = (0, 10**9), (1, 10**7)
+_WHOLE = {
+    "mining_steps": _STEPS, "finetune_steps": _STEPS, "reselect_every": _STEPS, "critic_warmup": _STEPS,
+    "patience": _STEPS, "snapshot_every": (1, 10**9), "log_every": (1, 10**9), "r1_every": (1, 10**9),
+    "path_length_every": (1, 10**9), "batch": _IMAGES, "part": _IMAGES, "score_samples": _IMAGES,
+    "eval_samples": (2, 10**7), "grid": (1, 10**4), "views": (1, 10**4), "keep": (1, 10**6), "miner_depth": (1, 100),
+    "miner_width": (1, 2**16), "freeze_blocks": (1, 100), "resize": (1, 2**14), "seed": (-(2**63), 2**63 - 1),
+}  # fmt: skip
+_WEIGHTS = (
+    "r1_gamma", "gradient_penalty_weight", "mmd_weight", "prior_weight", "ewc_weight", "path_length_weight",
+)  # fmt: skip
 
 
 def setting(default: Any, help: str) -> Any:
@@ -238,23 +256,20 @@ class TransferConfig:
         return KERNEL in self.losses or self.mmd_weight > 0
 
     def _check(self) -> None:
-        for name, low in (
-            ("mining_steps", 0), ("finetune_steps", 0), ("batch", 1), ("snapshot_every", 1), ("score_samples", 1),
-            ("miner_depth", 1), ("r1_every", 1), ("path_length_every", 1), ("eval_samples", 2), ("patience", 0),
-            ("keep", 1), ("grid", 1), ("log_every", 1), ("freeze_blocks", 1), ("reselect_every", 0), ("views", 1),
-        ):  # fmt: skip
+        for name, (low, high) in _WHOLE.items():
             value = getattr(self, name)
-            if not isinstance(value, int) or value < low:
-                raise ValueError(f"{name} must be a whole number >= {low}, got {value!r}")
+            if value is not None and not (isinstance(value, int) and low <= value <= high):
+                raise ValueError(f"{name} must be a whole number from {low} to {high}, got {value!r}")
         for name in ("lr", "miner_lr", "generator_lr", "critic_lr"):
             if (value := getattr(self, name)) is not None:
                 _positive(name, value)
-        for name, low in (("part", 1), ("critic_warmup", 0), ("resize", 1)):
-            if (value := getattr(self, name)) is not None and value < low:
-                raise ValueError(f"{name} must be a whole number >= {low}, got {value!r}")
-        for name in ("r1_gamma", "gradient_penalty_weight", "mmd_weight", "prior_weight", "ewc_weight"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
-                raise ValueError(f"{name} must be a number >= 0, got {getattr(self, name)!r}")
+        for name in _WEIGHTS:
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} must be a number >= 0, got {value!r}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)!r}")
         if self.total_steps == 0:
             raise ValueError("mining_steps and finetune_steps are both 0: nothing would train")
         if self.mining_steps and not self.train_miner:
@@ -331,7 +346,14 @@ class TransferConfig:
             for field in dataclasses.fields(self)
             if field.name not in FREE_ON_RESUME
             and (mine := getattr(self, field.name)) != (theirs := getattr(other, field.name))
+            and not (field.name in PATHS and _are_paths(mine) and _are_paths(theirs))
         ]
+
+
+def _are_paths(value: Any) -> bool:
+    """Whether a setting names files, in full, and no choice such as "critic"."""
+    named = value if isinstance(value, list) else [value]
+    return all(isinstance(one, str) and Path(one).is_absolute() for one in named)
 
 
 def load_config(path: str | Path) -> dict[str, Any]:

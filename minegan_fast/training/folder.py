@@ -1,13 +1,14 @@
 """A run's folder: what lies where, and how it is written so that a kill at any moment loses nothing."""
 
 import copy
+import errno
 import json
 import math
 import os
-import pickle
 import shutil
 import warnings
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,14 +26,16 @@ except ImportError:  # Windows
     fcntl = None
 
 RESULTS = ("best", "last", "mined")
+DELTA = "delta.safetensors"
 
 
 class RunFolder:
     """The paths in a run's folder.
 
     It holds `config.json`, `history.jsonl`, `losses.png`, `selection.safetensors`, `samples/`, `snapshots/`, `events/`,
-    and three results, each with generator, miner and delta: `last/`, `best/` by held-out KID, and `mined/`, which is
-    the state after stage 1. Of several sources a result has a folder for each with these files, and `shares.json`.
+    `source/` with the networks that the run read from files, as they were, and three results, each with generator,
+    miner and delta: `last/`, `best/` by held-out KID, and `mined/`, which is the state after stage 1. Of several
+    sources a result has a folder for each with these files, and `shares.json`.
     """
 
     def __init__(self, path: str | Path):
@@ -44,6 +47,7 @@ class RunFolder:
         self.snapshots = self.path / "snapshots"
         self.events = self.path / "events"
         self.selection = self.path / "selection.safetensors"
+        self.source = self.path / "source"
         self.last, self.best, self.mined = self.path / "last", self.path / "best", self.path / "mined"
 
     def create(self) -> None:
@@ -121,25 +125,45 @@ class RunFolder:
         """
         return self.newest() is not None or any(row["step"] > 0 for row in self.read_history())
 
+    def check_results(self) -> None:
+        """ValueError: there is no snapshot to go on from, and results of a run that a new one would write over."""
+        results = [f"{name}/" for name in RESULTS if any((self.path / name).rglob("generator.safetensors"))]
+        last = max((row["step"] for row in self.read_history()), default=None)
+        if last:
+            results.append(f"{self.history.name} up to step {last}")
+        if results and last != 0:  # before the first step there is nothing to lose
+            raise ValueError(
+                f"{str(self.path)!r} holds {', '.join(results)}, but no snapshot that a run could go on from, and "
+                "nothing was written there: begin anew in another folder (--out), or put the snapshots back"
+            )
+
     def save_snapshot(self, step: int, state: dict, keep: int) -> None:
         """Writes the snapshot of `step` and removes all but the newest `keep`."""
         path = self.snapshots / f"{step:06d}.pt"
-        with atomic_path(path) as temporary, open(temporary, "wb") as file:
-            torch.save(state, file)
+        with atomic_path(path) as temporary:
+            try:
+                with open(temporary, "wb") as file:
+                    torch.save(state, file)
+            except RuntimeError as error:  # PyTorch's own writer says of a full disk that a position is unexpected
+                if "inline_container" not in str(error) and "PytorchStreamWriter" not in str(error):
+                    raise
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
         for old in self._numbered()[:-keep]:
             old.unlink()
 
-    def load_snapshot(self) -> tuple[int, dict] | None:
-        """(step, state) of the newest whole snapshot; a damaged one is passed over with a warning."""
+    def load_snapshot(self, parts: Iterable[str] = ()) -> tuple[int, dict] | None:
+        """(step, state) of the newest whole snapshot that has these parts; others are passed over with a warning."""
         for path in reversed(self._numbered()):
             try:
-                return int(path.stem), torch.load(path, map_location="cpu", weights_only=True)
-            except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-                warnings.warn(f"{path} is damaged ({error}); going on from the one before it", stacklevel=2)
+                return int(path.stem), _read_snapshot(path, parts)
+            except Exception as error:  # whatever a file that is damaged makes of its reader
+                reason = f"{type(error).__name__}: {error}".splitlines()[0]
+                warnings.warn(f"{path} is damaged ({reason}) and is passed over", stacklevel=2)
         return None
 
     def _numbered(self) -> list[Path]:
-        return sorted(p for p in self.snapshots.glob("*.pt") if p.stem.isdigit())
+        """Snapshots, the newest last."""
+        return sorted((p for p in self.snapshots.glob("*.pt") if p.stem.isdecimal()), key=lambda p: int(p.stem))
 
     def newest(self) -> Path | None:
         return (self._numbered() or [None])[-1]
@@ -150,14 +174,20 @@ class RunFolder:
         return f"the last good snapshot is {newest}" if newest else "there is no snapshot yet"
 
     def read_history(self, until: float = math.inf) -> list[dict]:
-        """Rows of the steps up to `until`; a line cut off by a kill is dropped."""
+        """Rows of the steps up to `until`. A line that is no row, as one that a kill has cut off, is passed over, with
+        a warning where others follow."""
         rows = []
-        if self.history.exists():
-            for line in self.history.read_text().splitlines():
-                try:
-                    rows.append(json.loads(line))
-                except json.JSONDecodeError:
-                    break
+        lines = self.history.read_bytes().splitlines() if self.history.is_file() else []
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+                if type(row["step"]) is not int:
+                    raise TypeError
+            except (ValueError, TypeError, KeyError, RecursionError):
+                if number < len(lines):
+                    warnings.warn(f"line {number} of {self.history} is no row and is passed over", stacklevel=2)
+                continue
+            rows.append(row)
         return [row for row in rows if row["step"] <= until]
 
     def write_history(self, rows: list[dict]) -> None:
@@ -170,8 +200,13 @@ class RunFolder:
             leftover.unlink(missing_ok=True)
 
     def copy_last(self, to: Path) -> None:
-        """Gives another result the files of `last/`, one by one."""
-        for source in self.last.rglob("*"):
+        """Gives another result the files of `last/`, one by one.
+
+        A delta goes first and comes last: at no moment does it lie beside a generator that it does not belong to.
+        """
+        for old in to.rglob(DELTA):
+            old.unlink()
+        for source in sorted(self.last.rglob("*"), key=lambda path: path.name == DELTA):
             if source.is_dir():
                 continue
             copied = to / source.relative_to(self.last)
@@ -181,6 +216,19 @@ class RunFolder:
         for old in to.rglob("*"):
             if old.is_file() and not (self.last / old.relative_to(to)).exists():
                 old.unlink()
+
+
+def _read_snapshot(path: Path, parts: Iterable[str]) -> dict:
+    """ValueError and others: the file is not what `save_snapshot` wrote."""
+    with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
+        if (damaged := archive.testzip()) is not None:
+            raise ValueError(f"{damaged} is not what was written")
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(state, dict):
+        raise ValueError(f"it holds a {type(state).__name__}")
+    if missing := [part for part in parts if part not in state]:
+        raise ValueError(f"it lacks {', '.join(missing)}")
+    return state
 
 
 def write_generator(path: Path, generator: nn.Module) -> None:

@@ -1,20 +1,23 @@
 """What a run works with, from what the user named: networks, images, losses, features."""
 
 import copy
+import hashlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
 
 from ..files.reading import Contents
+from ..finetune import fingerprint
 from .captured import CudaGraphs, obstacle
 from .config import TransferConfig
 from .estimate import estimate_memory
 from .evaluation import choose_features, judge_name
 from .feature_critic import FeatureCritic
 from .generators import Generator, Several, check_samples, image_channels, networks, own_samples, remember_finite
-from .images import to_float
+from .images import ImageSet, to_float
 from .kernel_loss import KernelLoss
 from .loss_features import LossFeatures
 from .methods import KERNEL, fresh_weights
@@ -56,6 +59,8 @@ class Prepared:
 
     Attributes:
         generator, critic: the networks that `trainer` copies, on the device of the run; critic None: none trains.
+        source: the generator before a method gave it new weights.
+        judging: the pretrained critic, of the source's file or given; None where none is needed.
         new_critic: whether the critic knows nothing yet.
         target, held_out: the training images, and the images set aside, uint8 [N, C, R, R], or None.
         reference: the real images that metrics compare with.
@@ -77,13 +82,14 @@ class Prepared:
         by_features = isinstance(materials.critic, str) and materials.critic == "features"
         if by_features:
             materials = materials._replace(critic=None)
-        found, judging = self._open(materials, checkpoints, needed=config.adversarial and not by_features)
-        self.generator = found.generator.to(self.device)
+        found, self.judging = self._open(materials, checkpoints, needed=config.adversarial and not by_features)
+        self.generator = self.source = found.generator.to(self.device)
         config.fit(self.generator)
         notes = list(found.notes)
         with keep_and_set_random_state(config.seed, "check"):
             notes += self._check_sources(listed(materials.source))
         if config.method == "scratch":
+            self.source = copy.deepcopy(self.generator)
             fresh_weights(self.generator, config.seed)
         moves = config.criterion == "movement" and config.finetune_loss != KERNEL
         if isinstance(self.generator, Several) and processes.size > 1 and moves:
@@ -92,6 +98,7 @@ class Prepared:
                 "or one process"
             )
         self.critic, self.new_critic = found.critic, not found.pretrained
+        judging = self.judging
         if judging is not None:
             judging = copy.deepcopy(judging).eval().requires_grad_(False).to(self.device)
         self.target, self.held_out = open_images(materials.images, self.generator, config)
@@ -204,6 +211,25 @@ class Prepared:
             yield f"{processes.size} processes, {config.batch // processes.size} images of a step each"
         if self.why_eager:
             yield f"no CUDA graphs: {self.why_eager}"
+
+    def contents(self) -> dict[str, str]:
+        """Of each input that a path names, a digest of what is there: by it a run knows its inputs again."""
+        config = self.config
+        found = {"images": self.target.fingerprint()}
+        if any(listed(config.source)):
+            found["source"] = " ".join(fingerprint(network) for network in networks(self.source))
+        if config.critic not in (None, "features") and self.judging is not None:
+            found["critic"] = fingerprint(self.judging)
+        if isinstance(config.held_out, str) and self.held_out is not None:
+            found["held_out"] = ImageSet(self.held_out, []).fingerprint()
+        for name, given in (("features", config.features), ("loss_features", config.loss_features)):
+            if given and Path(given).is_file():
+                digest = hashlib.sha256()
+                with open(given, "rb") as file:
+                    while part := file.read(1 << 20):
+                        digest.update(part)
+                found[name] = digest.hexdigest()
+        return found
 
     def identity(self) -> dict:
         """What all processes must agree on."""

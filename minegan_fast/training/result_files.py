@@ -11,7 +11,7 @@ from torch import nn
 from ..files.atomic import atomic_path
 from ..finetune import SparseFinetuner
 from ..mining import MultiGenerator, load_mined, save_miner
-from .folder import write_generator
+from .folder import DELTA, write_generator
 from .generators import Several, networks
 from .miners import Network, branches
 
@@ -29,11 +29,12 @@ def write_result(
     for i, (branch, before) in enumerate(zip(branches(sampler), networks(source), strict=True)):
         own = folder / source.names[i] if several else folder
         own.mkdir(exist_ok=True)
+        (own / DELTA).unlink(missing_ok=True)  # one that stayed would lie beside a generator that it is not of
         write_generator(own / "generator.safetensors", branch.generator)
         save_miner(own / "miner.safetensors", branch)
         if finetuner is not None:
             part = (f"generators.{i}", before) if several else None
-            finetuner.save_delta(own / "delta.safetensors", ema=True, part=part)
+            finetuner.save_delta(own / DELTA, ema=True, part=part)
     if several:
         p = cast(MultiGenerator, sampler).probabilities.tolist()
         found = {"names": source.names, "p": p, "interval": interval, "resize": source.resize}

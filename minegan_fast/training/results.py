@@ -14,6 +14,7 @@ from .folder import RESULTS, RunFolder
 from .generators import Several, as_generator, image_channels
 from .images import load_images
 from .miners import Network, branches, new_mined
+from .moved import located
 from .result_files import SHARES, read_result
 from .sources import Checkpoints, choose_device, listed, source_critic
 
@@ -94,8 +95,8 @@ def evaluate_result(path, which, device, source, miner, images, samples: int, fe
     real = load_images(images, resolution, image_channels(generator)).images
     critic = config = None
     if RunFolder(path).config.is_file():
-        config = TransferConfig(**load_config(path))
-        features, source = features or config.features, config.source
+        config = TransferConfig(**located(RunFolder(path), load_config(path)))
+        features, source = features or config.features, source or config.source
         if config.critic and config.critic != "features":
             critic = load_discriminator(checkpoints.open(config.critic))
     if critic is None and source and features in (None, "critic"):

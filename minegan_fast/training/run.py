@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -20,6 +21,7 @@ from .events import EventWriter
 from .folder import RunFolder, read_generator
 from .generators import networks, source_of
 from .miners import Network, branches, shares
+from .moved import keep_source
 from .plots import loss_curves, save_grid
 from .prepared import Prepared
 from .progress import Progress
@@ -28,6 +30,8 @@ from .result_files import read_result, write_result
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 VERSION = 3  # of the snapshots
+PARTS = ("version", "step", "best", "images", "trainer")
+_SAID = {"images": "training images", "source": "source networks", "held_out": "held-out images"}
 COLLAPSED = 1 / 3  # of the real images' diversity
 LATENTS = 1024  # how many mined latents are measured
 ASTRAY = 0.1  # how far the mean of |z|²/d may be from 1
@@ -127,16 +131,19 @@ class Run:
         self.prepared, self.config, self.folder = prepared, prepared.config, folder
         self.processes = prepared.processes
         self.trainer = prepared.trainer()
-        self.fingerprint = prepared.target.fingerprint()
+        self.contents = prepared.contents()
         self.step, self.best_kid, self.best_step, self.waited = 0, float("inf"), 0, 0
+        self.best_row: dict = {}
         self.history: list[dict] = []
         self.warned: set[str] = set()
         with self.processes.together():
             # The first process alone measures.
             self.real = prepared.features(prepared.reference) if self.processes.first else torch.empty(0)
-            restored = folder.load_snapshot() if resume else None
+            restored = folder.load_snapshot(PARTS) if resume else None
             if restored:
                 self._restore(*restored)
+            elif resume:
+                folder.check_results()
         self.processes.check_equal(self.step, f"the processes see different snapshots in {str(folder.path)!r}")
         self.processes.from_first(lambda: folder.write_history(self.history))
         self.resumed, self.asked_to_resume = bool(restored), resume
@@ -157,6 +164,7 @@ class Run:
             else:
                 if self.asked_to_resume:
                     self.progress.log(f"nothing to resume in {str(self.folder.path)!r}: a new run begins")
+                self.processes.from_first(lambda: keep_source(self.folder, self.prepared))
                 self._snapshot()
             if self.step < config.mining_steps:
                 self.progress.stage("mining", config.mining_steps, first=0)
@@ -273,7 +281,9 @@ class Run:
         self.waited = 0 if self.step == config.mining_steps else self.waited + 1
         if kid < self.best_kid or self.prepared.held_out is None:
             self.best_kid, self.best_step, self.waited = kid, self.step, 0
+            self.best_row = self.history[-1]
             folder.copy_last(folder.best)
+        os.fsync(self.log.fileno())  # of the rows that the snapshot stands on none may be lost
         folder.save_snapshot(self.step, self._state(), config.keep)
         return self.best_kid, self.best_step, self.waited
 
@@ -333,8 +343,9 @@ class Run:
         return {
             "version": VERSION,
             "step": self.step,
-            "best": {"kid": self.best_kid, "step": self.best_step, "waited": self.waited},
-            "images": self.fingerprint,
+            "best": {"kid": self.best_kid, "step": self.best_step, "waited": self.waited, "row": self.best_row},
+            "images": self.contents["images"],
+            "contents": self.contents,
             "trainer": self.trainer.state_dict(),
         }
 
@@ -344,13 +355,29 @@ class Run:
                 f"the run's snapshots are of version {state['version']}, this library goes on from {VERSION}: finish "
                 "it with the library that began it, or start a new run"
             )
-        if state["images"] != self.fingerprint:
-            raise ValueError("the run began with other training images; put those back, or start a new run")
+        for name, was in (state.get("contents") or {"images": state["images"]}).items():
+            if self.contents.get(name, was) != was:
+                place = getattr(self.config, name)
+                at = f" at {place!r}" if isinstance(place, str) else ""
+                raise ValueError(
+                    f"the run began with other {_SAID.get(name, name)} than what is now{at}: give what it began with "
+                    "(it may lie anywhere), or start a new run in another folder"
+                )
         self.step = step
-        best = state["best"]
-        self.best_kid, self.best_step, self.waited = best["kid"], best["step"], best["waited"]
-        self.trainer.load_state_dict(state["trainer"])
+        try:
+            best = state["best"]
+            self.best_kid, self.best_step, self.waited = best["kid"], best["step"], best["waited"]
+            self.best_row = best.get("row", {})
+            self.trainer.load_state_dict(state["trainer"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"the snapshot {self.folder.newest()} is not one of this run ({type(error).__name__}: {error}): remove "
+                "it to go on from the one before"
+            ) from None
         self.history = self.folder.read_history(step)
+        kept = {row["step"] for row in self.history if "kid" in row}
+        if self.best_row and self.best_step not in kept:
+            self.history = sorted([*self.history, self.best_row], key=lambda row: row["step"])
 
     def _result(self) -> TransferResult:
         self.history = self.processes.from_first(lambda: self.history)
