@@ -1,5 +1,6 @@
 """Files that are either whole or not there, and whose bytes follow from what is in them."""
 
+import errno
 import json
 import os
 import re
@@ -53,9 +54,9 @@ def save_tensors(path: str | os.PathLike, tensors: dict[str, Tensor], metadata: 
         try:
             save_file(contents, temporary, metadata)
         except SafetensorError as error:
-            if (said := re.search(r"os error (\d+)", str(error))) is None:
-                raise
-            raise OSError(int(said[1]), os.strerror(int(said[1])), str(path)) from error
+            said = re.search(r"os error (\d+)", str(error))
+            number = int(said[1]) if said else errno.EIO
+            raise OSError(number, f"{path} cannot be written ({os.strerror(number)}); is the disk full?") from error
         with open(temporary, "r+b") as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))

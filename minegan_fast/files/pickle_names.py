@@ -184,11 +184,13 @@ def _device(kind, index=None) -> str:
 
 
 def check_keys(values: Iterable) -> None:
-    """DamagedError for a nested key: a few bytes can make a tuple of tuples whose hash takes forever."""
-    flat = (int, float, complex, str, bytes, bool, type(None), Thing, Tensor, torch.dtype)
+    """DamagedError for keys that may take forever: a few bytes make a tuple of tuples that is hashed over and over, and
+    of integers from 2^61 - 1 on any number have one hash."""
+    flat = (int, float, str, bytes, bool, type(None), Thing, Tensor, torch.dtype)
     for value in values:
         parts = value if isinstance(value, (tuple, frozenset)) else (value,)
         require(all(isinstance(part, flat) for part in parts), "a key is a container of containers")
+        require(all(abs(part) < 2**61 - 1 for part in parts if isinstance(part, int)), "a key is a huge number")
 
 
 def _each(modules: str, name: str, make: Callable) -> dict:

@@ -1,14 +1,14 @@
 """From a checkpoint's bytes to plain data. Reading never runs code from a file."""
 
-import argparse
 import io
 import mmap
 import re
-import warnings
+import struct
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -21,6 +21,7 @@ MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of a torch.save file before 1
 # A file in a folder of BigGAN-PyTorch.
 PART = re.compile(r"(?P<stem>G_ema|G|D|M|state_dict)(?P<suffix>_(copy|best)\d+)?\.pth")
 OPTIMIZERS = ("G_optim", "D_optim", "M_optim")
+SHARED = 4  # how often a file's bytes may be in its tensors: some programs write a weight under several names
 TRIPLE = ("G", "D", "Gs")  # what NVIDIA's TensorFlow programs write: generator, discriminator, averaged generator
 
 
@@ -125,14 +126,7 @@ def _read_safetensors(path: Path) -> Contents:
 
 
 def _read_pickles(path: Path, zipped: bool) -> dict:
-    """torch's own reader of plain state dicts first: it maps the file; then the one that knows foreign classes."""
-    try:
-        # Training files of the rosinality layout hold their command line: a Namespace is plain data.
-        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
-            warnings.simplefilter("ignore")
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except Exception:  # a damaged pickle can raise anything
-        content = _read_restricted(path, zipped)
+    content = _read_restricted(path, zipped)
     if isinstance(content, tuple) and len(content) == len(TRIPLE):
         content = dict(zip(TRIPLE, content, strict=True))
     if not isinstance(content, dict):
@@ -144,9 +138,12 @@ def _read_pickles(path: Path, zipped: bool) -> dict:
 def _read_restricted(path: Path, zipped: bool):
     try:
         if zipped:
-            return plain(_read_zip(path))
-        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
-            return plain(_read_stream(view, path.stat().st_size))
+            content = plain(_read_zip(path))
+        else:
+            with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
+                content = plain(_read_stream(view, path.stat().st_size))
+        _check_shared(content, path.stat().st_size)
+        return content
     except RefusedError as error:
         raise ValueError(
             f"{path} was refused: {error}; nothing of it was run. "
@@ -175,15 +172,24 @@ def _read_zip(path: Path):
             raise DamagedError("it is compressed, which torch.save never does")
         if f"{root}byteorder" in names and archive.read(f"{root}byteorder") != b"little":
             raise DamagedError("it was written on a big-endian machine")
+        whole = np.memmap(path, np.uint8, "c")  # what is written into it stays in memory
         storages = {}
 
         def storage(saved):
             dtype, key, numel = _described(saved)
             if key not in storages:
-                content = bytearray(archive.read(f"{root}data/{key}"))
-                if len(content) != numel * dtype.itemsize:
-                    raise DamagedError(f"the tensor data {key} has {len(content)} bytes, not {numel * dtype.itemsize}")
-                storages[key] = torch.frombuffer(content, dtype=dtype) if numel else torch.empty(0, dtype=dtype)
+                entry = archive.getinfo(f"{root}data/{key}")
+                if entry.file_size != numel * dtype.itemsize:
+                    raise DamagedError(
+                        f"the tensor data {key} has {entry.file_size} bytes, not {numel * dtype.itemsize}"
+                    )
+                head = whole[entry.header_offset : entry.header_offset + 30].tobytes()
+                start = entry.header_offset + 30 + sum(struct.unpack("<HH", head[26:30]))
+                content = torch.from_numpy(whole[start : start + entry.file_size])
+                if len(content) != entry.file_size:
+                    raise DamagedError(f"the tensor data {key} ends early")
+                aligned = content.data_ptr() % dtype.itemsize == 0
+                storages[key] = (content if aligned else content.clone()).view(dtype)
             return storages[key]
 
         return Unpickler(io.BytesIO(archive.read(pickles[0])), storage, _read_bytes).load()
@@ -198,15 +204,19 @@ def _read_stream(file, size: int):
     system = Unpickler(file).load()
     if not isinstance(system, dict) or not system.get("little_endian"):
         raise DamagedError("it was written on a big-endian machine")
-    storages = {}
+    storages, left = {}, size
 
     def storage(saved):
+        nonlocal left
         if isinstance(saved, tuple) and saved[:1] == ("module",):
             return saved[1]  # a pickled module's class, beside its source
         dtype, key, numel = _described(saved)
-        if numel * dtype.itemsize > size:
-            raise DamagedError(f"the tensor data {key} is larger than the file")
-        whole = storages.setdefault(key, torch.zeros(numel, dtype=dtype))
+        if key not in storages:
+            left -= numel * dtype.itemsize
+            if left < 0:
+                raise DamagedError(f"the tensor data {key} is larger than the file")
+            storages[key] = torch.zeros(numel, dtype=dtype)
+        whole = storages[key]
         if len(saved) > 5 and saved[5] is not None:
             _, offset, length = saved[5]
             return whole[offset : offset + length]
@@ -221,6 +231,20 @@ def _read_stream(file, size: int):
         if numel:
             whole.copy_(torch.frombuffer(bytearray(data), dtype=whole.dtype))
     return content
+
+
+def _check_shared(content, size: int) -> None:
+    """DamagedError: the tensors share memory so often that copies of them would be many times the file's `size`."""
+    left, waiting, seen = SHARED * size + (1 << 24), [content], set()
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, Tensor):
+            left -= value.numel() * value.itemsize
+            if left < 0:
+                raise DamagedError("its tensors are the same memory over and over")
+        elif isinstance(value, (dict, list, tuple)) and id(value) not in seen:
+            seen.add(id(value))
+            waiting += value.values() if isinstance(value, dict) else value
 
 
 def _read_bytes(data):

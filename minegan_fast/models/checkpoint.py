@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ..files.atomic import atomic_path, save_tensors
@@ -56,10 +55,7 @@ def write_networks(path: str | Path, models: list[nn.Module], sources: dict[str,
         modules[role] |= {"source": sources[role]} if role in sources else {}
         tensors |= {f"{role}.{name}": tensor for name, tensor in _on_cpu(model).items()}
     metadata = {"format": "minegan_fast", "version": "1", "modules": json.dumps(modules)}
-    try:
-        save_tensors(path, tensors, metadata)
-    except SafetensorError as error:
-        raise OSError(f"{path} cannot be written ({error}); is the disk full?") from None
+    save_tensors(path, tensors, metadata)
     return path
 
 
@@ -164,12 +160,19 @@ class Written:
     def on_meta(self) -> Network:
         """The network without memory. So nothing is allocated before the sizes are known to fit the file, and no random
         number is drawn."""
+        name = self.model.__name__
+        # A network has no more layers than its file has tensors, and each of them takes time to make.
+        layers = [n for key, n in self.config.items() if "layers" in key and isinstance(n, int)]
+        layers += [len(value) for value in self.config.values() if isinstance(value, (list, dict))]
+        if max(layers, default=0) > len(self.state):
+            raise ValueError(
+                f"{self.origin.path} describes a {name} of {max(layers)} layers, and holds {len(self.state)} tensors"
+            )
         try:
             with torch.device("meta"):
                 return self.model(**self.config)
-        except (TypeError, ValueError, RuntimeError) as error:
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
             reason = str(error).splitlines()[0]
-            name = self.model.__name__
             raise ValueError(f"{self.origin.path} describes a {name} that cannot be built: {reason}") from None
 
     def differences(self, own: State) -> tuple[list[str], list[str], dict[str, str]]:
@@ -189,11 +192,14 @@ def described_modules(contents: Contents) -> dict[str, dict]:
     """{role: {"family", "config", "source"}} of a file of this project; empty for other files."""
     try:
         modules = json.loads(contents.metadata.get("modules", "{}"))
-        return {
+        found = {
             role: {"family": entry["family"], "config": entry["config"], "source": entry.get("source")}
             for role, entry in modules.items()
         }
-    except (ValueError, TypeError, AttributeError, KeyError):
+        if not all(isinstance(e["family"], str) and isinstance(e["config"], dict) for e in found.values()):
+            raise TypeError
+        return found
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
         raise ValueError(f"{contents.path}: its metadata is damaged; write it again with save_model") from None
 
 

@@ -400,7 +400,9 @@ def test_a_state_that_gives_no_sizes(file, generator, critic):
         ({"config": {"resolution": 1024, "channels": {"4": 2**24}}}, "does not fit a StyleGAN2Generator of its size"),
         ({"config": {"resolution": 1024, "channels": {"4": 2**62}}}, "cannot be built"),
         ({"family": "stylegan9"}, "the family 'stylegan9' is unknown to this version, which reads: .*stylegan2"),
-        ({"config": None}, "cannot be built"),
+        ({"config": None}, "its metadata is damaged"),
+        ({"family": []}, "its metadata is damaged"),
+        ({"config": {"resolution": 8, "mapping_layers": 20000}}, "describes a StyleGAN2Generator of 20000 layers"),
     ],
 )
 def test_damaged_descriptions(file, generator, change, message):

@@ -212,7 +212,7 @@ def test_files_of_the_original_minegan(file, stylegan2):
         "miner": "miner of the original MineGAN for StyleGAN or StyleGAN2",
         "miner_semantic": "miner of the learned constant, of the original MineGAN for StyleGAN2",
         "g_optim": "optimizer",
-        "args": "Namespace",
+        "args": "object of argparse.Namespace, not read",
         "step": "3",
     }
 

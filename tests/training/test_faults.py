@@ -278,7 +278,7 @@ def test_images_that_do_not_fit(run_settings):
         ({"density": 0}, "density"),
         ({"density": 1.5}, "density"),
         ({"loss": "lsgan"}, "nonsaturating, wgan, hinge"),
-        ({"batch": 0}, "batch must be a whole number >= 1"),
+        ({"batch": 0}, "batch must be a whole number from 1"),
         ({"batch": "8"}, "batch must be a whole number or null, got '8'"),
         ({"density": "x"}, "density must be a number or null, got 'x'"),
         ({"lr": "x"}, "lr must be a number or null, got 'x'"),

@@ -176,7 +176,7 @@ def test_a_critic_alone_does_not_move_the_miner(tiny):
         ({"loss": "mmd", "method": "freezed"}, "has no critic"),
         ({"loss": "mmd", "batch": 1}, "2 generated images"),
         ({"loss": "mmd", "mmd_weight": 1.0}, "beside an adversarial loss"),
-        ({"part": 0}, "part must be a whole number >= 1"),
+        ({"part": 0}, "part must be a whole number from 1"),
         ({"prior": "ball"}, "prior must be one of sphere"),
         ({"mining_loss": "l2"}, "mining_loss must be one of"),
     ],

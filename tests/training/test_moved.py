@@ -130,9 +130,7 @@ def test_without_a_snapshot_nothing_is_written_over_results(tmp_path, tiny):
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with pytest.raises(
-            ValueError, match="holds best/, last/, mined/, history.jsonl up to step 6"
-        ):
+        with pytest.raises(ValueError, match="holds best/, last/, mined/, history.jsonl up to step 6"):
             transfer(**arguments, out=folder, resume=True)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
@@ -220,7 +218,7 @@ def test_a_full_disk_is_named_by_every_writer(tmp_path, tiny, monkeypatch):
         with pytest.raises(OSError, match="No space left on device") as caught:
             write()
         assert caught.value.errno == errno.ENOSPC
-        assert name in caught.value.filename
+        assert name in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,7 +1,7 @@
 """The public projects' files, one module a family, and which of them a file is."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -72,7 +72,8 @@ def find(data: Mapping, role: str) -> Found | None:
     """The network of that role in a file's data: in a training file's container, or the file itself.
 
     Averaged weights are preferred to raw ones. Containers that the layout names are searched first, then the others,
-    whose name may say that they are averaged.
+    whose name may say that they are averaged. Where none holds one, names with a prefix are: safetensors cannot nest, and
+    a program that trains several networks as one module writes them so.
     """
     held = []
     for layout in LAYOUTS:
@@ -85,10 +86,25 @@ def find(data: Mapping, role: str) -> Found | None:
                     by_name = container in others and re.search(AVERAGED, str(container)) is not None
                     averaged = None if container is None else container in layout.averaged or by_name
                     held.append(Found(layout, state, container, averaged))
+    held = held or [found for layout in LAYOUTS if layout.role == role for found in _prefixed(data, layout)]
     if not held:
         return None
     best = next((found for found in held if found.averaged), held[0])
     return replace(best, passed_over=tuple(found.container for found in held if found is not best))
+
+
+def _prefixed(data: Mapping, layout: Layout) -> Iterator[Found]:
+    """The networks of that layout whose tensors have a prefix, as in `g_ema.conv1.weight`, in the file itself or in one
+    of its containers."""
+    for container in (None, *data):
+        state = _tensors(data if container is None else data.get(container))
+        last = "." + layout.signature[0]
+        for prefix in dict.fromkeys(key.removesuffix(layout.signature[0]) for key in state if key.endswith(last)):
+            own = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
+            if all(key in own for key in layout.signature):
+                averaged = any(part in layout.averaged or re.search(AVERAGED, part) for part in prefix.split("."))
+                name = prefix if container is None else f"{container}: {prefix}"
+                yield Found(layout, own, f"{name}*", averaged or None)
 
 
 def _tensors(candidate) -> State:
