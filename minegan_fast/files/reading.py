@@ -50,7 +50,8 @@ def read(path: str | Path | Contents) -> Contents:
     A folder is one of BigGAN-PyTorch or the original MineGAN (`G_ema.pth`, `G.pth`, `D.pth`, `M.pth`,
     `state_dict.pth`): its data are {"G_ema": {...}, "G": {...}, ...}, optimizers left out (an empty dict). Of several
     suffixes the files without one are taken, else those of `_best0`, else the first. Or it is one of
-    pytorch-pretrained-biggan, with `pytorch_model.bin`, which is then what is read.
+    pytorch-pretrained-biggan, with `pytorch_model.bin`, or of a hub, with `model.safetensors` or one other safetensors
+    file, which is then what is read.
 
     Of such a folder, a generator's file stands for itself and for the critic and the miner of the same suffix beside
     it, a miner's for the generator too, for which it is no use without, `state_dict.pth` for all of them. A critic's
@@ -77,14 +78,20 @@ def read(path: str | Path | Contents) -> Contents:
 
 
 def _read_folder(path: Path) -> Contents:
-    if (file := path / "pytorch_model.bin").is_file():
-        return _read_file(file)
+    for name in ("pytorch_model.bin", "model.safetensors"):
+        if (file := path / name).is_file():
+            return _read_file(file)
     found = [part for file in sorted(path.iterdir()) if (part := PART.fullmatch(file.name))]
     suffixes = {part["suffix"] or "" for part in found if part["stem"] in ("G_ema", "G", "D")}
+    files = sorted(path.glob("*.safetensors"))
+    if not suffixes and len(files) == 1:
+        return _read_file(files[0])
+    if not suffixes and files:
+        raise ValueError(f"{path} is a folder of {', '.join(file.name for file in files)}: give one of them")
     if not suffixes:
         raise ValueError(
             f"{path} is a folder; give the checkpoint file in it (folders are read that hold G_ema.pth, G.pth or "
-            "D.pth, as of BigGAN-PyTorch, or pytorch_model.bin)"
+            "D.pth, as of BigGAN-PyTorch, or pytorch_model.bin, model.safetensors or one file of safetensors)"
         )
     suffix = next((s for s in ("", "_best0") if s in suffixes), min(suffixes))
     return _read_parts(path, path, suffix)
@@ -110,6 +117,8 @@ def _read_file(path: Path) -> Contents:
         return _read_safetensors(path)
     if head.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"<":  # also behind a byte order mark
         raise ValueError(f"{path} is a web page, not a checkpoint: the download gave HTML; fetch the file itself")
+    if head.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{path} is a pointer of Git LFS, not the file itself: fetch that with git lfs pull")
     zipped = head[:2] == b"PK"
     if not zipped and head[:1] != b"\x80":
         raise ValueError(f"{path} is neither a safetensors nor a PyTorch file (it begins with {head[:16]})")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..files.atomic import atomic_path, save_tensors
 from ..files.reading import Contents, read
-from .layouts import MODELS, Layout, State, describe, families, find
+from .layouts import MODELS, Layout, State, describe, families, find, foreign
 from .network import Network, Origin
 from .stylegan2 import StyleGAN2Discriminator, StyleGAN2Generator
 
@@ -69,7 +69,8 @@ def export_rosinality(path: str | Path, generator: StyleGAN2Generator, discrimin
     for model, expected in ((generator, StyleGAN2Generator), (discriminator, StyleGAN2Discriminator)):
         if not isinstance(model, expected) and not (model is None and expected is StyleGAN2Discriminator):
             raise TypeError(f"the rosinality layout takes a {expected.__name__}, got a {type(model).__name__}")
-    content = {"g_ema": _on_cpu(generator), "latent_avg": generator.mean_latent()[0].cpu()}
+    state = _on_cpu(generator)
+    content = {"g_ema": state, "latent_avg": state.pop("latent_avg", generator.mean_latent()[0].cpu())}
     if discriminator is not None:
         content["d"] = _on_cpu(discriminator)
     with atomic_path(path) as temporary:
@@ -228,10 +229,15 @@ def written_network(contents: Contents, role: str, family: str | None = None, re
     if found is None:
         raise ValueError(
             f"{path} holds no {role} of a layout known here. If it is of a network of your own, "
-            "build that in Python, load the weights, and give the module to minegan_fast.transfer. "
-            f"{describe(contents.data, role)}"
+            "build that in Python, load the weights, and give the module to minegan_fast.transfer: any works that has "
+            f"latent_dim, resolution and forward(z). {describe(contents.data, role)}"
         )
     layout = found.layout
+    if (kind := foreign(found.state)) is not None:
+        raise ValueError(
+            f"{path} holds a {kind}, which is not read here: build it with the program that made it, and give the "
+            "module to minegan_fast.transfer, which takes any that has latent_dim, resolution and forward(z)"
+        )
     _check_family(path, role, layout.model.family, family)
     path = contents.files.get(found.container or "", path)
     critic = find(contents.data, "discriminator") if layout.beside else None

@@ -180,6 +180,8 @@ class StyleGAN2Generator(StyleBased):
         channels: {resolution: channels} where a network departs from the rule.
         architecture: "skip" (figure 7b: each resolution adds to the image) or "resnet" (figure 7c: residual blocks, one
             image at the end).
+        latent_avg: whether there is a buffer `latent_avg` [style_dim]: the mean of w that a training has kept, as
+            public files hold it. It is the centre of truncation then.
 
     Attributes: `latent_dim`, `style_dim`, `resolution`, `image_channels`, `num_classes` (0), `num_layers` (the number L
     of w vectors that the synthesis reads), `config` (the constructor's arguments).
@@ -199,6 +201,7 @@ class StyleGAN2Generator(StyleBased):
         image_channels: int = 3,
         channels: dict[int, int] | None = None,
         architecture: str = "skip",
+        latent_avg: bool = False,
     ):
         super().__init__()
         _check_architecture(architecture)
@@ -214,7 +217,7 @@ class StyleGAN2Generator(StyleBased):
             "image_channels": image_channels,
             "channels": {str(r): c for r, c in widths.items()},
             "architecture": architecture,
-        }
+        } | ({"latent_avg": True} if latent_avg else {})
         for name in ("latent_dim", "mapping_layers", "style_dim", "image_channels"):
             if self.config[name] < 1:
                 raise ValueError(f"{name} must be at least 1, got {self.config[name]}")
@@ -228,6 +231,8 @@ class StyleGAN2Generator(StyleBased):
             PixelNorm(),
             *(EqualLinear(i, o, lr_mul=0.01, activate=True) for i, o in itertools.pairwise(dims)),
         )
+        if latent_avg:
+            self.register_buffer("latent_avg", torch.zeros(style_dim))
         self.input = ConstantInput(widths[4])
         self.conv1 = StyledConv(widths[4], widths[4], style_dim)
         self.convs, self.noises = nn.ModuleList(), nn.Module()

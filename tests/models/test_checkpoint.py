@@ -98,6 +98,7 @@ def test_a_loaded_network_does_not_depend_on_its_file(file, generator):
         write(file, generator)
         g = load_generator(file)
         file.write_bytes(bytes(file.stat().st_size))
+        g.__dict__["_buffers"].pop("latent_avg", None)  # which the export writes beside the network
         assert_same(g, generator)
 
 
@@ -238,7 +239,15 @@ def test_export_has_the_public_layout_and_loads_back(file, resolution, image_cha
     assert content.keys() == {"g_ema", "latent_avg", "d"}
     assert content["g_ema"].keys() == g.state_dict().keys()
     assert torch.equal(content["latent_avg"], g.mean_latent()[0])
-    assert_same(load_generator(file), g)
+    loaded = load_generator(file)
+    assert torch.equal(loaded.latent_avg, content["latent_avg"])
+    export_rosinality(file, loaded)
+    again = torch.load(file, weights_only=True)
+    assert again["g_ema"].keys() == g.state_dict().keys()
+    assert torch.equal(again["latent_avg"], content["latent_avg"])
+    del loaded.latent_avg
+    assert_same(loaded, g)
+    export_rosinality(file, g, d)
     assert_same(load_discriminator(file), d)
 
 

@@ -29,8 +29,9 @@ CHANNELS = {4: 6, 8: 5, 16: 3}
 @pytest.fixture(scope="module")
 def generator():
     torch.manual_seed(3)
-    g = StyleGAN2Generator(16, 9, mapping_layers=2, style_dim=11, channels=CHANNELS).double()
+    g = StyleGAN2Generator(16, 9, mapping_layers=2, style_dim=11, channels=CHANNELS, latent_avg=True).double()
     with torch.no_grad():
+        g.latent_avg.copy_(torch.randn(11))
         for name, p in g.named_parameters():
             if p.ndim < 2 or name.endswith("rgb1.bias"):
                 p.add_(torch.randn_like(p) * 0.3)  # biases and noise strengths that are zero would show nothing
@@ -56,10 +57,10 @@ def write(kind, file, generator, critic):
     g, d = generator.state_dict(), critic.state_dict()
     raw = {k: 2 * t for k, t in g.items()}
     if kind == "torch":
-        averaged = ada_of(g) | {"mapping.w_avg": torch.zeros(11, dtype=torch.float64)}
+        averaged = ada_of(g) | {"mapping.w_avg": g["latent_avg"]}
         write_torch_pickle(file, G=ada_of(raw), D=critic_of(d, 16, False), G_ema=averaged)
     else:
-        averaged = tf_of(g) | {"dlatent_avg": torch.zeros(11), "synthesis/lod": torch.zeros(())}
+        averaged = tf_of(g) | {"dlatent_avg": g["latent_avg"], "synthesis/lod": torch.zeros(())}
         write_tf_pickle(
             file, network_tree(tf_of(raw)), network_tree(critic_of(d, 16, True), ()), network_tree(averaged)
         )
@@ -191,6 +192,8 @@ def test_the_networks_come_back(file, generator, critic, kind):
     images = generator(z, noise="constant")
     torch.testing.assert_close(g(z, noise="constant"), images, rtol=1e-11, atol=1e-12)
     torch.testing.assert_close(d(images), critic(images), rtol=1e-11, atol=1e-12)
+    centre = generator.synthesis(generator.latent_avg.expand(3, generator.num_layers, -1), noise="constant")
+    torch.testing.assert_close(g(z, truncation=0.0, noise="constant"), centre, rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["torch", "tf"])
@@ -210,7 +213,7 @@ def test_images_are_those_of_the_equations(file, generator, critic, kind):
 @pytest.mark.parametrize("kind", ["torch", "tf"])
 def test_residual_generators_and_skip_discriminators(file, kind):
     torch.manual_seed(5)
-    g = StyleGAN2Generator(16, 9, mapping_layers=2, channels=CHANNELS, architecture="resnet").double()
+    g = StyleGAN2Generator(16, 9, mapping_layers=2, channels=CHANNELS, architecture="resnet", latent_avg=True).double()
     d = StyleGAN2Discriminator(16, channels=CHANNELS, architecture="skip").double()
     write(kind, file, g, d)
     loaded_g, loaded_d = load_generator(file), load_discriminator(file)

@@ -130,7 +130,7 @@ def test_without_a_snapshot_nothing_is_written_over_results(tmp_path, tiny):
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with pytest.raises(ValueError, match="holds best/, last/, mined/, history.jsonl up to step 6"):
+        with pytest.raises(ValueError, match=r"holds best/, last/, mined/, history\.jsonl up to step 6"):
             transfer(**arguments, out=folder, resume=True)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 

@@ -9,7 +9,19 @@ from torch import Tensor
 from . import biggan, biggan_deep, nvidia_tf, nvidia_torch, pgan, pgan_tf, stylegan, stylegan2
 from ._layout import Layout, State, as_it_is
 
-__all__ = ["LAYOUTS", "MINERS", "MODELS", "Found", "Layout", "State", "as_it_is", "describe", "families", "find"]
+__all__ = [
+    "LAYOUTS",
+    "MINERS",
+    "MODELS",
+    "Found",
+    "Layout",
+    "State",
+    "as_it_is",
+    "describe",
+    "families",
+    "find",
+    "foreign",
+]
 
 # A family adds its module's LAYOUTS here; the first layout that fits a file is taken.
 LAYOUTS: tuple[Layout, ...] = (
@@ -37,11 +49,17 @@ MINERS = {
     "relu2.bias": "miner of the learned constant, of the original MineGAN for StyleGAN2",
 }
 
-# Keys of networks that are not read here, but that are taken for one of these GANs or lie beside one.
-OTHERS = {
-    "layer1.0.conv1.weight": "ResNet classifier",
+# Keys that tell GANs of other kinds, which are not read here; some of them have all names of one that is.
+FOREIGN = {
     "synthesis.input.freqs": "StyleGAN3 generator",
-} | MINERS
+    "synthesis.feat_8.1.weight_orig": "Projected GAN's generator",
+    "feat_8.1.weight_orig": "FastGAN generator",
+    "to_rgbs.0.iwt.ll": "SWAGAN generator",
+    "convs.0.dwt.ll": "SWAGAN discriminator",
+    "blocks.0.to_style1.weight": "StyleGAN2 generator of lucidrains/stylegan2-pytorch",
+}
+# Keys of networks that are not read here, but that are taken for one of these GANs or lie beside one.
+OTHERS = FOREIGN | {"layer1.0.conv1.weight": "ResNet classifier"} | MINERS
 
 
 @dataclass(frozen=True)
@@ -72,8 +90,8 @@ def find(data: Mapping, role: str) -> Found | None:
     """The network of that role in a file's data: in a training file's container, or the file itself.
 
     Averaged weights are preferred to raw ones. Containers that the layout names are searched first, then the others,
-    whose name may say that they are averaged. Where none holds one, names with a prefix are: safetensors cannot nest, and
-    a program that trains several networks as one module writes them so.
+    whose name may say that they are averaged. Where none holds one, names with a prefix are: safetensors cannot nest,
+    and a program that trains several networks as one module writes them so.
     """
     held = []
     for layout in LAYOUTS:
@@ -83,6 +101,7 @@ def find(data: Mapping, role: str) -> Found | None:
             for container in (*layout.containers, None, *others):
                 state = _tensors(data if container is None else data.get(container))
                 if all(key in state for key in layout.signature):
+                    state |= _at_the_top(data, layout)
                     by_name = container in others and re.search(AVERAGED, str(container)) is not None
                     averaged = None if container is None else container in layout.averaged or by_name
                     held.append(Found(layout, state, container, averaged))
@@ -102,9 +121,16 @@ def _prefixed(data: Mapping, layout: Layout) -> Iterator[Found]:
         for prefix in dict.fromkeys(key.removesuffix(layout.signature[0]) for key in state if key.endswith(last)):
             own = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
             if all(key in own for key in layout.signature):
+                own |= _at_the_top(data, layout)
                 averaged = any(part in layout.averaged or re.search(AVERAGED, part) for part in prefix.split("."))
                 name = prefix if container is None else f"{container}: {prefix}"
                 yield Found(layout, own, f"{name}*", averaged or None)
+
+
+def _at_the_top(data: Mapping, layout: Layout) -> State:
+    """Of pSp's and e4e's files the average is [style_dim] or one for each layer, of which the first is taken."""
+    found = {key: data.get(key) for key in layout.at_the_top}
+    return {key: t.reshape(-1, t.shape[-1])[0] for key, t in found.items() if isinstance(t, Tensor) and t.ndim}
 
 
 def _tensors(candidate) -> State:
@@ -115,10 +141,15 @@ def _tensors(candidate) -> State:
     return {re.sub(r"^((module|_orig_mod)\.)+", "", k): v for k, v in named.items()}
 
 
+def foreign(state: State) -> str | None:
+    """What a network is that has the names of one that is read here, and others too."""
+    return next((kind for key, kind in FOREIGN.items() if key in state), None)
+
+
 def describe(data: Mapping, role: str) -> str:
     """For an error: what the file looks like, its first keys, and ten keys by which a layout would have been told."""
     states = [_tensors(data), *map(_tensors, data.values())]
-    known = {layout.signature[0]: f"{layout.model.family} {layout.role}" for layout in LAYOUTS} | OTHERS
+    known = OTHERS | {layout.signature[0]: f"{layout.model.family} {layout.role}" for layout in LAYOUTS}
     looks = (
         f"It looks like a {kind} (it has {key}). "
         for key, kind in known.items()

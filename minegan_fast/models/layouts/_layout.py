@@ -15,6 +15,15 @@ def as_it_is(state: State) -> State:
     return state
 
 
+def square(constant: Tensor | None) -> None:
+    """ValueError: what a StyleGAN2's synthesis begins with, [..., 4, 4], has other sides."""
+    if constant is not None and constant.shape[-2:] != (4, 4):
+        sides = " x ".join(map(str, constant.shape[-2:]))
+        raise ValueError(
+            f"its synthesis begins with {sides} pixels: networks of images that are not square are not read here"
+        )
+
+
 def highest(state: State, pattern: str) -> int:
     """The highest number in names of that pattern, whose group it is; -1 where there is none.
 
@@ -45,6 +54,7 @@ class Layout:
             file is known to be of no use; what it keeps beyond the model's own names is reported as unexpected.
         optional: regular expression of the model's own names that a file may leave out; they get the values of a
             freshly built network (seed 0).
+        at_the_top: tensors that lie beside the container, in the file itself, and belong to the network.
         crop: (tensors under the file's names, resolution) -> those of the network up to that resolution, which `config`
             and `convert` then see; None stands for the resolution that the network was trained for. Only where the
             layers of a lower resolution are a network of their own. ValueError: no such resolution in the file.
@@ -61,5 +71,6 @@ class Layout:
     averaged: tuple[str, ...] = ()
     convert: Callable[[State], State] = as_it_is
     optional: str | None = None
+    at_the_top: tuple[str, ...] = ()
     crop: Callable[[State, int | None], State] | None = None
     beside: Callable[[dict, State], dict] | None = None

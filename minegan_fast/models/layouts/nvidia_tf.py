@@ -53,6 +53,7 @@ def _noise(match: re.Match) -> str:
 
 
 GENERATOR: Rules = [
+    (r"dlatent_avg", "mapping.w_avg", same),
     (r"mapping/Dense(\d+)/weight", r"mapping.fc\1.weight", _transposed),
     (r"mapping/Dense(\d+)/bias", r"mapping.fc\1.bias", same),
     (r"synthesis/4x4/Const/const", "synthesis.b4.const", lambda t: t[0]),
@@ -77,7 +78,7 @@ def _translated(state: State, rules: Rules, block: str) -> State:
     """Names and axes of a file of PyTorch; what no rule names stays. block: how its blocks' names begin."""
     out: State = {}
     for name, tensor in state.items():
-        if not re.fullmatch(r"dlatent_avg|(.*/)?(lod|resample_kernel)", name):
+        if not re.fullmatch(r"(.*/)?(lod|resample_kernel)", name):
             rule = next((rule for rule in rules if re.fullmatch(rule[0], name)), None)
             out |= {re.sub(rule[0], rule[1], name): rule[2](tensor)} if rule else {name: tensor}
     taps = state.get("synthesis/resample_kernel", state.get("resample_kernel", DEFAULT_TAPS))

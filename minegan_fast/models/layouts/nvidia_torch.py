@@ -13,7 +13,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from ..stylegan2 import StyleGAN2Discriminator, StyleGAN2Generator
-from ._layout import Layout, State, highest
+from ._layout import Layout, State, highest, square
 
 # (name in the file, name here, what happens to the tensor)
 Table = list[tuple[str, str, Callable[[Tensor], Tensor]]]
@@ -73,6 +73,7 @@ def generator_config(state: State) -> dict:
     largest = highest(state, r"synthesis\.b(\d+)\..*")
     sizes = _resolutions(largest)
     first = state["mapping.fc0.weight"]
+    square(state.get("synthesis.b4.const"))
     return {
         "resolution": largest,
         "latent_dim": first.shape[1],
@@ -82,11 +83,11 @@ def generator_config(state: State) -> dict:
         "channels": {4: state["synthesis.b4.conv1.weight"].shape[0]}
         | {r: state[f"synthesis.b{r}.conv1.weight"].shape[0] for r in sizes},
         "architecture": _architecture(state, "generator", "synthesis.b4.torgb.weight"),
-    }
+    } | ({"latent_avg": True} if "mapping.w_avg" in state else {})
 
 
 def generator(state: State) -> State:
-    table = [("synthesis.b4.const", "input.input", _batch)]
+    table = [("synthesis.b4.const", "input.input", _batch), ("mapping.w_avg", "latent_avg", same)]
     for i in range(highest(state, r"mapping\.fc(\d+)\..*") + 1):
         table += [(f"mapping.fc{i}.{part}", f"style.{i + 1}.{part}", same) for part in ("weight", "bias")]
 
@@ -122,7 +123,7 @@ def generator(state: State) -> State:
         else:
             table.append((f"{block}.resample_filter", f"to_rgbs.{j}.upsample.kernel", _times4))
         table += to_rgb(f"{block}.torgb", "to_rgb" if resnet else f"to_rgbs.{j}")
-    return _apply(state, table, r"mapping\.w_avg|.*\.resample_filter")
+    return _apply(state, table, r".*\.resample_filter")
 
 
 def discriminator_config(state: State) -> dict:

@@ -4,7 +4,7 @@ That project has the skip generator and the residual discriminator; the other tw
 """
 
 from ..stylegan2 import StyleGAN2Discriminator, StyleGAN2Generator
-from ._layout import Layout, State, highest
+from ._layout import Layout, State, highest, square
 
 
 def generator_config(state: State) -> dict:
@@ -12,6 +12,7 @@ def generator_config(state: State) -> dict:
     channels = {4: state["conv1.conv.weight"].shape[1]}
     channels |= {8 << j: state[f"convs.{2 * j}.conv.weight"].shape[1] for j in range(stages)}
     resnet = "skips.0.0.weight" in state
+    square(state.get("input.input"))
     return {
         "resolution": 4 << stages,
         "latent_dim": state["style.1.weight"].shape[1],
@@ -20,7 +21,7 @@ def generator_config(state: State) -> dict:
         "image_channels": state["to_rgb.conv.weight" if resnet else "to_rgb1.conv.weight"].shape[1],
         "channels": channels,
         "architecture": "resnet" if resnet else "skip",
-    }
+    } | ({"latent_avg": True} if "latent_avg" in state else {})
 
 
 def discriminator_config(state: State) -> dict:
@@ -44,6 +45,7 @@ LAYOUTS: tuple[Layout, ...] = (
         signature=("conv1.conv.modulation.weight",),
         containers=("g_ema", "generator", "g", "G_ema", "G"),
         averaged=("g_ema", "G_ema"),
+        at_the_top=("latent_avg",),
         config=generator_config,
         optional=r"noises\..*",
     ),
