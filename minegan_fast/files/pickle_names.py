@@ -101,6 +101,9 @@ def _dtype(code, align=False, copy=False) -> DType | Thing:
     return Thing("numpy.dtype", (code,))
 
 
+EXPANDED = 1 << 24  # elements
+
+
 def array_of(data: Any, dtype: Any, shape: Any, order: Literal["C", "F"] = "C") -> np.ndarray | None:
     """The array of that data; None where it holds objects, which no weight does."""
     if not isinstance(dtype, DType):
@@ -123,8 +126,8 @@ def _scalar(dtype, data=b""):
 def _tensor(storage, offset, size, stride, *_) -> Tensor:
     require(isinstance(storage, Tensor), "a tensor has no storage")
     require(all(type(n) is int for n in (offset, *size, *stride)), "a tensor has no size")
-    # A stride of 0 would make a few bytes a tensor of any size.
-    require(math.prod(size) <= storage.numel(), "a tensor is larger than its storage")
+    # A stride of 0 makes a few bytes a tensor of any size; of some size that is what a program may have meant.
+    require(math.prod(size) <= max(storage.numel(), EXPANDED), "a tensor is larger than its storage")
     return storage.as_strided(tuple(size), tuple(stride), offset)
 
 

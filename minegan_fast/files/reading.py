@@ -244,7 +244,7 @@ def _read_stream(file, size: int):
 
 def _check_shared(content, size: int) -> None:
     """DamagedError: the tensors share memory so often that copies of them would be many times the file's `size`."""
-    left, waiting, seen = SHARED * size + (1 << 24), [content], set()
+    left, waiting, seen = SHARED * size + (1 << 28), [content], set()
     while waiting:
         value = waiting.pop()
         if isinstance(value, Tensor):

@@ -129,10 +129,19 @@ def _read(path) -> tuple[dict, dict[str, Tensor]]:
         raise ValueError(f"{os.fspath(path)!r} is not a delta: {error}; write one with save_delta()") from None
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{os.fspath(path)!r} holds no delta; write one with save_delta()")
-    if metadata["version"] != VERSION:
+    if metadata.get("version") != VERSION:
         raise ValueError(
-            f"{os.fspath(path)!r} has delta version {metadata['version']}, this library reads {VERSION}; update it"
+            f"{os.fspath(path)!r} has delta version {metadata.get('version')}, this library reads {VERSION}; update it"
         )
+    try:
+        layers = json.loads(metadata["layers"])
+        wanted = {f"{layer}:rows" for layer in layers} | {str(n) for members in layers.values() for n, _ in members}
+        whole = "base" in metadata and all(members and isinstance(axis, int) and axis >= 0
+                                           for members in layers.values() for _, axis in members)  # fmt: skip
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
+        whole = False
+    if not whole or not wanted <= tensors.keys():
+        raise ValueError(f"{os.fspath(path)!r} is a damaged delta: what it lists and what it holds differ")
     return metadata, tensors
 
 

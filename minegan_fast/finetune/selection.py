@@ -78,8 +78,12 @@ class Selection:
             ) from None
         if metadata.get("format") != FORMAT:
             raise ValueError(f"{os.fspath(path)!r} holds no selection; write one with Selection.save()")
-        sizes = {name: tuple(size) for name, size in json.loads(metadata["sizes"]).items()}
-        return cls(rows, sizes, metadata["budget"], frozenset(json.loads(metadata.get("always", "[]"))))
+        try:
+            sizes = {name: tuple(size) for name, size in json.loads(metadata["sizes"]).items()}
+            return cls(rows, sizes, metadata["budget"], frozenset(json.loads(metadata.get("always", "[]"))))
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{os.fspath(path)!r} is a damaged selection ({reason}); write it again") from None
 
 
 def sizes_of(layers: list[NeuronGroup]) -> dict[str, tuple[int, int]]:

@@ -1,5 +1,6 @@
 """Frechet distance between two sets of features, or between what is kept of them."""
 
+import math
 import os
 import warnings
 import zipfile
@@ -14,6 +15,7 @@ from ..files.atomic import atomic_path
 from ._inputs import Array, as_features, as_tensor
 
 _ASYMMETRY = 1e-5  # of the largest entry; files made in float32 have about 1e-7
+_INFLATED = 1100  # how many times its packed size a member of a zip file may be: no more can be packed
 _NEGATIVE = 1e-3  # of the largest eigenvalue; rounding makes no eigenvalue more negative than that
 
 
@@ -23,6 +25,20 @@ class Normal(NamedTuple):
     mean: Tensor
     root: Tensor
     count: int | None
+
+
+def _bounded(file, name: str) -> np.ndarray:
+    """An array of an .npz file. ValueError: its header or the archive announces more than the file could hold."""
+    entry = file.zip.getinfo(f"{name}.npy")
+    if entry.file_size > _INFLATED * max(entry.compress_size, 1):
+        raise ValueError(f"{name} is said to be {entry.file_size} bytes, packed into {entry.compress_size}")
+    with file.zip.open(entry) as stream:
+        version = np.lib.format.read_magic(stream)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(stream)
+    if math.prod(shape) * dtype.itemsize > entry.file_size:
+        raise ValueError(f"{name} is said to have the shape {list(shape)}, and the file holds {entry.file_size} bytes")
+    return file[name]
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,14 +101,15 @@ class FeatureStatistics:
             raise ValueError(f"no file {path}: expected an .npz file of statistics")
         if not zipfile.is_zipfile(path):
             raise ValueError(f"{path} is not an .npz file")
-        with np.load(path, allow_pickle=False) as file:
-            missing = [key for key in ("mu", "sigma") if key not in file.files]
-            if missing:
-                raise ValueError(f"{path} has no {' and no '.join(missing)}; it holds {', '.join(file.files)}")
-            try:
-                return cls(file["mu"], file["sigma"], int(file["count"]) if "count" in file.files else None)
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"{path}: {error}") from error
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                missing = [key for key in ("mu", "sigma") if key not in file.files]
+                if missing:
+                    raise ValueError(f"it has no {' and no '.join(missing)}; it holds {', '.join(file.files)}")
+                mu, sigma = _bounded(file, "mu"), _bounded(file, "sigma")
+                return cls(mu, sigma, int(_bounded(file, "count")) if "count" in file.files else None)
+        except Exception as error:  # a damaged archive can raise anything
+            raise ValueError(f"{path}: {(str(error) or type(error).__name__).splitlines()[0]}") from error
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes an .npz file that `load` and pytorch-fid read: `mu`, `sigma`, and `count` where it is known."""

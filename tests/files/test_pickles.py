@@ -52,6 +52,8 @@ TREE = {
     (1, "key"): "tuple as key",
 }
 
+SHARED_TENSOR = torch.zeros(1 << 18)
+
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_containers_numbers_and_strings(protocol):
@@ -124,3 +126,34 @@ def test_unknown_classes_are_remembered_not_made(tmp_path):
     assert isinstance(data["canary"], Thing)
     assert (data["canary"].name, data["canary"].arguments) == ("canary.touch", (1, 2))
     assert torch.equal(data["weight"], torch.ones(2))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({str(i): SHARED_TENSOR for i in range(400)}, "the same memory over and over"),
+        ({"giant": torch.zeros(1).expand(10**9)}, "a tensor is larger than its storage"),
+        ({i * (2**61 - 1): 0 for i in range(1, 9)}, "a key is a huge number"),
+    ],
+    ids=["shared", "stride 0", "colliding keys"],
+)
+@pytest.mark.parametrize("zipped", [True, False])
+def test_reading_grows_no_faster_than_the_file(tmp_path, content, message, zipped):
+    torch.save(content, tmp_path / "file", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path / "file")
+
+
+def test_weights_under_several_names_are_read(tmp_path):
+    torch.save(dict.fromkeys("abc", SHARED_TENSOR), tmp_path / "file")
+    data = read(tmp_path / "file").data
+    assert data["a"].data_ptr() == data["c"].data_ptr()
+
+
+@pytest.mark.parametrize("levels", [14, 40])
+def test_tuples_of_tuples_are_no_keys(tmp_path, levels):
+    """Each level holds the one below three times: its hash takes 3^levels steps."""
+    level = b"".join((b"h" + bytes([i])) * 3 + b"\x87q" + bytes([i + 1]) for i in range(levels))
+    (tmp_path / "file").write_bytes(b"\x80\x02)q\x00" + level + b"}h" + bytes([levels]) + b"Ns.")
+    with pytest.raises(ValueError, match="a key is a container of containers"):
+        read(tmp_path / "file")

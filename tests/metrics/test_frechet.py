@@ -1,6 +1,8 @@
 """FID against the textbook formula with scipy's matrix root, and where that formula breaks down."""
 
+import io
 import warnings
+import zipfile
 
 import numpy as np
 import pytest
@@ -175,7 +177,7 @@ def test_wrong_files_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"text\.npz is not an \.npz file"):
         FeatureStatistics.load(tmp_path / "text.npz")
     np.savez(tmp_path / "keys.npz", mu=np.zeros(3), cov=np.eye(3))
-    with pytest.raises(ValueError, match=r"keys\.npz has no sigma; it holds mu, cov"):
+    with pytest.raises(ValueError, match=r"keys\.npz: it has no sigma; it holds mu, cov"):
         FeatureStatistics.load(tmp_path / "keys.npz")
     np.savez(tmp_path / "pickle.npz", mu=np.array([{}], dtype=object), sigma=np.eye(1))
     with pytest.raises(ValueError, match=r"pickle\.npz: .*allow_pickle=False"):
@@ -223,3 +225,24 @@ def test_on_a_gpu():
     assert fid(x.cuda(), statistics.to("cuda")) == pytest.approx(fid(x, y), rel=1e-9)
     with pytest.raises(ValueError, match="x and y must be on the same device, got cuda:0 and cpu"):
         fid(x.cuda(), statistics)
+
+
+@pytest.mark.parametrize("shape", [(10**6, 10**6), (2**40,)])
+def test_a_header_that_announces_more_than_the_file_holds(tmp_path, shape):
+    path = tmp_path / "statistics.npz"
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f8", "fortran_order": False, "shape": shape})
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in ("mu", "sigma"):
+            archive.writestr(f"{name}.npy", header.getvalue() + bytes(64))
+    with pytest.raises(ValueError, match="mu is said to have the shape"):
+        FeatureStatistics.load(path)
+
+
+def test_damaged_archives_are_named(tmp_path):
+    path = tmp_path / "statistics.npz"
+    FeatureStatistics.of(torch.randn(9, 3)).save(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b"PK\x03\x04", b"PK\x03\x05", 1))
+    with pytest.raises(ValueError, match=r"statistics\.npz: "):
+        FeatureStatistics.load(path)
