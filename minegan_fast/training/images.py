@@ -159,9 +159,7 @@ def _from_array(images: Tensor, resolution: int, channels: int, limit: int | Non
             hint = f"the model wants {channels} channels: average or repeat those given"
         raise ValueError(f"images must have the shape {expected}, got {list(images.shape)}; {hint}")
     if len(images) < 2:
-        raise ValueError(
-            f"at least 2 images are needed, got {len(images)}" + (_OF_ONE if len(images) == 1 else "")
-        )
+        raise ValueError(f"at least 2 images are needed, got {len(images)}" + (_OF_ONE if len(images) == 1 else ""))
     images = images[:limit]
     if images.dtype == torch.uint8:
         pixels = images.clone(memory_format=torch.contiguous_format)
@@ -190,10 +188,13 @@ def to_uint8(images: Tensor) -> Tensor:
     return (images.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
+PICTURED = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # by channels
+
+
 def to_pil(image: Tensor) -> Image.Image:
-    """One image [C, H, W], C 1 or 3, uint8 or floating point in [-1, 1] -> PIL image of mode L or RGB."""
-    if image.ndim != 3 or image.shape[0] not in (1, 3):
-        raise ValueError(f"an image must be [1 or 3, H, W], got {list(image.shape)}")
+    """One image [C, H, W], C 1 to 4, uint8 or floating point in [-1, 1] -> PIL image of mode L, LA, RGB or RGBA."""
+    if image.ndim != 3 or image.shape[0] not in PICTURED:
+        raise ValueError(f"an image must be [1 to 4, H, W], got {list(image.shape)}")
     pixels = image if image.dtype == torch.uint8 else to_uint8(image)
     pixels = pixels.detach().cpu().permute(1, 2, 0).contiguous().numpy()
     return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
@@ -202,7 +203,7 @@ def to_pil(image: Tensor) -> Image.Image:
 def save_folder(
     path: str | os.PathLike, images: Tensor | Sequence[Tensor], *, start: int = 0, names: Sequence[str] | None = None
 ) -> list[Path]:
-    """Writes [N, C, H, W] (C 1 or 3, uint8 or floating point in [-1, 1]) as `path`/00000.png and so on from `start`;
+    """Writes [N, C, H, W] (C 1 to 4, uint8 or floating point in [-1, 1]) as `path`/00000.png and so on from `start`;
     where the images have names, as 00000-NAME.png.
 
     The folder is made where it is missing; each file is whole or not there. Returns the paths.

@@ -183,6 +183,7 @@ def test_pixels_without_a_known_range_are_named(tmp_path):
 
 def png16(pixels):
     """A PNG of 16-bit RGB, which Pillow does not write: the chunks by hand."""
+
     def chunk(kind, content):
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
