@@ -5,13 +5,11 @@ from typing import Annotated, Optional
 
 import typer
 from PIL import features
-from rich.console import Console
 
 from ..mining import MultiGenerator
 from . import arguments as args
 from .modules import named_module
 
-console = Console()
 FORMATS = ("gif", "webp", "none")
 
 
@@ -68,7 +66,7 @@ def sample(
         labelled_rows(out / "grid.png", [(f"{name} {len(r)}", images[r]) for name, r in rows.items() if r])
     else:
         save_grid(out / "grid.png", images)
-    console.print(f"{len(paths)} images and grid.png in {out}", highlight=False, markup=False)
+    print(f"{len(paths)} images and grid.png in {out}")
 
 
 def interpolate(
@@ -125,7 +123,7 @@ def interpolate(
         with atomic_path(path) as temporary:
             pictures[0].save(temporary, save_all=True, append_images=pictures[1:], duration=round(1000 / fps), loop=0)
         said += f" and {path.name}"
-    console.print(f"{said} in {out}", highlight=False, markup=False)
+    print(f"{said} in {out}")
 
 
 def _opened(run: Path, which, device, source, miner, truncation: float, noise: str | None, classes: str | None):
@@ -143,7 +141,7 @@ def _opened(run: Path, which, device, source, miner, truncation: float, noise: s
             f"the images have {channels} channels, which no PNG shows: in Python minegan_fast.load_generator gives them"
         )
     for line in steer(sampler, truncation, "constant" if noise == "const" else noise):
-        console.print(line, highlight=False, markup=False)
+        print(line)
     if is_bare(sampler):
-        console.print(f"{run} holds no miner: these are the checkpoint's own images", highlight=False, markup=False)
+        print(f"{run} holds no miner: these are the checkpoint's own images")
     return sampler

@@ -1,6 +1,7 @@
 """Images as a user asks for them: of seeds, of a checkpoint without a miner, truncated, with one noise, in between."""
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import cast
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..mining import Mined, MultiGenerator
-from ..mining.draws import draw_inputs
+from ..mining.draws import draw_inputs, seeded
 from ..models.styles import StyleBased
 from .generators import as_generator, class_count
 from .miners import Network, branches, class_embeddings
@@ -77,6 +78,8 @@ def steer(sampler: Network, truncation: float = 1.0, noise: str | None = None) -
     """
     if noise is not None and noise not in NOISES:
         raise ValueError(f"noise must be one of {', '.join(NOISES)}, got {noise!r}")
+    if not math.isfinite(truncation):
+        raise ValueError(f"truncation must be a number, got {truncation}")
     said: dict[str, None] = {}
     for branch in branches(sampler):
         generator, centre = branch.generator, None
@@ -108,13 +111,12 @@ def _steered(centre: Tensor | None, truncation: float, noise: str | None, genera
 def _centre(branch: Mined) -> tuple[Tensor, str]:
     """(c [1, style_dim], what it is, in words)."""
     own = is_bare(branch)
-    kept = getattr(branch.generator, "w_avg", None)
+    kept = getattr(branch.generator, "latent_avg", None)
     if own and isinstance(kept, Tensor):
         return kept.detach().reshape(1, -1), "truncated towards the mean of w that the file holds"
     like = next(branch.parameters())
     u = draw_inputs(CENTRE_SAMPLES, branch.input_dim, like, torch.Generator().manual_seed(0))
-    with torch.random.fork_rng([like.device] if like.is_cuda else []):
-        torch.manual_seed(0)
+    with seeded(0, like.device):
         means = torch.stack([_styles(branch, part).double().mean(0) for part in u.split(1000)])
     whose = "of its own w" if own else "of the mined w"
     return means.mean(0, keepdim=True).to(like), f"truncated towards the mean {whose}, over {CENTRE_SAMPLES:,} draws"

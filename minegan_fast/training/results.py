@@ -46,7 +46,7 @@ def open_result(
     """
     path, where, checkpoints = Path(path), choose_device(device), checkpoints or Checkpoints()
     if path.suffix == ".safetensors" and not path.exists():
-        raise FileNotFoundError(f"no delta at {str(path)!r}: check the path; results from before stage 2 have none")
+        raise FileNotFoundError(f"no file at {str(path)!r}: check the path; results from before stage 2 have no delta")
     if path.is_file() and source is not None:
         generator = source if isinstance(source, nn.Module) else load_generator(checkpoints.open(source))
         load_delta(generator, path)

@@ -74,7 +74,7 @@ def test_truncation_of_a_checkpoint_is_towards_the_mean_of_its_own_w(stylegan, p
 
 
 def test_truncation_takes_the_mean_that_a_file_holds(stylegan):
-    stylegan.w_avg = torch.full((8,), 3.0)
+    stylegan.latent_avg = torch.full((8,), 3.0)
     sampler = bare(stylegan)
     (said,) = steer(sampler, truncation=0.0, noise="none")
     assert "that the file holds" in said
