@@ -65,8 +65,8 @@ def image_files(place: Path) -> Iterator[Files]:
             f"{str(place)!r} is a file: give the folder that holds the images, or a zip archive of them"
         ) from None
     with archive:
-        inside = (info.filename for info in archive.infolist() if not info.is_dir())
-        names = [n for n in dict.fromkeys(inside) if not any(p.startswith((".", "__MACOSX")) for p in n.split("/"))]
+        inside = (name for name in dict.fromkeys(archive.namelist()) if name and not name.endswith("/"))
+        names = [name for name in inside if not any(p.startswith((".", "__MACOSX")) for p in name.split("/"))]
         yield _files(place, names, [], lambda name: _unpacked(archive, name))
 
 
