@@ -1,4 +1,4 @@
-"""`minegan-fast demo | transfer | sample | evaluate | convert | inspect | doctor`."""
+"""`minegan-fast demo | transfer | sample | interpolate | evaluate | convert | inspect | doctor`."""
 
 import dataclasses
 import inspect
@@ -14,10 +14,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ..mining import MultiGenerator
+from .. import __version__
 from ..training.config import TransferConfig, load_config
 from ..training.sources import Checkpoints, listed
-from . import files
+from . import files, sampling
+from .arguments import Base, Device, MinerFile, Result, Seed, Which
+from .modules import named_module
 
 app = typer.Typer(
     help="Adapts a pretrained GAN to a few images: mining, then finetuning of the neurons that matter.",
@@ -29,21 +31,20 @@ app = typer.Typer(
 console = Console()
 INTERRUPTED = 130  # Typer's exit code after Ctrl-C
 
-Device = Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1, ...; default: a GPU where there is one.")]  # noqa: UP045
-Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
-Which = Annotated[
-    str, typer.Option(help="Which result of the run: best (by held-out KID), last, or mined (after stage 1).")
-]
 
-Result = Annotated[
-    Path,
-    typer.Argument(help="Folder of a run, a delta file (then with --source), or a checkpoint of the original MineGAN."),
-]
-Base = Annotated[Optional[str], typer.Option(help="Checkpoint that the delta was trained from.")]  # noqa: UP045
-MinerFile = Annotated[
-    Optional[Path],  # noqa: UP045
-    typer.Option("--miner", help="File of the miner; default: the one beside the delta, or in the checkpoint."),
-]
+@app.callback()
+def _program(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, help="Print the version.", callback=lambda v: _print_version(v))
+    ] = False,
+) -> None:
+    pass
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"minegan-fast {__version__}")
+        raise typer.Exit
 
 
 def main() -> None:
@@ -114,9 +115,11 @@ def _transfer(
             raise ValueError(f"there is no run in {str(out)!r} to go on with: check the path")
         if named is None and stored and None in listed(stored["source"]):
             raise ValueError(
-                f"the source of the run in {str(out)!r} is a module, which Python alone can give: call "
+                f"the source of the run in {str(out)!r} is a module: name it again, as FILE.py:FUNCTION, or call "
                 "minegan_fast.transfer(module, images, out, resume=True, ...) with the arguments that began it"
             )
+    if named is not None:
+        named = [named_module(one) for one in named] if isinstance(named, list) else named_module(named)
     given |= {name: value for name, value in (("source", named), ("images", images)) if value is not None}
     merged = stored | given
     for name in ("source", "images"):
@@ -127,7 +130,7 @@ def _transfer(
             )
     if dry_run:
         checkpoints = Checkpoints()
-        _print_estimate(recipe.configure(checkpoints, **merged), checkpoints)
+        _print_estimate(recipe.configure(checkpoints, **merged), checkpoints, merged["source"])
         return
     quiet = quiet or _rank() > 0
     if quiet:
@@ -165,10 +168,10 @@ def _fraction_or_folder(text: str) -> float | str:
         return text
 
 
-def _print_estimate(config: TransferConfig, checkpoints: Checkpoints) -> None:
+def _print_estimate(config: TransferConfig, checkpoints: Checkpoints, source) -> None:
     from ..training.recipe import dry_run
 
-    memory, mining, finetuning = dry_run(config, checkpoints)
+    memory, mining, finetuning = dry_run(config, checkpoints, source)
     if _rank() > 0:
         return
     seconds = mining * config.mining_steps + finetuning * config.finetune_steps
@@ -188,6 +191,12 @@ Example: minegan-fast transfer ffhq.pt cats/ --out run --batch 8
 
 Example: minegan-fast transfer --source ffhq.pt --source church.pt --images cats/ --out run
 
+Example: minegan-fast transfer my_gan.py:build cats/ --out run
+
+A GAN of no family that is read here is named by a Python file of yours, WHICH IS EXECUTED, and a function in it that
+returns the network with its weights: any module with latent_dim, resolution and forward(z). --resume and --dry-run
+take it again.
+
 The folder then holds best/ and last/ (generator, miner, delta), samples/, history.jsonl, losses.png, events/ for
 TensorBoard, config.json, and the snapshots that --resume goes on from.
 """
@@ -200,15 +209,17 @@ def _register_transfer() -> None:
     """
     own = inspect.signature(_transfer).parameters
     text = {
-        "source": "Checkpoint of the pretrained GAN.",
-        "target": "Folder with PNG, JPEG, WebP or BMP images, searched recursively.",
+        "source": "Checkpoint of the pretrained GAN; or FILE.py:FUNCTION, see above.",
+        "target": "Folder with PNG, JPEG, WebP, BMP, TIFF, GIF or AVIF images, searched recursively; or a dataset.zip.",
     }
     shown = {"source": "SOURCE", "target": "IMAGES"}
     parameters = [
         own[n].replace(default=typer.Argument(None, help=text[n], metavar=f"[{shown[n]}]"), annotation=Optional[str])  # noqa: UP045
         for n in text
     ]
-    several = typer.Option(None, "--source", help="Checkpoint of one of several GANs; once for each.")
+    several = typer.Option(
+        None, "--source", help="Checkpoint of one of several GANs, or FILE.py:FUNCTION; once for each."
+    )
     options = {
         "sources": (Optional[list[str]], several),  # noqa: UP045
         "images": (Optional[str], typer.Option(None, help="The folder of images, beside --source.")),  # noqa: UP045
@@ -241,43 +252,8 @@ def _register_transfer() -> None:
 _register_transfer()
 
 
-@app.command()
-def sample(
-    run: Result,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for grid.png and the single images.")],
-    number: Annotated[int, typer.Option("--number", "-n", min=1, help="How many images.")] = 16,
-    source: Base = None,
-    miner: MinerFile = None,
-    which: Which = "best",
-    by_source: Annotated[
-        bool,
-        typer.Option("--by-source", help="Of several sources: a row of the grid for each, and its name in the files'."),
-    ] = False,
-    seed: Seed = 0,
-    device: Device = None,
-) -> None:
-    """Writes a grid and single images of an adapted GAN.
-
-    Example: minegan-fast sample run --out samples -n 64
-    """
-    from ..training.evaluation import generate, generate_named
-    from ..training.images import save_folder
-    from ..training.plots import labelled_rows, save_grid
-    from ..training.results import open_result
-
-    sampler = open_result(run, which, device, source, miner)
-    if by_source:
-        if not isinstance(sampler, MultiGenerator):
-            raise ValueError("--by-source is for a run with several sources, and this one has one")
-        images, names = generate_named(sampler, number, seed)
-        paths = save_folder(out, images, names=names)
-        rows = {name: [i for i, other in enumerate(names) if other == name] for name in sampler.names}
-        labelled_rows(out / "grid.png", [(f"{name} {len(r)}", images[r]) for name, r in rows.items() if r])
-    else:
-        images = generate(sampler, number, seed)
-        paths = save_folder(out, images)
-        save_grid(out / "grid.png", images)
-    console.print(f"{len(paths)} images and grid.png in {out}", highlight=False)
+app.command("sample")(sampling.sample)
+app.command("interpolate")(sampling.interpolate)
 
 
 @app.command()
@@ -305,7 +281,7 @@ def evaluate(
     from ..files.atomic import atomic_path
     from ..training.results import evaluate_result
 
-    report = evaluate_result(run, which, device, source, miner, images, samples, features, seed)
+    report = evaluate_result(run, which, device, named_module(source), miner, images, samples, features, seed)
     table = Table(title=f"{report['generated']} generated, {report['real']} real, {report['features']} features")
     for name in report["metrics"]:
         table.add_column(name)

@@ -73,15 +73,7 @@ def load_mined(path: str | Path | Contents, generator: nn.Module) -> Mined:
     ValueError: as in `load_miner`, or miners or weights do not fit the generator.
     """
     if not isinstance(path, Contents) and (best := Path(path) / "best" / "miner.safetensors").is_file():
-        weights = read(best.with_name("generator.safetensors")).data
-        if weights.keys() != generator.state_dict().keys():  # networks of `models` are kept beside their critics
-            weights = {name.removeprefix("generator."): tensor for name, tensor in weights.items()}
-        generator = copy.deepcopy(generator)
-        try:
-            generator.load_state_dict(weights)
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"the run in {str(path)!r} was made with another generator: {reason}") from None
+        generator = with_weights(generator, best.with_name("generator.safetensors"))
         path = best
     contents = _read(path)
     miners = _miners(contents)
@@ -89,6 +81,28 @@ def load_mined(path: str | Path | Contents, generator: nn.Module) -> Mined:
         return Mined(generator, *miners).eval()
     except ValueError as error:
         raise ValueError(f"the miner in {contents.path} does not fit the generator: {error}") from None
+
+
+def with_weights(generator: nn.Module, path: Path) -> nn.Module:
+    """A copy of the generator with the weights in a run's file. ValueError: they are of another one."""
+    weights = read(path).data
+    if weights.keys() != generator.state_dict().keys():  # networks of `models` are kept beside their critics
+        weights = {name.removeprefix("generator."): tensor for name, tensor in weights.items()}
+    generator = copy.deepcopy(generator)
+    try:
+        generator.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{str(path)!r} was made with another generator: {reason}") from None
+    return generator
+
+
+def has_miner(contents: Contents) -> bool:
+    """Whether the file holds a miner, be it damaged."""
+    try:
+        return contents.metadata.get("format") == FORMAT or find_original(contents.data) is not None
+    except (KeyError, ValueError):
+        return True
 
 
 def _read(path: str | Path | Contents) -> Contents:

@@ -1,4 +1,4 @@
-"""The target images: a folder or an array becomes one uint8 tensor [N, C, R, R]."""
+"""The target images: a folder, an archive or an array becomes one uint8 tensor [N, C, R, R]."""
 
 import hashlib
 import math
@@ -11,15 +11,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from ..files.atomic import atomic_path
+from .image_files import LABELS, WANTED, decode, depth_of, image_files, to_8_bits
 
-# The content decides, not the suffix. The list also keeps files away from decoders that nobody asked for.
-_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
-_WANTED = "PNG, JPEG, WebP or BMP"
 _NAMED = 10
+_OF_ONE = (
+    "; a single image does not say what varies: cut several squares out of it, take more frames of its video, or add "
+    "images of its kind, of which 10 are a start"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,11 +68,14 @@ def load_images(
 ) -> ImageSet:
     """Reads the images to adapt to.
 
-    source: a folder (searched recursively, sorted by path; names that begin with "." are passed over), or an array
-        [N, channels, resolution, resolution], floating point in [-1, 1] or uint8. PNG, JPEG, WebP and BMP files of any
-        size and mode are read from a folder: EXIF rotation is applied, the centre square is cut out, transparency is
-        laid over white, 16-bit grey is rounded to 8, and an animation gives its first frame. Lanczos resampling, which
-        averages where it shrinks, then brings them to `resolution`. Smaller images are enlarged, with a warning.
+    source: a folder (searched recursively through links too, each folder once, sorted by path; names that begin with
+        "." are passed over), a zip archive of one (StyleGAN's dataset.zip; labels in it are not used), or an array
+        [N, channels, resolution, resolution], floating point in [-1, 1] or uint8. PNG, JPEG, WebP, BMP, TIFF, GIF and,
+        where Pillow has it, AVIF files of any size and mode are read: EXIF rotation is applied, the centre square is
+        cut out, transparency is laid over white, and an animation gives its first frame. 16-bit grey is rounded to 8,
+        after it was stretched where all such images together use 8, 10, 12 or 14 bits, with a warning. Lanczos
+        resampling, which averages where it shrinks, then brings them to `resolution`. Smaller images are enlarged,
+        with a warning.
     channels: for a folder 3 (RGB) or 1 (ITU-R 601 luma), for an array those that it has.
     limit: at most so many readable images are taken, the first ones.
 
@@ -94,88 +99,50 @@ def load_images(
 def _from_folder(folder: Path, resolution: int, channels: int, limit: int | None) -> ImageSet:
     if channels not in (1, 3):
         raise ValueError(f"an image folder is read as 1 (grey) or 3 (RGB) channels, got channels={channels}")
-    if not folder.exists():
-        raise FileNotFoundError(f"no image folder at {str(folder)!r}: check the path")
-    if not folder.is_dir():
-        raise ValueError(f"{str(folder)!r} is a file: give the folder that holds the images")
-    files = _list_files(folder)
-    if not files:
-        raise ValueError(f"{str(folder)!r} holds no files: put at least 2 {_WANTED} images there")
-
-    images, names, skipped, enlarged = [], [], [], 0
-    with warnings.catch_warnings():
+    found, names, enlarged = [], [], 0
+    with image_files(folder) as files, warnings.catch_warnings():
+        skipped = list(files.skipped)
         warnings.simplefilter("ignore")  # Pillow's, of odd metadata and of merely large images
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoding and resizing release the GIL
-            decoded = pool.map(lambda name: _decode(folder / name, resolution, channels), files)
-            for name, result in zip(files, decoded, strict=True):
+            decoded = pool.map(lambda name: decode(files, name, resolution, channels), files.names)
+            for name, result in zip(files.names, decoded, strict=True):
                 if isinstance(result, str):
                     skipped.append((name, result))
                     continue
-                image, small = result
-                images.append(image)
+                found.append(result)
                 names.append(name)
-                enlarged += small
-                if len(images) == limit:
+                enlarged += result.small
+                if len(found) == limit:
                     pool.shutdown(wait=False, cancel_futures=True)
                     break
 
-    if len(images) < 2:
+    if len(found) < 2:
         listed = ", ".join(f"{name!r} ({reason})" for name, reason in skipped[:_NAMED])
         more = f" and {len(skipped) - _NAMED} more" if len(skipped) > _NAMED else ""
         raise ValueError(
-            f"{str(folder)!r}: {len(images)} of {len(files)} files could be read, at least 2 images are needed; "
-            + (f"skipped {listed}{more}; add {_WANTED} images or repair these" if skipped else f"add {_WANTED} images")
+            f"{str(folder)!r}: {len(found)} of {len(files.names)} files could be read, at least 2 images are needed; "
+            + (f"skipped {listed}{more}; add {WANTED} images or repair these" if skipped else f"add {WANTED} images")
+            + (_OF_ONE if len(found) == 1 else "")
         )
     for name, reason in skipped[:_NAMED]:
         warnings.warn(f"skipped {name!r}: {reason}", stacklevel=3)
     if len(skipped) > _NAMED:
-        warnings.warn(f"skipped {len(skipped)} of {len(files)} files in {str(folder)!r}", stacklevel=3)
+        warnings.warn(f"skipped {len(skipped)} of {len(files.names)} files in {str(folder)!r}", stacklevel=3)
+    if files.labels:
+        warnings.warn(f"labels in {LABELS!r} are not used: the target of an adaptation has no classes", stacklevel=3)
     if enlarged:
         size = f"{resolution}x{resolution}"
-        warnings.warn(f"{enlarged} of {len(images)} images are smaller than {size} and were enlarged", stacklevel=3)
-    return ImageSet(torch.stack(images), names, skipped, enlarged)
-
-
-def _list_files(folder: Path) -> list[str]:
-    """Relative paths of the regular files below `folder`, sorted; hidden files and folders are left out."""
-    files = []
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        paths = (Path(parent, name) for name in names if not name.startswith("."))
-        files += [path.relative_to(folder).as_posix() for path in paths if path.is_file()]
-    return sorted(files)
-
-
-def _decode(path: Path, resolution: int, channels: int) -> tuple[Tensor, bool] | str:
-    """One file: (uint8 [C, R, R], whether it was enlarged), or why it cannot be read."""
-    try:
-        with Image.open(path, formats=_FORMATS) as image:
-            small = min(image.size) < resolution
-            image.draft(None, (2 * resolution, 2 * resolution))  # a large JPEG is decoded at 1/2, 1/4 or 1/8
-            image.load()
-            image = ImageOps.exif_transpose(image)
-        side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        image = _flatten(image.crop((left, top, left + side, top + side)), "L" if channels == 1 else "RGB")
-        if side != resolution:
-            image = image.resize((resolution, resolution), Image.Resampling.LANCZOS)
-        pixels = torch.from_numpy(np.array(image)).view(resolution, resolution, channels)
-        return pixels.permute(2, 0, 1).contiguous(), small
-    except UnidentifiedImageError:
-        return f"not a {_WANTED} image"
-    except Exception as error:  # a damaged file raises whatever its decoder stumbles over
-        return " ".join(str(error).split()) or type(error).__name__
-
-
-def _flatten(image: Image.Image, mode: str) -> Image.Image:
-    """To 8 bits a channel without transparency."""
-    if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion clips at 255
-        image = Image.fromarray((np.asarray(image).astype(np.float32) / 257).round().clip(0, 255).astype(np.uint8))
-    elif image.has_transparency_data:
-        canvas = Image.new("RGBA", image.size, "white")
-        canvas.alpha_composite(image.convert("RGBA"))
-        image = canvas
-    return image.convert(mode)
+        warnings.warn(f"{enlarged} of {len(found)} images are smaller than {size} and were enlarged", stacklevel=3)
+    # One depth for all, or a dark image would come out as bright as the others.
+    peak = max((image.peak for image in found if image.peak is not None), default=0)
+    if (bits := depth_of(peak)) < 16:
+        warnings.warn(
+            f"the 16-bit images reach {peak} at most, so they are taken for images of {bits} bits, whose white is "
+            f"{2**bits - 1}, and stretched; if they are dark instead, convert them to 8 bits first",
+            stacklevel=3,
+        )
+    images = [i.pixels if i.peak is None else to_8_bits(i.pixels, bits, channels) for i in found]
+    return ImageSet(torch.stack(images), names, sorted(skipped), enlarged)
 
 
 def _from_array(images: Tensor, resolution: int, channels: int, limit: int | None) -> ImageSet:
@@ -192,7 +159,7 @@ def _from_array(images: Tensor, resolution: int, channels: int, limit: int | Non
             hint = f"the model wants {channels} channels: average or repeat those given"
         raise ValueError(f"images must have the shape {expected}, got {list(images.shape)}; {hint}")
     if len(images) < 2:
-        raise ValueError(f"at least 2 images are needed, got {len(images)}")
+        raise ValueError(f"at least 2 images are needed, got {len(images)}" + (_OF_ONE if len(images) == 1 else ""))
     images = images[:limit]
     if images.dtype == torch.uint8:
         pixels = images.clone(memory_format=torch.contiguous_format)
@@ -221,10 +188,13 @@ def to_uint8(images: Tensor) -> Tensor:
     return (images.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
+PICTURED = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # by channels
+
+
 def to_pil(image: Tensor) -> Image.Image:
-    """One image [C, H, W], C 1 or 3, uint8 or floating point in [-1, 1] -> PIL image of mode L or RGB."""
-    if image.ndim != 3 or image.shape[0] not in (1, 3):
-        raise ValueError(f"an image must be [1 or 3, H, W], got {list(image.shape)}")
+    """One image [C, H, W], C 1 to 4, uint8 or floating point in [-1, 1] -> PIL image of mode L, LA, RGB or RGBA."""
+    if image.ndim != 3 or image.shape[0] not in PICTURED:
+        raise ValueError(f"an image must be [1 to 4, H, W], got {list(image.shape)}")
     pixels = image if image.dtype == torch.uint8 else to_uint8(image)
     pixels = pixels.detach().cpu().permute(1, 2, 0).contiguous().numpy()
     return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
@@ -233,7 +203,7 @@ def to_pil(image: Tensor) -> Image.Image:
 def save_folder(
     path: str | os.PathLike, images: Tensor | Sequence[Tensor], *, start: int = 0, names: Sequence[str] | None = None
 ) -> list[Path]:
-    """Writes [N, C, H, W] (C 1 or 3, uint8 or floating point in [-1, 1]) as `path`/00000.png and so on from `start`;
+    """Writes [N, C, H, W] (C 1 to 4, uint8 or floating point in [-1, 1]) as `path`/00000.png and so on from `start`;
     where the images have names, as 00000-NAME.png.
 
     The folder is made where it is missing; each file is whole or not there. Returns the paths.

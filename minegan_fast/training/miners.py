@@ -72,7 +72,7 @@ def new_mined(config: TransferConfig, generator: Generator) -> Mined:
     with keep_and_set_random_state(config.seed, "miner"):
         miner = Miner(size, **shape)
         if classes:
-            start = _embeddings(generator)[_labels(config.mined_class, classes)]
+            start = class_embeddings(generator)[_labels(config.mined_class, classes)]
             class_miner = Miner(generator.latent_dim, **shape, output_dim=start.shape[1], affine=True)
             class_miner.match(start)
     constant = learned_constant(generator) if config.mine_constant else None
@@ -80,8 +80,8 @@ def new_mined(config: TransferConfig, generator: Generator) -> Mined:
     return Mined(generator, miner, class_miner, config.mine, constant, prior, own_latents(generator, config.mine))
 
 
-def _embeddings(generator: Generator) -> Tensor:
-    """[num_classes, class_dim] on the CPU."""
+def class_embeddings(generator: Generator) -> Tensor:
+    """[num_classes, class_dim] on the CPU. ValueError: the generator does not give them."""
     embeddings = getattr(generator, "class_embeddings", None)
     if embeddings is None:
         raise ValueError(

@@ -17,7 +17,7 @@ METRICS = ("fid", "kid", "kmmd", "mv", "diversity")
 
 
 def image_grid(images: Tensor, columns: int | None = None, *, scale: int | None = None) -> Image.Image:
-    """images [N, C, H, W], C 1 or 3, floating point in [-1, 1] or uint8 -> one RGB picture, row by row.
+    """images [N, C, H, W], C 1 to 4, floating point in [-1, 1] or uint8 -> one RGB picture, row by row.
 
     columns: None makes it about square. scale: every pixel becomes scale x scale; None enlarges images below 64 pixels.
     """
@@ -32,7 +32,8 @@ def image_grid(images: Tensor, columns: int | None = None, *, scale: int | None 
     for number, image in enumerate(images.detach().cpu()):
         row, column = divmod(number, columns)
         tile = to_pil(image).resize((width, height), Image.Resampling.NEAREST)
-        grid.paste(tile, (column * (width + _GAP), row * (height + _GAP)))
+        mask = tile.getchannel("A") if tile.has_transparency_data else None  # what is transparent lies on white
+        grid.paste(tile.convert("RGB"), (column * (width + _GAP), row * (height + _GAP)), mask)
     return grid
 
 

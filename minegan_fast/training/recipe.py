@@ -159,12 +159,15 @@ def configure(checkpoints: Checkpoints | None = None, **settings) -> TransferCon
     return TransferConfig(**settings)
 
 
-def dry_run(config: TransferConfig, checkpoints: Checkpoints | None = None) -> tuple[Estimate, float, float]:
+def dry_run(
+    config: TransferConfig, checkpoints: Checkpoints | None = None, source=None
+) -> tuple[Estimate, float, float]:
     """(memory, seconds of a mining step, seconds of a finetuning step), measured without writing anything.
 
-    checkpoints: those of `configure`, where it has made the configuration.
+    checkpoints: those of `configure`, where it has made the configuration. source: the modules, where it names some.
     """
-    materials = Materials(config.source, config.images, config.critic, config.features, config.loss_features)
+    source = config.source if source is None else source
+    materials = Materials(source, config.images, config.critic, config.features, config.loss_features)
     with _prepared(config, materials, checkpoints or Checkpoints()) as prepared, keep_random_state(prepared.device):
         with prepared.processes.together():
             prepared.estimate.check(config.batch)

@@ -1,14 +1,19 @@
 """An adapted GAN from its files, and how good it is."""
 
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from ..finetune import load_delta
 from ..finetune.delta import is_delta
 from ..mining import Mined, MultiGenerator, load_mined
+from ..mining.checkpoint import has_miner, with_weights
 from ..models import has_discriminator, load_discriminator, load_generator
 from .config import TransferConfig, load_config
+from .drawing import bare, is_bare
 from .evaluation import MEASURES, choose_features, generate, judge_name, measure
 from .folder import RESULTS, RunFolder
 from .generators import Several, as_generator, image_channels
@@ -26,21 +31,25 @@ def open_result(
     source=None,
     miner=None,
     checkpoints: Checkpoints | None = None,
+    labels: Sequence[int] = (),
 ) -> Network:
     """The sampler of a result; of a run with several sources a `MultiGenerator`.
 
-    path: a run's folder; a delta file, which needs its `source` and takes `miner` or the miner's file beside it; or a
-        checkpoint with a miner: a training file of the original MineGAN (for BigGAN the folder with G.pth and M.pth),
-        or any checkpoint with `miner`.
+    path: a run's folder, of a run on a module with that as `source`; a delta file, which needs its `source` and takes
+        `miner` or the miner's file beside it; a checkpoint with a miner: a training file of the original MineGAN (for
+        BigGAN the folder with G.pth and M.pth), or any checkpoint with `miner`; or a checkpoint without one, whose own
+        images it then gives (`drawing.bare`).
+    labels: of which classes, for a checkpoint without a miner alone; none: of all.
     checkpoints: reads the files, and keeps what it read for the caller.
 
-    ValueError/FileNotFoundError: no run there, none of that name, a delta without its source, no miner.
+    ValueError/FileNotFoundError: no run there, none of that name, a delta without its source, no miner;
+    labels where the class is mined.
     """
     path, where, checkpoints = Path(path), choose_device(device), checkpoints or Checkpoints()
     if path.suffix == ".safetensors" and not path.exists():
-        raise FileNotFoundError(f"no delta at {str(path)!r}: check the path; results from before stage 2 have none")
+        raise FileNotFoundError(f"no file at {str(path)!r}: check the path; results from before stage 2 have no delta")
     if path.is_file() and source is not None:
-        generator = load_generator(checkpoints.open(source))
+        generator = source if isinstance(source, nn.Module) else load_generator(checkpoints.open(source))
         load_delta(generator, path)
         beside = path.with_name("miner.safetensors")
         # Without a miner's file the miners are those before the first step.
@@ -48,32 +57,45 @@ def open_result(
         mined = (
             load_mined(miner or beside, generator) if found else new_mined(TransferConfig(), as_generator(generator))
         )
-    elif path.is_file() or any(path.glob("M*.pth")):
-        mined = _with_miner(path, miner, checkpoints)
+    elif path.is_file() or _is_folder_of_networks(path):
+        mined = _of_checkpoint(path, miner, checkpoints, labels)
     else:
         if which not in RESULTS:
             raise ValueError(f"which must be one of {', '.join(RESULTS)}, got {which!r}")
         folder = getattr(RunFolder(path), which)
         if not any((folder / name).is_file() for name in ("generator.safetensors", SHARES)):
             raise FileNotFoundError(f"no {which} result in {str(path)!r}: give the folder that transfer wrote")
+        module = isinstance(source, nn.Module)
+        read_generator = partial(with_weights, source) if module else load_generator
         try:
-            mined = read_result(folder, lambda file, _: load_generator(file))
+            mined = read_result(folder, lambda file, _: read_generator(file))
         except ValueError:
-            if not RunFolder(path).config.is_file() or None not in listed(load_config(path)["source"]):
+            if module or not RunFolder(path).config.is_file() or None not in listed(load_config(path)["source"]):
                 raise
-            of_one = f"minegan_fast.load_mined({str(path)!r}, module).sample(16) shows what the run made of it"
+            way = (
+                "name the function that builds it (--source FILE.py:FUNCTION), or in Python "
+                f"minegan_fast.load_mined({str(path)!r}, module).sample(16) shows what the run made of it"
+            )
             if (folder / SHARES).is_file():
-                of_one = "the result of transfer(..., resume=True) samples from it"
-            what = f"the generator of the run in {str(path)!r}"
-            raise ValueError(f"{what} is a module of yours, which Python alone can build: {of_one}") from None
+                way = "in Python the result of transfer(..., resume=True) samples from it"
+            raise ValueError(f"the generator of the run in {str(path)!r} is a module of yours: {way}") from None
+    if labels and not is_bare(mined):
+        raise ValueError("the classes of this result are mined: --class is for a checkpoint's own images")
     return mined.to(where).eval()
 
 
-def _with_miner(path: Path, miner, checkpoints: Checkpoints) -> Mined:
+def _is_folder_of_networks(path: Path) -> bool:
+    """Whether it is a folder with a checkpoint in several files, rather than that of a run."""
+    return path.is_dir() and not any((path / name).is_dir() for name in RESULTS) and any(path.glob("*.*"))
+
+
+def _of_checkpoint(path: Path, miner, checkpoints: Checkpoints, labels: Sequence[int]) -> Mined:
     if path.is_file() and is_delta(path):
         raise ValueError(f"{path} is a delta: name the checkpoint that it was trained from with --source")
     contents = checkpoints.open(path)
     generator = load_generator(contents)
+    if miner is None and not has_miner(contents):
+        return bare(generator, labels)
     try:
         return load_mined(miner or contents, generator)
     except ValueError as error:
@@ -100,7 +122,7 @@ def evaluate_result(path, which, device, source, miner, images, samples: int, fe
         if config.critic and config.critic != "features":
             critic = load_discriminator(checkpoints.open(config.critic))
     if critic is None and source and features in (None, "critic"):
-        files = [checkpoints.open(one) for one in listed(source) if one is not None]
+        files = [checkpoints.open(one) for one in listed(source) if isinstance(one, (str, Path))]
         if len(files) == 1:
             critic = load_discriminator(files[0]) if has_discriminator(files[0]) else None
         elif files:

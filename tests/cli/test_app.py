@@ -1,40 +1,16 @@
 """The program as its users meet it: exit codes, one-line errors, help with an example."""
 
 import json
-import sys
 import types
 
 import pytest
 import torch
 
-from minegan_fast.cli import app, doctor
+import minegan_fast
+from minegan_fast.cli import doctor
 from minegan_fast.training import estimate
 
-COMMANDS = ("demo", "transfer", "sample", "evaluate", "convert", "inspect", "doctor")
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    def run(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["minegan-fast", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "200")
-        with pytest.raises(SystemExit) as stopped:
-            app.main()
-        out, err = capsys.readouterr()
-        return stopped.value.code or 0, out, err
-
-    return run
-
-
-@pytest.fixture
-def transfer(run_settings):
-    """Command line of a tiny run."""
-    settings = {**run_settings}
-    arguments = ["transfer", settings.pop("source"), settings.pop("images")]
-    settings.pop("progress")
-    for name, value in settings.items():
-        arguments += [f"--{name.replace('_', '-')}", value]
-    return [str(a) for a in arguments]
+COMMANDS = ("demo", "transfer", "sample", "interpolate", "evaluate", "convert", "inspect", "doctor")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -114,6 +90,11 @@ def test_the_time_of_a_short_run_is_told_in_seconds(call, transfer, monkeypatch,
     assert told in call(*transfer, "--dry-run")[1]
 
 
+def test_version(call):
+    code, out, _ = call("--version")
+    assert (code, out) == (0, f"minegan-fast {minegan_fast.__version__}\n")
+
+
 def test_doctor_says_what_is_there_and_why_not(call):
     code, out, _ = call("doctor")
     assert code == 0
@@ -149,14 +130,20 @@ def test_doctor_names_the_build_and_what_a_gpu_cannot_run(monkeypatch, hip, buil
         (["transfer", "SOURCE", "IMAGES", "--out", "SOURCE"], "cannot write the run"),
         (["transfer", "SOURCE", "IMAGES", "--out", "RUN", "--config", "nope.json"], "no configuration"),
         (["sample", "nowhere", "--out", "RUN"], "no best result"),
-        (["sample", "SOURCE", "--out", "RUN"], "holds no miner"),
-        (["sample", "best/delta.safetensors", "--out", "RUN"], "no delta at"),
+        (["sample", "CRITIC", "--out", "RUN"], "holds no generator"),
+        (["sample", "SOURCE", "--out", "RUN", "--seeds", "1,2-"], "--seeds must be numbers and ranges"),
+        (["sample", "SOURCE", "--out", "RUN", "--truncation", "nan"], "truncation must be a number"),
+        (["sample", "SOURCE", "--out", "RUN", "--class", "3"], "has no classes"),
+        (["sample", "SOURCE", "--out", "RUN", "--noise", "loud"], "noise must be one of"),
+        (["interpolate", "SOURCE", "--out", "RUN", "--seeds", "1"], "from two seeds on"),
+        (["interpolate", "SOURCE", "--out", "RUN", "--format", "mp4"], "--format must be one of gif, webp, none"),
+        (["sample", "best/delta.safetensors", "--out", "RUN"], "results from before stage 2 have no delta"),
         (["evaluate", "nowhere", "--images", "IMAGES"], "no best result"),
         (["doctor", "--device", "abacus"], "abacus"),
     ],
 )
 def test_a_mistake_is_one_line_and_a_failure(call, tiny, tmp_path, arguments, message):
-    places = {"SOURCE": tiny["source"], "IMAGES": tiny["images"], "RUN": tmp_path / "run"}
+    places = {"SOURCE": tiny["source"], "CRITIC": tiny["critic"], "IMAGES": tiny["images"], "RUN": tmp_path / "run"}
     code, out, err = call(*(places.get(a, a) for a in arguments))
     assert code == 1
     lines = [line for line in err.splitlines() if not line.startswith("warning:")]
@@ -164,6 +151,7 @@ def test_a_mistake_is_one_line_and_a_failure(call, tiny, tmp_path, arguments, me
     assert lines[0].startswith("error: ")
     assert message in lines[0]
     assert "Traceback" not in out + err
+    assert not (tmp_path / "run").exists()
 
 
 def test_interrupt_tells_how_to_go_on(call, monkeypatch, transfer):

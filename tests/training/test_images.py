@@ -169,13 +169,13 @@ def test_broken_files_are_named_and_skipped(tmp_path):
     truncated(tmp_path, "cut.webp")
     (tmp_path / "notes.txt").write_text("no image")
     (tmp_path / "empty.png").touch()
-    save(tmp_path, "animation.gif", solid("L", 1))
+    save(tmp_path, "drawing.ppm", solid("L", 1))
     save(tmp_path, "good.png", solid("L", 1))
     (tmp_path / "misnamed.png").write_bytes(save(tmp_path, "good2.jpg", solid("L", 1)).read_bytes())
     with pytest.warns(UserWarning, match="skipped") as caught:
         loaded = load_images(tmp_path, 8, 1)
     assert loaded.names == ["good.png", "good2.jpg", "misnamed.png"]
-    bad = ["animation.gif", "cut.jpg", "cut.png", "cut.webp", "empty.png", "notes.txt"]
+    bad = ["cut.jpg", "cut.png", "cut.webp", "drawing.ppm", "empty.png", "notes.txt"]
     assert [name for name, _ in loaded.skipped] == bad
     assert len(caught) == len(bad)
     for name, warning in zip(bad, caught, strict=True):
@@ -217,6 +217,10 @@ def test_fewer_than_two_images_is_an_error(tmp_path):
     with pytest.raises(ValueError, match=r"1 of 2 files.*at least 2.*'cut\.png'") as caught:
         load_images(tmp_path, 8)
     assert "\n" not in str(caught.value)
+    assert "cut several squares out of it" in str(caught.value)
+    (tmp_path / "good.png").unlink()
+    with pytest.raises(ValueError, match=r"0 of 1 files.*repair these$"):
+        load_images(tmp_path, 8)
 
 
 def test_useless_folders_are_named(tmp_path):
@@ -224,7 +228,7 @@ def test_useless_folders_are_named(tmp_path):
         load_images(tmp_path, 8)
     with pytest.raises(FileNotFoundError, match=r"no image folder at .*missing"):
         load_images(tmp_path / "missing", 8)
-    with pytest.raises(ValueError, match="is a file: give the folder"):
+    with pytest.raises(ValueError, match=r"is a file: give the folder .* or a zip"):
         load_images(save(tmp_path, "a.png", solid("L", 1)), 8)
 
 
@@ -369,6 +373,6 @@ def test_save_folder_refuses(tmp_path):
     for path in ("file", "file/below"):
         with pytest.raises(ValueError, match="a file is in its place"):
             save_folder(tmp_path / path, uint8_images())
-    with pytest.raises(ValueError, match=r"\[1 or 3, H, W\]"):
-        save_folder(tmp_path / "out", uint8_images(channels=2))
+    with pytest.raises(ValueError, match=r"\[1 to 4, H, W\]"):
+        save_folder(tmp_path / "out", uint8_images(channels=5))
     assert list((tmp_path / "out").iterdir()) == []

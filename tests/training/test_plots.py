@@ -42,7 +42,7 @@ def test_uint8_and_graphs_are_taken():
     assert image_grid(images).tobytes() == image_grid(images.detach().mul(127.5).add(127.5).round().byte()).tobytes()
 
 
-@pytest.mark.parametrize("images", [torch.zeros(3, 8, 8), torch.zeros(0, 3, 8, 8), torch.zeros(2, 2, 8, 8)])
+@pytest.mark.parametrize("images", [torch.zeros(3, 8, 8), torch.zeros(0, 3, 8, 8), torch.zeros(2, 5, 8, 8)])
 def test_wrong_images_are_named(images):
     with pytest.raises(ValueError, match=r"got \["):
         image_grid(images)

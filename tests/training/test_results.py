@@ -106,8 +106,21 @@ def test_an_evaluation_reads_every_file_once(run_settings, tiny, tmp_path, reads
     assert reads == {stylegan2_run[0]: 1}
 
 
-def test_what_has_no_miner_says_so(tiny, stylegan2_run):
+def test_a_folder_of_a_biggan_without_a_miner_gives_its_own_images(tmp_path):
+    generator = BigGANGenerator(32, 16, class_dim=16, num_classes=3, channel_width=2, attention=[16]).eval()
+    torch.save(generator.state_dict(), tmp_path / "G_ema.pth")
+    u = torch.randn(3, 16)
+    for path in (tmp_path, tmp_path / "G_ema.pth"):
+        assert torch.equal(open_result(path, labels=[2])(u), generator(u, torch.tensor([2, 2, 2])))
+
+
+def test_a_miner_that_is_none_or_does_not_fit_says_so(tiny, tmp_path, stylegan2_run):
     with pytest.raises(ValueError, match=r"source.safetensors holds no miner.*--miner"):
-        open_result(tiny["source"])
+        open_result(tiny["source"], miner=tiny["source"])
+    torch.save(
+        {"g_ema": tiny["generator"].state_dict(), "miner": {"transform.0.weight": torch.eye(8)}}, tmp_path / "cut.pt"
+    )
+    with pytest.raises(ValueError, match=r"cut\.pt holds a miner of the original MineGAN that"):
+        open_result(tmp_path / "cut.pt")
     with pytest.raises(ValueError, match=r"does not fit the generator: the miner gives 6 .* z of 8.*--miner"):
         open_result(tiny["source"], miner=stylegan2_run[0])

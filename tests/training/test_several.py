@@ -220,7 +220,7 @@ def test_sources_and_images_as_arguments_and_options(given, found):
 
 
 def test_a_result_with_a_module_leads_back_to_python(runs):
-    with pytest.raises(ValueError, match="is a module of yours, which Python alone can build: the result of transfer"):
+    with pytest.raises(ValueError, match="is a module of yours: in Python the result of transfer"):
         open_result(runs["kernel"].folder)
 
 
