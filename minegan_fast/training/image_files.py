@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError, features
+from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION
 from torch import Tensor
 
 # The content decides, not the suffix. The list also keeps files away from decoders that nobody asked for.
@@ -38,8 +39,8 @@ class Files:
 
 
 class Decoded(NamedTuple):
-    """pixels: uint8 [C, R, R], or float32 [1, R, R] of 16-bit grey, as stored. peak: their largest value in the file,
-    None for 8 bits. small: whether the image was enlarged."""
+    """pixels: uint8 [C, R, R], or float32 [1, R, R] of 16-bit grey, as stored. peak: the largest value of the square
+    before it was resized, None for 8 bits. small: whether the image was enlarged."""
 
     pixels: Tensor
     peak: int | None
@@ -132,6 +133,8 @@ def decode(files: Files, name: str, resolution: int, channels: int) -> Decoded |
             small = min(image.size) < resolution
             # Of 16-bit colour Pillow keeps the upper 8 bits.
             halved = ";16" in str(image.tile[:1]) and not image.mode.startswith("I")
+            # Pillow turns such pixels over for 8 bits only.
+            from_white = getattr(image, "tag_v2", {}).get(PHOTOMETRIC_INTERPRETATION) == 0
             image.draft(None, (2 * resolution, 2 * resolution))  # a large JPEG is decoded at 1/2, 1/4 or 1/8
             image.load()
             image = ImageOps.exif_transpose(image)
@@ -139,6 +142,8 @@ def decode(files: Files, name: str, resolution: int, channels: int) -> Decoded |
         left, top = (image.width - side) // 2, (image.height - side) // 2
         square = image.crop((left, top, left + side, top + side))
         peak = None
+        if image.mode.startswith("I") and from_white:
+            raise ValueError("its 16 bits count from white to black: turn them over, or scale it to 8 bits")
         if image.mode.startswith("I"):
             square, peak = _deep(square)
         elif image.mode == "F":

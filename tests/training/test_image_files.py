@@ -175,6 +175,8 @@ def test_pixels_without_a_known_range_are_named(tmp_path):
     Image.fromarray(np.ones((8, 8), np.float32)).save(tmp_path / "float.tif")
     Image.fromarray(np.full((8, 8), 70000, np.int32)).save(tmp_path / "long.tif")
     Image.fromarray(np.full((8, 8), -1, np.int32)).save(tmp_path / "negative.tif")
+    Image.fromarray(np.full((8, 8), 9, np.uint16)).save(tmp_path / "white.tif", tiffinfo={262: 0})
+    save(tmp_path / "white8.tif", 9, tiffinfo={262: 0})
     (tmp_path / "dark.png").write_bytes(png16(np.full((8, 8, 3), 4000)))
     with pytest.warns(UserWarning, match="skipped"):
         reasons = dict(load_images(tmp_path, 8).skipped)
@@ -182,6 +184,8 @@ def test_pixels_without_a_known_range_are_named(tmp_path):
     assert "from 70000 to 70000" in reasons["long.tif"]
     assert "from -1 to -1" in reasons["negative.tif"]
     assert "at most 12 are used" in reasons["dark.png"]
+    assert "from white to black" in reasons["white.tif"]
+    assert "white8.tif" not in reasons
 
 
 def png16(pixels):
