@@ -1,4 +1,4 @@
-"""`minegan-fast demo | transfer | sample | interpolate | evaluate | convert | inspect | doctor`."""
+"""`minegan-fast demo | transfer | sample | interpolate | evaluate | export | convert | inspect | doctor`."""
 
 import dataclasses
 import inspect
@@ -19,6 +19,7 @@ from ..training.config import TransferConfig, load_config
 from ..training.sources import Checkpoints, listed
 from . import files, sampling
 from .arguments import Base, Device, MinerFile, Result, Seed, Which
+from .export import export
 from .modules import named_module
 
 app = typer.Typer(
@@ -330,6 +331,7 @@ def demo(
 
 app.command("convert")(files.convert)
 app.command("inspect")(files.inspect)
+app.command("export")(export)
 
 
 @app.command()

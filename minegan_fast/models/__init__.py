@@ -3,6 +3,7 @@
 from .biggan import BigGANDiscriminator, BigGANGenerator
 from .biggan_deep import BigGANDeepGenerator
 from .checkpoint import export_rosinality, has_discriminator, load_discriminator, load_generator, save_model
+from .exporting import export_biggan, export_nvidia
 from .inspection import convert, inspect
 from .pgan import PGANDiscriminator, PGANGenerator
 from .stylegan import StyleGANDiscriminator, StyleGANGenerator
@@ -19,6 +20,8 @@ __all__ = [
     "StyleGANDiscriminator",
     "StyleGANGenerator",
     "convert",
+    "export_biggan",
+    "export_nvidia",
     "export_rosinality",
     "has_discriminator",
     "inspect",

@@ -4,6 +4,7 @@ This project's files are safetensors whose keys start with `generator.` or `disc
 the constructors' arguments as JSON. The public projects' files are described in `layouts`.
 """
 
+import errno
 import json
 import logging
 import re
@@ -53,7 +54,7 @@ def write_networks(path: str | Path, models: list[nn.Module], sources: dict[str,
             raise TypeError(f"a file holds one {role}, got two")
         modules[role] = {"family": model.family, "config": model.config}
         modules[role] |= {"source": sources[role]} if role in sources else {}
-        tensors |= {f"{role}.{name}": tensor for name, tensor in _on_cpu(model).items()}
+        tensors |= {f"{role}.{name}": tensor for name, tensor in on_cpu(model).items()}
     metadata = {"format": "minegan_fast", "version": "1", "modules": json.dumps(modules)}
     save_tensors(path, tensors, metadata)
     return path
@@ -69,17 +70,11 @@ def export_rosinality(path: str | Path, generator: StyleGAN2Generator, discrimin
     for model, expected in ((generator, StyleGAN2Generator), (discriminator, StyleGAN2Discriminator)):
         if not isinstance(model, expected) and not (model is None and expected is StyleGAN2Discriminator):
             raise TypeError(f"the rosinality layout takes a {expected.__name__}, got a {type(model).__name__}")
-    state = _on_cpu(generator)
+    state = on_cpu(generator)
     content = {"g_ema": state, "latent_avg": state.pop("latent_avg", generator.mean_latent()[0].cpu())}
     if discriminator is not None:
-        content["d"] = _on_cpu(discriminator)
-    with atomic_path(path) as temporary:
-        try:
-            torch.save(content, temporary)
-        except RuntimeError as error:
-            reason = str(error).splitlines()[0]
-            raise OSError(f"{path} cannot be written ({reason}); is the disk full?") from None
-    return path
+        content["d"] = on_cpu(discriminator)
+    return save_torch(path, content)
 
 
 def load_generator(
@@ -123,6 +118,17 @@ def has_discriminator(path: str | Path | Contents) -> bool:
     return holds(read(path), "discriminator")
 
 
+def save_torch(path: Path, content) -> Path:
+    """torch.save, atomically. OSError where the file cannot be written."""
+    with atomic_path(path) as temporary:
+        try:
+            torch.save(content, temporary)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise OSError(errno.EIO, f"{path} cannot be written ({reason}); is the disk full?") from None
+    return path
+
+
 def writable(path: str | Path) -> Path:
     """The path. OSError where no file can be written there."""
     path = Path(path)
@@ -133,7 +139,7 @@ def writable(path: str | Path) -> Path:
     return path
 
 
-def _on_cpu(model: nn.Module) -> dict[str, Tensor]:
+def on_cpu(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
 
 

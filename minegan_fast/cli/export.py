@@ -1,0 +1,27 @@
+"""`minegan-fast export`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .arguments import Which
+
+
+def export(
+    run: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the files.")],
+    to: Annotated[str, typer.Option(help="rosinality, nvidia, biggan or safetensors.")],
+    which: Which = "best",
+) -> None:
+    """Writes an adapted GAN as another program has its own, with its miner.
+
+    Example: minegan-fast export run adapted --to rosinality
+    """
+    from ..training.export import export_run
+
+    files, notes = export_run(run, out, to, which)
+    for file in files:
+        print(f"written: {file}")
+    for note in notes:
+        print(f"note: {note}")
