@@ -5,7 +5,6 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -93,7 +92,7 @@ def _network(name: str, build: str, tensors: dict[str, Tensor], settings: dict) 
     network.__dict__.update(
         version=4, name=name, static_kwargs=dict(settings), components=parts, build_module_src="",
         build_func_name=build,
-        variables=[(key, np.ascontiguousarray(t.float().numpy())) for key, t in own.items()],
+        variables=[(key, t.float().numpy().copy(order="C")) for key, t in own.items()],
     )  # fmt: skip
     return network
 
