@@ -1,6 +1,7 @@
 # ruff: noqa: RUF001
-"""Writes bench/results/*.json into README.md (goals, plots, the demo), bench/TABLES.md (all), docs/quality.md (what
-bench/quality.py found) and docs/many.md (what `minegan-fast demo --multi` found), between markers.
+"""Writes bench/results/*.json into README.md (five rows), docs/speed.md (goals, plots), bench/TABLES.md (all),
+docs/adapt.md (the demo), docs/quality.md (what bench/quality.py found) and docs/many.md (what `minegan-fast demo
+--multi` found), between markers.
 
 python bench/report.py            run the tests of every op that has rows, then write; withhold an op whose tests fail
 python bench/report.py --check    exit 1 if the documents do not show what the results hold (tests are not run)
@@ -22,8 +23,8 @@ ROOT = Path(__file__).resolve().parent.parent
 OURS = "minegan_fast"
 ORDER = ("", "cuda", "triton", "cpp", "reference")  # "": the automatic choice
 SECTIONS = {
-    "README.md": ("goals", "demo"), "bench/TABLES.md": ("bench",), "docs/quality.md": report_quality.NAMES,
-    "docs/many.md": report_many.NAMES,
+    "README.md": ("summary",), "docs/speed.md": ("goals",), "docs/adapt.md": ("demo",), "bench/TABLES.md": ("bench",),
+    "docs/quality.md": report_quality.NAMES, "docs/many.md": report_many.NAMES,
 }  # fmt: skip
 TESTS = {  # of no op
     "step": "tests/finetune/test_masked_dense.py", "stylegan2": "tests/models/test_stylegan2.py",
@@ -62,7 +63,7 @@ Instructions of a kernel's machine code, by compute capability, and its register
 
 def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="only compare README.md with the results")
+    parser.add_argument("--check", action="store_true", help="only compare the documents with the results")
     check = parser.parse_args(arguments).check
     documents = {path: path.read_text() if path.exists() else "" for path in (root / name for name in SECTIONS)}
     for path, sections in zip(documents, SECTIONS.values(), strict=True):
@@ -85,6 +86,7 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
         **report_many.render(root),
         "bench": render(machines, red),
         "goals": report_goals.render(machines, red),
+        "summary": report_goals.summary(machines, red),
         "demo": report_demo.render(json.loads(demo.read_text()) if demo.exists() else None),
     }
     stale = []

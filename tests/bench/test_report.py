@@ -50,8 +50,10 @@ def root(tmp_path):
     (tmp_path / "bench/results/gpu.json").write_text(json.dumps({"runs": {"r": RUN}, "rows": ROWS}))
     (tmp_path / "tests/ops/test_twice.py").write_text("def test():\n    pass\n")
     (tmp_path / "bench/TABLES.md").write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    (tmp_path / "README.md").write_text(f"{GOALS[0]}\n{GOALS[1]}\n{DEMO[0]}\n{DEMO[1]}\nend\n")
     (tmp_path / "docs").mkdir()
+    for name, section in (("README", "summary"), ("docs/speed", "goals"), ("docs/adapt", "demo")):
+        begin, end = report.markers(section)
+        (tmp_path / f"{name}.md").write_text(f"{begin}\n{end}\nend\n")
     for name, sections in (("quality", report.report_quality.NAMES), ("many", report.report_many.NAMES)):
         lines = [line for section in sections for line in report.markers(section)]
         (tmp_path / f"docs/{name}.md").write_text("\n".join(lines))
@@ -70,7 +72,7 @@ def test_the_table(root):
     assert "copy 4301 GB/s, matrix products tf32 395 TFLOP/s" in text
     assert text.startswith(f"before\n{BEGIN}\n")
     assert text.endswith(f"{END}\nafter\n")
-    readme = (root / "README.md").read_text()
+    readme = (root / "docs/adapt.md").read_text()
     assert readme.endswith(f"{DEMO[0]}\nNo demo recorded yet.\n{DEMO[1]}\nend\n")
 
 
@@ -173,7 +175,8 @@ def test_no_results_and_no_markers_are_said(root, capsys):
     (root / "bench/results/gpu.json").unlink()
     assert report.main([], root) == 0
     assert "No measurements yet." in (root / "bench/TABLES.md").read_text()
-    (root / "README.md").write_text("nothing")
+    assert "No measurements yet." in (root / "README.md").read_text()
+    (root / "docs/speed.md").write_text("nothing")
     assert report.main(["--check"], root) == 1
     assert GOALS[0] in capsys.readouterr().err
 
@@ -187,7 +190,7 @@ def test_the_demos_table(root):
     (root / "bench/quality").mkdir()
     (root / "bench/quality/demo.json").write_text(json.dumps(recorded))
     assert report.main([], root) == 0
-    text = (root / "README.md").read_text()
+    text = (root / "docs/adapt.md").read_text()
     assert "| mined | 1.23 | 0.568 | 0.040 (0.030 to 0.050) | 0.400 | 0.90 | 3.00 | 91% |" in text
     assert "3.2 minutes on cpu with 2 threads" in text
     assert report.main(["--check"], root) == 0
@@ -265,4 +268,4 @@ def test_plots_are_written(root):
             rows.append(case | {"provider": provider, "backend": "", "median_us": 9.0 * density})
     machine = {"runs": {"r": RUN}, "rows": rows}
     report.report_goals.plot([machine], root)
-    assert (root / "bench/results/density-a-gpu.png").read_bytes().startswith(b"\x89PNG")
+    assert (root / "docs/images/density-a-gpu.png").read_bytes().startswith(b"\x89PNG")
