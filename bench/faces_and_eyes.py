@@ -20,15 +20,15 @@ import minegan_fast as mf
 from minegan_fast.files.atomic import atomic_path
 
 OUT = Path(__file__).resolve().parent / "quality" / "faces-and-eyes.json"
-COMMON = {"resize": 64, "batch": 16, "finetune_steps": 0, "log_every": 1, "metrics": (), "eval_samples": 64}
+COMMON = {"resize": 64, "batch": 16, "log_every": 1, "metrics": (), "eval_samples": 64}
 SELECTORS = {"mixture": {"loss": "mmd"}, "winner": {"loss": "nonsaturating", "critic": "features"}}
-SHOWN_STEPS = (1, 10, 20, 50)
+MINING, SHOWN_STEPS = 50, (1, 10, 20, 50, 100, 200)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of the folder avataaars")
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=300, help="of both stages; the first has 50")
     arguments = parser.parse_args()
     places = Places(cache=arguments.data, data=arguments.data)
     images = target(SETTINGS["avataaars"], 100, 0, places).train
@@ -38,8 +38,8 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as folder:
             result = mf.transfer(
                 [networks.FaceGenerator(), networks.EyeGenerator()], images, Path(folder) / "run", device="cpu",
-                loss_features=features, held_out=0.0, mining_steps=arguments.steps, snapshot_every=arguments.steps,
-                **COMMON, **settings,
+                loss_features=features, held_out=0.0, mining_steps=MINING, finetune_steps=arguments.steps - MINING,
+                snapshot_every=arguments.steps, **COMMON, **settings,
             )  # fmt: skip
         faces = [row["p_FaceGenerator"] for row in result.history if "p_FaceGenerator" in row]
         steps = [step for step in (*SHOWN_STEPS, arguments.steps) if step <= arguments.steps]
