@@ -12,6 +12,12 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 
 
+def say(text):
+    """Prints at once what `pip install -v` shows, also on a console that cannot write every character."""
+    encoding = sys.stdout.encoding or "ascii"
+    print(text.encode(encoding, "replace").decode(encoding), flush=True)
+
+
 class BuildNative(build_ext):
     """Tries with CUDA, then without; a machine that can do neither gets the package without its native module."""
 
@@ -20,7 +26,7 @@ class BuildNative(build_ext):
         super().run()
         library = Path(self.get_ext_fullpath("minegan_fast._C"))
         library.parent.mkdir(parents=True, exist_ok=True)
-        library.with_name("_build.txt").write_text("".join(f"{note}\n" for note in self.notes))
+        library.with_name("_build.txt").write_text("".join(f"{note}\n" for note in self.notes), encoding="utf-8")
 
     def build_extension(self, ext):
         missing = [tool for tool in ("cmake", "ninja") if shutil.which(tool) is None]
@@ -42,6 +48,7 @@ class BuildNative(build_ext):
         folder = Path(self.build_temp).resolve() / ("cuda" if cuda else "cpp")
         shutil.rmtree(folder, ignore_errors=True)
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
+        chosen = os.environ.get("MINEGAN_CUDA_ARCHITECTURES", "")
         configure = [
             "cmake", "-S", str(ROOT), "-B", str(folder),
             "-G", "Ninja" if shutil.which("ninja") else "Unix Makefiles",
@@ -50,18 +57,31 @@ class BuildNative(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DMINEGAN_CUDA={'ON' if cuda else 'OFF'}",
-            f"-DMINEGAN_CUDA_ARCHITECTURES={os.environ.get('MINEGAN_CUDA_ARCHITECTURES', '')}",
+            f"-DMINEGAN_CUDA_ARCHITECTURES={chosen}",
         ]  # fmt: skip
-        for command in (configure, ["cmake", "--build", str(folder), "--parallel"]):
-            done = subprocess.run(
-                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        if cuda:
+            say(
+                f"compiling the CUDA kernels for {chosen or '80;90;100 if nvcc knows them'}, which takes minutes. "
+                "MINEGAN_CUDA_ARCHITECTURES=90 compiles for one alone (nvidia-smi --query-gpu=compute_cap "
+                "--format=csv names it, without the point)"
             )
-            print(done.stdout)
-            lines = [line.strip() for line in done.stdout.splitlines()]
+        for command in (configure, ["cmake", "--build", str(folder), "--parallel"]):
+            lines = []
+            try:
+                with subprocess.Popen(
+                    command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+                ) as running:
+                    assert running.stdout is not None
+                    for line in running.stdout:
+                        say(line.rstrip())
+                        lines.append(line.strip())
+            except OSError as error:
+                self.note(f"{command[0]} does not start: {error}")
+                return False
             for line in lines:
                 if line.startswith("minegan_fast: "):
                     self.note(line.removeprefix("minegan_fast: "))
-            if done.returncode:
+            if running.returncode:
                 errors = [line for line in lines if "fatal" in line or "error:" in line]
                 errors += [line for line in lines if "Error" in line] + ["no message"]
                 self.note(f"{'CUDA' if cuda else 'C++'} build failed: {errors[0]}")
@@ -69,7 +89,7 @@ class BuildNative(build_ext):
         return True
 
     def note(self, text):
-        print(f"minegan_fast: {text}", file=sys.stderr)
+        say(f"minegan_fast: {text}")
         self.notes.append(text)
 
 

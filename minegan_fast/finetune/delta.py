@@ -148,7 +148,7 @@ def _read(path) -> tuple[dict, dict[str, Tensor]]:
 @torch.no_grad()
 def load_delta(
     model: nn.Module | Sequence[nn.Module], path: str | os.PathLike, scale: float = 1.0, strict: bool = True
-):
+) -> None:
     """Adds scale·(trained - base) to the rows of a delta, in place; with scale 1 on bare rows it copies the bits.
 
     Several deltas may be loaded; rows that are in more than one add up. One that was trained on a model with deltas is
@@ -216,7 +216,7 @@ def _add(parameter, loaded, name, axis, rows, trained, scale, on_top):
 
 
 @torch.no_grad()
-def unload_delta(model: nn.Module):
+def unload_delta(model: nn.Module) -> None:
     """Takes all deltas off: every row that one changed has its base's bits again.
 
     RuntimeError, with the model unchanged, where none is loaded, or where these rows have changed since: by other

@@ -94,7 +94,7 @@ class SparseFinetuner(UnscalingOptimizer):
         score_steps: int = 16,
         ema_decay: float | None = None,
         seed: int = 0,
-        process_group=None,
+        process_group: torch.distributed.ProcessGroup | None = None,
         affine: bool = False,
         groups: Iterable[Mapping] | None = None,
     ):

@@ -4,7 +4,7 @@ import math
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TypeGuard
+from typing import TypeGuard, cast
 
 import torch
 from torch import Tensor
@@ -171,7 +171,7 @@ def none_missing(tensors: Sequence[Tensor | None]) -> TypeGuard[Sequence[Tensor]
 def _addresses(tensors: Sequence[Tensor | None], all_there: bool = False) -> list[int]:
     """0 for None. all_there: that none of them is None is known."""
     if all_there or none_missing(tensors):
-        return [*map(Tensor.data_ptr, tensors)]
+        return [*map(Tensor.data_ptr, cast("Sequence[Tensor]", tensors))]
     return [0 if t is None else t.data_ptr() for t in tensors]
 
 

@@ -1,8 +1,10 @@
 """The whole recipe: mining, selection, sparse finetuning, with snapshots that a kill at any moment leaves whole."""
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,12 +20,14 @@ from .randomness import keep_random_state
 from .run import TransferResult, execute
 from .sources import Checkpoints, listed, source_critic
 
+Source = str | os.PathLike | nn.Module
+
 
 def transfer(
-    source,
-    images,
-    out,
-    critic=None,
+    source: Source | Sequence[Source] | Mapping[str, Source],
+    images: str | os.PathLike | torch.Tensor,
+    out: str | os.PathLike,
+    critic: Source | None = None,
     mining_steps: int | None = None,
     finetune_steps: int | None = None,
     density: float | None = None,
@@ -36,9 +40,9 @@ def transfer(
     progress: bool = True,
     snapshot_every: int | None = None,
     metrics: tuple[str, ...] = ("fid", "kid", "kmmd", "mv"),
-    features=None,
-    loss_features=None,
-    **settings,
+    features: Any = None,
+    loss_features: Any = None,
+    **settings: Any,
 ) -> TransferResult:
     """Adapts a pretrained GAN to a few images: mining, then finetuning of the neurons that matter.
 

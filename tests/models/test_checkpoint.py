@@ -2,7 +2,6 @@ import argparse
 import json
 import os
 import pickle
-import resource
 
 import pytest
 import torch
@@ -133,6 +132,7 @@ def test_places_that_cannot_be_written_are_named(tmp_path, generator, write):
 def test_a_full_disk_leaves_the_old_file(file, generator, write):
     write(file, generator)
     old = file.read_bytes()
+    resource = pytest.importorskip("resource", reason="Windows has no limits of this kind")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(old) // 2, limits[1]))
     try:

@@ -4,7 +4,6 @@ import copy
 import errno
 import json
 import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -211,6 +210,7 @@ def test_nan_losses_stop_and_keep_the_last_good_snapshot(run_settings, monkeypat
 def test_full_disk(run_settings):
     """The file size limit makes write() fail as a full disk does; Python ignores its signal."""
     mf.transfer(**{**run_settings, "finetune_steps": 0})
+    resource = pytest.importorskip("resource", reason="Windows has no limits of this kind")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
