@@ -68,7 +68,8 @@ def save_delta(
         `SparseFinetuner.save_delta`.
 
     safetensors. Per layer `<layer>:rows` int64 [k]; per parameter `<parameter>` [k, ...], the rows in front. Metadata:
-    format, version, `base` (fingerprint of the untrained model), `layers` as JSON {layer: [[parameter, axis], ...]}.
+    format, version, `base` (fingerprint of the untrained model), `family` (the name of its class), `layers` as JSON
+    {layer: [[parameter, axis], ...]}.
     """
     tensors, layers = {}, {}
     values_of = dict(values.named_parameters())
@@ -99,6 +100,7 @@ def save_delta(
     if not tensors and part is None:
         raise RuntimeError("nothing has been trained yet, so there is no delta; select() first")
     metadata = {"format": FORMAT, "version": VERSION, "base": base, "layers": json.dumps(layers)}
+    metadata["family"] = type(held.model if part is None else part[1]).__name__
     then = held.buffers
     now = {name: new.to(then[name].device) for name, new in buffer_hashes(held.model).items() if name in then}
     if moved := [n for n, new in now.items() if n.startswith(within) and not torch.equal(new, then[n])]:
@@ -188,7 +190,7 @@ def load_delta(
     if strict and base != metadata["base"] and not on_top:
         raise ValueError(
             f"{os.fspath(path)!r} was trained on another base: its fingerprint is {metadata['base'][:12]}, the model's "
-            f"is {base[:12]}; load the model that it was trained from, or pass strict=False"
+            f"is {base[:12]}; load the {metadata.get('family', 'model')} that it was trained from, or pass strict=False"
         )
     if loaded is None:
         loaded = model.__dict__[_KEY] = _Loaded(base)

@@ -290,7 +290,7 @@ def gpu_report(gpu: int) -> dict[str, str]:
 
 def _build_notes() -> str:
     path = Path(__file__).parents[1] / "_build.txt"
-    notes = path.read_text().splitlines() if path.exists() else []
+    notes = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     return f" (the installation noted: {'; '.join(notes)})" if notes else ""
 
 
