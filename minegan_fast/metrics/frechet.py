@@ -106,7 +106,7 @@ class FeatureStatistics:
                 missing = [key for key in ("mu", "sigma") if key not in file.files]
                 if missing:
                     raise ValueError(f"it has no {' and no '.join(missing)}; it holds {', '.join(file.files)}")
-                mu, sigma = _bounded(file, "mu"), _bounded(file, "sigma")
+                mu, sigma = (as_tensor(_bounded(file, name), name) for name in ("mu", "sigma"))
                 return cls(mu, sigma, int(_bounded(file, "count")) if "count" in file.files else None)
         except Exception as error:  # a damaged archive can raise anything
             raise ValueError(f"{path}: {(str(error) or type(error).__name__).splitlines()[0]}") from error

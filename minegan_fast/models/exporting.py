@@ -4,6 +4,7 @@ import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +38,10 @@ class _Network:
     """What NVIDIA's programs for TensorFlow pickle: {"version", "name", "static_kwargs", "components", ...}."""
 
 
-class _Pickler(pickle._Pickler):
+_InPython: Any = pickle._Pickler  # the one whose steps can be overridden
+
+
+class _Pickler(_InPython):
     """Gives `_Network` the name of the class that those programs look up, which is in no package here."""
 
     def save_global(self, obj, name=None):

@@ -2,11 +2,13 @@
 
 import copy
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import nn
 
-from ..mining import Mined, MultiGenerator, project, save_miner
+from ..files.atomic import atomic_path
+from ..mining import Mined, Miner, MultiGenerator, project, save_miner
 from ..mining.prior import on_sphere
 from ..models import (
     BigGANDiscriminator,
@@ -63,7 +65,8 @@ def export_run(run: str | Path, out: str | Path, to: str, which: str = "best") -
 
 
 def _export(mined: Mined, out: Path, to: str, critic: nn.Module | None) -> tuple[list[Path], list[str]]:
-    generator, notes = copy.deepcopy(mined.generator), []
+    generator: Any = copy.deepcopy(mined.generator)
+    notes: list[str] = []
     if to in _TAKES and not isinstance(generator, _TAKES[to][0]):
         fits = [name for name, (kind, _) in _TAKES.items() if isinstance(generator, kind)]
         family = getattr(generator, "family", type(generator).__name__)
@@ -72,26 +75,26 @@ def _export(mined: Mined, out: Path, to: str, critic: nn.Module | None) -> tuple
         with torch.no_grad():
             generator.learned_constant.copy_(mined.constant)
         notes.append("the mined constant is the network's own now")
-    fresh = to in _TAKES and not isinstance(critic, _TAKES[to][1])
-    if fresh:
-        critic = new_critic(generator, 0)
+    judge: Any = critic
+    if to in _TAKES and not isinstance(judge, _TAKES[to][1]):
+        judge = new_critic(generator, 0)
         notes.append("the discriminator is new and untrained: the run has none of its source")
     folded = _fold(generator, mined)
     if to == "rosinality":
-        files = [export_rosinality(out / "network.pt", generator, critic)]
+        files = [export_rosinality(out / "network.pt", generator, judge)]
     elif to == "nvidia":
-        files = [export_nvidia(out / "network.pkl", generator, critic)]
+        files = [export_nvidia(out / "network.pkl", generator, judge)]
     elif to == "biggan":
-        files = export_biggan(out, generator, critic)
+        files = export_biggan(out, generator, judge)
     else:
-        files = [save_model(out / "network.safetensors", generator, critic)]
+        files = [save_model(out / "network.safetensors", generator, judge)]
     if folded:
         notes.append("the miner is a part of the network: its inputs are ordinary z")
         return files, notes
     save_miner(out / "miner.safetensors", mined)
-    program = _Miners(mined).eval()
-    with torch.no_grad():
-        torch.jit.trace(program, torch.zeros(2, mined.miner.input_dim)).save(str(out / "miner.pt"))
+    with torch.no_grad(), atomic_path(out / "miner.pt") as temporary:
+        program: Any = torch.jit.trace(_Miners(mined).eval(), torch.zeros(2, cast(Miner, mined.miner).input_dim))
+        program.save(str(temporary))
     takes, gives = ("w", "the w to take in its place") if mined.place == "w" else ("u", "z")
     if mined.class_miner is not None:
         gives = "(z, class embedding)"
@@ -111,7 +114,8 @@ class _Miners(nn.Module):
         self.miners, self.sphere = nn.ModuleList([mined.miner, *classes]), on_sphere(mined.prior)
 
     def forward(self, u):
-        made = [m.layers(u) if m.skip is None else m.skip(u) + m.layers(u) for m in self.miners]
+        miners = [cast(Miner, m) for m in self.miners]
+        made = [m.layers(u) if m.skip is None else m.skip(u) + m.layers(u) for m in miners]
         if self.sphere:
             made[0] = project(made[0], "sphere")
         return made[0] if len(made) == 1 else tuple(made)
@@ -121,16 +125,18 @@ def _fold(generator: nn.Module, mined: Mined) -> bool:
     """Makes a miner that is a linear map of w a part of the layers that read w. Whether it could be: before the mapping
     network z is normalised, and the layers of a deeper miner are none of that network."""
     miner = mined.miner
-    linear = mined.place == "w" and isinstance(generator, StyleGAN2Generator) and getattr(miner, "config", {})
-    if not linear or (miner.config["depth"] > 1 and miner.config["activation"] != "linear"):
+    if mined.place != "w" or not isinstance(generator, StyleGAN2Generator) or not isinstance(miner, Miner):
+        return False
+    if miner.config["depth"] > 1 and miner.config["activation"] != "linear":
         return False
     with torch.no_grad():
         zero = torch.zeros(1, generator.style_dim, dtype=torch.float64)
         exact = copy.deepcopy(miner).double()
         b = exact(zero)[0]
         A = exact(torch.eye(generator.style_dim, dtype=torch.float64)).T - b[:, None]  # w' = A w + b
-        for name, layer in generator.named_modules():
+        for name, module in generator.named_modules():
             if name.endswith("modulation"):
+                layer: Any = module
                 W = layer.weight.double()
                 layer.bias.add_((W @ b * layer.scale).to(layer.bias.dtype))
                 layer.weight.copy_((W @ A).to(layer.weight.dtype))

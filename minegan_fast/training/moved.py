@@ -23,10 +23,10 @@ def keep_source(folder: RunFolder, prepared: Prepared) -> None:
     if critic is not None and config.critic is not None:
         save_model(folder.source / "critic.safetensors", critic)
         critic = None
-    several = isinstance(prepared.source, Several)
+    names = prepared.source.names if isinstance(prepared.source, Several) else []
     for i, (path, network) in enumerate(zip(sources, networks(prepared.source), strict=True)):
         if path is not None and hasattr(network, "family"):
-            name = prepared.source.names[i] if several else short_names([path])[0]
+            name = names[i] if names else short_names([path])[0]
             save_model(folder.source / f"{name}.safetensors", network, critic)
             critic = None  # the first source has it
 
