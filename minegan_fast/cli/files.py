@@ -11,7 +11,7 @@ from rich.text import Text
 
 Family = Annotated[
     Optional[str],  # noqa: UP045
-    typer.Option(help="biggan, pgan, stylegan or stylegan2; default: told by the file's keys."),
+    typer.Option(help="biggan, dcgan, pgan, stylegan or stylegan2; default: told by the file's keys."),
 ]
 SHOWN = 8  # names of tensors in a row of the table; --json has them all
 ROWS = 16  # rows for what else is in a file; --json has them all

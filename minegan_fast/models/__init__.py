@@ -3,6 +3,7 @@
 from .biggan import BigGANDiscriminator, BigGANGenerator
 from .biggan_deep import BigGANDeepGenerator
 from .checkpoint import export_rosinality, has_discriminator, load_discriminator, load_generator, save_model
+from .dcgan import DCGANDiscriminator, DCGANGenerator
 from .exporting import export_biggan, export_nvidia
 from .inspection import convert, inspect
 from .pgan import PGANDiscriminator, PGANGenerator
@@ -13,6 +14,8 @@ __all__ = [
     "BigGANDeepGenerator",
     "BigGANDiscriminator",
     "BigGANGenerator",
+    "DCGANDiscriminator",
+    "DCGANGenerator",
     "PGANDiscriminator",
     "PGANGenerator",
     "StyleGAN2Discriminator",

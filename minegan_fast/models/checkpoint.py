@@ -88,7 +88,7 @@ def load_generator(
             is the critic alone, and is refused here even if a generator lies beside it; `load_discriminator` finds the
             critic beside a generator's file. `origin` names the file that was read. In a path's place this takes the
             `Contents` that `files.reading.read` made of one, so that a file of both networks is read once.
-        family: "biggan" (also BigGAN-deep), "pgan", "stylegan", "stylegan2", or None to tell by the keys.
+        family: "biggan" (also BigGAN-deep), "dcgan", "pgan", "stylegan", "stylegan2", or None to tell by the keys.
         strict: every tensor of the network must be in the file and the other way round. False: what fits is loaded,
             the rest of the network has the values it is built with (seed 0), and a warning names what did not fit.
         resolution: for a StyleGAN or Progressive GAN. Their public files also hold a network of every lower resolution,

@@ -20,7 +20,7 @@ class NetworkReport:
 
     Attributes:
         role: "generator" or "discriminator".
-        family: "biggan", "biggan_deep", "pgan", "stylegan" or "stylegan2".
+        family: "biggan", "biggan_deep", "dcgan", "pgan", "stylegan" or "stylegan2".
         layout: whose way of writing it is.
         container: the file's key that holds it; None: the file itself.
         averaged: whether its weights are an exponential moving average; None: the file does not say.

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from . import biggan, biggan_deep, nvidia_tf, nvidia_torch, pgan, pgan_tf, stylegan, stylegan2
+from . import biggan, biggan_deep, dcgan, nvidia_tf, nvidia_torch, pgan, pgan_tf, stylegan, stylegan2
 from ._layout import Layout, State, as_it_is
 
 __all__ = [
@@ -33,6 +33,7 @@ LAYOUTS: tuple[Layout, ...] = (
     *stylegan2.LAYOUTS,
     *nvidia_torch.LAYOUTS,
     *nvidia_tf.LAYOUTS,
+    *dcgan.LAYOUTS,
 )
 
 # What a file of this project may hold: {(family, role): class}.
