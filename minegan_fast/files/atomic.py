@@ -8,7 +8,9 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -42,6 +44,18 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def save_torch(path: str | os.PathLike, content: Any) -> None:
+    """torch.save, atomically. OSError where the file cannot be written."""
+    with atomic_path(path) as temporary:
+        try:
+            torch.save(content, temporary)
+        except RuntimeError as error:  # PyTorch's own writer says of a full disk that a position is unexpected
+            reason = str(error).splitlines()[0]
+            if "inline_container" not in reason and "PytorchStreamWriter" not in reason:
+                raise
+            raise OSError(errno.ENOSPC, f"{path} cannot be written ({reason}); is the disk full?") from error
 
 
 def save_tensors(path: str | os.PathLike, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:

@@ -4,7 +4,6 @@ This project's files are safetensors whose keys start with `generator.` or `disc
 the constructors' arguments as JSON. The public projects' files are described in `layouts`.
 """
 
-import errno
 import json
 import logging
 import re
@@ -15,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..files.atomic import atomic_path, save_tensors
+from ..files.atomic import save_tensors, save_torch
 from ..files.reading import Contents, read
 from .layouts import MODELS, Layout, State, describe, families, find, foreign
 from .network import Network, Origin
@@ -71,10 +70,12 @@ def export_rosinality(path: str | Path, generator: StyleGAN2Generator, discrimin
         if not isinstance(model, expected) and not (model is None and expected is StyleGAN2Discriminator):
             raise TypeError(f"the rosinality layout takes a {expected.__name__}, got a {type(model).__name__}")
     state = on_cpu(generator)
-    content = {"g_ema": state, "latent_avg": state.pop("latent_avg", generator.mean_latent()[0].cpu())}
+    state.pop("latent_avg", None)  # that program has it beside the network
+    content = {"g_ema": state, "latent_avg": generator.centre()[0].detach().cpu()}
     if discriminator is not None:
         content["d"] = on_cpu(discriminator)
-    return save_torch(path, content)
+    save_torch(path, content)
+    return path
 
 
 def load_generator(
@@ -116,17 +117,6 @@ def load_discriminator(
 def has_discriminator(path: str | Path | Contents) -> bool:
     """Whether the file holds a discriminator that `load_discriminator` would find. Errors as in `load_generator`."""
     return holds(read(path), "discriminator")
-
-
-def save_torch(path: Path, content) -> Path:
-    """torch.save, atomically. OSError where the file cannot be written."""
-    with atomic_path(path) as temporary:
-        try:
-            torch.save(content, temporary)
-        except RuntimeError as error:
-            reason = str(error).splitlines()[0]
-            raise OSError(errno.EIO, f"{path} cannot be written ({reason}); is the disk full?") from None
-    return path
 
 
 def writable(path: str | Path) -> Path:

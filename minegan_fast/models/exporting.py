@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..files.atomic import atomic_path
+from ..files.atomic import atomic_path, save_torch
 from .biggan import BigGANDiscriminator, BigGANGenerator
-from .checkpoint import on_cpu, save_torch, writable
+from .checkpoint import on_cpu, writable
 from .stylegan2 import StyleGAN2Discriminator, StyleGAN2Generator
 
 # (pattern of our name, the name in TensorFlow's program, what happens to the tensor); the first that fits
@@ -31,7 +31,9 @@ def export_biggan(folder: str | Path, generator: BigGANGenerator, discriminator:
     progress = {"itr": 0, "epoch": 0, "save_num": 0, "save_best_num": 0, "best_IS": 0, "best_FID": 999999, "config": {}}
     G, D = on_cpu(generator), on_cpu(discriminator)
     contents = {"G": G, "G_ema": G, "D": D, "state_dict": progress}
-    return [save_torch(folder / f"{name}.pth", content) for name, content in contents.items()]
+    for name, content in contents.items():
+        save_torch(folder / f"{name}.pth", content)
+    return [folder / f"{name}.pth" for name in contents]
 
 
 class _Network:
@@ -64,7 +66,7 @@ def export_nvidia(path: str | Path, generator: StyleGAN2Generator, discriminator
     path, config = writable(path), generator.config
     _check_filters(generator), _check_filters(discriminator)
     G = _renamed(on_cpu(generator), _generator_rules(generator))
-    G["dlatent_avg"] = getattr(generator, "latent_avg", generator.mean_latent()[0]).detach().cpu()
+    G["dlatent_avg"] = generator.centre()[0].detach().cpu()
     shared = {"resolution": config["resolution"], "num_channels": config["image_channels"], "label_size": 0}
     of_generator = shared | _widths(generator) | {
         "latent_size": config["latent_dim"], "dlatent_size": config["style_dim"], "structure": "fixed",

@@ -31,10 +31,14 @@ class StyleBased(Network):
 
     @torch.no_grad()
     def mean_latent(self, samples: int = 4096, seed: int = 0) -> Tensor:
-        """Mean of w over `samples` seeded draws of z: [1, style_dim]. The centre of truncation, unless a network has
-        kept one from its training (`latent_avg`)."""
+        """Mean of w over `samples` seeded draws of z: [1, style_dim]."""
         z = torch.randn(samples, self.latent_dim, generator=torch.Generator().manual_seed(seed))
         return self.mapping(z.to(self.learned_constant)).mean(0, keepdim=True)
+
+    def centre(self) -> Tensor:
+        """[1, style_dim], the centre of truncation: the mean of w that the training has kept, else `mean_latent`."""
+        kept = getattr(self, "latent_avg", None)
+        return self.mean_latent() if kept is None else kept[None]
 
     def forward(
         self,
@@ -76,8 +80,7 @@ class StyleBased(Network):
         elif crossover is not None:
             raise ValueError(f"crossover={crossover} needs a pair of z to mix: G((z1, z2), crossover=...)")
         if truncation != 1.0:
-            kept = getattr(self, "latent_avg", None)
-            center = (self.mean_latent() if kept is None else kept).to(w.dtype)
+            center = self.centre().to(w.dtype)
             w = center + truncation * (w - center)
         image = self.synthesis(w, noise, constant)
         return (image, w) if return_latents else image

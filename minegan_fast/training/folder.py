@@ -1,7 +1,6 @@
 """A run's folder: what lies where, and how it is written so that a kill at any moment loses nothing."""
 
 import copy
-import errno
 import json
 import math
 import os
@@ -16,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from ..files.atomic import atomic_path, save_tensors
+from ..files.atomic import atomic_path, save_tensors, save_torch
 from ..models import load_generator, save_model
 from .config import TransferConfig, load_config
 
@@ -139,15 +138,7 @@ class RunFolder:
 
     def save_snapshot(self, step: int, state: dict, keep: int) -> None:
         """Writes the snapshot of `step` and removes all but the newest `keep`."""
-        path = self.snapshots / f"{step:06d}.pt"
-        with atomic_path(path) as temporary:
-            try:
-                with open(temporary, "wb") as file:
-                    torch.save(state, file)
-            except RuntimeError as error:  # PyTorch's own writer says of a full disk that a position is unexpected
-                if "inline_container" not in str(error) and "PytorchStreamWriter" not in str(error):
-                    raise
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        save_torch(self.snapshots / f"{step:06d}.pt", state)
         for old in self._numbered()[:-keep]:
             old.unlink()
 

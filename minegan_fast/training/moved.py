@@ -4,13 +4,12 @@ from pathlib import Path
 from typing import Any
 
 from ..models import save_model
+from .config import PATHS
 from .folder import RunFolder
 from .generators import Several, networks
 from .names import short_names
 from .prepared import Prepared
 from .sources import listed
-
-INPUTS = ("source", "images", "critic", "held_out", "features", "loss_features")
 
 
 def keep_source(folder: RunFolder, prepared: Prepared) -> None:
@@ -38,7 +37,7 @@ def located(folder: RunFolder, settings: dict[str, Any]) -> dict[str, Any]:
     Whether what is found there is what the run began with is for the run to check: it knows the contents.
     """
     found = dict(settings)
-    for name in INPUTS:
+    for name in PATHS:
         if isinstance(value := settings.get(name), str):
             found[name] = _found_again(folder, value)
     sources = settings.get("source")
