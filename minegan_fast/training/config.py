@@ -5,6 +5,7 @@ import difflib
 import json
 import math
 import re
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,7 @@ _WHOLE = {
     "eval_samples": (2, 10**7), "grid": (1, 10**4), "views": (1, 10**4), "keep": (1, 10**6), "miner_depth": (1, 100),
     "miner_width": (1, 2**16), "freeze_blocks": (1, 100), "resize": (1, 2**14), "seed": (-(2**63), 2**63 - 1),
 }  # fmt: skip
+_LARGEST = int(sys.float_info.max)
 _WEIGHTS = (
     "r1_gamma", "gradient_penalty_weight", "mmd_weight", "prior_weight", "ewc_weight", "path_length_weight",
 )  # fmt: skip
@@ -392,6 +394,10 @@ def _check_type(name: str, value: Any, annotation: Any, may_be_open: bool) -> No
         return
     kinds = get_args(annotation) or (annotation,)
     kinds = (*kinds, type(None)) if may_be_open else kinds
+    if float in kinds and type(value) is int and abs(value) > _LARGEST:
+        raise ValueError(
+            f"{name} must be a number that a float can hold, got a whole number of {len(str(value))} digits"
+        )
     fits = isinstance(value, (*kinds, int) if float in kinds else kinds) and isinstance(value, bool) <= (bool in kinds)
     if not fits:
         names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}

@@ -90,16 +90,21 @@ class RunFolder:
 
     @contextmanager
     def claimed(self, config: TransferConfig, resume: bool) -> Iterator[None]:
-        """Makes the folder this run's during the block: it exists, is locked, and holds the run's configuration.
+        """Makes the folder this run's during the block: it exists and is locked. What it holds is as it was, until the
+        run knows that it can go on from it (`begin`).
 
         ValueError: as in `create`, `locked` and `check`.
         """
         self.create()
         with self.locked():
             self.check(config, resume)  # another process may have written a run since it was checked last
-            self.clean()
-            config.save(self.config)
             yield
+
+    def begin(self, config: TransferConfig, rows: list[dict]) -> None:
+        """Makes the run's configuration that of the folder, and `rows` its history."""
+        self.clean()
+        config.save(self.config)
+        self.write_history(rows)
 
     def check(self, config: TransferConfig, resume: bool) -> None:
         """ValueError: the folder holds a run, and that is not to be resumed, or has other settings."""
@@ -219,6 +224,8 @@ def _read_snapshot(path: Path, parts: Iterable[str]) -> dict:
         raise ValueError(f"it holds a {type(state).__name__}")
     if missing := [part for part in parts if part not in state]:
         raise ValueError(f"it lacks {', '.join(missing)}")
+    if state.get("step", int(path.stem)) != int(path.stem):
+        raise ValueError(f"it is of step {state['step']}, and has another name")
     return state
 
 

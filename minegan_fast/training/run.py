@@ -145,7 +145,7 @@ class Run:
             elif resume:
                 folder.check_results()
         self.processes.check_equal(self.step, f"the processes see different snapshots in {str(folder.path)!r}")
-        self.processes.from_first(lambda: folder.write_history(self.history))
+        self.processes.from_first(lambda: folder.begin(self.config, self.history))
         self.resumed, self.asked_to_resume = bool(restored), resume
         self.progress = Progress(self.config.total_steps, enabled=progress and self.processes.first, done=self.step)
 
@@ -355,7 +355,8 @@ class Run:
                 f"the run's snapshots are of version {state['version']}, this library goes on from {VERSION}: finish "
                 "it with the library that began it, or start a new run"
             )
-        for name, was in (state.get("contents") or {"images": state["images"]}).items():
+        contents = state.get("contents")
+        for name, was in (contents if isinstance(contents, dict) else {"images": state["images"]}).items():
             if self.contents.get(name, was) != was:
                 place = getattr(self.config, name)
                 at = f" at {place!r}" if isinstance(place, str) else ""
@@ -369,10 +370,10 @@ class Run:
             self.best_kid, self.best_step, self.waited = best["kid"], best["step"], best["waited"]
             self.best_row = best.get("row", {})
             self.trainer.load_state_dict(state["trainer"])
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, IndexError, ValueError, RuntimeError) as error:
             raise ValueError(
-                f"the snapshot {self.folder.newest()} is not one of this run ({type(error).__name__}: {error}): remove "
-                "it to go on from the one before"
+                f"the snapshot of step {step} in {str(self.folder.snapshots)!r} does not fit this run "
+                f"({type(error).__name__}: {' '.join(str(error).split())}): remove it to go on from the one before"
             ) from None
         self.history = self.folder.read_history(step)
         kept = {row["step"] for row in self.history if "kid" in row}

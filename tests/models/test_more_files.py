@@ -87,7 +87,11 @@ def test_a_folder_of_several_files_names_them(tmp_path, generator):
     ("state", "kind"),
     [
         ({"synthesis.input.freqs": 2, "b4.fc.weight": 2}, "StyleGAN3 generator"),
-        ({"synthesis.feat_8.1.weight_orig": 2}, "Projected GAN's generator"),
+        ({"synthesis.init.init.0.weight_orig": 2, "synthesis.feat_8.1.weight_orig": 2}, "Projected GAN's generator"),
+        (
+            {"synthesis.init.init.0.weight_orig": 2, "synthesis.feat_8.conv1.weight_orig": 2},
+            "Projected GAN's generator",
+        ),
         ({"feat_8.1.weight_orig": 2}, "FastGAN generator"),
         ({"G.blocks.0.to_style1.weight": 2}, "StyleGAN2 generator of lucidrains"),
     ],
@@ -106,6 +110,18 @@ def test_a_swagan_is_not_taken_for_a_stylegan2(tmp_path, generator):
     torch.save({"g_ema": prefixed("", generator) | {"to_rgbs.0.iwt.ll": torch.zeros(2, 2)}}, tmp_path / "x.pt")
     with pytest.raises(ValueError, match="holds a SWAGAN generator, which is not read here"):
         load_generator(tmp_path / "x.pt")
+
+
+def test_a_swagan_critic_is_named(tmp_path, critic):
+    torch.save({"d": prefixed("", critic) | {"from_rgbs.1.dwt.ll": torch.zeros(2, 2)}}, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match="holds a SWAGAN discriminator, which is not read here"):
+        load_discriminator(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 8), (6, 0)])
+def test_an_average_of_no_size_is_passed_over(tmp_path, generator, shape):
+    torch.save({"g_ema": prefixed("", generator), "latent_avg": torch.zeros(shape)}, tmp_path / "x.pt")
+    assert same(load_generator(tmp_path / "x.pt"), generator)
 
 
 @pytest.mark.parametrize(

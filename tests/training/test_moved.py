@@ -107,8 +107,9 @@ def test_other_contents_are_named(tmp_path, tiny, what):
         folder = arguments["images"] if what == "images" else tmp_path / "held"
         next(folder.glob("*.png")).unlink()
     with pytest.raises(ValueError, match="began with other") as caught:
-        transfer(**arguments, out=tmp_path / "here" / "run", resume=True)
+        transfer(**arguments | {"finetune_steps": 9}, out=tmp_path / "here" / "run", resume=True)
     assert str(tmp_path) in str(caught.value)
+    assert json.loads((tmp_path / "here" / "run" / "config.json").read_text())["finetune_steps"] == 2
 
 
 def test_a_source_that_is_given_wins_over_the_stored_one(tmp_path, tiny):
@@ -127,11 +128,12 @@ def test_without_a_snapshot_nothing_is_written_over_results(tmp_path, tiny):
     folder = tmp_path / "here" / "run"
     for snapshot in (folder / "snapshots").iterdir():
         snapshot.write_bytes(b"not one" * 99)
+    (folder / ".half.tmp.pt").write_bytes(b"left by a kill")
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with pytest.raises(ValueError, match=r"holds best/, last/, mined/, history\.jsonl up to step 6"):
-            transfer(**arguments, out=folder, resume=True)
+            transfer(**arguments | {"finetune_steps": 9}, out=folder, resume=True)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
@@ -157,6 +159,40 @@ def test_a_damaged_snapshot_gives_way_to_the_one_before(tmp_path, damage):
         step, state = folder.load_snapshot(("weights",))
     assert step == 999_999
     assert bool((state["weights"] == 1).all())
+
+
+@pytest.mark.parametrize("damage", ["weight", "shape", "finetuner", "best", "contents"])
+def test_a_snapshot_whose_inside_does_not_fit_is_named(tmp_path, tiny, damage):
+    arguments = begin(tmp_path / "here", tiny, **CRITIC)
+    folder = RunFolder(tmp_path / "here" / "run")
+    path = folder.newest()
+    state = torch.load(path, weights_only=True)
+    generator = state["trainer"]["generator"]
+    if damage == "weight":
+        del generator["conv1.conv.weight"]
+    elif damage == "shape":
+        generator["conv1.conv.weight"] = torch.zeros(3)
+    elif damage == "finetuner":
+        state["trainer"]["finetuner"] = [1]
+    elif damage == "best":
+        state["best"] = 5
+    else:
+        state["contents"] = "text"
+    torch.save(state, path)
+    if damage == "contents":  # whose images are known by the other entry
+        assert transfer(**arguments, out=folder.path, resume=True).history
+        return
+    with pytest.raises(ValueError, match=r"the snapshot of step 6 .* does not fit this run"):
+        transfer(**arguments, out=folder.path, resume=True)
+
+
+def test_a_snapshot_under_another_name_is_passed_over(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.create()
+    folder.save_snapshot(4, {"step": 4}, keep=2)
+    folder.newest().rename(folder.snapshots / "000007.pt")
+    with pytest.warns(UserWarning, match="it is of step 4, and has another name"):
+        assert folder.load_snapshot() is None
 
 
 def test_lines_that_are_no_rows_are_passed_over(tmp_path):
@@ -237,6 +273,7 @@ def test_pytorchs_writer_on_a_full_disk_is_named_too(tmp_path, tiny, monkeypatch
         ("path_length_weight", math.nan), ("path_length_weight", -1.0), ("seed", 2**70), ("eval_samples", 10**15),
         ("grid", 10**12), ("miner_depth", 10**6), ("beta1", math.nan), ("beta2", 1.0), ("lr", math.inf),
         ("mining_steps", 2**70), ("miner_width", 0), ("batch", 10**15), ("r1_gamma", math.inf), ("ema_decay", math.nan),
+        ("lr", 10**400), ("path_length_weight", 10**400),
         ("explore", math.nan), ("density", math.nan), ("held_out", math.nan),
     ],
 )  # fmt: skip

@@ -53,10 +53,10 @@ MINERS = {
 # Keys that tell GANs of other kinds, which are not read here; some of them have all names of one that is.
 FOREIGN = {
     "synthesis.input.freqs": "StyleGAN3 generator",
-    "synthesis.feat_8.1.weight_orig": "Projected GAN's generator",
+    "synthesis.init.init.0.weight_orig": "Projected GAN's generator",
     "feat_8.1.weight_orig": "FastGAN generator",
     "to_rgbs.0.iwt.ll": "SWAGAN generator",
-    "convs.0.dwt.ll": "SWAGAN discriminator",
+    "from_rgbs.1.dwt.ll": "SWAGAN discriminator",
     "blocks.0.to_style1.weight": "StyleGAN2 generator of lucidrains/stylegan2-pytorch",
 }
 # Keys of networks that are not read here, but that are taken for one of these GANs or lie beside one.
@@ -131,7 +131,9 @@ def _prefixed(data: Mapping, layout: Layout) -> Iterator[Found]:
 def _at_the_top(data: Mapping, layout: Layout) -> State:
     """Of pSp's and e4e's files the average is [style_dim] or one for each layer, of which the first is taken."""
     found = {key: data.get(key) for key in layout.at_the_top}
-    return {key: t.reshape(-1, t.shape[-1])[0] for key, t in found.items() if isinstance(t, Tensor) and t.ndim}
+    return {
+        key: t.reshape(-1, t.shape[-1])[0] for key, t in found.items() if isinstance(t, Tensor) and t.ndim and t.numel()
+    }
 
 
 def _tensors(candidate) -> State:
