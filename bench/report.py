@@ -15,6 +15,7 @@ from itertools import groupby
 from pathlib import Path
 
 import report_demo
+import report_density
 import report_goals
 import report_many
 import report_quality
@@ -102,7 +103,7 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
         if stale:
             print(f"{', '.join(stale)} does not show what bench/results holds: run `make report`", file=sys.stderr)
         return int(bool(stale))
-    report_goals.plot(machines, root)
+    report_density.plot(machines, root)
     print(f"written: {', '.join(op for op in ops if op not in red) or 'nothing'}")
     for op in sorted(red):
         print(f"the rows of {op} are withheld, its tests fail", file=sys.stderr)

@@ -1,55 +1,12 @@
 # ruff: noqa: RUF001
-"""What was promised of sparse finetuning and of StyleGAN2, what came, and the plots of time and memory over density."""
+"""What was promised of sparse finetuning and of StyleGAN2, and what came."""
 
-import io
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
-from machine import slug
-
-OURS, BACKENDS = "minegan_fast", ("", "cuda", "triton", "cpp", "reference")  # "": the automatic choice
-COMPACT, MASK, LOOP = "compact leaves", "mask", "nn.Sequential in a loop"
-
-
-class Machine:
-    """The rows of one results file, and the automatic backend's row of each case."""
-
-    def __init__(self, content: dict):
-        self.rows, self.runs = content["rows"], content["runs"]
-        self.gpu = any("empty_us" in run["ceilings"] for run in self.runs.values())
-        self.name = next(iter(self.runs.values()))["device"] if self.runs else ""
-        self.time = "graph_us" if self.gpu else "median_us"
-
-    def case(self, row: dict) -> list[dict]:
-        same = ("op", "pass", "shape", "dtype")
-        return [r for r in self.rows if all(r[name] == row[name] for name in same)]
-
-    def ours(self, op: str, **wanted) -> Iterable[dict]:
-        """One row a case: that of the backend that is chosen where nobody forces one."""
-        seen = set()
-        for row in sorted(
-            (r for r in self.rows if r["op"] == op and r["provider"] == OURS),
-            key=lambda r: BACKENDS.index(r["backend"]),
-        ):
-            case = str((row["pass"], row["shape"], row["dtype"]))
-            if case not in seen and all(row.get(name) == value for name, value in wanted.items()):
-                seen.add(case)
-                yield row
-
-    def ratio(self, row: dict, provider: str, field: str | None = None) -> float:
-        """How many times as much as ours the provider needs, by default of time (on a GPU: both in CUDA graphs)."""
-        field = field or self.time
-        other = next((r for r in self.case(row) if r["provider"] == provider), {})
-        if not (other.get(field) and row.get(field)):
-            return math.nan
-        return other[field] / row[field]
-
-    def above_floor(self, row: dict) -> float:
-        """Time over that of the least bytes at the copy bandwidth of the run; on a GPU less 4 µs of launch and tail."""
-        floor = row["bytes"] / self.runs[row["run"]]["ceilings"]["copy_gb_s"] / 1e3
-        return (row[self.time] - (4 if self.gpu else 0)) / floor if row.get(self.time) else math.nan
+from report_density import plot_path
+from report_rows import COMPACT, LOOP, MASK, Machine, updates
 
 
 @dataclass
@@ -60,11 +17,6 @@ class Goal:
     gpu: float | None
     most: bool = False  # the goal is a most, else a least
     unit: str = "×"
-
-
-def _updates(machine, average=False, most=1.0, **wanted):
-    rows = machine.ours("row_update", average=average, **wanted)
-    return [row for row in rows if row["network"] != "small layers" and row["density"] <= most]
 
 
 def _small(machine):
@@ -169,21 +121,21 @@ NORMS = f"norm {TRAINING}"
 GOALS = [
     Goal(
         "`row_update` at 5 %, against mask + fused Adam",
-        lambda m: [m.ratio(r, MASK) for r in _updates(m, density=0.05)], 15, 15,
+        lambda m: [m.ratio(r, MASK) for r in updates(m, density=0.05)], 15, 15,
     ),
     Goal(
         "the same with an average of the weights",
-        lambda m: [m.ratio(r, MASK) for r in _updates(m, True, density=0.05)], 15, 20,
+        lambda m: [m.ratio(r, MASK) for r in updates(m, True, density=0.05)], 15, 20,
     ),
     Goal(
         "against compact leaves, fused Adam, `index_copy_`: whole networks at 5 %",
-        lambda m: [m.ratio(r, COMPACT) for r in _updates(m, density=0.05)], 1.4, 8,
+        lambda m: [m.ratio(r, COMPACT) for r in updates(m, density=0.05)], 1.4, 8,
     ),
     Goal("the same, many small layers", lambda m: [m.ratio(r, COMPACT) for r in _small(m)], 4, 8),
-    Goal("the same, at every density up to 50 %", lambda m: [m.ratio(r, COMPACT) for r in _updates(m, most=0.5)], 1, 1),
+    Goal("the same, at every density up to 50 %", lambda m: [m.ratio(r, COMPACT) for r in updates(m, most=0.5)], 1, 1),
     Goal(
         "`row_update` at 5 %, over the byte floor",
-        lambda m: [m.above_floor(r) for r in _updates(m, density=0.05)], 1.25, 1.2, most=True,
+        lambda m: [m.above_floor(r) for r in updates(m, density=0.05)], 1.25, 1.2, most=True,
     ),
     Goal("host time of a step, 110 tensors", lambda m: [r["host_us"] for r in _small(m)], None, 25, True, " µs"),
     Goal(
@@ -412,56 +364,10 @@ def render(machines: list[dict], red: set[str]) -> str:
     for machine in _measured(machines, red):
         if lines := _lines(machine):
             parts.append(_table(machine, [*lines.values()]))
-            if list(_updates(machine)):
+            if list(updates(machine)):
                 parts.append(f"![time and memory over the density]({plot_path(machine)})\n")
     return "\n".join(parts) or "No measurements yet.\n"
 
 
 def _digits(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def plot_path(machine: Machine) -> str:
-    return f"images/density-{slug(machine.name)}.png"
-
-
-def plot(machines: list[dict], root: Path):
-    """Writes the plots that `render` names."""
-    for machine in map(Machine, machines):
-        rows = _updates(machine)
-        if rows:
-            path = root / "docs" / plot_path(machine)
-            path.parent.mkdir(exist_ok=True)
-            path.write_bytes(_figure(machine, rows))
-
-
-def _figure(machine: Machine, rows: list[dict]) -> bytes:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for color, network in enumerate(dict.fromkeys(row["network"] for row in rows)):
-        cases = sorted((r for r in rows if r["network"] == network), key=lambda r: r["density"])
-        for provider, style in ((OURS, "o-"), (COMPACT, "s--"), (MASK, ":")):
-            times = [r[machine.time] * (1 if provider == OURS else machine.ratio(r, provider)) / 1e3 for r in cases]
-            shares = [100 * r["fraction"] for r in cases]
-            left.plot(shares, times, style, color=f"C{color}", markersize=4, label=f"{network}, {provider}")
-    left.set(
-        xscale="log", yscale="log", xlabel="% of the parameters", ylabel="ms", title="an Adam step of the selected rows"
-    )
-    left.legend(fontsize=6)
-    memory = sorted((r for r in machine.ours("step") if r["pass"].startswith("memory")), key=lambda r: r["density"])
-    if memory:
-        shares = [100 * r["density"] for r in memory]
-        right.plot(shares, [r["held_bytes"] / 1e6 for r in memory], "o-", markersize=4, label=OURS)
-        dense = [r["held_bytes"] * r["ratio"]["dense fused Adam"] / 1e6 for r in memory]
-        right.plot(shares, dense, ":", color="C0", label="dense fused Adam")
-        right.set(xscale="log", yscale="log", xlabel="% of the parameters", ylabel="MB")
-        right.set_title("StyleGAN2-256 G: all but weights and activations")
-        right.legend(fontsize=8)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    pyplot.close(figure)
-    return buffer.getvalue()

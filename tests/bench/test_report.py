@@ -267,5 +267,5 @@ def test_plots_are_written(root):
         for provider in ("minegan_fast", "mask", "compact leaves"):
             rows.append(case | {"provider": provider, "backend": "", "median_us": 9.0 * density})
     machine = {"runs": {"r": RUN}, "rows": rows}
-    report.report_goals.plot([machine], root)
+    report.report_density.plot([machine], root)
     assert (root / "docs/images/density-a-gpu.png").read_bytes().startswith(b"\x89PNG")
