@@ -40,15 +40,35 @@ KERNEL = {"loss": "mmd", "loss_features": "critic", "features": "pixels", "densi
 
 
 def several(tiny) -> dict[str, dict]:
-    """Settings of runs with two sources, of which the second is conditional."""
+    """Settings of runs with several sources, of which one is conditional; of those whose name says so none draws noise,
+    which is another one where they are spread."""
     torch.manual_seed(3)
-    sources = [copy.deepcopy(tiny["generator"]), Conditional()]
-    common = {"source": sources, "mining_steps": 2, "finetune_steps": 2}
-    critic = {"loss": "hinge", "explore": 0.2, "density": 0.3}
+    two, still = [copy.deepcopy(tiny["generator"]), Conditional()], [Plain(), Conditional(), Plain()]
+    common = {"mining_steps": 2, "finetune_steps": 2}
+    mixture = common | KERNEL | {"critic": None, "loss_features": Features()}
+    winner = common | {"loss": "hinge", "explore": 0.2, "density": 0.3}
+    # Under hinge the gradient of the critic's last bias is 0 but for rounding, of which Adam makes whole steps.
+    beside = {"loss": "nonsaturating", "mmd_weight": 0.5, "loss_features": Features(), "prior_weight": 0.5}
     return {
-        "mixture": common | KERNEL | {"critic": None, "loss_features": Features()},
-        "winner": common | critic,
+        "mixture": mixture | {"source": two},
+        "winner": winner | {"source": two},
+        "still mixture": mixture | {"source": still, "prior_weight": 0.5},
+        "still parts": mixture | {"source": still, "part": 3, "view_augment": ""},
+        "still winner": winner | beside | {"source": still},
     }
+
+
+class Plain(torch.nn.Module):
+    """z [B, 4] -> images, without noise."""
+
+    latent_dim, resolution, image_channels = 4, 8, 1
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(4, 64)
+
+    def forward(self, z):
+        return self.layer(z).tanh().view(-1, 1, 8, 8)
 
 
 class Features(torch.nn.Module):
@@ -179,6 +199,12 @@ def main(rank: int, port: int, folder: str, tiny: dict, settings: dict):
     mf.transfer(**settings | KERNEL, out=folder / "kernel two")
     for name, changes in several(tiny).items():
         mf.transfer(**settings | changes, out=folder / f"{name} two")
+        if not name.startswith("still"):
+            continue
+        spread = settings | changes | {"spread": True}
+        mf.transfer(**spread, out=folder / f"{name} spread")
+        mf.transfer(**spread | {"mining_steps": 1, "finetune_steps": 0}, out=folder / f"{name} spread then one")
+        mf.transfer(**spread, out=folder / f"{name} one then spread", resume=True)
     assert dist.is_initialized(), "a group that the caller made is the caller's"
     dist.destroy_process_group()
 

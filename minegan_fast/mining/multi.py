@@ -31,7 +31,7 @@ from ..ops.winner import winner
 from .branches import Bank, branches, check_devices, input_size, is_bank
 from .draws import draw_inputs, random_state, seeded_by, set_random_state
 from .mined import Mined
-from .offload import Offload, PinnedMemory, Transfers
+from .offload import Offload, Transfers, pinned_memory
 from .passes import resized, same, scored
 from .prior import project
 from .runner import Runner
@@ -139,9 +139,7 @@ class MultiGenerator(nn.Module):
         if isinstance(offload, str):
             if offload != "cpu":
                 raise ValueError(f'offload must be "cpu" or None, got {offload!r}')
-            if device.type != "cuda":
-                raise ValueError(f"offload is for miners on a GPU, whose memory is short; they are on {device}")
-            offload = PinnedMemory()
+            offload = pinned_memory(device)
         return Offload({i: self._mined()[i].generator for i in self.runner.own}, device, offload)
 
     def _apply(self, fn, recurse=True):
@@ -189,6 +187,11 @@ class MultiGenerator(nn.Module):
         counts, order = [len(u) if i == n else 0 for n in range(len(self))], torch.arange(len(u), device=u.device)
         ((_, _, images),) = self.runner.parts(self._making(keywords), order, counts, u)
         return images
+
+    def latents_of(self, i: int, u: Tensor) -> Tensor:
+        """What generator i gets for u, as `Mined.latents` says."""
+        with self.runner.awake(i, None):  # its mapping gives the w that its miner takes
+            return self._mined()[i].latents(u[:, : self._sizes[i]])
 
     @torch.no_grad()
     def sample(self, batch: int, generator: torch.Generator | None = None, return_who: bool = False, **keywords) -> Any:
@@ -412,8 +415,11 @@ class MultiGenerator(nn.Module):
         """A copy, miners and wins included, before other generators: several, or a module that gives them; of those
         that another rank holds None is read."""
         pairs = zip(self._mined(), cast(Iterable[nn.Module], generators), strict=True)
-        others = {id(branch.generator): g for i, (branch, g) in enumerate(pairs) if i in self.runner.own}
-        return copy.deepcopy(self, others)
+        own = [(branch.generator, g) for i, (branch, g) in enumerate(pairs) if i in self.runner.own]
+        memo: dict[int, Any] = {id(before): g for before, g in own}
+        if all(before is g for before, g in own):
+            memo[id(self.runner)] = self.runner  # a second one would move the same weights
+        return copy.deepcopy(self, memo)
 
     def mining_parameters(self) -> list[nn.Parameter]:
         """What mining trains: the parameters of all miners, and mined constants."""

@@ -13,7 +13,7 @@ backward wakes the generator and makes the images a second time, under the rando
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Protocol, cast
 
@@ -86,6 +86,13 @@ class PinnedMemory:
         first.wait_event(event)  # the memory is free for this stream, which may not have waited for it yet
 
 
+def pinned_memory(device: torch.device) -> PinnedMemory:
+    """Where generators sleep whose miners are on this device. ValueError: it is no GPU."""
+    if device.type != "cuda":
+        raise ValueError(f"offload is for a GPU, whose memory is short, and the miners are on {device}: leave it out")
+    return PinnedMemory()
+
+
 class _Awake:
     """What the parameters of one generator read on the device, and their versions when that was copied."""
 
@@ -110,6 +117,7 @@ class Offload:
         self._shared = {key for key, count in owners.items() if count > 1}
         self._hosts: dict[int, dict[nn.Parameter, Tensor]] = {i: {} for i in self.modules}
         self._here: dict[int, _Awake] = {}
+        self._kept: frozenset[int] = frozenset()
         with torch.no_grad(), PastSubclasses():
             for module in self.modules.values():
                 for p in module.parameters():
@@ -122,19 +130,34 @@ class Offload:
     @contextmanager
     def awake(self, i: int, following: int | None = None) -> Iterator[None]:
         """A block in which module i is on the device, and module `following` is on its way there."""
-        if i in self.modules:
+        if self.sleeps(i):
             # A tensor of inference mode could not serve a pass that is differentiated.
             with torch.inference_mode(False), torch.no_grad(), PastSubclasses():
                 self._wake(i)
-                if following in self.modules and following != i:
-                    self._fetch(cast(int, following), beside=i)
+                if following is not None and following != i and self.sleeps(following):
+                    self._fetch(following, beside=i)
         yield
 
+    def sleeps(self, i: int) -> bool:
+        """Whether module i is one that sleeps between its passes."""
+        return i in self.modules and i not in self._kept
+
     def rest(self) -> None:
-        """Puts all modules to sleep."""
+        """Puts all modules to sleep but those that are kept awake."""
         with torch.inference_mode(False), torch.no_grad(), PastSubclasses():
-            for i in self.modules:
+            for i in filter(self.sleeps, self.modules):
                 self._sleep(i)
+
+    def keep_awake(self, kept: Collection[int]) -> None:
+        """From now on these modules stay on the device, with graphs as ever, and all others sleep."""
+        self.rest()
+        with torch.inference_mode(False), torch.no_grad(), PastSubclasses():
+            for i in {*kept} & {*self.modules} - self._kept:
+                for p, host in self._hosts[i].items():
+                    self._settle(p, host, awake=False)
+                self._hosts[i].clear()
+        self._kept = frozenset(kept)
+        self.rest()
 
     def applied(self, apply: Callable[[Callable[[Tensor], Tensor]], nn.Module], fn: Callable) -> nn.Module:
         """`apply`, by which a module moves or converts its tensors, with sleeping ones asleep. ValueError: `fn` moves

@@ -74,7 +74,7 @@ class Runner:
 
             z = None if latents is None else latents[i]
             before, following = (turns[n][0] if 0 <= n < len(turns) else None for n in (turn - 1, turn + 1))
-            if self.offload and torch.is_grad_enabled():
+            if self.offload and self.offload.sleeps(i) and torch.is_grad_enabled():
                 part = self.offload.differentiable(i, run, (u, z), following, before)
             else:
                 with self.awake(i, following):

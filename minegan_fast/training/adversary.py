@@ -46,21 +46,22 @@ class Adversary:
         """Trains the critic on the images of these numbers, and where it is `penalised` by R1; returns its loss without
         penalties."""
         config, machine = self.config, self.machine
-        with machine.processes.part(config.batch) as count:
-            real = to_float(self.images[samples]).to(machine.device)
+        real = to_float(self.images[samples]).to(machine.device)
+        with machine.batch(mined) as count:
             with torch.no_grad(), machine.autocast():
-                fake = mined.best(machine.latents(mined, count), self.critic)[0].float()
-            real, fake = (diff_augment(x, config.augment) for x in (real, fake))
-            with machine.autocast():
-                loss = critic_loss(loss_name, self.critic(real), self.critic(fake))
-            total = loss
-            if penalised:
-                total = total + config.r1_gamma / 2 * config.r1_every * critic_r1(self.critic, real)
-            if config.gradient_penalty_weight:
-                # Drawn here, since `interpolate` draws other numbers within a CUDA graph than outside.
-                alpha = torch.rand(count, device=machine.device)
-                penalty = gradient_penalty(self.critic, real, fake, alpha=alpha)
-                total = total + config.gradient_penalty_weight * penalty
+                made = mined.best(machine.latents(mined, count), self.critic)[0].float()
+            with machine.judged(mined, made) as fake:
+                real, fake = (diff_augment(x, config.augment) for x in (real, fake))
+                with machine.autocast():
+                    loss = critic_loss(loss_name, self.critic(real), self.critic(fake))
+                total = loss
+                if penalised:
+                    total = total + config.r1_gamma / 2 * config.r1_every * critic_r1(self.critic, real)
+                if config.gradient_penalty_weight:
+                    # Drawn here, since `interpolate` draws other numbers within a CUDA graph than outside.
+                    alpha = torch.rand(len(fake), device=machine.device)
+                    penalty = gradient_penalty(self.critic, real, fake, alpha=alpha)
+                    total = total + config.gradient_penalty_weight * penalty
         machine.zero_grad(self.optimizer)
         machine.scaler.scale(total).backward()
         return machine.update(loss.detach(), self.optimizer)

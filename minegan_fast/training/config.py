@@ -31,7 +31,8 @@ METRICS = ("fid", "kid", "kmmd", "mv", "diversity")
 # Settings that may differ when a run is resumed: they do not change what a step computes.
 OF_THE_SELECTION = ("density", "budget", "criterion", "scope", "policy", "affine")
 FREE_ON_RESUME = (
-    "device", "cuda_graphs", "mining_steps", "finetune_steps", "snapshot_every", "patience", "keep", "log_every",
+    "device", "cuda_graphs", "offload", "spread", "mining_steps", "finetune_steps", "snapshot_every", "patience",
+    "keep", "log_every",
 )  # fmt: skip
 # Of these the contents count, which the run compares, and not where they lie.
 PATHS = ("source", "images", "critic", "held_out", "features", "loss_features")
@@ -196,6 +197,16 @@ class TransferConfig:
         "Share of a batch that several sources get at random under an adversarial loss, which keeps one that seldom "
         "wins learning.",
     )
+    offload: str | None = setting(
+        None,
+        "Where generators of several sources sleep: cpu, in pinned memory of the host, with two at most on the GPU; "
+        "those in which neurons train stay there. Default: none, all are on the GPU.",
+    )
+    spread: bool = setting(
+        False,
+        "Share several sources among the processes in stage 1, each of which has its own on its device; in stage 2 "
+        "each has all.",
+    )
     cuda_graphs: bool = setting(
         False, "Capture the steps as CUDA graphs, which spares small batches the time of the host. It needs one GPU."
     )
@@ -204,6 +215,7 @@ class TransferConfig:
         for field in dataclasses.fields(self):
             _check_type(field.name, getattr(self, field.name), field.type, field.metadata.get("open", False))
         self.metrics = tuple(self.metrics)
+        self.offload = None if self.offload == "none" else self.offload  # which --resume may have to say
         if self.mined_class is not None:
             self.mined_class = str(self.mined_class)
         self.loss = self.loss or (KERNEL if self.loss_features else "nonsaturating")
@@ -240,6 +252,11 @@ class TransferConfig:
     @property
     def total_steps(self) -> int:
         return self.mining_steps + self.finetune_steps
+
+    @property
+    def hosted(self) -> bool:
+        """Whether generators are in the memory of the host, and on the device only while they are needed there."""
+        return self.offload is not None or self.spread
 
     @property
     def losses(self) -> set[str]:
@@ -289,6 +306,10 @@ class TransferConfig:
             raise ValueError("path_length_weight is for one source, and there are several: leave it out")
         if not isinstance(self.source, list) and (self.resize or self.explore):
             raise ValueError("resize and explore are for several sources, and there is one: leave them out")
+        if not isinstance(self.source, list) and self.hosted:
+            raise ValueError("offload and spread are for several sources, and there is one: leave them out")
+        if self.spread and not self.mining_steps:
+            raise ValueError("spread shares the sources among processes in stage 1, which takes no steps: leave it out")
         if not 0 <= self.explore <= 1:
             raise ValueError(f"explore is a share of a batch, from 0 to 1, got {self.explore!r}")
         if not 0 <= self.ema_decay < 1:
@@ -297,7 +318,7 @@ class TransferConfig:
             ("loss", (*LOSSES, KERNEL)), ("mining_loss", (*LOSSES, KERNEL)), ("finetune_loss", (*LOSSES, KERNEL)),
             ("train_critic", CRITIC_TRAINING), ("precision", PRECISIONS), ("criterion", CRITERIA), ("scope", SCOPES),
             ("budget", ("neurons", "parameters")), ("policy", ("train_top", "freeze_top")), ("mine", PLACES),
-            ("prior", (None, *PRIORS)),
+            ("prior", (None, *PRIORS)), ("offload", (None, "cpu")),
         ):  # fmt: skip
             _one_of(name, getattr(self, name), known)
         self._check_critic()

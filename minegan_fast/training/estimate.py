@@ -11,15 +11,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..mining import Mined
+from ..mining import Mined, device_bytes
 from .config import TransferConfig
 from .critics import critic_r1
-from .generators import Generator, Several
+from .generators import Generator, Several, networks, placed
 from .kernel_loss import KernelLoss
 from .losses import generator_loss
 from .machine import DTYPES
-from .miners import branches, new_network
-from .processes import Processes
+from .miners import new_branches
 from .randomness import keep_random_state
 from .trainer import Trainer
 
@@ -37,7 +36,7 @@ class Estimate:
 
     networks: for weights, gradients, moments and averages. per_sample: for each of its samples of a batch. available:
     what is free on the device. processes: how many share a batch. part: how many images of a batch are in memory at
-    once; None: all.
+    once; None: all. spread: whether the processes share the generators instead, and each makes whole batches.
     """
 
     networks: int
@@ -45,12 +44,18 @@ class Estimate:
     available: int
     processes: int = 1
     part: int | None = None
+    spread: bool = False
 
     def needed(self, batch: int) -> int:
-        return self.networks + -(-min(batch, self.part or batch) // self.processes) * self.per_sample
+        return self.networks + -(-min(batch, self.part or batch) // self._sharing) * self.per_sample
 
     def largest_batch(self) -> int:
-        return self.processes * max(0, (self.available - self.networks) // max(1, self.per_sample))
+        samples = self._sharing * max(0, (self.available - self.networks) // max(1, self.per_sample))
+        return samples - samples % self.processes
+
+    @property
+    def _sharing(self) -> int:
+        return 1 if self.spread else self.processes
 
     def check(self, batch: int) -> None:
         """Raises DoesNotFit, which names the batch that would fit, where this one would not."""
@@ -68,25 +73,28 @@ def estimate_memory(
     generator: Generator,
     critic: nn.Module | None,
     kernel: KernelLoss | None,
+    device: torch.device,
     processes: int = 1,
 ) -> Estimate:
     """Counts what steps at batch 2 and 3 save for their backward, and what networks and optimizers will hold.
 
-    The networks are on the device of the run already, so what they occupy is not counted again.
+    What is on the device of the run already is not counted again: the networks, unless generators are in the memory of
+    the host.
     """
-    held = (generator, *([] if critic is None else [critic]))
-    sizes = [sum(p.numel() * p.element_size() for p in net.parameters()) for net in held]
+    dense, trained = (_bytes(net) if net else 0 for net in (generator, critic))
     # Generator: the dense gradient before the selection, a copy for evaluation, then density x (values, gradient, two
     # moments, average). Critic: gradient and two moments.
-    weights = int(sizes[0] * (2 + 5 * config.density) + sum(sizes[1:]) * 3)
+    weights = int(dense * (2 + 5 * config.density)) if config.finetune_steps or not config.hosted else 0
+    if config.hosted:
+        weights = max(_bytes_in_stage_1(config, generator, processes), weights and dense + weights)
+    weights += 3 * trained
     # Of several generators one at a time has a graph of all samples at most.
-    device = next(generator.parameters()).device
     several = isinstance(generator, Several)
     shaped, finite = (generator.resized, generator.finite) if several else (nn.Identity(), [True])
     with keep_random_state(device):
-        mined = branches(new_network(config, generator, Processes()).to(device))
+        mined = new_branches(config, generator, device)
         counted = [
-            [_saved_bytes(config, one, shaped, critic, kernel, batch) for batch in (2, 3)]
+            [_saved_bytes(config, one, shaped, critic, kernel, device, batch) for batch in (2, 3)]
             for one in itertools.compress(mined, finite)
         ]
     per_sample = max(1, *(three - two for two, three in counted))
@@ -94,7 +102,22 @@ def estimate_memory(
     available = available_memory(device)
     if device.type == "cpu":  # torchrun says how many processes share this machine
         available //= int(os.environ.get("LOCAL_WORLD_SIZE", processes)) if processes > 1 else 1
-    return Estimate(weights + fixed, int(HEADROOM * per_sample), available, processes, config.part)
+    return Estimate(weights + fixed, int(HEADROOM * per_sample), available, processes, config.part, config.spread)
+
+
+def _bytes(network: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in network.parameters())
+
+
+def _bytes_in_stage_1(config: TransferConfig, generator: Generator, processes: int) -> int:
+    """What the device holds of generators that are in the memory of the host: of the process that holds most."""
+    each, trainable = networks(generator), [p for p in generator.parameters() if p.requires_grad]
+    generator.requires_grad_(False)  # as they will be
+    own = max(device_bytes(each, config.offload is not None, processes if config.spread else 1))
+    measured = device_bytes(each, offload=True)[0] if config.spread else 0  # a copy of all, of which two are awake
+    for parameter in trainable:
+        parameter.requires_grad_()
+    return own + measured
 
 
 def _saved_bytes(
@@ -103,23 +126,24 @@ def _saved_bytes(
     shaped: Callable[[Tensor], Tensor],
     critic: nn.Module | None,
     kernel: KernelLoss | None,
+    device: torch.device,
     batch: int,
 ) -> int:
     """The most bytes that a step saves for its backward: the generator's under each loss, or the critic's with R1."""
-    device = next(mined.parameters()).device
     dtype, steps = DTYPES[config.precision], []
-    if critic is not None:
-        with _counting() as step, torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            fake = shaped(mined(torch.randn(batch, mined.input_dim, device=device)))
-            generator_loss("nonsaturating", critic(fake))
-        steps.append(step.total)
-        with _counting() as step:
-            critic_r1(critic, fake.detach().float())
-        steps.append(step.total)
-    if kernel is not None:
-        with _counting() as step, torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            kernel(shaped(mined(torch.randn(batch, mined.input_dim, device=device))).float())
-        steps.append(step.total)
+    with placed(mined.generator, device):
+        if critic is not None:
+            with _counting() as step, torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                fake = shaped(mined(torch.randn(batch, mined.input_dim, device=device)))
+                generator_loss("nonsaturating", critic(fake))
+            steps.append(step.total)
+            with _counting() as step:
+                critic_r1(critic, fake.detach().float())
+            steps.append(step.total)
+        if kernel is not None:
+            with _counting() as step, torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                kernel(shaped(mined(torch.randn(batch, mined.input_dim, device=device))).float())
+            steps.append(step.total)
     return max(steps)
 
 

@@ -1,6 +1,7 @@
 """What the recipe asks of a generator."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -70,6 +71,18 @@ def source_of(layer: str) -> int:
     return int(layer.split(".")[1])
 
 
+@contextmanager
+def placed(network: nn.Module, device: torch.device | None) -> Iterator[None]:
+    """A block in which the network is on the device, None: where it is; afterwards it is where it was."""
+    before = next((t.device for t in (*network.parameters(), *network.buffers())), None)
+    if device is not None:
+        network.to(device)
+    try:
+        yield
+    finally:
+        network.to(before)
+
+
 @torch.no_grad()
 def remember_finite(generator: Several, images: Sequence[Tensor]) -> list[str]:
     """Notes which of the generators make images of numbers, of a batch of each; returns what to say of the others.
@@ -91,20 +104,24 @@ def as_generator(module: nn.Module) -> Generator:
     return cast(Generator, module)
 
 
-def own_samples(generator: Generator, count: int, turn: int = 0) -> Tensor:
+def own_samples(generator: Generator, count: int, turn: int = 0, device: torch.device | None = None) -> Tensor:
     """Images [count, C, R, R] of latents (and labels) of the generator's own prior; of several generators those of one,
-    whose turn it is: 0 the first, and so on, over and over. One that makes no numbers has no turn."""
+    whose turn it is: 0 the first, and so on, over and over. One that makes no numbers has no turn.
+
+    device: where the generator is for as long as this takes; None: where it is.
+    """
     if isinstance(generator, Several):
         able = [network for network, finite in zip(generator, generator.finite, strict=True) if finite]
-        return generator.resized(own_samples(cast(Generator, able[turn % len(able)]), count))
-    device = next(generator.parameters()).device
-    z = torch.randn(count, generator.latent_dim).to(device)  # drawn on the CPU, whose seed is that of the run
-    if classes := class_count(generator):
-        return generator(z, torch.randint(classes, (count,)).to(device))
-    return generator(z)
+        return generator.resized(own_samples(cast(Generator, able[turn % len(able)]), count, device=device))
+    with placed(generator, device):
+        where = next(generator.parameters()).device
+        z = torch.randn(count, generator.latent_dim).to(where)  # drawn on the CPU, whose seed is that of the run
+        if classes := class_count(generator):
+            return generator(z, torch.randint(classes, (count,)).to(where))
+        return generator(z)
 
 
-def check_samples(generator: Generator, count: int = 2) -> Iterator[str]:
+def check_samples(generator: Generator, count: int = 2, device: torch.device | None = None) -> Iterator[str]:
     """Runs a generator that a user wrote, once, and yields what a user should know of its images.
 
     ValueError: it does not run on z [count, latent_dim], or what it makes are no images [count, C, R, R] of the size
@@ -115,7 +132,7 @@ def check_samples(generator: Generator, count: int = 2) -> Iterator[str]:
         return  # the class miner says what is missing
     try:
         with torch.no_grad():
-            images = own_samples(generator, count)
+            images = own_samples(generator, count, device=device)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(

@@ -84,6 +84,7 @@ class KernelLoss:
             raise ValueError(f"scales must be > 0 and batch at least 1, got {tuple(scales)} and {batch}")
         if bool((images == images[:1]).all()):
             raise ValueError(f"all {len(images)} target images are equal: give different images")
+        self.shape = images.shape[1:]
         self.features, self.names, self.augment, self.unbiased = features, features.names, augment, unbiased
         self.flips = mirrored(features, images) if flips is None else flips
         with keep_and_set_random_state(seed, "views of the target"):
@@ -161,6 +162,12 @@ class KernelLoss:
             states.append(random_state(self.features.device))
             found.append(self._features(make(first, last), validate))
         return [torch.cat(group) for group in zip(*found, strict=True)], states
+
+    @torch.no_grad()
+    def skip(self, parts: list[tuple[int, int]]) -> None:
+        """Draws what `made` draws for the parts, which another process makes."""
+        for first, last in parts:
+            self._augmented(torch.zeros(last - first, *self.shape, device=self.features.device))
 
     def again(
         self,

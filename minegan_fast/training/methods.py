@@ -76,10 +76,11 @@ def chosen(method: str, mining_loss: str, finetune_loss: str) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def fresh_weights(generator: Generator, seed: int) -> None:
+def fresh_weights(generator: Generator, seed: int, device: torch.device | None = None) -> None:
     """Gives every weight of a generator a new initial value, as its class makes it: the start of method "scratch".
 
-    Batch norms get the statistics of the new network, since the recipe runs them in eval mode.
+    Batch norms get the statistics of the new network, since the recipe runs them in eval mode. device: as of
+    `own_samples`, which makes images for these.
     ValueError: a generator of no known family with parameters of a module that has no `reset_parameters()`.
     """
     with keep_and_set_random_state(seed, "scratch"):
@@ -96,7 +97,7 @@ def fresh_weights(generator: Generator, seed: int) -> None:
             norm.train()
             norm.momentum = None  # the mean over all batches
         for k in range(CALIBRATION * len(networks(generator)) if norms else 0):
-            own_samples(generator, 32, turn=k)
+            own_samples(generator, 32, turn=k, device=device)
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.eval()
             norm.momentum = momentum

@@ -6,37 +6,108 @@ from typing import TypeAlias, cast
 import torch
 from torch import Tensor
 
-from ..mining import Mined, Miner, MultiGenerator
+from ..mining import Mined, Miner, MultiGenerator, Spread
 from ..mining.mined import learned_constant
+from ..mining.offload import Transfers
 from ..mining.prior import default_prior, own_latents
 from .config import TransferConfig
-from .generators import Generator, Several, class_count
+from .generators import Generator, Several, class_count, networks, placed
 from .processes import Processes
 from .randomness import keep_and_set_random_state
 
 Network: TypeAlias = Mined | MultiGenerator
 
 
-def new_network(config: TransferConfig, generator: Generator, processes: Processes) -> Network:
+def new_network(
+    config: TransferConfig,
+    generator: Generator,
+    processes: Processes,
+    device: torch.device,
+    sleep: Transfers | None = None,
+) -> Network:
     """The generator behind new miners; several generators each behind its own, of which one wins a sample.
 
-    ValueError: as in `new_mined`, with the source's name.
+    The miners are on the device, and so are the generators unless they sleep. Of those that the configuration spreads
+    over the processes each has its own there, and the others stay where they are.
+
+    sleep: where generators sleep, if the configuration lets them.
+
+    ValueError: as in `new_branches`.
     """
+    mined = new_branches(config, generator, device)
     if not isinstance(generator, Several):
-        return new_mined(config, generator)
-    of_some = any(class_count(network) for network in generator)
-    mined = []
-    for name, network in zip(generator.names, generator, strict=True):
+        return mined[0].to(device)
+    if not config.spread:
+        return mixed(config, generator, mined, processes, device, sleep)
+    spread, N = Spread(), len(generator)
+    own = {i: network for i, network in enumerate(generator) if i in spread.own(N)}
+    if not config.offload:
+        for network in own.values():
+            network.to(device)
+    places = spread.placed([own.get(i) for i in range(N)])
+    mined = [m if i in own else m.before(places[i]).to(device) for i, m in enumerate(mined)]
+    return _mixed(config, generator, mined, spread, sleep if config.offload else None)
+
+
+def new_branches(config: TransferConfig, generator: Generator, device: torch.device) -> list[Mined]:
+    """Each generator behind new miners, which are on the device; the generators are where they were.
+
+    ValueError: as in `new_mined`, of several with the source's name.
+    """
+    each = networks(generator)
+    of_some, mined = any(class_count(network) for network in each), []
+    for i, network in enumerate(each):
         own = copy.copy(config)
         if of_some and not class_count(network):
             own.mined_class = None
         try:
-            mined.append(new_mined(own, cast(Generator, network)))
+            with placed(network, device):
+                mined.append(new_mined(own, network).to(device))
         except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
-    several = MultiGenerator(generator, mined, resize=generator.resize, explore=config.explore, names=generator.names)
-    several.exchange = processes.total
-    return several
+            raise ValueError(
+                f"{generator.names[i]}: {error}" if isinstance(generator, Several) else str(error)
+            ) from None
+    return mined
+
+
+def mixed(
+    config: TransferConfig,
+    generator: Several,
+    mined: list[Mined],
+    processes: Processes,
+    device: torch.device,
+    sleep: Transfers | None,
+) -> MultiGenerator:
+    """All generators behind these miners, whichever they were behind, in each process; asleep where there is `sleep`
+    and the configuration, or a device that not all would fit on, wants it."""
+    for branch, network in zip(mined, generator, strict=True):
+        branch.generator = network if sleep else network.to(device)
+    found = _mixed(config, generator, mined, None, sleep)
+    found.exchange = processes.total
+    return found
+
+
+def _mixed(config, generator: Several, mined, spread: Spread | None, sleep: Transfers | None) -> MultiGenerator:
+    return MultiGenerator(
+        [branch.generator for branch in mined], mined, resize=generator.resize, explore=config.explore,
+        names=generator.names, offload=sleep, spread=spread,
+    )  # fmt: skip
+
+
+def miners_of(network: Network) -> list[Tensor]:
+    """All that a network holds beside its generators."""
+    generators = {id(t) for b in branches(network) for t in (*b.generator.parameters(), *b.generator.buffers())}
+    return [t for t in (*network.parameters(), *network.buffers()) if id(t) not in generators]
+
+
+def latents_of(network: Network, i: int, u: Tensor) -> Tensor:
+    """What generator i gets for u."""
+    return network.latents_of(i, u) if isinstance(network, MultiGenerator) else network.latents(u)
+
+
+def spread_of(network: Network) -> Spread | None:
+    """The processes over which generators are spread; None where each has all of them."""
+    return network.runner.spread if isinstance(network, MultiGenerator) else None
 
 
 def branches(network: Network) -> list[Mined]:

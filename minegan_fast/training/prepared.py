@@ -11,6 +11,7 @@ from torch import nn
 
 from ..files.reading import Contents
 from ..finetune import fingerprint
+from ..mining.offload import Transfers, pinned_memory
 from .captured import CudaGraphs, obstacle
 from .config import TransferConfig
 from .estimate import estimate_memory
@@ -58,7 +59,9 @@ class Prepared:
     checkpoints: reads the networks' files; it is cleared when the networks are there.
 
     Attributes:
-        generator, critic: the networks that `trainer` copies, on the device of the run; critic None: none trains.
+        generator, critic: the networks that `trainer` copies, on the device of the run, or in the memory of the host
+            where only some generators are to be on it; critic None: none trains.
+        sleep: where generators sleep that the device does not hold; None where there are none.
         source: the generator before a method gave it new weights.
         judging: the pretrained critic, of the source's file or given; None where none is needed.
         new_critic: whether the critic knows nothing yet.
@@ -82,15 +85,23 @@ class Prepared:
         by_features = isinstance(materials.critic, str) and materials.critic == "features"
         if by_features:
             materials = materials._replace(critic=None)
+        if config.spread and processes.size == 1:
+            raise ValueError(
+                "spread shares the sources among processes, and this is the only one: start several with torchrun, or "
+                "leave it out (--no-spread)"
+            )
+        self.sleep: Transfers | None = None
+        if config.offload or (config.spread and self.device.type == "cuda"):  # there the first process measures all
+            self.sleep = pinned_memory(self.device)
         found, self.judging = self._open(materials, checkpoints, needed=config.adversarial and not by_features)
-        self.generator = self.source = found.generator.to(self.device)
+        self.generator = self.source = found.generator if config.hosted else found.generator.to(self.device)
         config.fit(self.generator)
         notes = list(found.notes)
         with keep_and_set_random_state(config.seed, "check"):
             notes += self._check_sources(listed(materials.source))
         if config.method == "scratch":
             self.source = copy.deepcopy(self.generator)
-            fresh_weights(self.generator, config.seed)
+            fresh_weights(self.generator, config.seed, self.device)
         moves = config.criterion == "movement" and config.finetune_loss != KERNEL
         if isinstance(self.generator, Several) and processes.size > 1 and moves:
             raise ValueError(
@@ -119,7 +130,7 @@ class Prepared:
                 images = self.target.images
                 # A generator with new weights has no images to speak of: measured from there, kernels made it worse.
                 batches = 0 if config.method == "scratch" else max(SOURCE_BATCHES, len(networks(self.generator)))
-                source = (own_samples(self.generator, SOURCE_BATCH, k) for k in range(batches))
+                source = (own_samples(self.generator, SOURCE_BATCH, k, self.device) for k in range(batches))
                 with evaluating(self.generator):
                     self.kernel = KernelLoss(
                         features, images, config.flips, views, config.view_augment, seed=config.seed, source=source
@@ -132,7 +143,7 @@ class Prepared:
         self.judge = judge_name(self.features, materials.features, loss_choice, own_critic)
         self.why_eager = obstacle(config, self.device, processes) if config.cuda_graphs else ""
         self.notes = list(self._notes(notes))
-        self.estimate = estimate_memory(config, self.generator, self.critic, self.kernel, processes.size)
+        self.estimate = estimate_memory(config, self.generator, self.critic, self.kernel, self.device, processes.size)
 
     def _open(self, materials: Materials, checkpoints: Checkpoints, needed: bool) -> tuple[Networks, nn.Module | None]:
         """(the networks, a pretrained critic whose features may judge images, also where no critic trains).
@@ -162,10 +173,10 @@ class Prepared:
         notes: list[str] = []
         for source, network in zip(sources, networks(self.generator), strict=True):
             if isinstance(source, nn.Module):
-                notes += check_samples(cast(Generator, network))
+                notes += check_samples(cast(Generator, network), device=self.device)
         if isinstance(self.generator, Several):
             with torch.no_grad():
-                images = [own_samples(cast(Generator, network), SOURCE_BATCH) for network in self.generator]
+                images = [own_samples(network, SOURCE_BATCH, device=self.device) for network in self.generator]
             notes += remember_finite(self.generator, images)
         return notes
 
@@ -209,6 +220,10 @@ class Prepared:
             )
         if processes.size > 1:
             yield f"{processes.size} processes, {config.batch // processes.size} images of a step each"
+        if config.spread:
+            yield f"stage 1 shares the sources among the {processes.size} processes; in stage 2 each has all of them"
+        if config.offload:
+            yield "the sources sleep in the memory of the host; those in which neurons train stay on the device"
         if self.why_eager:
             yield f"no CUDA graphs: {self.why_eager}"
 
@@ -240,5 +255,5 @@ class Prepared:
         graphs = CudaGraphs(self.device) if self.config.cuda_graphs and not self.why_eager else None
         return Trainer(
             self.config, *copy.deepcopy((self.generator, self.critic)), self.target.images, self.device, self.processes,
-            self.kernel, self.new_critic, graphs,
+            self.kernel, self.new_critic, graphs, self.sleep,
         )  # fmt: skip

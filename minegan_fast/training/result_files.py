@@ -11,6 +11,7 @@ from torch import nn
 from ..files.atomic import atomic_path
 from ..finetune import SparseFinetuner
 from ..mining import MultiGenerator, load_mined, save_miner
+from ..mining.offload import Transfers
 from .folder import DELTA, write_generator
 from .generators import Several, networks
 from .miners import Network, branches
@@ -42,16 +43,28 @@ def write_result(
             temporary.write_text(json.dumps(found, indent=2) + "\n")
 
 
-def read_result(folder: Path, generator: Callable[[Path, int], nn.Module]) -> Network:
-    """The sampler of a result. generator: (file, number of the source) -> what is in the file."""
+def read_result(
+    folder: Path,
+    generator: Callable[[Path, int], nn.Module],
+    device: torch.device | None = None,
+    sleep: Transfers | None = None,
+) -> Network:
+    """The sampler of a result, on the device; None: on the CPU. generator: (file, number of the source) -> what is in
+    the file. sleep: where generators sleep, of several sources; None: they are on the device."""
 
     def read(folder: Path, i: int):
-        return load_mined(folder / "miner.safetensors", generator(folder / "generator.safetensors", i))
+        network = generator(folder / "generator.safetensors", i)
+        mined = load_mined(folder / "miner.safetensors", network).to(device)
+        if sleep:
+            network.to("cpu")
+        return mined
 
     if not (folder / SHARES).is_file():
         return read(folder, 0)
     shares = json.loads((folder / SHARES).read_text())
     mined = [read(folder / name, i) for i, name in enumerate(shares["names"])]
-    found = MultiGenerator([m.generator for m in mined], mined, resize=shares["resize"], names=shares["names"])
+    found = MultiGenerator(
+        [m.generator for m in mined], mined, resize=shares["resize"], names=shares["names"], offload=sleep
+    )
     found.take(torch.tensor(shares["p"], dtype=torch.float64))
     return found.eval()

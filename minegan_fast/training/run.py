@@ -20,7 +20,7 @@ from .evaluation import generate, measure
 from .events import EventWriter
 from .folder import RunFolder, read_generator
 from .generators import networks, source_of
-from .miners import Network, branches, shares
+from .miners import Network, branches, latents_of, shares
 from .moved import keep_source
 from .plots import loss_curves, save_grid
 from .prepared import Prepared
@@ -299,20 +299,21 @@ class Run:
             )
         whole: dict[str, float] = {}  # of several sources the means by their shares
         names = self.trainer.shares_of() or [""]
-        for name, branch, share in zip(names, branches(sampler), shares(sampler), strict=True):
+        for i, (name, share) in enumerate(zip(names, shares(sampler), strict=True)):
             if not share:
                 continue
-            values = self._latents(branch, f"the mined latents{name and f' of {name}'}")
+            values = self._latents(sampler, i, f"the mined latents{name and f' of {name}'}")
             for key, value in values.items():
                 whole[key] = whole.get(key, 0.0) + share * value
         return whole
 
-    def _latents(self, branch: Mined, what: str) -> dict[str, float]:
+    def _latents(self, sampler: Network, i: int, what: str) -> dict[str, float]:
         """The statistics of the latents of one source; logs them where they are out of bounds."""
+        branch = branches(sampler)[i]
         with keep_and_set_random_state(self.config.seed, "latents"):
             u = torch.randn(LATENTS, branch.input_dim).to(self.prepared.device)
         with torch.no_grad():
-            found = branch.statistics(branch.latents(u))
+            found = branch.statistics(latents_of(sampler, i, u))
         prior = found.pop("dimension_prior")
         values = {f"latent_{name}": value for name, value in found.items()}
         values["latent_dimensions"] = values.pop("latent_dimension") / prior
@@ -389,7 +390,8 @@ class Run:
                 stacklevel=5,
             )
         like = networks(self.prepared.generator)
-        mined = read_result(self.folder.best, lambda path, i: read_generator(path, like[i])).to(self.prepared.device)
+        device, sleep = self.prepared.device, self.prepared.sleep
+        mined = read_result(self.folder.best, lambda path, i: read_generator(path, like[i]), device, sleep)
         rows = [row for row in self.history if row["step"] == self.best_step and "kid" in row]
         metrics = {k: v for k, v in rows[-1].items() if k not in ("step", "stage", "judge")}
         return TransferResult(mined, self.best_step, self.history, metrics, self.folder.path, self.prepared.judge)

@@ -9,7 +9,7 @@ in both stages, because batch statistics of a few images are noisy, and a delta 
 import copy
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NamedTuple, TypeVar, cast
 
 import torch
@@ -18,17 +18,18 @@ from torch import Tensor, nn
 from ..collectives import gradients
 from ..finetune import Selection, SparseFinetuner
 from ..layers import path_length_penalty
-from ..mining import MultiGenerator
+from ..mining import MultiGenerator, Spread
+from ..mining.offload import Transfers
 from .adversary import WARM_UP, Adversary
 from .captured import CapturedSteps, CaptureError, CudaGraphs
 from .config import TransferConfig
 from .elastic import ElasticWeights
-from .generators import Generator, Several
+from .generators import Generator, Several, networks, placed
 from .kernel_loss import KernelLoss, gathering
 from .kernel_mixture import KernelMixture
 from .machine import Machine
 from .methods import KERNEL
-from .miners import Network, branches, new_network, shares
+from .miners import Network, branches, latents_of, miners_of, mixed, new_network, shares, spread_of
 from .processes import Processes
 from .randomness import set_random_state
 from .relevance import score
@@ -49,7 +50,8 @@ class Trainer:
     """One run's state: `mined` (generator and miners), their averages and optimizers, and what gives the losses.
 
     images: uint8 [N, C, R, R] on the CPU. critic: for adversarial losses; new_critic: whether it knows nothing yet.
-    kernel: for the kernel distance. graphs: captures the steps; what they cannot capture runs as without.
+    kernel: for the kernel distance. graphs: captures the steps; what they cannot capture runs as without. sleep: where
+        generators sleep whose device does not hold all of them.
 
     why_eager: why steps are not captured any more; empty where nothing went wrong.
 
@@ -68,13 +70,20 @@ class Trainer:
         kernel: KernelLoss | None = None,
         new_critic: bool = False,
         graphs: CudaGraphs | None = None,
+        sleep: Transfers | None = None,
     ):
         self.config, self.device, self.processes = config, torch.device(device), processes or Processes()
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
         self.machine = Machine(config, self.device, self.processes, self.scaler, fixed=graphs is not None)
         self.captured, self.why_eager = CapturedSteps(graphs), ""
-        self.generator = generator.to(self.device).eval().requires_grad_(False)
-        self.mined: Network = new_network(config, self.generator, self.processes).to(self.device)
+        self.generator = generator.eval().requires_grad_(False)
+        if not config.hosted:
+            self.generator.to(self.device)
+        for network in networks(self.generator):
+            with placed(network, self.device):
+                self.processes.equalise([*network.parameters(), *network.buffers()])
+        self.sleep = sleep
+        self.mined: Network = new_network(config, self.generator, self.processes, self.device, sleep)
         self.branches = branches(self.mined)
         self.kernel, self.mixture = kernel, None
         if isinstance(generator, Several) and KERNEL in config.losses:
@@ -85,11 +94,11 @@ class Trainer:
         if config.adversarial:
             images = images.to(self.device) if self.machine.fixed else images
             self.adversary = Adversary(self.machine, _given(critic, "critic"), images)
-        networks = [self.mined] + ([self.adversary.critic] if self.adversary else [])
-        self.processes.equalise([t for net in networks for t in (*net.parameters(), *net.buffers())])
-        self.average = self.mined.before(self.generator)
-        for parameter in self.average.mining_parameters():
-            parameter.requires_grad_(False)
+        critic_tensors = (
+            [*self.adversary.critic.parameters(), *self.adversary.critic.buffers()] if self.adversary else []
+        )
+        self.processes.equalise([*miners_of(self.mined), *critic_tensors])
+        self.average = self._averages()
         self.finetuner: SparseFinetuner | None = None
         self.elastic: ElasticWeights | None = None
         self._begin_shares()
@@ -112,6 +121,17 @@ class Trainer:
         self.path_length_weight = path_length_weight(config, generator)
         self.path_length_mean = torch.zeros((), device=self.device)
         self.finite = torch.ones((), dtype=torch.bool, device=self.device)
+
+    def _averages(self) -> Network:
+        average = self.mined.before(self.generator)
+        for parameter in average.mining_parameters():
+            parameter.requires_grad_(False)
+        return average
+
+    @property
+    def spread(self) -> Spread | None:
+        """The processes over which the generators are spread in this stage; None where each has all of them."""
+        return spread_of(self.mined)
 
     @property
     def loss_name(self) -> str:
@@ -209,7 +229,7 @@ class Trainer:
         trained = [p for o in optimizers for group in o.param_groups for p in group["params"]]
         for optimizer in optimizers:
             self.machine.zero_grad(optimizer)
-        with self.processes.part(config.batch) as count:
+        with self.machine.batch(self.mined) as count:
             if self.mixture and self.loss_name == KERNEL:
                 us, loss = self.mixture_backward(count)
             else:
@@ -218,6 +238,8 @@ class Trainer:
                 us = [u] * len(self.branches)
             if self.penalised:
                 self._penalise(us)
+        if self.spread:
+            self.spread.share_gradients(self.mined.mining_parameters())
         if path_length:
             self._regularise_path_length(trained)
         if self.elastic:
@@ -225,56 +247,68 @@ class Trainer:
         if len(self.branches) > 1:  # one that has no part in this batch gets zeros, as of the formulas
             for optimizer in optimizers:
                 gradients(optimizer.param_groups)
-        return {"loss_G": self.machine.update(loss, *optimizers)}
+        return {"loss_G": self.machine.update(loss, *optimizers, agreed=self.spread is not None)}
 
     def _penalise(self, us: list[Tensor]) -> None:
         """Adds the gradient of the prior's penalty, of the latents of all processes: of several generators the mean by
-        their shares. It runs the miners once more, which costs nothing beside a step."""
-        gather = gathering(self.processes, self.config.batch)
-        for branch, share, u in zip(self.branches, shares(self.mined), us, strict=True):
-            if branch.prior in ("sphere", "none") or not share:
+        their shares. It runs the miners once more, which costs nothing beside a step. Of spread generators each process
+        has those of the whole batch of its own."""
+        gather = None if self.spread else gathering(self.processes, self.config.batch)
+        processes = 1 if self.spread else self.processes.size
+        for i, (branch, share, u) in enumerate(zip(self.branches, shares(self.mined), us, strict=True)):
+            if branch.prior in ("sphere", "none") or not share or (self.spread and i not in self._own):
                 continue
-            latents = branch.latents(u[:, : branch.input_dim])
+            latents = latents_of(self.mined, i, u)
             if gather is not None:
                 (others,), own = gather([latents.detach()])
                 latents = torch.cat([others[: own.start], latents, others[own.stop :]])  # only this process's learn
-            weight = share * self.config.prior_weight * self.processes.size  # gradients become means
+            weight = share * self.config.prior_weight * processes  # gradients become means
             self.scaler.scale(weight * branch.penalty(latents)).backward()
 
     def _adversarial_step(self, u: Tensor, trained: list[nn.Parameter]) -> Tensor:
         with self.machine.autocast():
-            fake, _ = self.mined.best(u, _given(self.adversary, "critic").critic)
-            loss = self.loss(fake)
-        # `inputs` leaves the critic's weight gradients out.
-        weight = self.config.mmd_weight
-        self.scaler.scale(loss).backward(inputs=trained, retain_graph=weight > 0)
-        if weight:
-            self._kernel_backward(lambda *_: fake.float(), len(u), None, weight)
+            made, _ = self.mined.best(u, _given(self.adversary, "critic").critic)
+        with self.machine.judged(self.mined, made) as fake:
+            images = fake.detach().requires_grad_()  # so that the generators have one backward, and the critic none
+            with self.machine.autocast():
+                loss = self.loss(images)
+            self.scaler.scale(loss).backward(inputs=[images])
+            if weight := self.config.mmd_weight:
+                self._kernel_backward(lambda *_: images.float(), len(images), None, weight)
+        fake.backward(images.grad, inputs=trained)
         return loss.detach()
 
     def _kernel_step(self, u: Tensor) -> Tensor:
         return self._kernel_backward(self._making(self.mined, u), len(u), self._part, 1.0)
 
-    def _making(self, network: nn.Module, u: Tensor, **keywords) -> Callable[[int, int], Tensor]:
+    def _making(self, images: Callable[[Tensor], Tensor], u: Tensor) -> Callable[[int, int], Tensor]:
         def make(first: int, last: int) -> Tensor:
             with self.machine.autocast():
-                return network(u[first:last], **{name: t[first:last] for name, t in keywords.items()}).float()
+                return images(u[first:last]).float()
 
         return make
 
     @property
+    def _own(self) -> Collection[int]:
+        """Of several generators, which this process runs."""
+        return self.mined.runner.own if isinstance(self.mined, MultiGenerator) else range(1)
+
+    @property
     def _part(self) -> int | None:
-        return self.config.part and -(-self.config.part // self.processes.size)
+        return self.config.part and -(-self.config.part // (1 if self.spread else self.processes.size))
 
     def mixture_backward(self, count: int, learn: bool = True) -> tuple[list[Tensor], Tensor]:
         """Adds the gradient of the kernel distance of the mixture of all generators, each of which makes `count`
         samples, and returns their latents and the distance. learn: as of `KernelMixture.backward`."""
-        mixture = _given(self.mixture, "mixture")
-        us = [self.machine.latents(self.mined, count) for _ in self.branches]
-        makes = [self._making(self.mined, u, who=torch.full((count,), i)) for i, u in enumerate(us)]
-        loss = mixture.backward(makes, count, self._part, self._scale, learn)
-        if learn and isinstance(self.mined, MultiGenerator):
-            self.mined.take(mixture.mixture.p)
+        mixture, several = _given(self.mixture, "mixture"), cast(MultiGenerator, self.mined)
+        us = [self.machine.latents(several, count) for _ in self.branches]
+        makes = [
+            self._making(functools.partial(several.images_of, i), u) if i in self._own else None
+            for i, u in enumerate(us)
+        ]
+        loss = mixture.backward(makes, count, self._part, self._scale, learn, self.spread)
+        if learn:
+            several.take(mixture.mixture.p)
         return us, loss
 
     def _kernel_backward(self, make, count: int, part: int | None, weight: float) -> Tensor:
@@ -309,11 +343,14 @@ class Trainer:
     def begin_finetuning(self) -> SparseFinetuner:
         """Gives the generator its optimizer (and the critic a sparse one, if asked for); nothing is selected yet."""
         config = self.config
+        if self.spread:
+            self._gather()
         common = {
             "betas": self.betas, "density": config.density, "budget": config.budget, "criterion": config.criterion,
             "scope": config.scope, "policy": config.policy, "seed": config.seed,
         }  # fmt: skip
         self.generator.requires_grad_(True)
+        self._keep_awake()
         for branch in self.branches:
             if branch.constant is not None:  # the generator's own is not read: no neuron of it is to be selected
                 branch.generator.learned_constant.requires_grad_(False)
@@ -326,10 +363,12 @@ class Trainer:
     def select(self) -> tuple[SparseFinetuner, Selection]:
         """Scores the neurons by the finetuning loss on the target and selects them; the first time it begins stage 2.
 
-        Returns the optimizer of the generator's neurons, and the selection.
+        Returns the optimizer of the generator's neurons, and the selection. Generators that sleep are awake while
+        neurons are scored, and those in which none is selected sleep again.
         """
         begins = self.finetuner is None
         finetuner = self.finetuner or self.begin_finetuning()
+        self._keep_awake()
         self.captured.forget()
         if self.config.method == "scale_shift":
             selection = finetuner.select({})  # beside what trains in every neuron
@@ -344,14 +383,42 @@ class Trainer:
         if self.config.method == "ewc":
             self.elastic = ElasticWeights(finetuner)
             self.elastic.measure(self)
+        self._keep_awake(training=True)
         if begins:  # only now: the neurons are scored by samples of the mixture as it was mined
             self._begin_shares()
         return finetuner, selection
 
+    def _gather(self) -> None:
+        """Ends the spreading: from now on each process has all generators, behind the miners that it has, and takes its
+        part of every batch."""
+        several, generator = cast(MultiGenerator, self.mined), cast(Several, self.generator)
+        if several.runner.offload:
+            several.runner.offload.rest()
+        average = self.average.mining_state()
+        sleep = self.sleep if self.config.offload else None
+        self.mined = mixed(self.config, generator, self.branches, self.processes, self.device, sleep)
+        self.mined.set_extra_state(several.get_extra_state())
+        self.branches = branches(self.mined)
+        self.average = self._averages()
+        self.average.load_mining_state(average)
+
+    def _keep_awake(self, training: bool = False) -> None:
+        """Of generators that sleep, lets all stay awake, or only those in which something trains."""
+        offload = self.mined.runner.offload if isinstance(self.mined, MultiGenerator) else None
+        if offload is None:
+            return
+        trains = [any(p.requires_grad for p in network.parameters()) for network in networks(self.generator)]
+        offload.keep_awake([i for i, it in enumerate(trains) if it or not training])
+
     def result(self) -> Network:
-        """A copy that samples as the run's result does: averaged miners before the generator with averaged neurons."""
-        generator = self.finetuner.ema_model() if self.finetuner else copy.deepcopy(self.generator)
-        found = self.average.before(generator).eval().requires_grad_(False)
+        """What samples as the run's result does: averaged miners before a copy of the generator with averaged neurons,
+        or in stage 1, in which it does not change, before the generator itself. One process alone may call it."""
+        generator = self.finetuner.ema_model().requires_grad_(False) if self.finetuner else self.generator
+        found = self.average.before(generator)
+        if self.spread:
+            generator = cast(Several, copy.deepcopy(generator))
+            found = mixed(self.config, generator, branches(found), self.processes, self.device, self.sleep)
+        found = found.eval().requires_grad_(False)
         if isinstance(found, MultiGenerator):
             found.take(cast(MultiGenerator, self.mined).probabilities)
         return found
@@ -379,6 +446,7 @@ class Trainer:
         if state["finetuner"] is not None:
             finetuner = self.begin_finetuning()
             finetuner.load_state_dict(state["finetuner"])
+            self._keep_awake(training=True)
             if state["elastic"] is not None:
                 self.elastic = ElasticWeights(finetuner)
                 self.elastic.load_state_dict(state["elastic"])

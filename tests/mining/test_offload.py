@@ -307,7 +307,7 @@ def test_a_generator_that_stands_twice_stays_awake():
 
 
 def test_what_is_refused():
-    with pytest.raises(ValueError, match="offload is for miners on a GPU, whose memory is short; they are on cpu"):
+    with pytest.raises(ValueError, match="offload is for a GPU, whose memory is short, and the miners are on cpu"):
         MultiGenerator(modules(2), offload="cpu")
     with pytest.raises(ValueError, match="offload must be \"cpu\" or None, got 'disk'"):
         MultiGenerator(modules(2), offload="disk")

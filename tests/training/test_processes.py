@@ -44,6 +44,10 @@ def two(tiny, settings, tmp_path_factory):
     mf.transfer(**settings | recipe_ranks.KERNEL, out=folder / "kernel one")
     for name, changes in recipe_ranks.several(tiny).items():
         mf.transfer(**settings | changes, out=folder / f"{name} one")
+        if not name.startswith("still"):
+            continue
+        short = {"mining_steps": 1, "finetune_steps": 0}
+        mf.transfer(**settings | changes | short, out=folder / f"{name} one then spread")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -93,18 +97,28 @@ def test_the_kernel_distance_is_that_of_all_samples(two):
     assert_same_run(two / "kernel one", two / "kernel two")
 
 
-@pytest.mark.parametrize("name", ["mixture", "winner"])
-def test_several_sources_are_those_of_one_process(two, name):
+SPREAD = ["spread", "one then spread", "spread then one"]
+SEVERAL = [(name, "two") for name in ("mixture", "winner")]
+SEVERAL += [(f"still {name}", how) for name in ("mixture", "winner", "parts") for how in ("two", *SPREAD)]
+
+
+@pytest.mark.parametrize(("name", "how"), SEVERAL)
+def test_several_sources_are_those_of_one_process(two, tiny, settings, name, how):
     """The shares too; a winner is one of several that score alike to rounding, which these do not."""
-    one, other = (RunFolder(two / f"{name} {count}") for count in ("one", "two"))
+    if how == "spread then one":
+        mf.transfer(**settings | recipe_ranks.several(tiny)[name], out=two / f"{name} {how}", resume=True)
+    one, other = (RunFolder(two / f"{name} {count}") for count in ("one", how))
     assert Selection.load(one.selection) == Selection.load(other.selection)
     rows, others = ([row for row in folder.read_history() if "loss_G" in row] for folder in (one, other))
     assert [row["step"] for row in rows] == list(range(1, 5))
+    sources = ["StyleGAN2Generator", "Conditional"]
+    if name.startswith("still"):
+        sources = ["Plain-1", "Conditional", "Plain-2"]
     for row, same in zip(rows, others, strict=True):
-        assert {key for key in row if key.startswith("p_")} == {"p_StyleGAN2Generator", "p_Conditional"}
+        assert [key for key in row if key.startswith("p_")] == [f"p_{source}" for source in sources]
         for key in row.keys() - {"seconds", "step", "stage"}:
             assert same[key] == pytest.approx(row[key], rel=1e-4, abs=1e-5)
-    for source in ("StyleGAN2Generator", "Conditional"):
+    for source in sources:
         states = [
             {**load_file(folder.last / source / "generator.safetensors"),
              **load_file(folder.last / source / "miner.safetensors")}
