@@ -30,6 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 console = Console()
+LONGEST = 4000  # letters of an error
 INTERRUPTED = 130  # Typer's exit code after Ctrl-C
 
 
@@ -66,11 +67,20 @@ def main() -> None:
         if stopped.code == INTERRUPTED and rank == 0:
             print("interrupted; a run that has written a snapshot goes on from it with --resume", file=sys.stderr)
         raise
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
+    except Exception as error:
         if debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_line(error)}", file=sys.stderr)
         sys.exit(1)
+
+
+def _line(error: Exception) -> str:
+    """What an error says, in one line without control characters, which the names in a file can hold."""
+    said = " ".join("".join(c if c.isprintable() else " " for c in str(error)).split())
+    said = said if len(said) <= LONGEST else f"{said[:LONGEST]} ..."
+    if said and isinstance(error, (ValueError, OSError, RuntimeError, ImportError)):
+        return said
+    return f"{type(error).__name__}: {said} (minegan-fast did not foresee this: add --debug to see where it happened)"
 
 
 class _Lines(logging.Handler):
@@ -114,7 +124,7 @@ def _transfer(
             stored = located(RunFolder(out), load_config(out))
         elif named is None:
             raise ValueError(f"there is no run in {str(out)!r} to go on with: check the path")
-        if named is None and stored and None in listed(stored["source"]):
+        if named is None and stored and None in listed(stored.get("source", "")):
             raise ValueError(
                 f"the source of the run in {str(out)!r} is a module: name it again, as FILE.py:FUNCTION, or call "
                 "minegan_fast.transfer(module, images, out, resume=True, ...) with the arguments that began it"

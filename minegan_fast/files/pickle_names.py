@@ -1,9 +1,10 @@
 """What the names in a pickle stand for: a fixed table of tensors, arrays and containers; no other is ever called."""
 
+import itertools
 import math
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -53,15 +54,18 @@ DANGEROUS = frozenset((
 # fmt: on
 ORDERS: dict[str, Literal["<", ">", "="]] = {"<": "<", ">": ">", "=": "=", "|": "="}  # | is for single bytes
 BUILTINS = ("builtins", "__builtin__", "__builtins__")
+LONGEST_NAME = 1000
+SMALL = 1 << 16  # numbers below it lie each in a place of its own in a dict or a set as large as they need
 INERT_BUILTINS = frozenset(("int", "long", "float", "bool", "str", "unicode", "object", "slice", "range", "xrange"))
 
 
 @dataclass(frozen=True)
 class Known:
-    """A name of the table; `make` takes the arguments of the file."""
+    """A name of the table; `make` takes the arguments of the file, and `keys` gives those of them that it will hash."""
 
     name: str
     make: Callable
+    keys: Callable[..., Iterable] | None = None
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,7 @@ def _dtype(code, align=False, copy=False) -> DType | Thing:
 
 
 EXPANDED = 1 << 24  # elements
+MOST_DIMENSIONS = 64
 
 
 def array_of(data: Any, dtype: Any, shape: Any, order: Literal["C", "F"] = "C") -> np.ndarray | None:
@@ -109,8 +114,9 @@ def array_of(data: Any, dtype: Any, shape: Any, order: Literal["C", "F"] = "C") 
     if not isinstance(dtype, DType):
         return None
     data = data.encode("latin-1") if isinstance(data, str) else data  # written by Python 2
-    shape = (shape,) if isinstance(shape, int) else tuple(shape)
-    require(all(isinstance(n, int) and n >= 0 for n in shape) and order in ("C", "F"), "an array has no shape")
+    shape = (shape,) if isinstance(shape, int) else shape
+    require(isinstance(shape, (tuple, list)) and len(shape) <= MOST_DIMENSIONS, "an array has no shape")
+    require(all(isinstance(n, int) and 0 <= n < 2**63 for n in shape) and order in ("C", "F"), "an array has no shape")
     require(
         isinstance(data, (bytes, bytearray)) and len(data) == math.prod(shape) * dtype.real().itemsize,
         "an array's bytes and its shape differ",
@@ -125,7 +131,8 @@ def _scalar(dtype, data=b""):
 
 def _tensor(storage, offset, size, stride, *_) -> Tensor:
     require(isinstance(storage, Tensor), "a tensor has no storage")
-    require(all(type(n) is int for n in (offset, *size, *stride)), "a tensor has no size")
+    require(len(size) <= MOST_DIMENSIONS and len(stride) <= MOST_DIMENSIONS, "a tensor has no size")
+    require(all(type(n) is int and 0 <= n < 2**63 for n in (offset, *size, *stride)), "a tensor has no size")
     # A stride of 0 makes a few bytes a tensor of any size; of some size that is what a program may have meant.
     require(math.prod(size) <= max(storage.numel(), EXPANDED), "a tensor is larger than its storage")
     return storage.as_strided(tuple(size), tuple(stride), offset)
@@ -158,14 +165,17 @@ def _bytes(data=b"", encoding="latin-1") -> bytes:
 def _container(kind: type) -> Callable:
     def make(*values):
         require(all(isinstance(v, (list, tuple, dict, set, frozenset)) for v in values), f"a {kind} of what is none")
-        for value in values:
-            if issubclass(kind, (set, frozenset)):
-                check_keys(value)
-            elif issubclass(kind, dict) and not isinstance(value, dict):
-                check_keys(key for key, _ in value)
         return kind(*values)
 
     return make
+
+
+def _elements(*values) -> Iterator:
+    return itertools.chain.from_iterable(values)
+
+
+def _firsts(*values) -> Iterator:
+    return (key for value in values for key in (value if isinstance(value, dict) else (pair[0] for pair in value)))
 
 
 def _complex(real=0.0, imag=0.0) -> complex:
@@ -186,28 +196,36 @@ def _device(kind, index=None) -> str:
     return kind if index is None else f"{kind}:{index}"
 
 
-def check_keys(values: Iterable) -> None:
-    """DamagedError for keys that may take forever: a few bytes make a tuple of tuples that is hashed over and over, and
-    of integers from 2^61 - 1 on any number have one hash."""
+def check_keys(values: Iterable) -> int:
+    """How many of the keys have a hash that a file can choose: those that are neither text nor small numbers.
+
+    DamagedError for keys that may take forever: a few bytes make a tuple of tuples that is hashed over and over, and
+    of integers from 2^61 - 1 on any number have one hash.
+    """
     flat = (int, float, str, bytes, bool, type(None), Thing, Tensor, torch.dtype)
+    chosen = 0
     for value in values:
         parts = value if isinstance(value, (tuple, frozenset)) else (value,)
+        require(len(parts) <= MOST_DIMENSIONS, "a key is a long container")
         require(all(isinstance(part, flat) for part in parts), "a key is a container of containers")
         require(all(abs(part) < 2**61 - 1 for part in parts if isinstance(part, int)), "a key is a huge number")
+        small = isinstance(value, int) and abs(value) < SMALL
+        chosen += isinstance(value, (int, float, tuple, frozenset)) and not small
+    return chosen
 
 
-def _each(modules: str, name: str, make: Callable) -> dict:
-    return {(module, name): Known(f"{module}.{name}", make) for module in modules.split()}
+def _each(modules: str, name: str, make: Callable, keys: Callable[..., Iterable] | None = None) -> dict:
+    return {(module, name): Known(f"{module}.{name}", make, keys) for module in modules.split()}
 
 
 NUMPY = "numpy.core.multiarray numpy._core.multiarray"
 KNOWN = (
-    _each("collections", "OrderedDict", _container(OrderedDict))
-    | _each("builtins __builtin__", "dict", _container(dict))
+    _each("collections", "OrderedDict", _container(OrderedDict), _firsts)
+    | _each("builtins __builtin__", "dict", _container(dict), _firsts)
     | _each("builtins __builtin__", "list", _container(list))
     | _each("builtins __builtin__", "tuple", _container(tuple))
-    | _each("builtins __builtin__", "set", _container(set))
-    | _each("builtins __builtin__", "frozenset", _container(frozenset))
+    | _each("builtins __builtin__", "set", _container(set), _elements)
+    | _each("builtins __builtin__", "frozenset", _container(frozenset), _elements)
     | _each("builtins __builtin__", "complex", _complex)
     | _each("builtins __builtin__", "bytes", _bytes)
     | _each("builtins __builtin__", "bytearray", _bytes)
@@ -248,6 +266,7 @@ DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value
 def lookup(module: str, name: str) -> Known | Storage | torch.dtype | Thing:
     """What a name in a file stands for: an entry of the table, a dtype, or a `Thing`. RefusedError: a dangerous one."""
     require(isinstance(module, str) and isinstance(name, str), "a name is no text")
+    require(len(module) + len(name) <= LONGEST_NAME, "a name is no name")
     if known := KNOWN.get((module, name)):
         return known
     if module in ("torch", "torch.cuda", "torch.storage") and name in STORAGES:

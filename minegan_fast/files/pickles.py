@@ -7,7 +7,7 @@ even remembered: the whole file is refused.
 """
 
 import pickletools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from .pickle_names import (
@@ -24,6 +24,10 @@ from .pickle_names import (
     require,
 )
 
+# What a pickle may cost beyond its own length: bytes and elements copied for each of its bytes, and keys in all whose
+# hashes it can choose so that they collide.
+COPIES, MOST_CHOSEN = 8, 4096
+
 
 class Unpickler:
     """Reads one pickle from a file opened for reading bytes; the file is left just behind it.
@@ -37,6 +41,7 @@ class Unpickler:
     def __init__(self, file: Any, persistent: Callable | None = None, nested: Callable | None = None):
         self.file, self.persistent, self.nested = file, persistent, nested
         self.stack, self.marks, self.memo = [], [], {}
+        self.copied = self.chosen = 0
 
     def load(self) -> Any:
         """The object that the pickle holds. Raises RefusedError or DamagedError."""
@@ -87,29 +92,29 @@ class Unpickler:
             case "TUPLE" | "LIST" | "FROZENSET":
                 values = self._above_mark()
                 if opcode == "FROZENSET":
-                    check_keys(values)
+                    self._hash(values)
                 stack.append({"TUPLE": tuple, "LIST": list, "FROZENSET": frozenset}[opcode](values))
             case "DICT":
-                stack.append(_pairs(self._above_mark()))
+                stack.append(self._pairs(self._above_mark()))
             case "APPEND" | "APPENDS":
                 values = [stack.pop()] if opcode == "APPEND" else self._above_mark()
                 self._extend(stack[-1], values)
             case "ADDITEMS":
                 values = self._above_mark()
                 require(isinstance(stack[-1], set), "items are added to what is no set")
-                check_keys(values)
+                self._hash(values)
                 stack[-1].update(values)
             case "SETITEM" | "SETITEMS":
                 values = [stack.pop() for _ in "kv"][::-1] if opcode == "SETITEM" else self._above_mark()
                 target = stack[-1].items if isinstance(stack[-1], Thing) else stack[-1]
                 require(isinstance(target, dict), "items are set in what is no dict")
-                target.update(_pairs(values))
+                target.update(self._pairs(values))
             case "PUT" | "BINPUT" | "LONG_BINPUT":
-                self.memo[argument] = stack[-1]
+                self.memo[str(argument)] = stack[-1]  # the file chooses the number, and so the hash of a number
             case "MEMOIZE":
-                self.memo[len(self.memo)] = stack[-1]
+                self.memo[str(len(self.memo))] = stack[-1]
             case "GET" | "BINGET" | "LONG_BINGET":
-                stack.append(self.memo[argument])
+                stack.append(self.memo[str(argument)])
             case "GLOBAL":
                 stack.append(self._named(*argument.split(" ", 1)))
             case "STACK_GLOBAL":
@@ -120,6 +125,7 @@ class Unpickler:
                 stack.append(_made(made, arguments))
             case "NEWOBJ_EX":
                 named, arguments, made = stack.pop(), stack.pop(), stack.pop()
+                self._copy(arguments)
                 stack.append(_made(made, (*arguments, named) if named else arguments))
             case "INST":
                 arguments = tuple(self._above_mark())
@@ -129,6 +135,8 @@ class Unpickler:
                 stack.append(_made(made, tuple(arguments)))
             case "BUILD":
                 state = stack.pop()
+                if isinstance(stack[-1], Array):
+                    self._copy(*state)
                 _build(stack[-1], state)
             case "PERSID" | "BINPERSID":
                 if self.persistent is None:
@@ -143,8 +151,32 @@ class Unpickler:
         if (module, name) == ("torch.storage", "_load_from_bytes"):
             if self.nested is None:
                 raise DamagedError("it holds a torch file inside a torch file")
-            return Known("torch.storage._load_from_bytes", self.nested)
-        return lookup(module, name)
+            found = Known("torch.storage._load_from_bytes", self.nested)
+        else:
+            found = lookup(module, name)
+        if not isinstance(found, Known):
+            return found
+
+        def make(*arguments):
+            self._copy(arguments, *arguments)
+            if found.keys is not None:
+                self._hash(found.keys(*arguments))
+            return found.make(*arguments)
+
+        return Known(found.name, make)
+
+    def _copy(self, *values) -> None:
+        """Counts what a call copies of values that it does not bring, but has in the memo. DamagedError: too much."""
+        self.copied += sum(len(v) for v in values if isinstance(v, (str, bytes, bytearray, list, tuple, dict, set)))
+        require(self.copied <= COPIES * (self.file.tell() + 1024), "it copies the same data over and over")
+
+    def _hash(self, keys: Iterable) -> None:
+        self.chosen += check_keys(keys)
+        require(self.chosen <= MOST_CHOSEN, f"more than {MOST_CHOSEN} keys are neither text nor small numbers")
+
+    def _pairs(self, values: list) -> dict:
+        self._hash(values[::2])
+        return dict(zip(values[::2], values[1::2], strict=True))
 
     def _above_mark(self) -> list:
         start = self.marks.pop()
@@ -162,11 +194,6 @@ class Unpickler:
             raise DamagedError("items are appended to what is no list")
 
 
-def _pairs(values: list) -> dict:
-    check_keys(values[::2])
-    return dict(zip(values[::2], values[1::2], strict=True))
-
-
 def _made(made, arguments):
     require(isinstance(arguments, tuple), "arguments are no tuple")
     if isinstance(made, Known):
@@ -182,7 +209,7 @@ def _build(target, state) -> None:
         target.value = array_of(data, dtype, shape, "F" if fortran else "C")
     elif isinstance(target, DType):
         order = state[1].decode() if isinstance(state[1], bytes) else state[1]
-        require(order in ORDERS, "a dtype has no byte order")
+        require(isinstance(order, str) and order in ORDERS, "a dtype has no byte order")
         target.order = ORDERS[order]
     elif isinstance(target, Thing):
         target.state = state

@@ -5,6 +5,7 @@ import mmap
 import re
 import struct
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -150,7 +151,7 @@ def _read_restricted(path: Path, zipped: bool):
             content = plain(_read_zip(path))
         else:
             with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
-                content = plain(_read_stream(view, path.stat().st_size))
+                content = plain(_read_stream(view, path.stat().st_size, _read_bytes))
         _check_shared(content, path.stat().st_size)
         return content
     except RefusedError as error:
@@ -204,9 +205,9 @@ def _read_zip(path: Path):
         return Unpickler(io.BytesIO(archive.read(pickles[0])), storage, _read_bytes).load()
 
 
-def _read_stream(file, size: int):
+def _read_stream(file, size: int, nested: Callable | None):
     """A plain pickle, or a file of torch.save before 1.6: pickles one after the other, then the storages' bytes."""
-    first = Unpickler(file, None, _read_bytes).load()
+    first = Unpickler(file, None, nested).load()
     if first != MAGIC:
         return first
     Unpickler(file).load()
@@ -231,8 +232,10 @@ def _read_stream(file, size: int):
             return whole[offset : offset + length]
         return whole
 
-    content = Unpickler(file, storage, _read_bytes).load()
+    content = Unpickler(file, storage, nested).load()
     for key in Unpickler(file).load():
+        if not isinstance(key, str):
+            raise DamagedError("it lists tensor data without a name")
         numel, whole = int.from_bytes(file.read(8), "little"), storages[key]
         data = file.read(whole.numel() * whole.dtype.itemsize)
         if numel != whole.numel() or len(data) != whole.numel() * whole.dtype.itemsize:
@@ -260,7 +263,7 @@ def _read_bytes(data):
     """A file of torch.save inside a pickle: how a tensor is pickled without torch.save."""
     if not isinstance(data, bytes):
         raise DamagedError("it holds a torch file that is no bytes")
-    return _read_stream(io.BytesIO(data), len(data))
+    return _read_stream(io.BytesIO(data), len(data), None)
 
 
 def _described(saved) -> tuple[torch.dtype, str, int]:

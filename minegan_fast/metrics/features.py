@@ -64,7 +64,11 @@ def _load(path, device) -> tuple[nn.Module, str | None]:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"device {str(device)!r} cannot be used here: {str(error).splitlines()[0]}") from None
-    names = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except Exception:  # no archive, or a damaged one, which can raise anything: the reader of weights says so
+        names = []
     # An archive lies in one folder: TorchScript has NAME/constants.pkl and NAME/code/, torch.save NAME/data.pkl alone.
     if any(name.endswith("/constants.pkl") for name in names) and any("/code/" in name for name in names):
         try:

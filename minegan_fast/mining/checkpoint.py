@@ -2,10 +2,11 @@
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from ..files.atomic import save_tensors
@@ -57,7 +58,11 @@ def load_bank(path: str | Path | Contents) -> MinerBank:
     if contents.metadata.get("format") != FORMAT or "miners" not in contents.metadata:
         return MinerBank.of([_miners(contents)[0]]).eval()
     with _named(contents):
-        bank = MinerBank(int(contents.metadata["miners"]), **json.loads(contents.metadata["config"]))
+        n, config = int(contents.metadata["miners"]), json.loads(contents.metadata["config"])
+        _check_sizes(config, {name: tensor[0] for name, tensor in contents.data.items()})
+        if any(len(tensor) != n for tensor in contents.data.values()):
+            raise ValueError(f"it is said to hold {n} miners, and its tensors are of others")
+        bank = MinerBank(n, **config)
         bank.load_state_dict(dict(contents.data))
         return bank.eval()
 
@@ -101,7 +106,7 @@ def has_miner(contents: Contents) -> bool:
     """Whether the file holds a miner, be it damaged."""
     try:
         return contents.metadata.get("format") == FORMAT or find_original(contents.data) is not None
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, TypeError, IndexError, RuntimeError):
         return True
 
 
@@ -120,8 +125,9 @@ def _miners(contents: Contents) -> tuple[Miner, Miner | None, str, Tensor | None
         found = find_original(contents.data)
     except KeyError as error:
         raise ValueError(f"{path} holds a miner of the original MineGAN that lacks {error}") from None
-    except ValueError as error:
-        raise ValueError(f"{path} holds a miner of the original MineGAN that is not whole: {error}") from None
+    except (ValueError, TypeError, IndexError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path} holds a miner of the original MineGAN that is not whole: {reason}") from None
     if found is None:
         raise ValueError(f"{path} holds no miner; a run keeps its own as last/miner.safetensors")
     miner, class_miner, constant = found
@@ -133,9 +139,26 @@ def _named(contents: Contents) -> Iterator[None]:
     """Says of what is wrong with the file's contents which file it is."""
     try:
         yield
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+    except (KeyError, IndexError, TypeError, AttributeError, OverflowError, ValueError, RuntimeError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{contents.path}: the miner in it is damaged ({reason}); write it again") from None
+
+
+def _check_sizes(config: dict, tensors: Mapping[str, Tensor]) -> None:
+    """ValueError: the arguments are of a miner of other sizes. No layer is made that the tensors would not fill."""
+    if (layers := config.get("depth", 2)) > len(tensors):
+        raise ValueError(f"it is said to have {layers} layers, and there are {len(tensors)} tensors")
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in Miner(**config).state_dict().items()}
+    if shapes != {name: tensor.shape for name, tensor in tensors.items()}:
+        raise ValueError("its tensors are not those of a miner of the sizes that it is said to have")
+
+
+def _built(config: dict, tensors: Mapping[str, Tensor]) -> Miner:
+    _check_sizes(config, tensors)
+    miner = Miner(**config)
+    miner.load_state_dict(tensors)
+    return miner
 
 
 def _own(contents: Contents) -> tuple[Miner, Miner | None, str, Tensor | None, str]:
@@ -145,10 +168,8 @@ def _own(contents: Contents) -> tuple[Miner, Miner | None, str, Tensor | None, s
     with _named(contents):
         constant = tensors.pop("constant", None)
         of_class = {name: tensors.pop(name) for name in list(tensors) if name.startswith("class_miner.")}
-        miner, class_miner = Miner(**json.loads(metadata["config"])), None
-        miner.load_state_dict(tensors)
+        miner, class_miner = _built(json.loads(metadata["config"]), tensors), None
         if "class_config" in metadata:
-            class_miner = Miner(**json.loads(metadata["class_config"]))
-            class_miner.load_state_dict({name.partition(".")[2]: tensor for name, tensor in of_class.items()})
-            class_miner.eval()
+            of_class = {name.partition(".")[2]: tensor for name, tensor in of_class.items()}
+            class_miner = _built(json.loads(metadata["class_config"]), of_class).eval()
         return miner.eval(), class_miner, metadata.get("place", "z"), constant, metadata.get("prior", "none")

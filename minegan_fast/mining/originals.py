@@ -10,6 +10,7 @@
 None of them is residual. A spectrally normalised weight becomes W / σ with the σ that evaluation uses.
 """
 
+import itertools
 import math
 import re
 import warnings
@@ -47,15 +48,15 @@ def _tensors(content) -> State:
 
 def _perceptron(layers: list[tuple[Tensor, Tensor]], activation: str) -> Miner:
     (width, inputs), outputs = layers[0][0].shape, len(layers[-1][1])
+    sizes = [inputs, *[width] * (len(layers) - 1), outputs]
+    expected = [([after, before], [after]) for before, after in itertools.pairwise(sizes)]
+    if [(list(weight.shape), list(bias.shape)) for weight, bias in layers] != expected:
+        raise ValueError(f"the miner's layers do not follow each other: {[list(weight.shape) for weight, _ in layers]}")
     miner = Miner(inputs, len(layers), width, output_dim=outputs, activation=activation, residual=False)
     miner = miner.to(torch.promote_types(layers[0][0].dtype, torch.float32))
     values = zip(miner.parameters(), (tensor for layer in layers for tensor in layer), strict=True)
     with torch.no_grad():
         for parameter, value in values:
-            if parameter.shape != value.shape:
-                raise ValueError(
-                    f"the miner's layers do not follow each other: {[list(weight.shape) for weight, _ in layers]}"
-                )
             parameter.copy_(value)
     return miner.eval()
 
@@ -78,6 +79,8 @@ def _constant(state: State) -> Tensor | None:
     if "conv1.weight" not in state:
         return None
     x = state["input.input"].double()
+    if x.ndim != 4 or x.shape[0] != 1 or x.shape[2:] != (4, 4):
+        raise ValueError(f"its constant is {list(x.shape)}, expected [1, C, 4, 4]")
     for i in (1, 2, 3):
         weight = state[f"conv{i}.weight"].double()
         x = F.conv2d(x, weight / math.sqrt(weight.shape[1]))

@@ -22,6 +22,8 @@ from .stylegan2 import StyleGAN2Discriminator, StyleGAN2Generator
 
 _log = logging.getLogger(__name__)
 
+MOST_NEW = 1 << 27  # numbers that are drawn for what a file leaves out, beside four for each that it has
+
 
 def save_model(path: str | Path, generator: nn.Module, discriminator: nn.Module | None = None) -> Path:
     """Writes networks of `minegan_fast.models` as one safetensors file, atomically.
@@ -168,8 +170,8 @@ class Written:
         try:
             with torch.device("meta"):
                 return self.model(**self.config)
-        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-            reason = str(error).splitlines()[0]
+        except Exception as error:  # arguments that nobody meant can raise anything
+            reason = (str(error) or type(error).__name__).splitlines()[0]
             raise ValueError(f"{self.origin.path} describes a {name} that cannot be built: {reason}") from None
 
     def differences(self, own: State) -> tuple[list[str], list[str], dict[str, str]]:
@@ -287,6 +289,9 @@ def _filled(written: Written, strict: bool) -> Network:
         origin = replace(origin, missing=(*missing, *wrong), unexpected=(*extra, *wrong))
     state = {k: t for k, t in written.state.items() if k in own and k not in wrong}
     if len(state) < len(own):
+        new = sum(own[k].numel() for k in own.keys() - state.keys())
+        if new > MOST_NEW + 4 * sum(t.numel() for t in state.values()):
+            raise ValueError(f"{origin.path} leaves out {new} numbers of a {type(model).__name__} of its size")
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)  # torch.manual_seed would reach the GPU's generator as well
             state = written.model(**written.config).state_dict() | state

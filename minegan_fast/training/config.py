@@ -388,13 +388,16 @@ def load_config(path: str | Path) -> dict[str, Any]:
         settings = json.loads(path.read_text())
     except FileNotFoundError:
         raise FileNotFoundError(f"no configuration at {path}; a run writes its own as config.json") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a JSON configuration: {error}") from None
     if not isinstance(settings, dict):
         raise ValueError(f"{path} must hold a JSON object of settings, as a run's config.json does")
     try:
         check_names(settings)
-    except TypeError as error:
+        for field in dataclasses.fields(TransferConfig):
+            if field.name in settings:
+                _check_type(field.name, settings[field.name], field.type, field.metadata.get("open", False))
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
     return settings
 
@@ -424,6 +427,10 @@ def _check_type(name: str, value: Any, annotation: Any, may_be_open: bool) -> No
         names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
         names |= {list: "a list", type(None): "null"}
         raise ValueError(f"{name} must be {' or '.join(names[kind] for kind in kinds)}, got {value!r}")
+    if isinstance(value, list) and not all(isinstance(one, (str, type(None))) for one in value):
+        raise ValueError(f"{name} must be a list of paths, got {value!r}")
+    if float in kinds and isinstance(value, int) and abs(value) > sys.float_info.max:
+        raise ValueError(f"{name} must be a number, and is larger than any that is computed with")
 
 
 def _one_of(name: str, value: Any, known) -> None:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ..files.atomic import atomic_path, save_tensors, save_torch
+from ..files.reading import read
 from ..models import load_generator, save_model
 from .config import TransferConfig, load_config
 
@@ -216,6 +217,7 @@ class RunFolder:
 
 def _read_snapshot(path: Path, parts: Iterable[str]) -> dict:
     """ValueError and others: the file is not what `save_snapshot` wrote."""
+    read(path)  # which refuses what would take torch.load for ever, and what is compressed
     with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
         if (damaged := archive.testzip()) is not None:
             raise ValueError(f"{damaged} is not what was written")

@@ -17,6 +17,7 @@ from .generators import Several, networks
 from .miners import Network, branches
 
 SHARES = "shares.json"
+LARGEST = 1 << 14  # pixels of a side
 
 
 def write_result(
@@ -61,10 +62,25 @@ def read_result(
 
     if not (folder / SHARES).is_file():
         return read(folder, 0)
-    shares = json.loads((folder / SHARES).read_text())
-    mined = [read(folder / name, i) for i, name in enumerate(shares["names"])]
-    found = MultiGenerator(
-        [m.generator for m in mined], mined, resize=shares["resize"], names=shares["names"], offload=sleep
-    )
-    found.take(torch.tensor(shares["p"], dtype=torch.float64))
+    names, p, resize = _shares(folder / SHARES)
+    mined = [read(folder / name, i) for i, name in enumerate(names)]
+    found = MultiGenerator([m.generator for m in mined], mined, resize=resize, names=names, offload=sleep)
+    found.take(p)
     return found.eval()
+
+
+def _shares(path: Path) -> tuple[list[str], torch.Tensor, tuple[int, int] | None]:
+    """(names, p, resize). ValueError: the file is damaged."""
+    try:
+        shares = json.loads(path.read_bytes())
+        names, p = shares["names"], torch.tensor(shares["p"], dtype=torch.float64)
+        resize = shares["resize"]
+        if resize is not None and not (len(resize) == 2 and all(type(n) is int and 0 < n <= LARGEST for n in resize)):
+            raise ValueError(f"resize is {resize}")
+        plain = all(isinstance(name, str) and name == Path(name).name != ".." for name in names)
+        if not plain or p.shape != (len(names),) or not (p.isfinite().all() and (p >= 0).all() and p.sum() > 0):
+            raise ValueError("names and shares do not fit")
+        return names, p, resize
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RuntimeError) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(f"{path} is damaged ({reason}): write the result again, or copy it again") from None

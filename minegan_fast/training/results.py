@@ -70,7 +70,8 @@ def open_result(
         try:
             mined = read_result(folder, lambda file, _: read_generator(file))
         except ValueError:
-            if module or not RunFolder(path).config.is_file() or None not in listed(load_config(path)["source"]):
+            config = load_config(path) if not module and RunFolder(path).config.is_file() else {}
+            if None not in listed(config.get("source", "")):
                 raise
             way = (
                 "name the function that builds it (--source FILE.py:FUNCTION), or in Python "

@@ -328,5 +328,5 @@ def test_sharing_takes_no_longer_than_reading(tmp_path):
     data = read(tmp_path / "file").data
     assert data["a"][0] is data["a"][1]
     (tmp_path / "file").write_bytes(pickle.dumps({"a": module}))
-    with pytest.raises(ValueError, match="a network of more than 100000 modules"):
+    with pytest.raises(ValueError, match="networks of more than 100000 modules"):
         read(tmp_path / "file")

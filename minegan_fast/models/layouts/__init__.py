@@ -1,5 +1,6 @@
 """The public projects' files, one module a family, and which of them a file is."""
 
+import itertools
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -41,6 +42,9 @@ MODELS = {(layout.model.family, layout.role): layout.model for layout in LAYOUTS
 
 # The names that projects give an exponential moving average of a network.
 AVERAGED = r"(?i)ema|avg|average|running|^Gs$"
+
+MOST_PREFIXED = 32  # networks under prefixes that are looked at
+LONGEST_SHOWN = 100  # letters of a key in a message
 
 # Keys by which a miner of the original MineGAN is told, with what it mines and for which family.
 MINERS = {
@@ -94,35 +98,51 @@ def find(data: Mapping, role: str) -> Found | None:
     whose name may say that they are averaged. Where none holds one, names with a prefix are: safetensors cannot nest,
     and a program that trains several networks as one module writes them so.
     """
+    states = _states(data)
     held = []
     for layout in LAYOUTS:
         if layout.role == role:
-            others = [k for k in data if k not in layout.containers and re.search(AVERAGED, str(k))]
-            others += [k for k in data if k not in layout.containers and k not in others]
+            others = [k for k in data if k not in layout.containers]
+            others.sort(key=lambda k: re.search(AVERAGED, str(k)) is None)
             for container in (*layout.containers, None, *others):
-                state = _tensors(data if container is None else data.get(container))
+                state = states.get(container, {})
                 if all(key in state for key in layout.signature):
-                    state |= _at_the_top(data, layout)
-                    by_name = container in others and re.search(AVERAGED, str(container)) is not None
-                    averaged = None if container is None else container in layout.averaged or by_name
+                    by_name = container not in (*layout.containers, None) and re.search(AVERAGED, str(container))
+                    averaged = None if container is None else container in layout.averaged or bool(by_name)
                     held.append(Found(layout, state, container, averaged))
-    held = held or [found for layout in LAYOUTS if layout.role == role for found in _prefixed(data, layout)]
+    if not held:
+        prefixed = (found for layout in LAYOUTS if layout.role == role for found in _prefixed(states, layout))
+        held = list(itertools.islice(prefixed, MOST_PREFIXED))
     if not held:
         return None
     best = next((found for found in held if found.averaged), held[0])
-    return replace(best, passed_over=tuple(found.container for found in held if found is not best))
+    passed_over = tuple(found.container for found in held if found is not best)
+    return replace(best, state={**best.state, **_at_the_top(data, best.layout)}, passed_over=passed_over)
 
 
-def _prefixed(data: Mapping, layout: Layout) -> Iterator[Found]:
+def _states(data: Mapping) -> dict[object, State]:
+    """The tensors of the file itself (None) and of each of its containers. A dict under many names is read once."""
+    made: dict[int, State] = {}
+    for value in (data, *data.values()):
+        if id(value) not in made and isinstance(value, Mapping):
+            made[id(value)] = _tensors(value)
+    found: dict[object, State] = {key: made[id(v)] for key, v in data.items() if isinstance(v, Mapping)}
+    return found | {None: made[id(data)]}
+
+
+def _prefixed(states: Mapping[object, State], layout: Layout) -> Iterator[Found]:
     """The networks of that layout whose tensors have a prefix, as in `g_ema.conv1.weight`, in the file itself or in one
     of its containers."""
-    for container in (None, *data):
-        state = _tensors(data if container is None else data.get(container))
+    seen = set()
+    for container in (None, *(key for key in states if key is not None)):
+        state = states[container]
         last = "." + layout.signature[0]
+        if id(state) in seen:
+            continue
+        seen.add(id(state))
         for prefix in dict.fromkeys(key.removesuffix(layout.signature[0]) for key in state if key.endswith(last)):
-            own = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
-            if all(key in own for key in layout.signature):
-                own |= _at_the_top(data, layout)
+            if all(prefix + key in state for key in layout.signature):
+                own = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
                 averaged = any(part in layout.averaged or re.search(AVERAGED, part) for part in prefix.split("."))
                 name = prefix if container is None else f"{container}: {prefix}"
                 yield Found(layout, own, f"{name}*", averaged or None)
@@ -151,16 +171,17 @@ def foreign(state: State) -> str | None:
 
 def describe(data: Mapping, role: str) -> str:
     """For an error: what the file looks like, its first keys, and ten keys by which a layout would have been told."""
-    states = [_tensors(data), *map(_tensors, data.values())]
+    states = {id(state): state for state in _states(data).values()}.values()
     known = OTHERS | {layout.signature[0]: f"{layout.model.family} {layout.role}" for layout in LAYOUTS}
     looks = (
         f"It looks like a {kind} (it has {key}). "
         for key, kind in known.items()
         if any(k == key or k.endswith("." + key) for state in states for k in state)
     )
-    names = [str(k) for k in data]
-    names += [f"{top}.{key}" for top, inner in data.items() if isinstance(inner, Mapping) for key in inner]
-    shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+    inside = (f"{top}.{key}" for top, inner in data.items() if isinstance(inner, Mapping) for key in inner)
+    names = [name[:LONGEST_SHOWN] for name in itertools.islice(itertools.chain(map(str, data), inside), 10)]
+    more = len(data) + sum(len(inner) for inner in data.values() if isinstance(inner, Mapping)) - len(names)
+    shown = ", ".join(names) + (f" and {more} more" if more else "")
     told = {}
     for layout in sorted(LAYOUTS, key=lambda layout: layout.role != role):
         told.setdefault(layout.signature[0], f"{layout.signature[0]} ({layout.model.family} {layout.role})")
