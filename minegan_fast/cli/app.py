@@ -20,7 +20,7 @@ from ..training.sources import Checkpoints, listed
 from . import files, sampling
 from .arguments import Base, Device, MinerFile, Result, Seed, Which
 from .export import export
-from .modules import named_module
+from .modules import named_base, named_module
 
 app = typer.Typer(
     help="Adapts a pretrained GAN to a few images: mining, then finetuning of the neurons that matter.",
@@ -292,7 +292,7 @@ def evaluate(
     from ..files.atomic import atomic_path
     from ..training.results import evaluate_result
 
-    report = evaluate_result(run, which, device, named_module(source), miner, images, samples, features, seed)
+    report = evaluate_result(run, which, device, named_base(source), miner, images, samples, features, seed)
     table = Table(title=f"{report['generated']} generated, {report['real']} real, {report['features']} features")
     for name in report["metrics"]:
         table.add_column(name)

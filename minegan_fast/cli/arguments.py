@@ -19,9 +19,10 @@ Result = Annotated[
     ),
 ]
 Base = Annotated[
-    Optional[str],  # noqa: UP045
+    Optional[list[str]],  # noqa: UP045
     typer.Option(
-        help="Checkpoint that the delta was trained from; of a run on a module FILE.py:FUNCTION, which is executed."
+        help="Checkpoint that the delta was trained from; of a run on a module FILE.py:FUNCTION, which is executed, of "
+        "one on several modules each, in their order."
     ),
 ]
 MinerFile = Annotated[

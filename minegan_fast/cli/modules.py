@@ -42,6 +42,12 @@ def named_module(source: str | None):
     return module
 
 
+def named_base(sources: list[str] | None):
+    """What --source names for a result: nothing, one thing, or a module for each of several sources."""
+    named = [named_module(one) for one in sources or []]
+    return named if len(named) > 1 else next(iter(named), None)
+
+
 def _executed(file: Path):
     # A name of its own for each path: files of one name in two folders are two modules.
     name = f"{file.stem}_{hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:8]}"

@@ -8,7 +8,7 @@ from PIL import features
 
 from ..mining import MultiGenerator
 from . import arguments as args
-from .modules import named_module
+from .modules import named_base
 
 FORMATS = ("gif", "webp", "none")
 
@@ -135,7 +135,7 @@ def _opened(run: Path, which, device, source, miner, truncation: float, noise: s
     from ..training.results import open_result
 
     labels = [] if classes is None else args.numbers(classes, "--class")
-    sampler = open_result(run, which, device, named_module(source), miner, labels=labels)
+    sampler = open_result(run, which, device, named_base(source), miner, labels=labels)
     if (channels := image_channels(branches(sampler)[0].generator)) not in PICTURED:
         raise ValueError(
             f"the images have {channels} channels, which no PNG shows: in Python minegan_fast.load_generator gives them"

@@ -69,13 +69,13 @@ def read_result(
     return found.eval()
 
 
-def _shares(path: Path) -> tuple[list[str], torch.Tensor, tuple[int, int] | None]:
+def _shares(path: Path) -> tuple[list[str], torch.Tensor, int | None]:
     """(names, p, resize). ValueError: the file is damaged."""
     try:
         shares = json.loads(path.read_bytes())
         names, p = shares["names"], torch.tensor(shares["p"], dtype=torch.float64)
         resize = shares["resize"]
-        if resize is not None and not (len(resize) == 2 and all(type(n) is int and 0 < n <= LARGEST for n in resize)):
+        if resize is not None and not (type(resize) is int and 0 < resize <= LARGEST):
             raise ValueError(f"resize is {resize}")
         plain = all(isinstance(name, str) and name == Path(name).name != ".." for name in names)
         if not plain or p.shape != (len(names),) or not (p.isfinite().all() and (p >= 0).all() and p.sum() > 0):

@@ -1,7 +1,6 @@
 """An adapted GAN from its files, and how good it is."""
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -35,10 +34,10 @@ def open_result(
 ) -> Network:
     """The sampler of a result; of a run with several sources a `MultiGenerator`.
 
-    path: a run's folder, of a run on a module with that as `source`; a delta file, which needs its `source` and takes
-        `miner` or the miner's file beside it; a checkpoint with a miner: a training file of the original MineGAN (for
-        BigGAN the folder with G.pth and M.pth), or any checkpoint with `miner`; or a checkpoint without one, whose own
-        images it then gives (`drawing.bare`).
+    path: a run's folder, of a run on modules with these as `source`, in their order; a delta file, which needs its
+        `source` and takes `miner` or the miner's file beside it; a checkpoint with a miner: a training file of the
+        original MineGAN (for BigGAN the folder with G.pth and M.pth), or any checkpoint with `miner`; or a checkpoint
+        without one, whose own images it then gives (`drawing.bare`).
     labels: of which classes, for a checkpoint without a miner alone; none: of all.
     checkpoints: reads the files, and keeps what it read for the caller.
 
@@ -65,24 +64,52 @@ def open_result(
         folder = getattr(RunFolder(path), which)
         if not any((folder / name).is_file() for name in ("generator.safetensors", SHARES)):
             raise FileNotFoundError(f"no {which} result in {str(path)!r}: give the folder that transfer wrote")
-        module = isinstance(source, nn.Module)
-        read_generator = partial(with_weights, source) if module else load_generator
-        try:
-            mined = read_result(folder, lambda file, _: read_generator(file))
-        except ValueError:
-            config = load_config(path) if not module and RunFolder(path).config.is_file() else {}
-            if None not in listed(config.get("source", "")):
-                raise
-            way = (
-                "name the function that builds it (--source FILE.py:FUNCTION), or in Python "
-                f"minegan_fast.load_mined({str(path)!r}, module).sample(16) shows what the run made of it"
-            )
-            if (folder / SHARES).is_file():
-                way = "in Python the result of transfer(..., resume=True) samples from it"
-            raise ValueError(f"the generator of the run in {str(path)!r} is a module of yours: {way}") from None
+        mined = read_result(folder, _reader(path, source))
     if labels and not is_bare(mined):
         raise ValueError("the classes of this result are mined: --class is for a checkpoint's own images")
     return mined.to(where).eval()
+
+
+def _reader(path: Path, source) -> Callable[[Path, int], nn.Module]:
+    """(a file of a run, number of its source) -> the generator in it; of a module that one, with the file's weights.
+
+    ValueError: the run is on others than are given.
+    """
+    given = [one for one in ([] if source is None else listed(source)) if isinstance(one, nn.Module)]
+    config = load_config(path) if RunFolder(path).config.is_file() else {}
+    sources = listed(config.get("source", ""))
+    numbers = [i for i, one in enumerate(sources) if one is None]
+    if len(given) == len(sources) == 1:  # of a checkpoint too, whose weights are then shown by a class of the user's
+        numbers = [0]
+    if given and len(given) != len(numbers):
+        raise ValueError(
+            f"{len(numbers)} of the {len(sources)} sources of the run in {str(path)!r} are modules, and {len(given)} "
+            "are given: give each once, in the order of the run's sources"
+        )
+    own = dict(zip(numbers, given, strict=False))
+
+    def read_generator(file: Path, i: int) -> nn.Module:
+        if i in own:
+            return with_weights(own[i], file)
+        try:
+            return load_generator(file)
+        except ValueError:  # those of a class of `models` are read without
+            if i not in numbers:
+                raise
+            which = "the generator" if len(sources) == 1 else f"source {i + 1} of {len(sources)}"
+            raise ValueError(
+                f"{which} of the run in {str(path)!r} is a module of yours: name the function that builds it (--source "
+                "FILE.py:FUNCTION; of several modules once for each, in their order), or in Python "
+                + _in_python(path, len(sources))
+            ) from None
+
+    return read_generator
+
+
+def _in_python(path: Path, sources: int) -> str:
+    if sources == 1:
+        return f"minegan_fast.load_mined({str(path)!r}, module).sample(16) shows what the run made of it"
+    return "the result of transfer(..., resume=True) samples from it"
 
 
 def _is_folder_of_networks(path: Path) -> bool:
@@ -103,6 +130,10 @@ def _of_checkpoint(path: Path, miner, checkpoints: Checkpoints, labels: Sequence
         raise ValueError(f"{error}; name the file of the miner with --miner") from None
 
 
+def _paths(source) -> list[str | Path]:
+    return [one for one in (listed(source) if source else []) if isinstance(one, (str, Path))]
+
+
 @torch.no_grad()
 def evaluate_result(path, which, device, source, miner, images, samples: int, features, seed: int) -> dict:
     """Metrics of an adapted GAN against a folder: {"metrics": {...}, "generated", "real", "features", "seed", "notes"}.
@@ -119,11 +150,12 @@ def evaluate_result(path, which, device, source, miner, images, samples: int, fe
     critic = config = None
     if RunFolder(path).config.is_file():
         config = TransferConfig(**located(RunFolder(path), load_config(path)))
-        features, source = features or config.features, source or config.source
+        features = features or config.features
         if config.critic and config.critic != "features":
             critic = load_discriminator(checkpoints.open(config.critic))
-    if critic is None and source and features in (None, "critic"):
-        files = [checkpoints.open(one) for one in listed(source) if isinstance(one, (str, Path))]
+    if critic is None and features in (None, "critic"):
+        named = _paths(source) or _paths(config and config.source)
+        files = [checkpoints.open(one) for one in named]
         if len(files) == 1:
             critic = load_discriminator(files[0]) if has_discriminator(files[0]) else None
         elif files:

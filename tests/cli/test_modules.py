@@ -91,11 +91,21 @@ def test_a_run_of_a_module_from_the_command_line(call, gan, run_settings, tmp_pa
     assert call("sample", delta, "--source", source, "--out", tmp_path / "d", "-n", 2)[0] == 0
 
 
-def test_several_sources_of_modules_and_files(call, gan, run_settings, tiny):
+def test_several_sources_of_modules_and_files(call, gan, run_settings, tiny, tmp_path):
     settings = run_settings | {"finetune_steps": 0}
     code, _, err = call(*options(settings, f"{gan}:build", tiny["source"], f"{gan}:other"))
     assert code == 0, err
     assert "3 sources: Net-1, source, Net-2" in err
+    run, both = run_settings["out"], ("--source", f"{gan}:build", "--source", f"{gan}:other")
+    for command in (
+        ("sample", run, "--out", tmp_path / "s", "--by-source"),
+        ("evaluate", run, "--images", tiny["images"]),
+    ):
+        code, _, err = call(*command)
+        assert code == 1
+        assert "source 1 of 3 of the run" in err
+        code, _, err = call(*command, *both)
+        assert code == 0, err
 
 
 def test_other_texts_are_paths():

@@ -1,6 +1,7 @@
 """Runs with several sources: shares in the history, one budget of neurons, deltas, resume, and what cannot be mined."""
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -24,7 +25,7 @@ from minegan_fast.training.kernel_mixture import KernelMixture
 from minegan_fast.training.loss_features import LossFeatures
 from minegan_fast.training.names import short_names
 from minegan_fast.training.processes import Processes
-from minegan_fast.training.results import open_result
+from minegan_fast.training.results import evaluate_result, open_result
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*were enlarged", "ignore:by held-out KID no snapshot")
 
@@ -220,8 +221,21 @@ def test_sources_and_images_as_arguments_and_options(given, found):
 
 
 def test_a_result_with_a_module_leads_back_to_python(runs):
-    with pytest.raises(ValueError, match="is a module of yours: in Python the result of transfer"):
+    with pytest.raises(ValueError, match=r"source \d of \d .* is a module of yours: .* the result of transfer"):
         open_result(runs["kernel"].folder)
+
+
+def test_a_result_with_a_module_is_opened_with_that(runs, settings, tiny):
+    module = next(one for one in settings["source"] if isinstance(one, nn.Module))
+    for result in runs.values():
+        opened = open_result(result.folder, source=[module])
+        assert opened.sample(6, torch.Generator().manual_seed(1)).equal(
+            result.mined.sample(6, torch.Generator().manual_seed(1))
+        )
+    report = evaluate_result(runs["critic"].folder, "best", None, module, None, tiny["images"], 8, None, 0)
+    assert report["generated"] == 8
+    with pytest.raises(ValueError, match=r"1 of the 3 sources of the run in .* are modules, and 2 are given"):
+        open_result(runs["kernel"].folder, source=[module, module])
 
 
 def test_estimate_of_several_is_that_of_the_largest(files, tiny):
@@ -337,3 +351,24 @@ def test_the_gradient_is_that_of_the_mixture(part):
     for weight, slope in zip(active, torch.autograd.grad(2 * expected, active), strict=True):
         torch.testing.assert_close(weight.grad, slope, rtol=1e-4, atol=1e-7)
     assert all(g.layer.weight.grad is None for g, share in zip(generators, p, strict=True) if not share)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"resize": 10**9},
+        {"resize": [8, 8]},
+        {"names": ["../a", "b", "c"]},
+        {"p": [1, 2]},
+        {"p": [-1, 1, 1]},
+        {"p": "x"},
+    ],
+    ids=str,
+)
+def test_damaged_shares_are_named(runs, tmp_path, change):
+    folder = tmp_path / "run"
+    shutil.copytree(runs["critic"].folder, folder)
+    path = folder / "best" / "shares.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=r"shares\.json is damaged"):
+        open_result(folder)
