@@ -190,8 +190,10 @@ def _print_estimate(config: TransferConfig, checkpoints: Checkpoints, source) ->
     gib = 2**30
     console.print(
         f"time: {duration} of training ({mining:.3g} s a mining step, {finetuning:.3g} s a finetuning "
-        f"step), metrics and files on top\nmemory: about {memory.needed(config.batch) / gib:.2f} GiB of "
-        f"{memory.available / gib:.2f} GiB free; the largest batch that would fit is {memory.largest_batch()}",
+        "step), metrics and files on top\n"
+        f"memory: about {memory.total(config.batch) / gib:.2f} GiB at the most, of which this process has "
+        f"{memory.held / gib:.2f} already; {memory.available / gib:.2f} GiB are free, and the largest batch that would "
+        f"fit is {memory.largest_batch()}",
         highlight=False,
     )
 

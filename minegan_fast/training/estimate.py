@@ -1,61 +1,90 @@
-"""What a run will need, before it starts: memory by counting what a sample saves, time by a few real steps."""
+"""What a run will need, before it starts: memory by counting what steps of a few samples take, time by a few steps."""
 
-import contextlib
+import bisect
+import copy
 import itertools
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
+from ..layers import gradient_penalty, path_length_penalty
 from ..mining import Mined, device_bytes
+from .augment import diff_augment
 from .config import TransferConfig
-from .critics import critic_r1
-from .generators import Generator, Several, networks, placed
+from .critics import begin_training, critic_r1
+from .evaluation import Features, at_once
+from .footprint import peak, without_gradients
+from .generators import Generator, Several, image_channels, networks, placed
 from .kernel_loss import KernelLoss
-from .losses import generator_loss
+from .losses import LOSSES, critic_loss, generator_loss
 from .machine import DTYPES
 from .miners import new_branches
 from .randomness import keep_random_state
-from .trainer import Trainer
+from .trainer import Trainer, path_length_weight
 
-# Gradients of activations, workspaces and the allocator's rounding come on top of what is saved for backward.
-HEADROOM = 2.0
+COUNTED = 2, 4  # samples of which steps are counted; path length takes half of a batch
+# What an allocator takes for a byte of tensors: there are gaps between them, and operations have workspaces. Measured
+# on the CPU (bench/memory.py).
+HEADROOM = {"cpu": 1.25, "cuda": 1.1}
+LATER = {"cpu": 192 << 20}  # libraries and compiled code that come into memory while a run goes on
+LEFT = {"cpu": 0.5}  # of the second largest work: what it leaves is in pieces, of which the largest one cannot use all
+MOST = 10**7  # images of a batch
 
 
 class DoesNotFit(RuntimeError):  # noqa: N818
     """The run needs more memory than there is."""
 
 
+class Work(NamedTuple):
+    """Bytes that some work takes for a while: fixed, and for each sample, of which there are `most` at once."""
+
+    fixed: int
+    per_sample: int = 0
+    most: int | None = None
+
+    def bytes(self, samples: int) -> int:
+        return self.fixed + self.per_sample * (samples if self.most is None else min(samples, self.most))
+
+
 @dataclass
 class Estimate:
-    """Bytes that one process needs.
+    """Bytes on its device that one process needs.
 
-    networks: for weights, gradients, moments and averages. per_sample: for each of its samples of a batch. available:
-    what is free on the device. processes: how many share a batch. part: how many images of a batch are in memory at
-    once; None: all. spread: whether the processes share the generators instead, and each makes whole batches.
+    held: what it has already. networks: beside that, for copies of the networks, gradients, moments and averages, all
+    the time. work: of which one is done at a time. available: what is free on the device. processes: how many share a
+    batch. spread: whether they share the generators instead, and each makes whole batches. left: how much of a work's
+    memory the others cannot use.
     """
 
+    held: int
     networks: int
-    per_sample: int
+    work: list[Work]
     available: int
     processes: int = 1
-    part: int | None = None
     spread: bool = False
+    left: float = 0.0
 
     def needed(self, batch: int) -> int:
-        return self.networks + -(-min(batch, self.part or batch) // self._sharing) * self.per_sample
+        """Beside what the process has already."""
+        samples = -(-batch // (1 if self.spread else self.processes))
+        largest, second, *_ = sorted((*(work.bytes(samples) for work in self.work), 0), reverse=True)
+        return self.networks + largest + int(self.left * second)
+
+    def total(self, batch: int) -> int:
+        """The most that the process will have."""
+        return self.held + self.needed(batch)
 
     def largest_batch(self) -> int:
-        samples = self._sharing * max(0, (self.available - self.networks) // max(1, self.per_sample))
-        return samples - samples % self.processes
-
-    @property
-    def _sharing(self) -> int:
-        return 1 if self.spread else self.processes
+        """0: not even one sample of each process fits."""
+        counts = range(self.processes, MOST + 1, self.processes)
+        return self.processes * bisect.bisect_right(counts, self.available, key=self.needed)
 
     def check(self, batch: int) -> None:
         """Raises DoesNotFit, which names the batch that would fit, where this one would not."""
@@ -73,36 +102,44 @@ def estimate_memory(
     generator: Generator,
     critic: nn.Module | None,
     kernel: KernelLoss | None,
+    features: Features,
     device: torch.device,
     processes: int = 1,
 ) -> Estimate:
-    """Counts what steps at batch 2 and 3 save for their backward, and what networks and optimizers will hold.
+    """Counts what steps of a few samples take, and what networks and optimizers will hold.
 
     What is on the device of the run already is not counted again: the networks, unless generators are in the memory of
-    the host.
+    the host. Of several generators one at a time has a graph of all samples at most.
     """
-    dense, trained = (_bytes(net) if net else 0 for net in (generator, critic))
-    # Generator: the dense gradient before the selection, a copy for evaluation, then density x (values, gradient, two
-    # moments, average). Critic: gradient and two moments.
-    weights = int(dense * (2 + 5 * config.density)) if config.finetune_steps or not config.hosted else 0
-    if config.hosted:
-        weights = max(_bytes_in_stage_1(config, generator, processes), weights and dense + weights)
-    weights += 3 * trained
-    # Of several generators one at a time has a graph of all samples at most.
     several = isinstance(generator, Several)
     shaped, finite = (generator.resized, generator.finite) if several else (nn.Identity(), [True])
+    held, available = memory_held(device), available_memory(device)
     with keep_random_state(device):
         mined = new_branches(config, generator, device)
-        counted = [
-            [_saved_bytes(config, one, shaped, critic, kernel, device, batch) for batch in (2, 3)]
+        parts = [
+            list(_work(config, one, shaped, critic, kernel, features, device))
             for one in itertools.compress(mined, finite)
         ]
-    per_sample = max(1, *(three - two for two, three in counted))
-    fixed = max(0, *(two - 2 * max(1, three - two) for two, three in counted))
-    available = available_memory(device)
+    work = [max(kind, key=lambda one: one.bytes(config.batch)) for kind in zip(*parts, strict=True)]
+    work.append(_evaluating(config, generator, work.pop(), device))
+    room, dense = HEADROOM[device.type], _bytes(generator)
+    # A copy of the generator, then density x (values, gradient, two moments, average); before that, while neurons are
+    # scored, gradients of all its weights. Of the critic a copy, gradients and two moments.
+    weights = int(dense * (1 + 5 * config.density)) if config.finetune_steps else dense
+    if config.hosted:
+        weights = max(_bytes_in_stage_1(config, generator, processes), weights if config.finetune_steps else 0)
+    weights += 4 * (_bytes(critic) if critic else 0)
     if device.type == "cpu":  # torchrun says how many processes share this machine
         available //= int(os.environ.get("LOCAL_WORLD_SIZE", processes)) if processes > 1 else 1
-    return Estimate(weights + fixed, int(HEADROOM * per_sample), available, processes, config.part, config.spread)
+    return Estimate(
+        held,
+        LATER.get(device.type, 0) + int(room * weights),
+        [w._replace(fixed=int(room * w.fixed), per_sample=int(room * w.per_sample)) for w in work],
+        available,
+        processes,
+        config.spread,
+        LEFT.get(device.type, 0.0),
+    )
 
 
 def _bytes(network: nn.Module) -> int:
@@ -120,54 +157,103 @@ def _bytes_in_stage_1(config: TransferConfig, generator: Generator, processes: i
     return own + measured
 
 
-def _saved_bytes(
+def _work(
     config: TransferConfig,
     mined: Mined,
     shaped: Callable[[Tensor], Tensor],
-    critic: nn.Module | None,
-    kernel: KernelLoss | None,
+    critic: Any,
+    kernel: Any,
+    features: Features,
     device: torch.device,
-    batch: int,
-) -> int:
-    """The most bytes that a step saves for its backward: the generator's under each loss, or the critic's with R1."""
-    dtype, steps = DTYPES[config.precision], []
-    with placed(mined.generator, device):
-        if critic is not None:
-            with _counting() as step, torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                fake = shaped(mined(torch.randn(batch, mined.input_dim, device=device)))
-                generator_loss("nonsaturating", critic(fake))
-            steps.append(step.total)
-            with _counting() as step:
-                critic_r1(critic, fake.detach().float())
-            steps.append(step.total)
+) -> Iterator[Work]:
+    """The kinds of work of a run, with one generator; the last one is the making of a snapshot's images."""
+    dtype, generator = DTYPES[config.precision], cast(Generator, mined.generator)
+    loss_name = next((loss for loss in (config.finetune_loss, config.mining_loss) if loss in LOSSES), "")
+    judge: Any = nn.Identity() if critic is None else copy.deepcopy(critic)
+    begin_training(judge)
+
+    def autocast():
+        return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+    def latents(count: int) -> Tensor:
+        return torch.randn(count, mined.input_dim, device=device, requires_grad=True)
+
+    def images(u: Tensor) -> Tensor:
+        with autocast():
+            return shaped(mined(u)).float()
+
+    def critic_step(count: int) -> None:
+        fake = images(latents(count)).detach()
+        real, fake = (diff_augment(x, config.augment) for x in (torch.rand_like(fake), fake))
+        with autocast():
+            loss = critic_loss(loss_name, judge(real), judge(fake))
+        if config.r1_gamma:
+            loss = loss + critic_r1(judge, real)
+        if config.gradient_penalty_weight:
+            loss = loss + gradient_penalty(judge, real, fake)
+        loss.backward()
+
+    def generator_step(count: int) -> None:
+        u = latents(count)
+        with autocast():
+            loss = generator_loss(loss_name, judge(diff_augment(images(u), config.augment)))
+        torch.autograd.grad(loss, u)  # what the selected rows get is counted with the networks
+
+    def scoring(_) -> None:
+        with autocast():
+            loss = generator_loss(loss_name, judge(images(latents(1))))
+        loss.backward(inputs=[p for p in generator.parameters() if p.requires_grad])
+
+    def kernel_step(count: int) -> None:
+        u = latents(count)
+        kernel.backward(lambda first, last: images(u[first:last]), count)
+
+    def path_length(count: int) -> None:
+        made, w = mined(latents(max(1, count // 2)), return_latents=True)
+        penalty, _, _ = path_length_penalty(made, w, torch.zeros((), device=device))
+        torch.autograd.grad(penalty, [p for p in generator.parameters() if p.requires_grad], allow_unused=True)
+
+    @torch.no_grad()
+    def sampling(count: int) -> None:
+        features(images(latents(count)))
+
+    def counted(step: Callable[[int], None], most: int | None = None) -> Work:
+        few, more = (peak(lambda count=count: step(count), device) for count in COUNTED)
+        per_sample = max(1, (more - few) // (COUNTED[1] - COUNTED[0]))
+        return Work(max(0, few - COUNTED[0] * per_sample), per_sample, most)
+
+    with placed(generator, device), without_gradients(generator):
+        generator.requires_grad_(config.finetune_steps > 0)
+        if critic is not None and loss_name:
+            yield counted(critic_step)
+            judge.requires_grad_(False)
+            yield counted(generator_step)
+            if config.finetune_steps:
+                yield Work(peak(lambda: scoring(1), device))
         if kernel is not None:
-            with _counting() as step, torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                kernel(shaped(mined(torch.randn(batch, mined.input_dim, device=device))).float())
-            steps.append(step.total)
-    return max(steps)
+            yield counted(kernel_step, config.part)
+        if config.finetune_steps and path_length_weight(config, generator):
+            yield counted(path_length)
+        yield counted(sampling)
 
 
-class _Count:
-    """Counts the storages that a graph saves for its backward, each of them once."""
-
-    def __init__(self):
-        self.storages: dict[int, int] = {}
-
-    def pack(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        self.storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    @property
-    def total(self) -> int:
-        return sum(self.storages.values())
+def _evaluating(config: TransferConfig, generator: Generator, sampling: Work, device: torch.device) -> Work:
+    """What a snapshot takes: a copy of the generator with averaged weights, the images that are made at once, and on
+    the CPU all of them, twice when they become one tensor, and the file that is written."""
+    each = networks(generator)
+    size = max(network.resolution for network in each)
+    all_images = config.eval_samples * image_channels(each[0]) * size**2 * 4
+    fixed = _bytes(generator) * (2 if device.type == "cpu" else 1) + 2 * all_images * (device.type == "cpu")
+    return Work(fixed + sampling.bytes(min(config.eval_samples, at_once(size))))
 
 
-@contextlib.contextmanager
-def _counting():
-    count = _Count()
-    with torch.autograd.graph.saved_tensors_hooks(count.pack, lambda tensor: tensor):
-        yield count
+def memory_held(device: torch.device) -> int:
+    """What this process has on the device; on the CPU what is of it in memory."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    with suppress(OSError, ValueError):
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return 0  # on a system that does not tell
 
 
 def available_memory(device: torch.device) -> int:
@@ -180,7 +266,7 @@ def available_memory(device: torch.device) -> int:
             free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 1 << 62
-    with contextlib.suppress(OSError, ValueError):
+    with suppress(OSError, ValueError):
         limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
         free = min(free, limit - used)
     return free

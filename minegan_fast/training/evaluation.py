@@ -48,7 +48,10 @@ class Features:
 
     def __init__(self, module: nn.Module | m.FeatureExtractor, name: str, reference: Tensor | None = None):
         self.name = name
-        self.extract = module if isinstance(module, m.FeatureExtractor) else m.FeatureExtractor(module)
+        if not isinstance(module, m.FeatureExtractor):
+            size = 1 if reference is None else reference.shape[-1]
+            module = m.FeatureExtractor(module, batch=at_once(size))
+        self.extract = module
         self.scale = 1.0
         if reference is not None:
             self.scale = float(self(reference).square().mean().sqrt().clamp_min(1e-12))
@@ -81,7 +84,8 @@ def choose_features(choice, critic: nn.Module | None, reference: Tensor, device)
 
         return Features(classifier().to(device), "digits")
     if isinstance(choice, (str, Path)):
-        features = Features(m.FeatureExtractor(choice, device=device), str(choice))
+        extractor = m.FeatureExtractor(choice, device=device, batch=at_once(reference.shape[-1]))
+        features = Features(extractor, str(choice))
     else:
         features = Features(choice, type(choice).__name__)
     try:
@@ -112,14 +116,31 @@ def judge_name(features: Features, choice, loss_choice, critic_trained: bool) ->
     return f"{features.name} (which trained it)" if trained else features.name
 
 
-@torch.no_grad()
-def generate(sampler, count: int, seed: int, batch: int = 64) -> Tensor:
-    """`count` images of `sampler.sample`, float [count, C, R, R] on the CPU. Seed and batch determine them."""
-    return torch.cat(list(_generated(sampler.sample, count, seed, batch)))
+def at_once(resolution: int) -> int:
+    """How many images are made or looked at at once, so that a snapshot takes no more memory than a step: 64, and of
+    more than 128 pixels as many as have the pixels of these."""
+    return max(1, min(64, 64 * 128**2 // resolution**2))
 
 
 @torch.no_grad()
-def generate_named(sampler: MultiGenerator, count: int, seed: int, batch: int = 64) -> tuple[Tensor, list[str]]:
+def generate(sampler, count: int, seed: int, batch: int | None = None) -> Tensor:
+    """`count` images of `sampler.sample`, float [count, C, R, R] on the CPU. Seed and batch determine them.
+
+    batch: how many at once; None: as `at_once` says.
+    """
+    return torch.cat(list(_generated(sampler.sample, count, seed, batch or at_once(_resolution(sampler)))))
+
+
+def _resolution(sampler) -> int:
+    """The largest one at which images are made, before they are brought to one size."""
+    each: list = [*sampler.branches] if isinstance(sampler, MultiGenerator) else [sampler]
+    return max(branch.generator.resolution for branch in each)
+
+
+@torch.no_grad()
+def generate_named(
+    sampler: MultiGenerator, count: int, seed: int, batch: int | None = None
+) -> tuple[Tensor, list[str]]:
     """The images of `generate`, and the name of the source of each."""
     who: list[int] = []
 
@@ -128,7 +149,7 @@ def generate_named(sampler: MultiGenerator, count: int, seed: int, batch: int = 
         who.extend(own.tolist())
         return images
 
-    images = torch.cat(list(_generated(sample, count, seed, batch)))
+    images = torch.cat(list(_generated(sample, count, seed, batch or at_once(_resolution(sampler)))))
     return images, [sampler.names[i] for i in who]
 
 

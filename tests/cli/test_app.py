@@ -85,7 +85,7 @@ def test_dry_run(call, transfer, run_settings):
     ("step", "told"), [(0.001, "time: 0.008 seconds of"), (5.0, "time: 40 seconds of"), (9.0, "time: 1.2 minutes of")]
 )
 def test_the_time_of_a_short_run_is_told_in_seconds(call, transfer, monkeypatch, step, told):
-    memory = estimate.Estimate(networks=1 << 20, per_sample=1 << 20, available=1 << 30)
+    memory = estimate.Estimate(1 << 20, 1 << 20, [estimate.Work(0, 1 << 20)], available=1 << 30)
     monkeypatch.setattr("minegan_fast.training.recipe.dry_run", lambda *_: (memory, step, step))
     assert told in call(*transfer, "--dry-run")[1]
 

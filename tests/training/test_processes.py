@@ -17,7 +17,7 @@ from tiny_run import RUN
 import minegan_fast as mf
 from minegan_fast.finetune import Selection
 from minegan_fast.training import DoesNotFit
-from minegan_fast.training.estimate import Estimate
+from minegan_fast.training.estimate import Estimate, Work
 from minegan_fast.training.folder import RunFolder
 from minegan_fast.training.processes import Processes
 from minegan_fast.training.sources import choose_device
@@ -233,7 +233,9 @@ def test_a_process_without_a_gpu_says_how_many_there_are(monkeypatch):
 
 
 def test_memory_is_that_of_a_part_of_the_batch():
-    one, two = Estimate(100, 10, 150), Estimate(100, 10, 150, processes=2)
+    one, two = (Estimate(50, 100, [Work(0, 10), Work(20, 5, most=4)], 150, processes) for processes in (1, 2))
+    assert one.total(10) == 250
+    assert Estimate(50, 100, [Work(0, 10), Work(20, 5, most=4)], 150, left=0.5).needed(10) == 220
     assert (one.needed(10), two.needed(10), two.needed(11)) == (200, 150, 160)
     assert (one.largest_batch(), two.largest_batch()) == (5, 10)
     two.check(10)
