@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from ..layers import r1_penalty
 from ..models import BigGANDiscriminator, PGANDiscriminator, StyleGAN2Discriminator, StyleGANDiscriminator
 from ..models.biggan_layers import GENERATOR_WIDTHS
-from .generators import Generator, image_channels
+from .generators import Generator, image_channels, named_labels
 from .randomness import keep_and_set_random_state
 
 CRITICS = {"pgan": PGANDiscriminator, "stylegan": StyleGANDiscriminator, "stylegan2": StyleGAN2Discriminator}
@@ -71,6 +71,14 @@ class EnlargingCritic(nn.Module):
 
     def image_side_blocks(self) -> list[nn.Module]:
         return [*self.critic.convs]
+
+
+def without_labels(critic: nn.Module, mined_class: int | str | None) -> nn.Module:
+    """The critic as it judges images that have no label. One whose every logit is of an image and a label gives the
+    mean of its logits for the labels that are mined, or for all. ValueError: it does not have them."""
+    if isinstance(critic, StyleGAN2Discriminator) and critic.num_classes:
+        return critic.of_classes(named_labels(mined_class, critic.num_classes, "the critic's"))
+    return critic
 
 
 def check_fit(generator: nn.Module, critic: nn.Module) -> None:

@@ -91,6 +91,23 @@ def test_classes_of_a_biggan(call, biggan, tmp_path):
     assert not (tmp_path / "no").exists()
 
 
+def test_classes_of_a_stylegan2(call, tmp_path):
+    torch.manual_seed(0)
+    generator = StyleGAN2Generator(latent_dim=8, num_classes=5, latent_avg=True, **SIZES).eval()
+    save_model(tmp_path / "c.safetensors", generator)
+    options = ("--class", "3", "--seeds", "1", "--truncation", "0.5", "--noise", "constant")
+    code, said, err = call("sample", tmp_path / "c.safetensors", "--out", tmp_path / "s", *options)
+    assert code == 0, err
+    assert "towards the mean of w that the file holds" in said
+    with torch.no_grad():
+        image, other = (
+            generator(drawn(8, 1), torch.tensor([label]), truncation=0.5, noise="constant") for label in (3, 2)
+        )
+    found = pixels(tmp_path / "s" / "00000-seed1.png")
+    assert abs(found - expected(image)[0, 0]).max() <= 1
+    assert abs(found - expected(other)[0, 0]).max() > 1
+
+
 @pytest.mark.parametrize(("channels", "mode"), [(2, "LA"), (4, "RGBA"), (5, None)])
 def test_images_of_other_channels_are_shown_or_refused_before_anything_is_written(call, tmp_path, channels, mode):
     save_model(

@@ -86,10 +86,12 @@ def convolved_up(x, kernel, taps):
     return full[:, :, cut : cut + spread.shape[2], cut : cut + spread.shape[3]]
 
 
-def equations(p, z, layers, resolution, scaled=True):
+def equations(p, z, layers, resolution, scaled=True, labels=None):
     """Images of StyleGAN2 from its equations, a sample at a time, weights modulated as in eq. 1 and 3.
 
     scaled: whether demodulation adds its 1e-8 to the norm of the kernel divided by √fan-in, or of the kernel as it is.
+
+    labels: of a conditional network, one for each sample; "embed" is in p then.
 
     p: "mapping{i}" and "{r}.up", "{r}.conv", "{r}.rgb" with parts, kernels as true convolution wants them.
     """
@@ -99,8 +101,12 @@ def equations(p, z, layers, resolution, scaled=True):
         return torch.where(x > 0, x, 0.2 * x) * math.sqrt(2)
 
     images = []
-    for sample in z:
+    for number, sample in enumerate(z):
         w = sample / (sample.square().mean() + 1e-8).sqrt()
+        if labels is not None:
+            matrix = p["embed.weight"]
+            c = matrix[:, labels[number]] / math.sqrt(matrix.shape[1]) + p["embed.bias"]
+            w = torch.cat((w, c / (c.square().mean() + 1e-8).sqrt()))
         for i in range(layers):
             matrix, bias = p[f"mapping{i}.weight"], p[f"mapping{i}.bias"]
             w = lrelu(matrix @ w * (0.01 / math.sqrt(len(w))) + 0.01 * bias)
@@ -136,6 +142,7 @@ def of_ada(s, layers):
     """The tensors of the PyTorch program, where an upsampling layer convolves and the others correlate."""
     p = {f"mapping{i}.{part}": s[f"mapping.fc{i}.{part}"] for i in range(layers) for part in ("weight", "bias")}
     p["const"] = s["synthesis.b4.const"]
+    p |= {k.removeprefix("mapping."): t for k, t in s.items() if k.startswith("mapping.embed.")}
     for r in CHANNELS:
         for theirs, ours in (("conv0", "up"), ("conv1", "conv"), ("torgb", "rgb")):
             of = {k.split(f"b{r}.{theirs}.")[1]: t for k, t in s.items() if f".b{r}.{theirs}." in k}
@@ -152,6 +159,8 @@ def of_ada(s, layers):
 def of_tf(s, layers):
     """The variables of TensorFlow's program, where every layer correlates."""
     p = {"const": s["synthesis/4x4/Const/const"][0]}
+    if "mapping/LabelEmbed/weight" in s:
+        p |= {"embed.weight": s["mapping/LabelEmbed/weight"].T, "embed.bias": s["mapping/LabelEmbed/bias"]}
     for i in range(layers):
         p[f"mapping{i}.weight"], p[f"mapping{i}.bias"] = s[f"mapping/Dense{i}/weight"].T, s[f"mapping/Dense{i}/bias"]
     for k, r in enumerate(CHANNELS):

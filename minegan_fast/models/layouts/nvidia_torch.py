@@ -52,9 +52,13 @@ def _resolutions(largest: int) -> list[int]:
     return [2**i for i in range(3, largest.bit_length())]
 
 
-def refuse_labels(state: State, pattern: str) -> None:
-    if found := next((name for name in state if re.fullmatch(pattern, name)), None):
-        raise ValueError(f"a class-conditional StyleGAN2 (it has {found}) cannot be expressed here")
+def _embedding(state: State) -> tuple[int, int]:
+    """(size of the class embeddings, how many classes) of a conditional network; 0 and 0 of others."""
+    if "mapping.embed.weight" not in state:
+        return 0, 0
+    if (weight := state["mapping.embed.weight"]).ndim != 2:
+        raise ValueError(f"its class embeddings are {list(weight.shape)}, and no matrix")
+    return weight.shape[0], weight.shape[1]
 
 
 def _residual(state: State) -> bool:
@@ -68,28 +72,42 @@ def _architecture(state: State, role: str, skip: str) -> str:
     return "resnet" if _residual(state) else "skip"
 
 
+def _mapping(state: State, ours: str) -> Table:
+    """Of the mapping network, whose layers here follow a normalisation."""
+    names = {"embed": "embed"} | {f"fc{i}": f"{ours}.{i + 1}" for i in range(_depth(state))}
+    return [(f"mapping.{a}.{part}", f"{b}.{part}", same) for a, b in names.items() for part in ("weight", "bias")]
+
+
+def _depth(state: State) -> int:
+    return highest(state, r"mapping\.fc(\d+)\..*") + 1
+
+
 def generator_config(state: State) -> dict:
-    refuse_labels(state, r"mapping\.embed\.weight")
     largest = highest(state, r"synthesis\.b(\d+)\..*")
     sizes = _resolutions(largest)
     first = state["mapping.fc0.weight"]
     square(state.get("synthesis.b4.const"))
-    return {
-        "resolution": largest,
-        "latent_dim": first.shape[1],
-        "style_dim": first.shape[0],
-        "mapping_layers": highest(state, r"mapping\.fc(\d+)\..*") + 1,
-        "image_channels": state[f"synthesis.b{largest}.torgb.weight"].shape[0],
-        "channels": {4: state["synthesis.b4.conv1.weight"].shape[0]}
-        | {r: state[f"synthesis.b{r}.conv1.weight"].shape[0] for r in sizes},
-        "architecture": _architecture(state, "generator", "synthesis.b4.torgb.weight"),
-    } | ({"latent_avg": True} if "mapping.w_avg" in state else {})
+    class_dim, classes = _embedding(state)
+    conditional = {"num_classes": classes, "class_dim": class_dim} if classes else {}
+    return (
+        {
+            "resolution": largest,
+            "latent_dim": first.shape[1] - class_dim,
+            "style_dim": first.shape[0],
+            "mapping_layers": _depth(state),
+            "image_channels": state[f"synthesis.b{largest}.torgb.weight"].shape[0],
+            "channels": {4: state["synthesis.b4.conv1.weight"].shape[0]}
+            | {r: state[f"synthesis.b{r}.conv1.weight"].shape[0] for r in sizes},
+            "architecture": _architecture(state, "generator", "synthesis.b4.torgb.weight"),
+        }
+        | ({"latent_avg": True} if "mapping.w_avg" in state else {})
+        | conditional
+    )
 
 
 def generator(state: State) -> State:
     table = [("synthesis.b4.const", "input.input", _batch), ("mapping.w_avg", "latent_avg", same)]
-    for i in range(highest(state, r"mapping\.fc(\d+)\..*") + 1):
-        table += [(f"mapping.fc{i}.{part}", f"style.{i + 1}.{part}", same) for part in ("weight", "bias")]
+    table += _mapping(state, "style")
 
     def modulated(theirs: str, ours: str) -> Table:
         return [
@@ -127,16 +145,18 @@ def generator(state: State) -> State:
 
 
 def discriminator_config(state: State) -> dict:
-    refuse_labels(state, r"mapping\..*")
     largest = highest(state, r"b(\d+)\..*")
     sizes = _resolutions(largest)
+    class_dim, classes = _embedding(state)
+    conditional = {"num_classes": classes, "class_dim": class_dim, "mapping_layers": _depth(state)}
+    conditional |= {"projection": state["b4.out.weight"].shape[0]}
     return {
         "resolution": largest,
         "image_channels": state[f"b{largest}.fromrgb.weight"].shape[1],
         "channels": {largest: state[f"b{largest}.fromrgb.weight"].shape[0]}
         | {r // 2: state[f"b{r}.conv1.weight"].shape[0] for r in sizes},
         "architecture": _architecture(state, "discriminator", "b4.fromrgb.weight"),
-    }
+    } | (conditional if classes else {})
 
 
 def discriminator(state: State) -> State:
@@ -146,6 +166,7 @@ def discriminator(state: State) -> State:
         (f"b{largest}.fromrgb.bias", "convs.0.1.bias", same),
         ("b4.conv.weight", "final_conv.0.weight", same),
         ("b4.conv.bias", "final_conv.1.bias", same),
+        *_mapping(state, "class_mapping"),
     ]
     for part in ("weight", "bias"):
         table += [
