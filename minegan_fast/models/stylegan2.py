@@ -1,4 +1,4 @@
-"""StyleGAN2 (Karras et al. 2020, arXiv 1912.04958): generators and discriminators of figure 7, skip and residual.
+"""StyleGAN2 (Karras et al. 2020, arXiv 1912.04958): generators and discriminators of figure 7.
 
 A generator layer scales the input channels by the style s, convolves, divides by the expected norm of the output
 (demodulation, eq. 3), adds noise, and applies bias and leaky ReLU:
@@ -47,8 +47,8 @@ from .styles import StyleBased
 
 
 def _check_architecture(architecture: str) -> None:
-    if architecture not in ("skip", "resnet"):
-        raise ValueError(f'architecture must be "skip" or "resnet", got {architecture!r}')
+    if architecture not in ("skip", "resnet", "orig"):
+        raise ValueError(f'architecture must be "skip", "resnet" or "orig", got {architecture!r}')
 
 
 class StyleGAN2Generator(StyleBased):
@@ -63,8 +63,8 @@ class StyleGAN2Generator(StyleBased):
         style_dim: size of w; None takes latent_dim.
         image_channels: 3 for RGB, 1 for grey.
         channels: {resolution: channels} where a network departs from the rule.
-        architecture: "skip" (figure 7b: each resolution adds to the image) or "resnet" (figure 7c: residual blocks, one
-            image at the end).
+        architecture: "skip" (figure 7b: each resolution adds to the image), "resnet" (figure 7c: residual blocks, one
+            image at the end) or "orig" (one image at the end of a plain chain of layers).
         latent_avg: whether there is a buffer `latent_avg` [style_dim]: the mean of w that a training has kept, as
             public files hold it. It is the centre of truncation then.
         num_classes: how many labels a conditional network knows; 0 for none.
@@ -137,7 +137,7 @@ class StyleGAN2Generator(StyleBased):
             self.convs.append(StyledConv(widths[high], widths[high], style_dim))
             if architecture == "skip":
                 self.to_rgbs.append(ToRGB(widths[high], image_channels, style_dim))
-            else:
+            elif architecture == "resnet":
                 self.skips.append(UpsampledSkip(widths[low], widths[high]))
             for k in (len(self.convs) - 1, len(self.convs)):
                 self.noises.register_buffer(f"noise_{k}", torch.randn(1, 1, high, high))
@@ -182,7 +182,7 @@ class StyleGAN2Generator(StyleBased):
             if skip:
                 # The next block's first convolution reads this w as well.
                 image = self.to_rgbs[j](y, styles[i + 3], image)
-            x = y if skip else (y + self.skips[j](x)) / SQRT2
+            x = (y + self.skips[j](x)) / SQRT2 if self.config["architecture"] == "resnet" else y
         return self.to_rgb(x, styles[-1], None) if image is None else image
 
     def _noise_maps(self, noise: str | list[Tensor], w: Tensor) -> list[Tensor | None]:
@@ -213,8 +213,8 @@ class StyleGAN2Discriminator(Network):
     """StyleGAN2 discriminator: images [B, image_channels, R, R] in [-1, 1] -> logits [B].
 
     Args: as the generator's, but
-        architecture: "resnet" (figure 7c) or "skip" (figure 7b: at each resolution the image, made smaller, is read
-            anew and added to the activations).
+        architecture: "resnet" (figure 7c), "skip" (figure 7b: at each resolution the image, made smaller, is read anew
+            and added to the activations) or "orig" (a plain chain of layers).
         num_classes: how many labels it knows; 0 for none. Logits are of images and labels then; without labels they are
             the mean over all of them.
         class_dim, mapping_layers, projection: size of the class embeddings, depth of what maps them, and size d of what
@@ -262,7 +262,7 @@ class StyleGAN2Discriminator(Network):
         resnet, pairs = architecture == "resnet", itertools.pairwise([*widths.values()][::-1])
         first, blocks = ConvLayer(image_channels, widths[resolution], 1), [ResBlock(*p, residual=resnet) for p in pairs]
         self.convs = nn.Sequential(first, *blocks)
-        if not resnet:
+        if architecture == "skip":
             self.downsample = Downsample()
             self.from_rgbs = nn.ModuleList(ConvLayer(image_channels, c, 1) for c in [*widths.values()][-2::-1])
         self.final_conv = ConvLayer(widths[4] + 1, widths[4], 3)

@@ -234,6 +234,42 @@ def test_residual_generators_and_skip_discriminators(file, kind):
         torch.testing.assert_close(loaded_d(images), d(images), rtol=1e-11, atol=1e-12)
 
 
+def grown(tensors, prefix, layer, size):
+    """As networks that grew are written: the layer of the images is numbered by the halvings from the highest
+    resolution, and there is one, out of use, for a lower one."""
+    own = {k.replace(f"{prefix}{size}x{size}/{layer}/", f"{prefix}{layer}_lod0/"): t for k, t in tensors.items()}
+    lower = {k.replace("_lod0", "_lod1"): t + 1 for k, t in own.items() if "_lod0" in k}
+    return own | lower | {f"{prefix}lod": torch.zeros(())}
+
+
+@pytest.mark.parametrize("kind", ["torch", "tf", "tf that grew"])
+def test_plain_networks(file, kind):
+    torch.manual_seed(6)
+    g = StyleGAN2Generator(16, 9, mapping_layers=2, channels=CHANNELS, architecture="orig", latent_avg=True).double()
+    d = StyleGAN2Discriminator(16, channels=CHANNELS, architecture="orig").double()
+    if kind == "tf that grew":
+        averaged = grown(tf_of(g.state_dict()) | {"dlatent_avg": g.latent_avg}, "synthesis/", "ToRGB", 16)
+        judge = grown(critic_of(d.state_dict(), 16, True), "", "FromRGB", 16)
+        write_tf_pickle(file, network_tree(averaged), network_tree(judge, ()), network_tree(averaged))
+    else:
+        write(kind, file, g, d)
+    loaded_g, loaded_d = load_generator(file), load_discriminator(file)
+    assert (loaded_g.config, loaded_d.config) == (g.config, d.config)
+    z = torch.randn(2, 9, dtype=torch.float64)
+    with torch.no_grad():
+        images = g(z, noise="constant")
+        torch.testing.assert_close(loaded_g(z, noise="constant"), images, rtol=1e-11, atol=1e-12)
+        torch.testing.assert_close(loaded_d(images), d(images), rtol=1e-11, atol=1e-12)
+
+
+def test_a_network_that_still_grows_is_named(file):
+    d = StyleGAN2Discriminator(16, channels=CHANNELS, architecture="orig").double()
+    judge = grown(critic_of(d.state_dict(), 16, True), "", "FromRGB", 16) | {"lod": torch.tensor(0.25)}
+    write_tf_pickle(file, network_tree({}), network_tree(judge, ()), network_tree({}))
+    with pytest.raises(ValueError, match=r"it is still growing \(lod is 0\.25\)"):
+        load_discriminator(file)
+
+
 @pytest.mark.parametrize("kept", [1, 100, 0.3, 0.9, 0.999])
 @pytest.mark.parametrize("kind", ["torch", "tf"])
 def test_truncated_pickles(file, generator, critic, kind, kept):

@@ -78,6 +78,19 @@ DISCRIMINATOR: Rules = [
 ]
 
 
+def _grown(state: State, prefix: str, layer: str) -> State:
+    """Of configurations B to D, which grew: the layer that makes or reads the images of the highest resolution, under
+    the name that it has in the others. Those of lower resolutions are out of use."""
+    start = f"{prefix}{layer}_lod"
+    if not any(name.startswith(start) for name in state):
+        return state
+    if float(state.get(f"{prefix}lod", 0.0)) != 0:
+        raise ValueError(f"it is still growing (lod is {float(state[f'{prefix}lod']):g})")
+    largest = highest(state, rf"{prefix}(\d+)x\1/.*")
+    renamed = {k.replace(f"{start}0/", f"{prefix}{largest}x{largest}/{layer}/"): t for k, t in state.items()}
+    return {name: tensor for name, tensor in renamed.items() if not name.startswith(start)}
+
+
 def _translated(state: State, rules: Rules, block: str) -> State:
     """Names and axes of a file of PyTorch; what no rule names stays. block: how its blocks' names begin."""
     out: State = {}
@@ -97,7 +110,7 @@ def _translated(state: State, rules: Rules, block: str) -> State:
 def _generator(state: State, _: int | None) -> State:
     if "mapping/LabelConcat/weight" in state:
         raise ValueError("it is a class-conditional StyleGAN2 from before ADA (it has mapping/LabelConcat/weight)")
-    return _translated(state, GENERATOR, "synthesis.b")
+    return _translated(_grown(state, "synthesis/", "ToRGB"), GENERATOR, "synthesis.b")
 
 
 def _discriminator(state: State, _: int | None) -> State:
@@ -106,7 +119,7 @@ def _discriminator(state: State, _: int | None) -> State:
         raise ValueError(f"it is a class-conditional StyleGAN2 from before ADA (Output/weight is {shape})")
     if "Mapping0/weight" in state:
         raise ValueError("what scales the layers that map its labels (mapping_lrmul) is no tensor of the file")
-    return _translated(state, DISCRIMINATOR, "b")
+    return _translated(_grown(state, "", "FromRGB"), DISCRIMINATOR, "b")
 
 
 LAYOUTS: tuple[Layout, ...] = (

@@ -65,11 +65,12 @@ def _residual(state: State) -> bool:
     return any(re.fullmatch(r"(synthesis\.)?b\d+\.skip\.weight", name) for name in state)
 
 
-def _architecture(state: State, role: str, skip: str) -> str:
-    """skip: a name that only such a network has."""
-    if not _residual(state) and skip not in state:
-        raise ValueError(f"a {role} that is neither skip nor residual (no {skip}) cannot be expressed here")
-    return "resnet" if _residual(state) else "skip"
+def _architecture(state: State, images: str) -> str:
+    """images: how the layers are called that make or read images, of which a skip network has several."""
+    if _residual(state):
+        return "resnet"
+    several = {name for name in state if re.fullmatch(rf"(synthesis\.)?b\d+\.{images}\.weight", name)}
+    return "skip" if len(several) > 1 else "orig"
 
 
 def _mapping(state: State, ours: str) -> Table:
@@ -98,7 +99,7 @@ def generator_config(state: State) -> dict:
             "image_channels": state[f"synthesis.b{largest}.torgb.weight"].shape[0],
             "channels": {4: state["synthesis.b4.conv1.weight"].shape[0]}
             | {r: state[f"synthesis.b{r}.conv1.weight"].shape[0] for r in sizes},
-            "architecture": _architecture(state, "generator", "synthesis.b4.torgb.weight"),
+            "architecture": _architecture(state, "torgb"),
         }
         | ({"latent_avg": True} if "mapping.w_avg" in state else {})
         | conditional
@@ -128,19 +129,19 @@ def generator(state: State) -> State:
         return [*modulated(theirs, ours), (f"{theirs}.bias", f"{ours}.bias", _column)]
 
     largest = highest(state, r"synthesis\.b(\d+)\..*")
-    resnet = _residual(state)
+    architecture = _architecture(state, "torgb")
     table += styled("synthesis.b4.conv1", "conv1", 0) + to_rgb("synthesis.b4.torgb", "to_rgb1")
     for j, r in enumerate(_resolutions(largest)):
         block = f"synthesis.b{r}"
         table += styled(f"{block}.conv0", f"convs.{2 * j}", 2 * j + 1)
         table += styled(f"{block}.conv1", f"convs.{2 * j + 1}", 2 * j + 2)
         table.append((f"{block}.conv0.resample_filter", f"convs.{2 * j}.conv.blur.kernel", _times4))
-        if resnet:
+        if architecture == "resnet":
             table.append((f"{block}.skip.weight", f"skips.{j}.0.weight", same))
             table.append((f"{block}.skip.resample_filter", f"skips.{j}.1.kernel", _times4))
-        else:
+        elif architecture == "skip":
             table.append((f"{block}.resample_filter", f"to_rgbs.{j}.upsample.kernel", _times4))
-        table += to_rgb(f"{block}.torgb", "to_rgb" if resnet else f"to_rgbs.{j}")
+        table += to_rgb(f"{block}.torgb", f"to_rgbs.{j}" if architecture == "skip" else "to_rgb")
     return _apply(state, table, r".*\.resample_filter")
 
 
@@ -155,7 +156,7 @@ def discriminator_config(state: State) -> dict:
         "image_channels": state[f"b{largest}.fromrgb.weight"].shape[1],
         "channels": {largest: state[f"b{largest}.fromrgb.weight"].shape[0]}
         | {r // 2: state[f"b{r}.conv1.weight"].shape[0] for r in sizes},
-        "architecture": _architecture(state, "discriminator", "b4.fromrgb.weight"),
+        "architecture": _architecture(state, "fromrgb"),
     } | (conditional if classes else {})
 
 
@@ -186,7 +187,7 @@ def discriminator(state: State) -> State:
         ]
         if _residual(state):
             table.append((f"b{r}.skip.resample_filter", f"convs.{i}.skip.0.kernel", same))
-    if not _residual(state):
+    if _architecture(state, "fromrgb") == "skip":
         table.append((f"b{largest}.resample_filter", "downsample.kernel", same))
     return _apply(state, table, r".*\.resample_filter")
 
