@@ -8,6 +8,7 @@ import json
 import logging
 import re
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -241,7 +242,7 @@ def written_network(contents: Contents, role: str, family: str | None = None, re
     _check_family(path, role, layout.model.family, family)
     path = contents.files.get(found.container or "", path)
     critic = find(contents.data, "discriminator") if layout.beside else None
-    config, state = _sized(layout, found.state, path, resolution, critic.state if critic else {})
+    config, state = _sized(layout, found.state, path, resolution, critic.state if critic else {}, contents.data)
     origin = Origin(str(path), layout.project, found.container, found.averaged, found.passed_over)
     return Written(layout.model, config, state, origin, layout.optional)
 
@@ -254,13 +255,15 @@ def _check_family(path: Path, role: str, found: str, wanted: str | None) -> None
         raise ValueError(f"{path} holds a {found} {role}, not {wanted}; leave family=None to take what is there")
 
 
-def _sized(layout: Layout, state: State, path: Path, resolution: int | None, critic: State) -> tuple[dict, State]:
+def _sized(
+    layout: Layout, state: State, path: Path, resolution: int | None, critic: State, data: Mapping
+) -> tuple[dict, State]:
     """(constructor's arguments, tensors under the model's own names) of tensors in that layout."""
     looks = f"{path} looks like a {layout.model.family} {layout.role} of {layout.project}"
     try:
         state = state if layout.crop is None else layout.crop(state, resolution)
         config, state = layout.config(state), layout.convert(state)
-        config = config if layout.beside is None else layout.beside(config, critic)
+        config = config if layout.beside is None else layout.beside(config, critic, data)
     except KeyError as error:
         raise ValueError(f"{looks} but lacks {error}; is the file complete?") from None
     except IndexError:
