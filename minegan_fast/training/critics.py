@@ -86,9 +86,16 @@ def check_fit(generator: nn.Module, critic: nn.Module) -> None:
     for name, what in (("resolution", "{} pixels wide"), ("image_channels", "of {} channels")):
         made, judged = getattr(generator, name, None), getattr(critic, name, None)
         if None not in (made, judged) and made != judged:
+            labels = ""
+            if name == "image_channels" and judged > made:
+                labels = (
+                    f"; if the {judged - made} further ones are maps of a label, a part of the generator's z is that "
+                    'label too, and the file does not say which: see "Labels in z" in docs/checkpoints.md'
+                )
             raise ValueError(
                 f"generator and critic do not fit: {name} is {made} and {judged}; the critic {type(critic).__name__} "
-                f"judges images {what.format(judged)}, {type(generator).__name__} makes them {what.format(made)}"
+                f"judges images {what.format(judged)}, {type(generator).__name__} makes them "
+                f"{what.format(made)}{labels}"
             )
 
 
