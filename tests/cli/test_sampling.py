@@ -81,9 +81,14 @@ def test_classes_of_a_biggan(call, biggan, tmp_path):
     found = pixels(tmp_path / "s" / "00000-seed1.png").transpose(2, 0, 1)
     assert abs(found - expected(image)[0]).max() <= 1
     assert abs(found - expected(other)[0]).max() > 1
+    options = ("--class", "3", "--seeds", "1-2", "--truncation")
+    code, said, err = call("sample", file, "--out", tmp_path / "t", *options, "0")
+    assert code == 0, err
+    assert "z is drawn from a normal distribution cut off at 2, times 0" in said
+    assert (pixels(tmp_path / "t" / "00000-seed1.png") == pixels(tmp_path / "t" / "00001-seed2.png")).all()
     for options, message in (
         (("--class", "5"), "labels are 0 to 4"),
-        (("--truncation", "0.5"), "biggan has none: leave it out"),
+        (("--truncation", "1.5"), "a BigGAN's z is truncated by 0 to 1, got 1.5"),
         (("--noise", "none"), "biggan has none: leave it out"),
     ):
         code, _, err = call("sample", file, "--out", tmp_path / "no", *options)
