@@ -72,8 +72,10 @@ def export_rosinality(path: str | Path, generator: StyleGAN2Generator, discrimin
     for model, expected in ((generator, StyleGAN2Generator), (discriminator, StyleGAN2Discriminator)):
         if not isinstance(model, expected) and not (model is None and expected is StyleGAN2Discriminator):
             raise TypeError(f"the rosinality layout takes a {expected.__name__}, got a {type(model).__name__}")
-    if generator.num_classes:
-        raise ValueError("the rosinality layout has no networks with classes: take save_model (--to safetensors)")
+    plain = "orig" in [model.config["architecture"] for model in (generator, discriminator) if model is not None]
+    if generator.num_classes or plain:
+        kind = 'of architecture "orig"' if plain else "with classes"
+        raise ValueError(f"the rosinality layout has no networks {kind}: take save_model (--to safetensors)")
     state = on_cpu(generator)
     state.pop("latent_avg", None)  # that program has it beside the network
     content = {"g_ema": state, "latent_avg": generator.centre()[0].detach().cpu()}

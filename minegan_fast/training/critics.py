@@ -85,7 +85,7 @@ def check_fit(generator: nn.Module, critic: nn.Module) -> None:
     """ValueError where the critic judges other images than the generator makes."""
     for name, what in (("resolution", "{} pixels wide"), ("image_channels", "of {} channels")):
         made, judged = getattr(generator, name, None), getattr(critic, name, None)
-        if None not in (made, judged) and made != judged:
+        if made is not None and judged is not None and made != judged:
             labels = ""
             if name == "image_channels" and judged > made:
                 labels = (

@@ -72,8 +72,8 @@ def is_bare(sampler: Network) -> bool:
 def steer(sampler: Network, truncation: float = 1.0, noise: str | None = None) -> list[str]:
     """From now on the sampler's StyleGANs make images of truncated w, c + truncation (w - c), and with this noise.
 
-    Of a BigGAN or BigGAN-deep without a miner z is truncated instead (arXiv 1809.11096, section 3.1), as in the networks
-    that its authors published: a normal variable that is cut off at ±2, times `truncation`, 0..1. That of a seed is the
+    Of a BigGAN or BigGAN-deep without a miner z is truncated instead (arXiv 1809.11096, section 3.1), as its authors do
+    in those they published: a normal variable that is cut off at ±2, times `truncation`, 0..1. That of a seed is the
     same quantile of this distribution as it was of the normal one, in the place of a new draw; at 1 it is left alone.
 
     c is the mean of the w that the images come from: behind a miner of the mined w, else of the network's own, as its
