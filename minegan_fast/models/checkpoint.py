@@ -72,7 +72,8 @@ def export_rosinality(path: str | Path, generator: StyleGAN2Generator, discrimin
     for model, expected in ((generator, StyleGAN2Generator), (discriminator, StyleGAN2Discriminator)):
         if not isinstance(model, expected) and not (model is None and expected is StyleGAN2Discriminator):
             raise TypeError(f"the rosinality layout takes a {expected.__name__}, got a {type(model).__name__}")
-    plain = "orig" in [model.config["architecture"] for model in (generator, discriminator) if model is not None]
+    both = [model for model in (generator, discriminator) if isinstance(model, Network)]
+    plain = any(model.config["architecture"] == "orig" for model in both)
     if generator.num_classes or plain:
         kind = 'of architecture "orig"' if plain else "with classes"
         raise ValueError(f"the rosinality layout has no networks {kind}: take save_model (--to safetensors)")
