@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from minegan_fast.layers import gradient_penalty, r1_penalty
 from minegan_fast.models import StyleGAN2Discriminator
 from minegan_fast.models.layers import Blur
-from minegan_fast.models.stylegan2 import EqualConv2d
+from minegan_fast.models.stylegan2_layers import EqualConv2d
 from minegan_fast.ops import interpolate
 from minegan_fast.ops.penalty import interpolate_drawn, penalty_on
 

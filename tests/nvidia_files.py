@@ -203,6 +203,8 @@ def _tf_names(name, size):
         yield f"synthesis/noise{name.split('_')[1]}"
     elif name == "input.input":
         yield "synthesis/4x4/Const/const"
+    elif name.startswith("embed."):
+        yield f"mapping/LabelEmbed/{name.split('.')[1]}"
 
 
 def _ada_names(name, size):
@@ -221,6 +223,8 @@ def _ada_names(name, size):
         yield f"synthesis.b{4 << (k + 1) // 2}.conv{1 if k % 2 == 0 else 0}.noise_const"
     elif name == "input.input":
         yield "synthesis.b4.const"
+    elif name.startswith("embed."):
+        yield f"mapping.{name}"
 
 
 def critic_of(state, resolution, tf):
@@ -234,6 +238,11 @@ def critic_of(state, resolution, tf):
             if tf:
                 continue
             key = f"b{resolution}.resample_filter"
+        elif head.startswith("embed"):
+            key = f"LabelEmbed/{part}" if tf else f"mapping.{name}"
+        elif head.startswith("class_mapping"):
+            i = int(head.split(".")[1]) - 1
+            key = f"Mapping{i}/{part}" if tf else f"mapping.fc{i}.{part}"
         elif head.startswith("from_rgbs"):
             r = resolution >> int(head.split(".")[1]) + 1
             key = f"{r}x{r}/FromRGB/{part}" if tf else f"b{r}.fromrgb.{part}"

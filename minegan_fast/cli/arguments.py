@@ -31,7 +31,10 @@ MinerFile = Annotated[
 ]
 Truncation = Annotated[
     float,
-    typer.Option(help="Of a StyleGAN: 1 leaves w alone, 0.7 is common, 0 gives the mean image.", show_default=True),
+    typer.Option(
+        help="Of a StyleGAN's w, or a BigGAN's z: 1 leaves it alone, 0.7 is common, 0 gives one image.",
+        show_default=True,
+    ),
 ]
 Class = Annotated[
     Optional[str],  # noqa: UP045

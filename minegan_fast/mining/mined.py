@@ -20,8 +20,9 @@ class Mined(nn.Module):
     What is mined depends on the generator's family (MineGAN, arXiv 1912.05270, mines z, and in BigGAN the class too):
 
         z                            G(M(u))
-        z and class embedding        G(M(u), C(u))          BigGAN: C(u) takes the place of the embedding of a label
+        z and class embedding        G(M(u), C(u))          BigGAN and others: C(u) stands for the embedding of a label
         w                            G(M(mapping(u)))       StyleGAN, StyleGAN2: M stands behind the mapping network
+        w and class embedding        G(M(mapping(u, C(u)))) a conditional StyleGAN2
         the learned constant         G(..., constant=c)     StyleGAN, StyleGAN2: c [1, C, 4, 4] trains; with z or w
 
     Args:
@@ -99,7 +100,8 @@ class Mined(nn.Module):
     def latents(self, u: Tensor) -> Tensor:
         """What the generator gets for u: z [B, latent_dim] after the projection, or w [B, style_dim]; not the class."""
         if self.place == "w":
-            return self.miner(cast(Mapped, self.generator).mapping(u))
+            classes = [] if self.class_miner is None else [self.class_miner(u)]
+            return self.miner(cast(Mapped, self.generator).mapping(u, *classes))
         (z,) = mine_together([self.miner], u, on_sphere(self.prior))
         return z
 

@@ -22,6 +22,7 @@ d / (effective dimension) - 1, without centring: a cost of collapse.
 The same for w, whose distribution the mapping network makes: w is whitened first (`Whitening`).
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol, cast
 
 import torch
@@ -31,11 +32,11 @@ PRIORS = ("sphere", "moments", "sphere+moments", "shell", "none")
 
 
 class Mapped(Protocol):
-    """A generator with a mapping network z [B, latent_dim] -> w [B, style_dim]."""
+    """A generator with a mapping network z [B, latent_dim] -> w [B, style_dim], of labels too where there are any."""
 
     latent_dim: int
 
-    def mapping(self, z: Tensor) -> Tensor: ...
+    def mapping(self, z: Tensor, *y: Tensor) -> Tensor: ...
 
 
 class Whitening(NamedTuple):
@@ -72,14 +73,24 @@ def whitening(samples: Tensor, regularisation: float = 1e-2) -> Whitening:
 
 
 @torch.no_grad()
-def own_latents(generator: nn.Module, place: str = "z", samples: int = 4096) -> Whitening | None:
-    """Where a generator's own w lie, from `samples` draws under a fixed seed; for place z None, which is N(0, I)."""
+def own_latents(
+    generator: nn.Module, place: str = "z", samples: int = 4096, labels: Sequence[int] | None = None
+) -> Whitening | None:
+    """Where a generator's own w lie, from `samples` draws under a fixed seed; for place z None, which is N(0, I).
+
+    labels: of a conditional generator those that are drawn, each as often; None for all.
+    """
     if place == "z":
         return None
     like = next(generator.parameters())
     mapped = cast(Mapped, generator)
-    z = torch.randn(samples, mapped.latent_dim, generator=torch.Generator().manual_seed(0))
-    return whitening(mapped.mapping(z.to(like)))
+    drawn = torch.Generator().manual_seed(0)
+    z = torch.randn(samples, mapped.latent_dim, generator=drawn).to(like)
+    if not (classes := getattr(generator, "num_classes", 0)):
+        return whitening(mapped.mapping(z))
+    known = torch.arange(classes) if labels is None else torch.tensor([*labels])
+    y = known[torch.randint(len(known), (samples,), generator=drawn)]
+    return whitening(mapped.mapping(z, y.to(like.device)))
 
 
 def default_prior(place: str = "z") -> str:

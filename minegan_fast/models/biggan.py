@@ -29,11 +29,11 @@ from .biggan_layers import (
     OutputBatchNorm,
     channel_list,
     checked,
-    checked_labels,
     conv2d,
     initialise,
     linear,
 )
+from .labels import checked_labels
 from .network import Network
 from .spectral_norm import SpectralEmbedding
 

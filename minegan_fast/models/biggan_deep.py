@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .biggan_layers import GENERATOR_WIDTHS, ConditionalGenerator, attend, channel_list, checked_labels
+from .biggan_layers import GENERATOR_WIDTHS, ConditionalGenerator, attend, channel_list
+from .labels import checked_labels
 from .spectral_norm import TorchSpectralConv2d, TorchSpectralLinear
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .labels import class_vectors
 from .network import Network
 from .spectral_norm import SpectralConv2d, SpectralLinear
 
@@ -34,17 +35,6 @@ def checked(arguments: dict, *names: str) -> dict:
         if arguments[name] < 1:
             raise ValueError(f"{name} must be at least 1, got {arguments[name]}")
     return arguments
-
-
-def checked_labels(y: Tensor, classes: int) -> Tensor:
-    if y.ndim != 1 or y.is_floating_point():
-        raise ValueError(f"labels must be integers of shape [B], got {y.dtype} {list(y.shape)}")
-    # On a GPU the check would wait for the device, whose own kernel reports a wrong label.
-    if y.device.type == "cpu" and not torch.compiler.is_compiling() and y.numel():
-        low, high = int(y.min()), int(y.max())
-        if low < 0 or high >= classes:
-            raise ValueError(f"labels must lie in 0..{classes - 1}, got {low}..{high}")
-    return y.long()
 
 
 class ConditionalGenerator(Network):
@@ -89,17 +79,7 @@ class ConditionalGenerator(Network):
         shape."""
         if z.ndim != 2 or z.shape[1] != self.latent_dim:
             raise ValueError(f"z must have shape [B, {self.latent_dim}], got {list(z.shape)}")
-        classes, size = self.num_classes, self.class_dim
-        if y is None:
-            raise ValueError(
-                f"the network is conditional: give y, labels [B] below {classes} or embeddings [B, {size}]"
-            )
-        if y.is_floating_point() and (y.ndim != 2 or y.shape[1] != size):
-            raise ValueError(f"class embeddings must have shape [B, {size}], got {list(y.shape)}")
-        c = y if y.is_floating_point() else table(checked_labels(y, classes))
-        if len(c) != len(z):
-            raise ValueError(f"z and y must be of one batch, got {len(z)} and {len(c)}")
-        return c
+        return class_vectors(z, y, self.num_classes, self.class_dim, table)
 
 
 def conv2d(cin: int, cout: int, kernel: int, eps: float | None, bias: bool = True) -> nn.Conv2d:

@@ -8,6 +8,7 @@ import json
 import logging
 import re
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -71,6 +72,11 @@ def export_rosinality(path: str | Path, generator: StyleGAN2Generator, discrimin
     for model, expected in ((generator, StyleGAN2Generator), (discriminator, StyleGAN2Discriminator)):
         if not isinstance(model, expected) and not (model is None and expected is StyleGAN2Discriminator):
             raise TypeError(f"the rosinality layout takes a {expected.__name__}, got a {type(model).__name__}")
+    both = [model for model in (generator, discriminator) if isinstance(model, Network)]
+    plain = any(model.config["architecture"] == "orig" for model in both)
+    if generator.num_classes or plain:
+        kind = 'of architecture "orig"' if plain else "with classes"
+        raise ValueError(f"the rosinality layout has no networks {kind}: take save_model (--to safetensors)")
     state = on_cpu(generator)
     state.pop("latent_avg", None)  # that program has it beside the network
     content = {"g_ema": state, "latent_avg": generator.centre()[0].detach().cpu()}
@@ -239,7 +245,7 @@ def written_network(contents: Contents, role: str, family: str | None = None, re
     _check_family(path, role, layout.model.family, family)
     path = contents.files.get(found.container or "", path)
     critic = find(contents.data, "discriminator") if layout.beside else None
-    config, state = _sized(layout, found.state, path, resolution, critic.state if critic else {})
+    config, state = _sized(layout, found.state, path, resolution, critic.state if critic else {}, contents.data)
     origin = Origin(str(path), layout.project, found.container, found.averaged, found.passed_over)
     return Written(layout.model, config, state, origin, layout.optional)
 
@@ -252,13 +258,15 @@ def _check_family(path: Path, role: str, found: str, wanted: str | None) -> None
         raise ValueError(f"{path} holds a {found} {role}, not {wanted}; leave family=None to take what is there")
 
 
-def _sized(layout: Layout, state: State, path: Path, resolution: int | None, critic: State) -> tuple[dict, State]:
+def _sized(
+    layout: Layout, state: State, path: Path, resolution: int | None, critic: State, data: Mapping
+) -> tuple[dict, State]:
     """(constructor's arguments, tensors under the model's own names) of tensors in that layout."""
     looks = f"{path} looks like a {layout.model.family} {layout.role} of {layout.project}"
     try:
         state = state if layout.crop is None else layout.crop(state, resolution)
         config, state = layout.config(state), layout.convert(state)
-        config = config if layout.beside is None else layout.beside(config, critic)
+        config = config if layout.beside is None else layout.beside(config, critic, data)
     except KeyError as error:
         raise ValueError(f"{looks} but lacks {error}; is the file complete?") from None
     except IndexError:

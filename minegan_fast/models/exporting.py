@@ -63,6 +63,8 @@ def export_nvidia(path: str | Path, generator: StyleGAN2Generator, discriminator
     for model, expected in ((generator, StyleGAN2Generator), (discriminator, StyleGAN2Discriminator)):
         if not isinstance(model, expected):
             raise TypeError(f"NVIDIA's layout takes a {expected.__name__}, got a {type(model).__name__}")
+    if generator.num_classes:  # what stands for a mined class is no label, and their program takes labels alone
+        raise ValueError("no networks with classes are written in NVIDIA's layout: take save_model (--to safetensors)")
     path, config = writable(path), generator.config
     _check_filters(generator), _check_filters(discriminator)
     G = _renamed(on_cpu(generator), _generator_rules(generator))

@@ -134,7 +134,11 @@ def convert(
     if not roles:
         wanted = only or "generator"
         raise ValueError(f"{source} holds no {wanted} of a layout known here. {describe(contents.data, wanted)}")
-    models = {role: load_network(contents, role, family, strict, resolution) for role in roles}
+    try:
+        models = {role: load_network(contents, role, family, strict, resolution) for role in roles}
+    except ValueError as error:
+        other = ' (only="generator", --only generator, leaves the discriminator out)' if len(roles) > 1 else ""
+        raise ValueError(f"{error}{other}") from None
     return write_networks(out, [*models.values()], {role: str(model.origin) for role, model in models.items()})
 
 

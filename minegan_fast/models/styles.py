@@ -9,7 +9,7 @@ from .network import Network
 class StyleBased(Network):
     """A subclass has `style` (the mapping network), `latent_dim`, `style_dim`, `num_layers` and the methods below."""
 
-    style: nn.Module
+    style: nn.Sequential
     latent_dim: int
     style_dim: int
     num_layers: int
@@ -23,17 +23,27 @@ class StyleBased(Network):
         """w [B, L, style_dim] -> images."""
         raise NotImplementedError
 
-    def mapping(self, z: Tensor) -> Tensor:
-        """z [B, latent_dim] -> w [B, style_dim]."""
+    def mapping(self, z: Tensor, y: Tensor | None = None) -> Tensor:
+        """z [B, latent_dim] -> w [B, style_dim]. y: of a conditional network labels, integers [B], or class embeddings
+        [B, class_dim]. ValueError: another shape, or a y that is missing or too many."""
+        self._check_latents(z)
+        if y is not None:
+            raise ValueError("this network has no classes: give no labels")
+        return self.style(z)
+
+    def _check_latents(self, z: Tensor) -> None:
         if z.ndim != 2 or z.shape[1] != self.latent_dim:
             raise ValueError(f"z must have shape [B, {self.latent_dim}], got {list(z.shape)}")
-        return self.style(z)
 
     @torch.no_grad()
     def mean_latent(self, samples: int = 4096, seed: int = 0) -> Tensor:
-        """Mean of w over `samples` seeded draws of z: [1, style_dim]."""
-        z = torch.randn(samples, self.latent_dim, generator=torch.Generator().manual_seed(seed))
-        return self.mapping(z.to(self.learned_constant)).mean(0, keepdim=True)
+        """Mean of w over `samples` seeded draws of z, and of labels where there are any: [1, style_dim]."""
+        generator, like = torch.Generator().manual_seed(seed), self.learned_constant
+        z = torch.randn(samples, self.latent_dim, generator=generator).to(like)
+        if not self.num_classes:
+            return self.mapping(z).mean(0, keepdim=True)
+        labels = torch.randint(self.num_classes, (samples,), generator=generator).to(like.device)
+        return self.mapping(z, labels).mean(0, keepdim=True)
 
     def centre(self) -> Tensor:
         """[1, style_dim], the centre of truncation: the mean of w that the training has kept, else `mean_latent`."""
@@ -43,6 +53,7 @@ class StyleBased(Network):
     def forward(
         self,
         z: Tensor | tuple[Tensor, Tensor],
+        y: Tensor | None = None,
         *,
         truncation: float = 1.0,
         crossover: int | None = None,
@@ -55,6 +66,7 @@ class StyleBased(Network):
 
         Args:
             z: [B, latent_dim]; a pair of them mixes styles: the second takes over at layer `crossover`.
+            y: of a conditional network, as `mapping` takes it; for both z of a pair. None where z is w.
             truncation: ψ in w = mean + ψ (w - mean); 1 leaves w alone, 0 gives the mean image.
             crossover: first layer of the second style, 0..L; None draws one in 1..L-1 for the whole batch.
             noise: "random" | "constant" | "none" | list of maps, as in `synthesis`.
@@ -66,9 +78,9 @@ class StyleBased(Network):
             ValueError: a shape, crossover or noise that is not as above.
         """
         first, second = z if isinstance(z, (tuple, list)) else (z, None)
-        w = self._layer_styles(first, latents)
+        w = self._layer_styles(first, y, latents)
         if second is not None:
-            other = self._layer_styles(second, latents)
+            other = self._layer_styles(second, y, latents)
             if crossover is None:
                 crossover = int(torch.randint(1, self.num_layers, ()))
             if not 0 <= crossover <= self.num_layers or other.shape != w.shape:
@@ -85,8 +97,8 @@ class StyleBased(Network):
         image = self.synthesis(w, noise, constant)
         return (image, w) if return_latents else image
 
-    def _layer_styles(self, z: Tensor, latents: bool) -> Tensor:
-        w = z if latents else self.mapping(z)
+    def _layer_styles(self, z: Tensor, y: Tensor | None, latents: bool) -> Tensor:
+        w = z if latents else self.mapping(z, y)
         return w[:, None].expand(-1, self.num_layers, -1) if w.ndim == 2 else w
 
     def _check_synthesis(self, w: Tensor, constant: Tensor | None) -> None:

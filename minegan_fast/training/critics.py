@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from ..layers import r1_penalty
 from ..models import BigGANDiscriminator, PGANDiscriminator, StyleGAN2Discriminator, StyleGANDiscriminator
 from ..models.biggan_layers import GENERATOR_WIDTHS
-from .generators import Generator, image_channels
+from .generators import Generator, image_channels, named_labels
 from .randomness import keep_and_set_random_state
 
 CRITICS = {"pgan": PGANDiscriminator, "stylegan": StyleGANDiscriminator, "stylegan2": StyleGAN2Discriminator}
@@ -73,14 +73,29 @@ class EnlargingCritic(nn.Module):
         return [*self.critic.convs]
 
 
+def without_labels(critic: nn.Module, mined_class: int | str | None) -> nn.Module:
+    """The critic as it judges images that have no label. One whose every logit is of an image and a label gives the
+    mean of its logits for the labels that are mined, or for all. ValueError: it does not have them."""
+    if isinstance(critic, StyleGAN2Discriminator) and critic.num_classes:
+        return critic.of_classes(named_labels(mined_class, critic.num_classes, "the critic's"))
+    return critic
+
+
 def check_fit(generator: nn.Module, critic: nn.Module) -> None:
     """ValueError where the critic judges other images than the generator makes."""
     for name, what in (("resolution", "{} pixels wide"), ("image_channels", "of {} channels")):
         made, judged = getattr(generator, name, None), getattr(critic, name, None)
-        if None not in (made, judged) and made != judged:
+        if made is not None and judged is not None and made != judged:
+            labels = ""
+            if name == "image_channels" and judged > made:
+                labels = (
+                    f"; if the {judged - made} further ones are maps of a label, a part of the generator's z is that "
+                    'label too, and the file does not say which: see "Labels in z" in docs/checkpoints.md'
+                )
             raise ValueError(
                 f"generator and critic do not fit: {name} is {made} and {judged}; the critic {type(critic).__name__} "
-                f"judges images {what.format(judged)}, {type(generator).__name__} makes them {what.format(made)}"
+                f"judges images {what.format(judged)}, {type(generator).__name__} makes them "
+                f"{what.format(made)}{labels}"
             )
 
 

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from ..mining import Mined, MultiGenerator
 from ..mining.draws import draw_inputs, seeded
+from ..models import BigGANDeepGenerator
+from ..models.biggan_layers import ConditionalGenerator
 from ..models.styles import StyleBased
 from .generators import as_generator, class_count
 from .miners import Network, branches, class_embeddings
@@ -70,11 +72,15 @@ def is_bare(sampler: Network) -> bool:
 def steer(sampler: Network, truncation: float = 1.0, noise: str | None = None) -> list[str]:
     """From now on the sampler's StyleGANs make images of truncated w, c + truncation (w - c), and with this noise.
 
+    Of a BigGAN or BigGAN-deep without a miner z is truncated instead (arXiv 1809.11096, section 3.1), as its authors do
+    in those they published: a normal variable that is cut off at ±2, times `truncation`, 0..1. That of a seed is the
+    same quantile of this distribution as it was of the normal one, in the place of a new draw; at 1 it is left alone.
+
     c is the mean of the w that the images come from: behind a miner of the mined w, else of the network's own, as its
     file says, or over 10,000 draws of a fixed seed. noise: "random" | "constant" | "none"; None leaves it as it is.
     Returns lines that say which c it is.
 
-    ValueError: the generator is no StyleGAN, which alone has either; a noise that is not there.
+    ValueError: the generator has nothing to truncate, or no noise; a noise or a truncation that is not there.
     """
     if noise is not None and noise not in NOISES:
         raise ValueError(f"noise must be one of {', '.join(NOISES)}, got {noise!r}")
@@ -84,6 +90,10 @@ def steer(sampler: Network, truncation: float = 1.0, noise: str | None = None) -
     for branch in branches(sampler):
         generator, centre = branch.generator, None
         if truncation == 1 and noise is None:
+            continue
+        if isinstance(generator, ConditionalGenerator) and noise is None:
+            _truncate_z(branch, truncation)
+            said[f"z is drawn from a normal distribution cut off at 2, times {truncation:g}, as for BigGAN"] = None
             continue
         if not isinstance(generator, StyleBased):
             what = "noise" if truncation == 1 else "truncation"
@@ -96,6 +106,23 @@ def steer(sampler: Network, truncation: float = 1.0, noise: str | None = None) -
             said[words] = None
         generator.register_forward_pre_hook(partial(_steered, centre, truncation, noise), with_kwargs=True)
     return list(said)
+
+
+def _truncate_z(branch: Mined, truncation: float) -> None:
+    generator = branch.generator
+    if not is_bare(branch):
+        raise ValueError("the z of a BigGAN behind a miner is not truncated: the miner gives it; leave truncation out")
+    if not 0 <= truncation <= 1:
+        raise ValueError(f"a BigGAN's z is truncated by 0 to 1, got {truncation:g}")
+    own = {"truncation": truncation} if isinstance(generator, BigGANDeepGenerator) else {}  # whose statistics follow it
+
+    def cut(_, given: tuple, keywords: dict) -> tuple[tuple, dict]:
+        z, *classes = given
+        tail = torch.special.ndtr(torch.tensor(-2.0, dtype=torch.float64))
+        p = tail + (1 - 2 * tail) * torch.special.ndtr(z.double())
+        return (truncation * torch.special.ndtri(p).to(z), *classes), {**keywords, **own}
+
+    generator.register_forward_pre_hook(cut, with_kwargs=True)
 
 
 def _steered(centre: Tensor | None, truncation: float, noise: str | None, generator, given, keywords):

@@ -67,6 +67,8 @@ def export_run(run: str | Path, out: str | Path, to: str, which: str = "best") -
 def _export(mined: Mined, out: Path, to: str, critic: nn.Module | None) -> tuple[list[Path], list[str]]:
     generator: Any = copy.deepcopy(mined.generator)
     notes: list[str] = []
+    if mined.place == "w" and mined.class_miner is not None:
+        raise ValueError("w behind a mined class is of no other program: sample the run itself, or mine z (--mine z)")
     if to in _TAKES and not isinstance(generator, _TAKES[to][0]):
         fits = [name for name, (kind, _) in _TAKES.items() if isinstance(generator, kind)]
         family = getattr(generator, "family", type(generator).__name__)

@@ -162,3 +162,13 @@ def image_channels(generator: nn.Module) -> int:
 def class_count(generator: nn.Module) -> int:
     """How many labels a conditional generator knows; 0: it is not conditional."""
     return getattr(generator, "num_classes", 0)
+
+
+def named_labels(named: int | str | None, classes: int, whose: str) -> list[int]:
+    """[207, 208] for "207,208"; all labels for None. ValueError: labels that are not there."""
+    if named is None:
+        return list(range(classes))
+    labels = [int(word) for word in str(named).split(",")]
+    if max(labels) >= classes:
+        raise ValueError(f"mined_class is {named}, but {whose} labels are 0 to {classes - 1}")
+    return labels

@@ -11,7 +11,7 @@ from ..mining.mined import learned_constant
 from ..mining.offload import Transfers
 from ..mining.prior import default_prior, own_latents
 from .config import TransferConfig
-from .generators import Generator, Several, class_count, networks, placed
+from .generators import Generator, Several, class_count, named_labels, networks, placed
 from .processes import Processes
 from .randomness import keep_and_set_random_state
 
@@ -138,17 +138,19 @@ def new_mined(config: TransferConfig, generator: Generator) -> Mined:
     classes, class_miner = class_count(generator), None
     if config.mined_class and not classes:
         raise ValueError(f"mined_class is {config.mined_class}, but {type(generator).__name__} has no classes")
+    labels = named_labels(config.mined_class, classes, "the source's")
     size = generator.latent_dim if config.mine == "z" else generator.style_dim
     shape = {"depth": config.miner_depth, "width": config.miner_width}
     with keep_and_set_random_state(config.seed, "miner"):
         miner = Miner(size, **shape)
         if classes:
-            start = class_embeddings(generator)[_labels(config.mined_class, classes)]
+            start = class_embeddings(generator)[labels]
             class_miner = Miner(generator.latent_dim, **shape, output_dim=start.shape[1], affine=True)
             class_miner.match(start)
     constant = learned_constant(generator) if config.mine_constant else None
     prior = config.prior or default_prior(config.mine)
-    return Mined(generator, miner, class_miner, config.mine, constant, prior, own_latents(generator, config.mine))
+    reference = own_latents(generator, config.mine, labels=labels)
+    return Mined(generator, miner, class_miner, config.mine, constant, prior, reference)
 
 
 def class_embeddings(generator: Generator) -> Tensor:
@@ -161,13 +163,3 @@ def class_embeddings(generator: Generator) -> Tensor:
         )
     with torch.no_grad():
         return embeddings().float().cpu()
-
-
-def _labels(named: int | str | None, classes: int) -> list[int]:
-    """[207, 208] for "207,208"; all labels for None."""
-    if named is None:
-        return list(range(classes))
-    labels = [int(word) for word in str(named).split(",")]
-    if max(labels) >= classes:
-        raise ValueError(f"mined_class is {named}, but the source's labels are 0 to {classes - 1}")
-    return labels

@@ -14,6 +14,7 @@ from ..finetune import fingerprint
 from ..mining.offload import Transfers, pinned_memory
 from .captured import CudaGraphs, obstacle
 from .config import TransferConfig
+from .critics import without_labels
 from .estimate import estimate_memory
 from .evaluation import choose_features, judge_name
 from .feature_critic import FeatureCritic
@@ -109,6 +110,8 @@ class Prepared:
                 "or one process"
             )
         self.critic, self.new_critic = found.critic, not found.pretrained
+        if self.critic is not None:
+            self.critic = without_labels(self.critic, config.mined_class)
         judging = self.judging
         if judging is not None:
             judging = copy.deepcopy(judging).eval().requires_grad_(False).to(self.device)

@@ -10,7 +10,7 @@ from ..finetune import load_delta
 from ..finetune.delta import is_delta
 from ..mining import Mined, MultiGenerator, load_mined
 from ..mining.checkpoint import has_miner, with_weights
-from ..models import has_discriminator, load_discriminator, load_generator
+from ..models import load_discriminator, load_generator
 from .config import TransferConfig, load_config
 from .drawing import bare, is_bare
 from .evaluation import MEASURES, choose_features, generate, judge_name, measure
@@ -156,10 +156,9 @@ def evaluate_result(path, which, device, source, miner, images, samples: int, fe
     if critic is None and features in (None, "critic"):
         named = _paths(source) or _paths(config and config.source)
         files = [checkpoints.open(one) for one in named]
-        if len(files) == 1:
-            critic = load_discriminator(files[0]) if has_discriminator(files[0]) else None
-        elif files:
-            critic, _ = source_critic(files, Several([b.generator for b in branches(sampler)], names, resolution))
+        if files:
+            made = [b.generator for b in branches(sampler)]
+            critic, _ = source_critic(files, Several(made, names, resolution) if len(made) > 1 else made[0])
     checkpoints.clear()  # the networks have the weights
     extractor = choose_features(features, critic, real, next(generator.parameters()).device)
     fake = generate(sampler, samples, seed)

@@ -81,14 +81,36 @@ def test_classes_of_a_biggan(call, biggan, tmp_path):
     found = pixels(tmp_path / "s" / "00000-seed1.png").transpose(2, 0, 1)
     assert abs(found - expected(image)[0]).max() <= 1
     assert abs(found - expected(other)[0]).max() > 1
+    options = ("--class", "3", "--seeds", "1-2", "--truncation")
+    code, said, err = call("sample", file, "--out", tmp_path / "t", *options, "0")
+    assert code == 0, err
+    assert "z is drawn from a normal distribution cut off at 2, times 0" in said
+    assert (pixels(tmp_path / "t" / "00000-seed1.png") == pixels(tmp_path / "t" / "00001-seed2.png")).all()
     for options, message in (
         (("--class", "5"), "labels are 0 to 4"),
-        (("--truncation", "0.5"), "biggan has none: leave it out"),
+        (("--truncation", "1.5"), "a BigGAN's z is truncated by 0 to 1, got 1.5"),
         (("--noise", "none"), "biggan has none: leave it out"),
     ):
         code, _, err = call("sample", file, "--out", tmp_path / "no", *options)
         assert (code, message in err) == (1, True), err
     assert not (tmp_path / "no").exists()
+
+
+def test_classes_of_a_stylegan2(call, tmp_path):
+    torch.manual_seed(0)
+    generator = StyleGAN2Generator(latent_dim=8, num_classes=5, latent_avg=True, **SIZES).eval()
+    save_model(tmp_path / "c.safetensors", generator)
+    options = ("--class", "3", "--seeds", "1", "--truncation", "0.5", "--noise", "constant")
+    code, said, err = call("sample", tmp_path / "c.safetensors", "--out", tmp_path / "s", *options)
+    assert code == 0, err
+    assert "towards the mean of w that the file holds" in said
+    with torch.no_grad():
+        image, other = (
+            generator(drawn(8, 1), torch.tensor([label]), truncation=0.5, noise="constant") for label in (3, 2)
+        )
+    found = pixels(tmp_path / "s" / "00000-seed1.png")
+    assert abs(found - expected(image)[0, 0]).max() <= 1
+    assert abs(found - expected(other)[0, 0]).max() > 1
 
 
 @pytest.mark.parametrize(("channels", "mode"), [(2, "LA"), (4, "RGBA"), (5, None)])

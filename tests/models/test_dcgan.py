@@ -1,6 +1,8 @@
 """DCGAN against the tutorial's layers written out, and its files as programs after the tutorial have them."""
 
 import itertools
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -97,6 +99,36 @@ def test_a_conditional_one(tmp_path, name):
         generator(z)
     mined = mf.Mined(generator, mf.Miner(10), mf.Miner(10, output_dim=6, affine=True))
     assert mined.sample(2).shape == (2, 3, 32, 32)
+
+
+def documented():
+    """The class that docs/checkpoints.md shows for labels in z."""
+    text = (Path(__file__).parents[2] / "docs" / "checkpoints.md").read_text()
+    found = {"torch": torch}
+    exec(re.search(r"class OneHot.*?(?=\n\n\nmf\.transfer)", text, re.DOTALL)[0], found)
+    return found["OneHot"]
+
+
+def test_labels_in_z_as_the_documents_have_them(tmp_path, capfd):
+    torch.manual_seed(0)
+    network, critic = trained(tutorial_generator(6 + 4, WIDTHS[:2], 1)), tutorial_critic(WIDTHS[1::-1], 1 + 4)
+    torch.save({"netG": state_of(network), "netD": state_of(critic)}, tmp_path / "file")
+    generator = documented()(load_generator(tmp_path / "file"), 4)
+    z, y = torch.randn(3, 6), torch.tensor([3, 0, 2])
+    expected = network(torch.cat((z, torch.eye(4)[y]), 1)[:, :, None, None])
+    torch.testing.assert_close(generator(z, y), expected)
+    torch.testing.assert_close(generator(z, generator.class_embeddings()[y]), expected)
+    images = torch.randint(0, 256, (12, 1, 16, 16), dtype=torch.uint8)
+    settings = {"mining_steps": 1, "finetune_steps": 1, "batch": 4, "loss": "nonsaturating", "features": "pixels",
+                "eval_samples": 8, "score_samples": 4, "grid": 4, "snapshot_every": 2, "held_out": 0.0}  # fmt: skip
+    result = mf.transfer(generator, images, tmp_path / "run", **settings, mined_class=3, progress=False)
+    assert result.mined.class_miner.output_dim == 4
+    mf.transfer(tmp_path / "file", images, tmp_path / "whole", **settings)
+    said = capfd.readouterr()
+    assert (
+        "if the 4 further ones are maps of a label, a part of the generator's z is that label too"
+        in said.out + said.err
+    )
 
 
 def test_networks_come_back_and_are_adapted(tmp_path):

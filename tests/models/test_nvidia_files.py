@@ -86,10 +86,12 @@ def convolved_up(x, kernel, taps):
     return full[:, :, cut : cut + spread.shape[2], cut : cut + spread.shape[3]]
 
 
-def equations(p, z, layers, resolution, scaled=True):
+def equations(p, z, layers, resolution, scaled=True, labels=None):
     """Images of StyleGAN2 from its equations, a sample at a time, weights modulated as in eq. 1 and 3.
 
     scaled: whether demodulation adds its 1e-8 to the norm of the kernel divided by √fan-in, or of the kernel as it is.
+
+    labels: of a conditional network, one for each sample; "embed" is in p then.
 
     p: "mapping{i}" and "{r}.up", "{r}.conv", "{r}.rgb" with parts, kernels as true convolution wants them.
     """
@@ -99,8 +101,12 @@ def equations(p, z, layers, resolution, scaled=True):
         return torch.where(x > 0, x, 0.2 * x) * math.sqrt(2)
 
     images = []
-    for sample in z:
+    for number, sample in enumerate(z):
         w = sample / (sample.square().mean() + 1e-8).sqrt()
+        if labels is not None:
+            matrix = p["embed.weight"]
+            c = matrix[:, labels[number]] / math.sqrt(matrix.shape[1]) + p["embed.bias"]
+            w = torch.cat((w, c / (c.square().mean() + 1e-8).sqrt()))
         for i in range(layers):
             matrix, bias = p[f"mapping{i}.weight"], p[f"mapping{i}.bias"]
             w = lrelu(matrix @ w * (0.01 / math.sqrt(len(w))) + 0.01 * bias)
@@ -136,6 +142,7 @@ def of_ada(s, layers):
     """The tensors of the PyTorch program, where an upsampling layer convolves and the others correlate."""
     p = {f"mapping{i}.{part}": s[f"mapping.fc{i}.{part}"] for i in range(layers) for part in ("weight", "bias")}
     p["const"] = s["synthesis.b4.const"]
+    p |= {k.removeprefix("mapping."): t for k, t in s.items() if k.startswith("mapping.embed.")}
     for r in CHANNELS:
         for theirs, ours in (("conv0", "up"), ("conv1", "conv"), ("torgb", "rgb")):
             of = {k.split(f"b{r}.{theirs}.")[1]: t for k, t in s.items() if f".b{r}.{theirs}." in k}
@@ -152,6 +159,8 @@ def of_ada(s, layers):
 def of_tf(s, layers):
     """The variables of TensorFlow's program, where every layer correlates."""
     p = {"const": s["synthesis/4x4/Const/const"][0]}
+    if "mapping/LabelEmbed/weight" in s:
+        p |= {"embed.weight": s["mapping/LabelEmbed/weight"].T, "embed.bias": s["mapping/LabelEmbed/bias"]}
     for i in range(layers):
         p[f"mapping{i}.weight"], p[f"mapping{i}.bias"] = s[f"mapping/Dense{i}/weight"].T, s[f"mapping/Dense{i}/bias"]
     for k, r in enumerate(CHANNELS):
@@ -223,6 +232,42 @@ def test_residual_generators_and_skip_discriminators(file, kind):
         images = g(z, noise="constant")
         torch.testing.assert_close(loaded_g(z, noise="constant"), images, rtol=1e-11, atol=1e-12)
         torch.testing.assert_close(loaded_d(images), d(images), rtol=1e-11, atol=1e-12)
+
+
+def grown(tensors, prefix, layer, size):
+    """As networks that grew are written: the layer of the images is numbered by the halvings from the highest
+    resolution, and there is one, out of use, for a lower one."""
+    own = {k.replace(f"{prefix}{size}x{size}/{layer}/", f"{prefix}{layer}_lod0/"): t for k, t in tensors.items()}
+    lower = {k.replace("_lod0", "_lod1"): t + 1 for k, t in own.items() if "_lod0" in k}
+    return own | lower | {f"{prefix}lod": torch.zeros(())}
+
+
+@pytest.mark.parametrize("kind", ["torch", "tf", "tf that grew"])
+def test_plain_networks(file, kind):
+    torch.manual_seed(6)
+    g = StyleGAN2Generator(16, 9, mapping_layers=2, channels=CHANNELS, architecture="orig", latent_avg=True).double()
+    d = StyleGAN2Discriminator(16, channels=CHANNELS, architecture="orig").double()
+    if kind == "tf that grew":
+        averaged = grown(tf_of(g.state_dict()) | {"dlatent_avg": g.latent_avg}, "synthesis/", "ToRGB", 16)
+        judge = grown(critic_of(d.state_dict(), 16, True), "", "FromRGB", 16)
+        write_tf_pickle(file, network_tree(averaged), network_tree(judge, ()), network_tree(averaged))
+    else:
+        write(kind, file, g, d)
+    loaded_g, loaded_d = load_generator(file), load_discriminator(file)
+    assert (loaded_g.config, loaded_d.config) == (g.config, d.config)
+    z = torch.randn(2, 9, dtype=torch.float64)
+    with torch.no_grad():
+        images = g(z, noise="constant")
+        torch.testing.assert_close(loaded_g(z, noise="constant"), images, rtol=1e-11, atol=1e-12)
+        torch.testing.assert_close(loaded_d(images), d(images), rtol=1e-11, atol=1e-12)
+
+
+def test_a_network_that_still_grows_is_named(file):
+    d = StyleGAN2Discriminator(16, channels=CHANNELS, architecture="orig").double()
+    judge = grown(critic_of(d.state_dict(), 16, True), "", "FromRGB", 16) | {"lod": torch.tensor(0.25)}
+    write_tf_pickle(file, network_tree({}), network_tree(judge, ()), network_tree({}))
+    with pytest.raises(ValueError, match=r"it is still growing \(lod is 0\.25\)"):
+        load_discriminator(file)
 
 
 @pytest.mark.parametrize("kept", [1, 100, 0.3, 0.9, 0.999])

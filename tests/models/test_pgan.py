@@ -19,8 +19,8 @@ PUBLIC = {4: 512, 8: 512, 16: 512, 32: 512, 64: 256, 128: 128, 256: 64}
 class _Config:
     """The class of that project's settings, which a file names and nobody else has."""
 
-    def __init__(self):
-        self.alpha, self.dimOutput = 0.0, 3
+    def __init__(self, **settings):
+        self.__dict__.update({"alpha": 0.0, "dimOutput": 3, **settings})
 
 
 def relative(a, b):
@@ -179,6 +179,53 @@ def test_files_are_read_and_saved(tmp_path, style):
         assert relative(generator(z), expected) < 1e-10
     critics = [f(expected) for f in (d, load_discriminator(tmp_path / "b.safetensors"))]
     assert torch.equal(*critics)
+
+
+def zoo_file(path, scales=3, **settings):
+    """(generator's tensors, discriminator's) of a file as that program saves it."""
+    widths = dict(list(WIDTHS.items())[: scales + 1])
+    p, q = filled(zoo_generator(widths)), filled(zoo_discriminator(widths))
+    config = _Config(depthOtherScales=[*widths.values()][1:], leakyReluLeak=0.2, **settings)
+    with named("models.utils.config", "BaseConfig", _Config):
+        torch.save({"config": config, "netG": p, "avgG": p, "netD": q}, path)
+    return p, q
+
+
+# In that program alpha is the weight of the lower resolution, and the discriminator of 8 pixels leaves that out.
+@pytest.mark.parametrize(("scales", "judged"), [(3, 0.75), (1, 1.0), (0, 1.0)])
+def test_a_resolution_that_fades_in_is_read_at_its_alpha(tmp_path, scales, judged):
+    p, q = zoo_file(tmp_path / "a.pt", scales, alpha=0.25)
+    g, d = load_generator(tmp_path / "a.pt"), load_discriminator(tmp_path / "a.pt")
+    assert (g.alpha, d.alpha) == (0.75 if scales else 1.0, judged)
+    z = torch.randn(4, 11).double()
+    images = reference_generator(p, z, scales, 0.75)
+    assert relative(g(z), images) < 1e-10
+    assert relative(d.outputs(images), reference_outputs(q, images, scales, judged, [[0, 1, 2, 3]])) < 1e-10
+    save_model(tmp_path / "b.safetensors", g, d)
+    assert torch.equal(load_generator(tmp_path / "b.safetensors")(z), g(z))
+
+
+def test_a_lower_resolution_has_faded_in(tmp_path):
+    p, _ = zoo_file(tmp_path / "a.pt", alpha=0.25)
+    g, z = load_generator(tmp_path / "a.pt", resolution=16), torch.randn(4, 11).double()
+    assert relative(g(z), reference_generator(p, z, 2, 1.0)) < 1e-10
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"alpha": 1.5}, r"its alpha is 1\.5, and no number of 0 to 1"),
+        ({"alpha": "much"}, "its alpha is 'much'"),
+        ({"leakyReluLeak": 0.1}, r"leakyReluLeak is 0\.1, where networks read here have 0\.2"),
+        ({"perChannelNormalization": False}, "perChannelNormalization is False"),
+        ({"lossCriterion": "DCGAN"}, r"its images pass through tanh \(lossCriterion is DCGAN\)"),
+    ],
+)
+def test_settings_of_other_networks_are_named(tmp_path, settings, message):
+    content = {"netG": filled(zoo_generator(WIDTHS)), "config": settings}
+    torch.save(content, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=message):
+        load_generator(tmp_path / "a.pt")
 
 
 def test_lower_resolutions_of_a_file_are_networks_of_their_own():

@@ -1,4 +1,4 @@
-"""The residual generator and the skip discriminator of StyleGAN2, against their equations in float64."""
+"""Residual and plain generators, skip and plain discriminators of StyleGAN2, against their equations in float64."""
 
 import math
 
@@ -30,7 +30,9 @@ def equal_conv(p, name, x, padding=0, stride=1):
     return F.conv2d(x, weight / math.sqrt(weight[0].numel()), padding=padding, stride=stride)
 
 
-def residual_synthesis(p, w, noise):
+def one_image_synthesis(p, w, noise):
+    """Of a residual network, or of a plain one, which has no short ways."""
+
     def styled(name, x, k, upsample=False):
         y = modulated_conv(p, f"{name}.conv", x, w[:, k], upsample) + p[f"{name}.noise.weight"] * noise[k]
         return lrelu(y + p[f"{name}.activate.bias"][:, None, None])
@@ -40,12 +42,15 @@ def residual_synthesis(p, w, noise):
         y = styled(f"convs.{2 * j}", x, 2 * j + 1, upsample=True)
         y = styled(f"convs.{2 * j + 1}", y, 2 * j + 2)
         # the paper's order, of which ours is the other
-        short = equal_conv(p, f"skips.{j}.0", filtered(zeros_between(x), 2, 1, gain=4))
-        x = (y + short) / math.sqrt(2)
+        if f"skips.{j}.0.weight" in p:
+            y = (y + equal_conv(p, f"skips.{j}.0", filtered(zeros_between(x), 2, 1, gain=4))) / math.sqrt(2)
+        x = y
     return modulated_conv(p, "to_rgb.conv", x, w[:, -1], demodulate=False) + p["to_rgb.bias"]
 
 
-def skip_critic(p, image, size):
+def chain_critic(p, image, size):
+    """Of a network without short ways, which reads the image at every resolution or, a plain one, once."""
+
     def act(name, x):
         return lrelu(x + p[f"{name}.bias"][:, None, None])
 
@@ -54,19 +59,22 @@ def skip_critic(p, image, size):
         y = act(f"convs.{i}.conv1.1", equal_conv(p, f"convs.{i}.conv1.0", x, padding=1))
         y = act(f"convs.{i}.conv2.2", equal_conv(p, f"convs.{i}.conv2.1", filtered(y, 2, 2), stride=2))
         image = filtered(image, 1, 1)[:, :, ::2, ::2]
-        x = y + act(f"from_rgbs.{i - 1}.1", equal_conv(p, f"from_rgbs.{i - 1}.0", image))
+        if f"from_rgbs.{i - 1}.0.weight" in p:
+            y = y + act(f"from_rgbs.{i - 1}.1", equal_conv(p, f"from_rgbs.{i - 1}.0", image))
+        x = y
     x = act("final_conv.1", equal_conv(p, "final_conv.0", reference_stddev(x, size), padding=1))
     return dense(p, "final_linear.1", lrelu(dense(p, "final_linear.0", x.flatten(1))))[:, 0]
 
 
+@pytest.mark.parametrize("architecture", ["resnet", "orig"])
 @pytest.mark.parametrize("resolution", [8, 16])
-def test_residual_generator_follows_the_equations(resolution):
-    g = generator(resolution, architecture="resnet", channels={4: 11, 8: 7})
+def test_generators_of_one_image_follow_the_equations(resolution, architecture):
+    g = generator(resolution, architecture=architecture, channels={4: 11, 8: 7})
     p, z = tensors_of(g), torch.randn(3, 10).double()
     noise = [p[f"noises.noise_{k}"] for k in range(g.num_layers - 1)]
     images, w = g(z, noise="constant", return_latents=True)
     expected_w = reference_mapping(p, z)[:, None].repeat(1, g.num_layers, 1)
-    expected = residual_synthesis(p, expected_w, noise)
+    expected = one_image_synthesis(p, expected_w, noise)
     assert relative(images, expected) < 1e-10
     losses = []
     for x, latents in ((images, w), (expected, expected_w)):
@@ -75,12 +83,13 @@ def test_residual_generator_follows_the_equations(resolution):
     assert_same_gradients(g, *losses)
 
 
+@pytest.mark.parametrize("architecture", ["skip", "orig"])
 @pytest.mark.parametrize("resolution", [8, 16])
-def test_skip_critic_follows_the_equations(resolution):
-    d = critic(resolution, architecture="skip", channels={8: 5, 4: 9})
+def test_critics_without_short_ways_follow_the_equations(resolution, architecture):
+    d = critic(resolution, architecture=architecture, channels={8: 5, 4: 9})
     p, x = tensors_of(d), torch.randn(4, 3, resolution, resolution).double()
-    assert relative(d(x), skip_critic(p, x, 4)) < 1e-10
-    losses = [f(x).square().sum() + r1_penalty(f, x) for f in (d, lambda x: skip_critic(p, x, 4))]
+    assert relative(d(x), chain_critic(p, x, 4)) < 1e-10
+    losses = [f(x).square().sum() + r1_penalty(f, x) for f in (d, lambda x: chain_critic(p, x, 4))]
     assert_same_gradients(d, *losses)
 
 
@@ -135,5 +144,5 @@ def test_memory_format_and_type_of_a_whole_network(architecture, inside):
 
 def test_unknown_architectures_are_named():
     for network in (StyleGAN2Generator, StyleGAN2Discriminator):
-        with pytest.raises(ValueError, match='architecture must be "skip" or "resnet", got \'orig\''):
-            network(8, architecture="orig")
+        with pytest.raises(ValueError, match='architecture must be "skip", "resnet" or "orig", got \'unet\''):
+            network(8, architecture="unet")

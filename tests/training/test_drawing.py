@@ -1,13 +1,20 @@
 """Images of seeds, of a checkpoint without a miner, truncated, with one noise, and in between."""
 
 import itertools
+from statistics import NormalDist
 
 import pytest
 import torch
 from tiny_conditional import Conditional
 
 from minegan_fast.mining import Mined, Miner, MultiGenerator
-from minegan_fast.models import PGANGenerator, StyleGAN2Generator, StyleGANGenerator
+from minegan_fast.models import (
+    BigGANDeepGenerator,
+    BigGANGenerator,
+    PGANGenerator,
+    StyleGAN2Generator,
+    StyleGANGenerator,
+)
 from minegan_fast.training.drawing import bare, frames, of_seeds, one_branch, spherical, steer
 
 SIZES = {"resolution": 8, "channel_base": 64, "channel_max": 8, "image_channels": 1}
@@ -116,6 +123,54 @@ def test_noise_is_new_constant_or_none(stylegan):
     assert not torch.equal(constant, twice("none")[0])
     with pytest.raises(ValueError, match="noise must be one of random, constant, none"):
         twice("loud")
+
+
+def biggan(deep):
+    torch.manual_seed(0)
+    if not deep:
+        return BigGANGenerator(32, class_dim=5, num_classes=4, channel_width=2, attention=()).eval()
+    generator = BigGANDeepGenerator(32, 16, 5, 4, channel_width=4, attention=[], steps=3)
+    for name, buffer in generator.named_buffers():
+        if "running_means" in name:
+            buffer.copy_(torch.randn_like(buffer))  # so that the steps differ
+    return generator.eval()
+
+
+@pytest.mark.parametrize("deep", [False, True])
+def test_a_biggan_truncates_z(deep):
+    generator, seen, normal = biggan(deep), [], NormalDist()
+    low = normal.cdf(-2)
+    z = drawn(generator.latent_dim, 3)
+    within = torch.tensor([[normal.inv_cdf(low + (1 - 2 * low) * normal.cdf(x)) for x in z[0].tolist()]])
+    with torch.no_grad():
+        keywords = {"truncation": 0.5} if deep else {}
+        expected = generator(0.5 * within, torch.tensor([2]), **keywords)
+        plain = generator(z, torch.tensor([2]))
+    sampler = bare(generator, [2])
+    assert torch.allclose(of_seeds(sampler, [3])[0], plain, atol=1e-5)
+    (said,) = steer(sampler, truncation=0.5)
+    assert "times 0.5" in said
+    image = of_seeds(sampler, [3])[0]
+    assert torch.allclose(image, expected, atol=1e-5)
+    assert (image - plain).abs().max() > 1e-3
+    generator.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    with torch.no_grad():
+        sampler(torch.randn(200, generator.latent_dim, generator=torch.Generator().manual_seed(0)))
+    assert float(seen[0].abs().max()) <= 1
+    shares = [(normal.cdf(x / 0.5) - low) / (1 - 2 * low) for x in seen[0].flatten().sort()[0].tolist()]
+    grid = torch.linspace(0, 1, len(shares))
+    assert (torch.tensor(shares) - grid).abs().max() < 2 / len(shares) ** 0.5  # Kolmogorov and Smirnov
+
+
+def test_what_a_biggan_does_not_truncate_is_named():
+    generator = biggan(False)
+    mined = Mined(generator, Miner(generator.latent_dim), Miner(generator.latent_dim, output_dim=5, affine=True))
+    with pytest.raises(ValueError, match="behind a miner is not truncated"):
+        steer(mined, truncation=0.5)
+    with pytest.raises(ValueError, match=r"truncated by 0 to 1, got -0\.5"):
+        steer(bare(generator), truncation=-0.5)
+    with pytest.raises(ValueError, match="noise is of StyleGAN"):
+        steer(bare(generator), noise="none")
 
 
 def test_what_a_family_has_not_is_refused_by_name():

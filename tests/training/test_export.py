@@ -15,6 +15,7 @@ from minegan_fast.models import (
     StyleGAN2Discriminator,
     StyleGAN2Generator,
     export_nvidia,
+    export_rosinality,
     save_model,
 )
 from minegan_fast.training.export import export_run
@@ -171,3 +172,43 @@ def test_a_run_of_a_module_says_how_it_is_opened(tmp_path, tiny):
     mf.transfer(Module(), tiny["images"], tmp_path / "run", **RUN | settings)
     with pytest.raises(ValueError, match=r"load_mined\(.*, module\)"):
         export_run(tmp_path / "run", tmp_path / "out", "safetensors")
+
+
+def conditional(folder, **keywords):
+    torch.manual_seed(0)
+    sizes = {"channel_base": 64, "channel_max": 8, "num_classes": 4}
+    g = with_noise(StyleGAN2Generator(16, 8, mapping_layers=2, class_dim=5, **sizes))
+    class_miner = bent(Miner(8, output_dim=5, affine=True))
+    return run_of(folder, g, bent(Miner(8)), StyleGAN2Discriminator(16, **sizes), class_miner=class_miner, **keywords)
+
+
+def test_a_conditional_stylegan2_goes_with_both_miners(tmp_path):
+    mined = conditional(tmp_path / "run")
+    _, notes = export_run(tmp_path / "run", tmp_path / "out", "safetensors")
+    assert "(z, class embedding)" in notes[-1]
+    u, program = torch.randn(3, 8), torch.jit.load(str(tmp_path / "out" / "miner.pt"))
+    generator = mf.load_generator(tmp_path / "out" / "network.safetensors")
+    with torch.no_grad():
+        images = generator(*program(u), noise="constant")
+        torch.testing.assert_close(images, mined(u, noise="constant"), rtol=1e-5, atol=1e-5)
+    assert mf.load_discriminator(tmp_path / "out" / "network.safetensors").num_classes == 4
+
+
+@pytest.mark.parametrize(
+    ("place", "to", "message"),
+    [
+        ("z", "nvidia", "no networks with classes are written in NVIDIA's layout"),
+        ("z", "rosinality", "the rosinality layout has no networks with classes"),
+        ("w", "safetensors", "w behind a mined class is of no other program"),
+    ],
+)
+def test_where_a_mined_class_has_no_place_is_named(tmp_path, place, to, message):
+    conditional(tmp_path / "run", place=place)
+    with pytest.raises(ValueError, match=message):
+        export_run(tmp_path / "run", tmp_path / "out", to)
+
+
+def test_rosinality_has_no_plain_networks(tmp_path):
+    g = StyleGAN2Generator(8, 8, channel_max=8, architecture="orig")
+    with pytest.raises(ValueError, match='no networks of architecture "orig"'):
+        export_rosinality(tmp_path / "x.pt", g)

@@ -37,6 +37,12 @@ def stylegan2():
     return StyleGAN2Generator(latent_dim=6, style_dim=7, mapping_layers=2, **sizes), StyleGAN2Discriminator(**sizes)
 
 
+def stylegan2_conditional():
+    sizes = {"resolution": 8, "channel_base": 64, "channel_max": 8, "image_channels": 1, "num_classes": 4}
+    generator = StyleGAN2Generator(latent_dim=6, style_dim=7, class_dim=5, mapping_layers=2, **sizes)
+    return generator, StyleGAN2Discriminator(mapping_layers=2, **sizes)
+
+
 def stylegan2_residual():
     generator, critic = stylegan2()
     return StyleGAN2Generator(**{**generator.config, "architecture": "resnet"}), critic
@@ -71,6 +77,8 @@ FAMILIES = {
     "a user's": (lambda: (Conditional(), Critic()), {}),
     "stylegan2 in z": (stylegan2, {}),
     "stylegan2 residual": (stylegan2_residual, {"mine_constant": True, "loss": "wgan"}),
+    "stylegan2 conditional": (stylegan2_conditional, {"train_critic": "sparse"}),
+    "stylegan2 conditional in w": (stylegan2_conditional, {"mine": "w", "mined_class": "2"}),
     "stylegan2 in w": (stylegan2, {"mine": "w", "mine_constant": True}),
 }
 

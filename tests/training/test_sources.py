@@ -5,14 +5,17 @@ import re
 
 import pytest
 import torch
+from nvidia_files import ada_of, critic_of, network_tree, tf_of, write_tf_pickle, write_torch_pickle
 from tiny_conditional import Conditional, Critic
+from tiny_run import RUN
 from torch import nn
 
 import minegan_fast as mf
-from minegan_fast.models import StyleGAN2Discriminator, StyleGAN2Generator
+from minegan_fast.models import StyleGAN2Discriminator, StyleGAN2Generator, convert
 from minegan_fast.training import recipe, sources
 from minegan_fast.training.config import TransferConfig
 from minegan_fast.training.images import save_folder
+from minegan_fast.training.results import evaluate_result
 from minegan_fast.training.sources import open_networks, source_critic
 
 SIZES = {"channel_base": 64, "channel_max": 8, "image_channels": 1}
@@ -176,3 +179,44 @@ def test_the_callers_generator_keeps_its_mode():
     assert source.training
     assert not networks.generator.training
     assert all(torch.equal(before[k], v) for k, v in networks.generator.state_dict().items())
+
+
+def unreadable(kind, path):
+    """A file whose generator is read and whose critic is not."""
+    torch.manual_seed(0)
+    g, d = generator(), StyleGAN2Discriminator(8, **SIZES)
+    if kind == "its labels are mapped":
+        d = StyleGAN2Discriminator(8, num_classes=3, mapping_layers=1, **SIZES)
+        tree = network_tree(tf_of(g.state_dict()))
+        write_tf_pickle(path, tree, network_tree(critic_of(d.state_dict(), 8, True), ()), tree)
+    elif kind == "a tensor is missing":
+        tensors = critic_of(d.state_dict(), 8, False)
+        del tensors["b4.conv.bias"]
+        write_torch_pickle(path, G_ema=ada_of(g.state_dict()), D=tensors)
+    else:
+        torch.save({"g_ema": g.state_dict(), "D": {"b4.fc.weight": torch.zeros(2), "b8.skip.weight": 1.0}}, path)
+
+
+WHY = {
+    "its labels are mapped": "mapping_lrmul",
+    "a tensor is missing": r"missing: final_conv\.1\.bias",
+    "of another kind": "looks like a stylegan2 discriminator",
+}
+
+
+@pytest.mark.parametrize("kind", WHY)
+def test_a_file_whose_critic_cannot_be_read_adapts_with_a_new_one_and_says_so(tmp_path, capfd, kind):
+    file, images = tmp_path / "x.pkl", torch.randint(0, 256, (8, 1, 8, 8), dtype=torch.uint8)
+    unreadable(kind, file)
+    settings = {**RUN, "mining_steps": 1, "finetune_steps": 1, "held_out": 0.0, "loss": "nonsaturating"}
+    result = mf.transfer(file, images, out=tmp_path / "run", **settings | {"progress": True})
+    assert result.sample(2).shape == (2, 1, 8, 8)
+    said = capfd.readouterr()
+    assert re.search(f"the source's discriminator cannot be used: .*{WHY[kind]}", said.out + said.err)
+    assert "a new critic is trained" in said.out + said.err
+    save_folder(tmp_path / "images", images)
+    found = evaluate_result(tmp_path / "run", "last", "cpu", None, None, tmp_path / "images", 4, None, 0)
+    assert found["features"] == "pixels"
+    with pytest.raises(ValueError, match=f"{WHY[kind]}.*--only generator"):
+        convert(file, tmp_path / "x.safetensors")
+    convert(file, tmp_path / "x.safetensors", only="generator")

@@ -1,7 +1,7 @@
 """What a public project's file of one network looks like, and what of ours it becomes."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -58,8 +58,9 @@ class Layout:
         crop: (tensors under the file's names, resolution) -> those of the network up to that resolution, which `config`
             and `convert` then see; None stands for the resolution that the network was trained for. Only where the
             layers of a lower resolution are a network of their own. ValueError: no such resolution in the file.
-        beside: (what `config` gave, the tensors of the file's discriminator, none where it has none) -> the
-            constructor's arguments, where the shapes of a generator leave open what its critic tells.
+        beside: (what `config` gave, the tensors of the file's discriminator, none where it has none, the whole file) ->
+            the constructor's arguments, where the shapes of a network leave open what lies beside it. ValueError as
+            from `config`.
     """
 
     project: str
@@ -73,4 +74,4 @@ class Layout:
     optional: str | None = None
     at_the_top: tuple[str, ...] = ()
     crop: Callable[[State, int | None], State] | None = None
-    beside: Callable[[dict, State], dict] | None = None
+    beside: Callable[[dict, State, Mapping], dict] | None = None

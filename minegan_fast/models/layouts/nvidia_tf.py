@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..stylegan2 import StyleGAN2Discriminator, StyleGAN2Generator
 from ._layout import Layout, State, highest
-from .nvidia_torch import discriminator, discriminator_config, generator, generator_config, refuse_labels, same
+from .nvidia_torch import discriminator, discriminator_config, generator, generator_config, same
 
 PROJECT = "NVlabs/stylegan2"
 DEFAULT_TAPS = torch.tensor((1.0, 3.0, 3.0, 1.0))
@@ -54,6 +54,8 @@ def _noise(match: re.Match) -> str:
 
 GENERATOR: Rules = [
     (r"dlatent_avg", "mapping.w_avg", same),
+    (r"mapping/LabelEmbed/weight", "mapping.embed.weight", _transposed),
+    (r"mapping/LabelEmbed/bias", "mapping.embed.bias", same),
     (r"mapping/Dense(\d+)/weight", r"mapping.fc\1.weight", _transposed),
     (r"mapping/Dense(\d+)/bias", r"mapping.fc\1.bias", same),
     (r"synthesis/4x4/Const/const", "synthesis.b4.const", lambda t: t[0]),
@@ -66,12 +68,27 @@ GENERATOR: Rules = [
     ),
 ]
 DISCRIMINATOR: Rules = [
+    (r"LabelEmbed/weight", "mapping.embed.weight", _transposed),
+    (r"LabelEmbed/bias", "mapping.embed.bias", same),
     (r"4x4/Dense0/weight", "b4.fc.weight", _transposed),
     (r"4x4/Dense0/bias", "b4.fc.bias", same),
     (r"Output/weight", "b4.out.weight", _transposed),
     (r"Output/bias", "b4.out.bias", same),
     *_layers("", "", {"Conv": "conv", "Conv0": "conv0", "Conv1_down": "conv1", "FromRGB": "fromrgb", "Skip": "skip"}),
 ]
+
+
+def _grown(state: State, prefix: str, layer: str) -> State:
+    """Of configurations B to D, which grew: the layer that makes or reads the images of the highest resolution, under
+    the name that it has in the others. Those of lower resolutions are out of use."""
+    start = f"{prefix}{layer}_lod"
+    if not any(name.startswith(start) for name in state):
+        return state
+    if float(state.get(f"{prefix}lod", 0.0)) != 0:
+        raise ValueError(f"it is still growing (lod is {float(state[f'{prefix}lod']):g})")
+    largest = highest(state, rf"{prefix}(\d+)x\1/.*")
+    renamed = {k.replace(f"{start}0/", f"{prefix}{largest}x{largest}/{layer}/"): t for k, t in state.items()}
+    return {name: tensor for name, tensor in renamed.items() if not name.startswith(start)}
 
 
 def _translated(state: State, rules: Rules, block: str) -> State:
@@ -91,14 +108,18 @@ def _translated(state: State, rules: Rules, block: str) -> State:
 
 
 def _generator(state: State, _: int | None) -> State:
-    refuse_labels(state, r"mapping/LabelConcat/weight|mapping/LabelEmbed/.*")
-    return _translated(state, GENERATOR, "synthesis.b")
+    if "mapping/LabelConcat/weight" in state:
+        raise ValueError("it is a class-conditional StyleGAN2 from before ADA (it has mapping/LabelConcat/weight)")
+    return _translated(_grown(state, "synthesis/", "ToRGB"), GENERATOR, "synthesis.b")
 
 
 def _discriminator(state: State, _: int | None) -> State:
-    if state["Output/weight"].shape[1] != 1:
-        raise ValueError(f"a class-conditional StyleGAN2 (Output/weight is {list(state['Output/weight'].shape)})")
-    return _translated(state, DISCRIMINATOR, "b")
+    if state["Output/weight"].shape[1] != 1 and "LabelEmbed/weight" not in state:
+        shape = list(state["Output/weight"].shape)
+        raise ValueError(f"it is a class-conditional StyleGAN2 from before ADA (Output/weight is {shape})")
+    if "Mapping0/weight" in state:
+        raise ValueError("what scales the layers that map its labels (mapping_lrmul) is no tensor of the file")
+    return _translated(_grown(state, "", "FromRGB"), DISCRIMINATOR, "b")
 
 
 LAYOUTS: tuple[Layout, ...] = (

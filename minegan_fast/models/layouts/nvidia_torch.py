@@ -52,44 +52,63 @@ def _resolutions(largest: int) -> list[int]:
     return [2**i for i in range(3, largest.bit_length())]
 
 
-def refuse_labels(state: State, pattern: str) -> None:
-    if found := next((name for name in state if re.fullmatch(pattern, name)), None):
-        raise ValueError(f"a class-conditional StyleGAN2 (it has {found}) cannot be expressed here")
+def _embedding(state: State) -> tuple[int, int]:
+    """(size of the class embeddings, how many classes) of a conditional network; 0 and 0 of others."""
+    if "mapping.embed.weight" not in state:
+        return 0, 0
+    if (weight := state["mapping.embed.weight"]).ndim != 2:
+        raise ValueError(f"its class embeddings are {list(weight.shape)}, and no matrix")
+    return weight.shape[0], weight.shape[1]
 
 
 def _residual(state: State) -> bool:
     return any(re.fullmatch(r"(synthesis\.)?b\d+\.skip\.weight", name) for name in state)
 
 
-def _architecture(state: State, role: str, skip: str) -> str:
-    """skip: a name that only such a network has."""
-    if not _residual(state) and skip not in state:
-        raise ValueError(f"a {role} that is neither skip nor residual (no {skip}) cannot be expressed here")
-    return "resnet" if _residual(state) else "skip"
+def _architecture(state: State, images: str) -> str:
+    """images: how the layers are called that make or read images, of which a skip network has several."""
+    if _residual(state):
+        return "resnet"
+    several = {name for name in state if re.fullmatch(rf"(synthesis\.)?b\d+\.{images}\.weight", name)}
+    return "skip" if len(several) > 1 else "orig"
+
+
+def _mapping(state: State, ours: str) -> Table:
+    """Of the mapping network, whose layers here follow a normalisation."""
+    names = {"embed": "embed"} | {f"fc{i}": f"{ours}.{i + 1}" for i in range(_depth(state))}
+    return [(f"mapping.{a}.{part}", f"{b}.{part}", same) for a, b in names.items() for part in ("weight", "bias")]
+
+
+def _depth(state: State) -> int:
+    return highest(state, r"mapping\.fc(\d+)\..*") + 1
 
 
 def generator_config(state: State) -> dict:
-    refuse_labels(state, r"mapping\.embed\.weight")
     largest = highest(state, r"synthesis\.b(\d+)\..*")
     sizes = _resolutions(largest)
     first = state["mapping.fc0.weight"]
     square(state.get("synthesis.b4.const"))
-    return {
-        "resolution": largest,
-        "latent_dim": first.shape[1],
-        "style_dim": first.shape[0],
-        "mapping_layers": highest(state, r"mapping\.fc(\d+)\..*") + 1,
-        "image_channels": state[f"synthesis.b{largest}.torgb.weight"].shape[0],
-        "channels": {4: state["synthesis.b4.conv1.weight"].shape[0]}
-        | {r: state[f"synthesis.b{r}.conv1.weight"].shape[0] for r in sizes},
-        "architecture": _architecture(state, "generator", "synthesis.b4.torgb.weight"),
-    } | ({"latent_avg": True} if "mapping.w_avg" in state else {})
+    class_dim, classes = _embedding(state)
+    conditional = {"num_classes": classes, "class_dim": class_dim} if classes else {}
+    return (
+        {
+            "resolution": largest,
+            "latent_dim": first.shape[1] - class_dim,
+            "style_dim": first.shape[0],
+            "mapping_layers": _depth(state),
+            "image_channels": state[f"synthesis.b{largest}.torgb.weight"].shape[0],
+            "channels": {4: state["synthesis.b4.conv1.weight"].shape[0]}
+            | {r: state[f"synthesis.b{r}.conv1.weight"].shape[0] for r in sizes},
+            "architecture": _architecture(state, "torgb"),
+        }
+        | ({"latent_avg": True} if "mapping.w_avg" in state else {})
+        | conditional
+    )
 
 
 def generator(state: State) -> State:
     table = [("synthesis.b4.const", "input.input", _batch), ("mapping.w_avg", "latent_avg", same)]
-    for i in range(highest(state, r"mapping\.fc(\d+)\..*") + 1):
-        table += [(f"mapping.fc{i}.{part}", f"style.{i + 1}.{part}", same) for part in ("weight", "bias")]
+    table += _mapping(state, "style")
 
     def modulated(theirs: str, ours: str) -> Table:
         return [
@@ -110,33 +129,35 @@ def generator(state: State) -> State:
         return [*modulated(theirs, ours), (f"{theirs}.bias", f"{ours}.bias", _column)]
 
     largest = highest(state, r"synthesis\.b(\d+)\..*")
-    resnet = _residual(state)
+    architecture = _architecture(state, "torgb")
     table += styled("synthesis.b4.conv1", "conv1", 0) + to_rgb("synthesis.b4.torgb", "to_rgb1")
     for j, r in enumerate(_resolutions(largest)):
         block = f"synthesis.b{r}"
         table += styled(f"{block}.conv0", f"convs.{2 * j}", 2 * j + 1)
         table += styled(f"{block}.conv1", f"convs.{2 * j + 1}", 2 * j + 2)
         table.append((f"{block}.conv0.resample_filter", f"convs.{2 * j}.conv.blur.kernel", _times4))
-        if resnet:
+        if architecture == "resnet":
             table.append((f"{block}.skip.weight", f"skips.{j}.0.weight", same))
             table.append((f"{block}.skip.resample_filter", f"skips.{j}.1.kernel", _times4))
-        else:
+        elif architecture == "skip":
             table.append((f"{block}.resample_filter", f"to_rgbs.{j}.upsample.kernel", _times4))
-        table += to_rgb(f"{block}.torgb", "to_rgb" if resnet else f"to_rgbs.{j}")
+        table += to_rgb(f"{block}.torgb", f"to_rgbs.{j}" if architecture == "skip" else "to_rgb")
     return _apply(state, table, r".*\.resample_filter")
 
 
 def discriminator_config(state: State) -> dict:
-    refuse_labels(state, r"mapping\..*")
     largest = highest(state, r"b(\d+)\..*")
     sizes = _resolutions(largest)
+    class_dim, classes = _embedding(state)
+    conditional = {"num_classes": classes, "class_dim": class_dim, "mapping_layers": _depth(state)}
+    conditional |= {"projection": state["b4.out.weight"].shape[0]}
     return {
         "resolution": largest,
         "image_channels": state[f"b{largest}.fromrgb.weight"].shape[1],
         "channels": {largest: state[f"b{largest}.fromrgb.weight"].shape[0]}
         | {r // 2: state[f"b{r}.conv1.weight"].shape[0] for r in sizes},
-        "architecture": _architecture(state, "discriminator", "b4.fromrgb.weight"),
-    }
+        "architecture": _architecture(state, "fromrgb"),
+    } | (conditional if classes else {})
 
 
 def discriminator(state: State) -> State:
@@ -146,6 +167,7 @@ def discriminator(state: State) -> State:
         (f"b{largest}.fromrgb.bias", "convs.0.1.bias", same),
         ("b4.conv.weight", "final_conv.0.weight", same),
         ("b4.conv.bias", "final_conv.1.bias", same),
+        *_mapping(state, "class_mapping"),
     ]
     for part in ("weight", "bias"):
         table += [
@@ -165,7 +187,7 @@ def discriminator(state: State) -> State:
         ]
         if _residual(state):
             table.append((f"b{r}.skip.resample_filter", f"convs.{i}.skip.0.kernel", same))
-    if not _residual(state):
+    if _architecture(state, "fromrgb") == "skip":
         table.append((f"b{largest}.resample_filter", "downsample.kernel", same))
     return _apply(state, table, r".*\.resample_filter")
 

@@ -1,7 +1,9 @@
 """Progressive GAN's files: facebookresearch/pytorch_GAN_zoo, before and after its layers were wrapped in a `module`."""
 
 import re
+from collections.abc import Mapping
 
+from ...files.pickle_names import Thing
 from ..pgan import PGANDiscriminator, PGANGenerator
 from ._layout import Layout, State, highest
 
@@ -45,11 +47,46 @@ def generator_config(state: State) -> dict:
     }
 
 
-def labels_of_critic(config: dict, critic: State) -> dict:
+def _settings(data: Mapping) -> Mapping:
+    """What the program keeps of its settings under `config`: an object, or a dict of a file written again."""
+    settings = data.get("config")
+    settings = settings.state if isinstance(settings, Thing) else settings
+    return settings if isinstance(settings, Mapping) else {}
+
+
+def _faded(config: dict, settings: Mapping) -> dict:
+    """With the weight of the highest resolution, which that program gives as the weight of the one below.
+
+    ValueError: the settings are of a network that has none of this project's.
+    """
+    for name, own in (("leakyReluLeak", 0.2), ("perChannelNormalization", True), ("equalizedlR", True)):
+        if settings.get(name, own) != own:
+            raise ValueError(f"{name} is {settings[name]!r}, where networks read here have {own!r}")
+    below, others = settings.get("alpha", 0.0), settings.get("depthOtherScales")
+    # At 4 pixels nothing fades in, and a lower resolution, which the user named, has grown long ago.
+    fades = not isinstance(others, list) or (others and config["resolution"] == 4 << len(others))
+    if not fades or not below:
+        return config
+    if not isinstance(below, (int, float)) or not 0 <= below <= 1:
+        raise ValueError(f"its alpha is {below!r}, and no number of 0 to 1")
+    return config | {"alpha": 1.0 - below}
+
+
+def of_generator(config: dict, critic: State, data: Mapping) -> dict:
     """The generator's shapes tell the size of z and labels together; the critic beside it has a score a label."""
+    settings = _settings(data)
+    if (loss := settings.get("lossCriterion")) in ("DCGAN", "MSE"):
+        raise ValueError(f"its images pass through tanh (lossCriterion is {loss}), which this network does not have")
     scores = wrapped(critic).get("decisionLayer.module.weight")
     labels = 0 if scores is None else scores.shape[0] - 1
-    return config | {"latent_dim": config["latent_dim"] - labels, "num_classes": labels}
+    config = config | {"latent_dim": config["latent_dim"] - labels, "num_classes": labels}
+    return _faded(config, settings)
+
+
+def of_discriminator(config: dict, _: State, data: Mapping) -> dict:
+    """That program's discriminator blends from 16 pixels on; at 8 it leaves the lower resolution out."""
+    config = _faded(config, _settings(data))
+    return {name: value for name, value in config.items() if name != "alpha" or config["resolution"] > 8}
 
 
 def discriminator_config(state: State) -> dict:
@@ -75,7 +112,7 @@ LAYOUTS: tuple[Layout, ...] = (
             config=generator_config,
             convert=wrapped,
             crop=cropped,
-            beside=labels_of_critic,
+            beside=of_generator,
         )
         for module in ("module.", "")
     ),
@@ -89,6 +126,7 @@ LAYOUTS: tuple[Layout, ...] = (
             config=discriminator_config,
             convert=wrapped,
             crop=cropped,
+            beside=of_discriminator,
         )
         for module in ("module.", "")
     ),
