@@ -114,7 +114,7 @@ def export_nvidia(path: str | Path, generator: StyleGAN2Generator, discriminator
 
     Raises:
         TypeError, OSError: as in `save_model`.
-        ValueError: channels that do not follow min(base / resolution, max), or several resampling filters.
+        ValueError: channels that do not follow min(base / resolution, max), or a filter other than StyleGAN2's.
     """
     path = writable(path)
     _check_classes("NVIDIA", StyleGAN2Generator, generator, StyleGAN2Discriminator, discriminator)

@@ -30,7 +30,8 @@ def network(model: StyleGAN2Generator | StyleGAN2Discriminator, average: Tensor 
     ValueError: channels or filters that NVIDIA's programs cannot build.
     """
     state = {name: t.detach().cpu() for name, t in model.state_dict().items()}
-    arguments = _arguments(model, state)
+    _check_filters(state, gain=4 if isinstance(model, StyleGAN2Generator) else 1)  # every generator's one enlarges
+    arguments = _arguments(model)
     if isinstance(model, StyleGAN2Discriminator):
         return _named("D", discriminator_variables(state, model), arguments)
     variables, components = generator_variables(state, model), {}
@@ -53,7 +54,7 @@ def _named(name: str, variables: State, arguments: dict, components: dict | None
     return Named("dnnlib.tflib.network", "Network", state)
 
 
-def _arguments(model: StyleGAN2Generator | StyleGAN2Discriminator, state: State) -> dict:
+def _arguments(model: StyleGAN2Generator | StyleGAN2Discriminator) -> dict:
     """What the program builds the network with."""
     base, most = _widths(model)
     arguments = {
@@ -74,8 +75,6 @@ def _arguments(model: StyleGAN2Generator | StyleGAN2Discriminator, state: State)
     else:
         # The deviation is over groups of 4 here, as in TensorFlow's program. The converter's own is the batch.
         arguments |= {"mbstd_group_size": 4}
-    if (kernel := _filter(state)) is not None:
-        arguments["resample_kernel"] = kernel.tolist()
     return arguments
 
 
@@ -91,13 +90,11 @@ def _widths(model: StyleGAN2Generator | StyleGAN2Discriminator) -> tuple[int, in
     return base, most
 
 
-def _filter(state: State) -> Tensor | None:
-    """The resampling filter, of sum 1; None: it is the default."""
-    kernels = [t / t.sum() for name, t in state.items() if name.endswith(".kernel")]
-    if any(not torch.equal(kernel, kernels[0]) for kernel in kernels):
-        raise ValueError("NVIDIA's programs have one resampling filter for all layers, and this network has several")
-    default = torch.outer(DEFAULT_TAPS, DEFAULT_TAPS).to(kernels[0]) / 64
-    return None if torch.equal(kernels[0], default) else kernels[0]
+def _check_filters(state: State, gain: int) -> None:
+    default = gain * torch.outer(DEFAULT_TAPS, DEFAULT_TAPS) / DEFAULT_TAPS.sum() ** 2
+    for name, kernel in state.items():
+        if name.endswith(".kernel") and not torch.allclose(kernel, default.to(kernel.dtype)):
+            raise ValueError(f"the filter {name} is not that of StyleGAN2, (1, 3, 3, 1), which alone is exported")
 
 
 def generator_variables(state: State, model: StyleGAN2Generator) -> State:
