@@ -17,7 +17,7 @@ from .miner_folding import fold
 from .miners import branches, shares
 from .programs import PROGRAMS, Program, program_of
 from .randomness import keep_and_set_random_state
-from .results import open_result
+from .results import IsModuleError, open_result
 from .sources import Checkpoints, listed
 
 # (discriminator, where it comes from), best first; None: it is there and cannot be read.
@@ -54,9 +54,20 @@ def export_run(
     """
     if to not in PROGRAMS:
         raise ValueError(f"to must be one of {', '.join(PROGRAMS)}, got {to!r}")
-    out, checkpoints = Path(out), Checkpoints()
+    try:
+        return _export_result(Path(run), Path(out), to, which, source, miner)
+    except IsModuleError:
+        raise ValueError(
+            f"{str(run)!r} is of a module of yours, which no other program has, and nothing was written: what makes its "
+            f"images is minegan-fast sample {run} --source FILE.py:FUNCTION, and in Python "
+            f"minegan_fast.load_mined({str(run)!r}, module)"
+        ) from None
+
+
+def _export_result(run: Path, out: Path, to: str, which: str, source, miner) -> tuple[list[Path], list[str]]:
+    checkpoints = Checkpoints()
     sampler = open_result(run, which, "cpu", source, miner, checkpoints)
-    critics = _critics(Path(run), source, checkpoints)
+    critics = _critics(run, source, checkpoints)
     checkpoints.clear()
     files, notes = [], []
     with atomic_folder(out) as temporary:
@@ -66,13 +77,20 @@ def export_run(
             for name, branch, share in zip(sampler.names, branches(sampler), shares(sampler), strict=True):
                 folder = temporary / name
                 folder.mkdir()
-                try:
-                    written, said = _export(branch, folder, to, critics)
-                except ValueError as error:
-                    raise ValueError(f"{name}: {error}") from None
+                written, said = _export_source(name, branch, folder, to, critics)
                 files += written
                 notes += [f"{name}: {note}" for note in (*said, f"it makes {share:.1%} of the images")]
     return [out / file.relative_to(temporary) for file in files], notes
+
+
+def _export_source(name: str, mined: Mined, out: Path, to: str, critics: Critics) -> tuple[list[Path], list[str]]:
+    """`_export`, whose refusals name the source."""
+    try:
+        return _export(mined, out, to, critics)
+    except IsModuleError:
+        raise
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 def _export(

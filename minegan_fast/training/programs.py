@@ -24,6 +24,7 @@ from ..models.layouts import MODELS, biggan_writing
 from ..models.network import Network
 from .critics import check_fit, new_critic
 from .generators import as_generator
+from .results import IsModuleError
 
 G = TypeVar("G", bound=Network)
 D = TypeVar("D", bound=Network)
@@ -187,16 +188,14 @@ PROGRAMS: dict[str, tuple[Program, ...]] = {
 
 
 def program_of(to: str, generator: nn.Module) -> Program:
-    """The program that has that generator. ValueError: no program of that name, or it has no such generator."""
-    if to not in PROGRAMS:
-        raise ValueError(f"to must be one of {', '.join(PROGRAMS)}, got {to!r}")
+    """The program of that name that has the generator. ValueError: there is none."""
     family = getattr(generator, "family", None)
     for program in PROGRAMS[to]:
         if family in program.families:
             return program
     fits = [name for name, programs in PROGRAMS.items() for program in programs if family in program.families]
     if not fits:
-        raise ValueError(f"the generator is a {type(generator).__name__}, a module of yours, which no program here has")
+        raise IsModuleError(f"{type(generator).__name__} is of no family known here")
     raise ValueError(f"{to} has no {family}: take {' or '.join(fits)}")
 
 
