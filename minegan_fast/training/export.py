@@ -58,9 +58,9 @@ def export_run(
         return _export_result(Path(run), Path(out), to, which, source, miner)
     except IsModuleError:
         raise ValueError(
-            f"{str(run)!r} is of a module of yours, which no other program has, and nothing was written: what makes its "
-            f"images is minegan-fast sample {run} --source FILE.py:FUNCTION, and in Python "
-            f"minegan_fast.load_mined({str(run)!r}, module)"
+            f"the run in {str(run)!r} is on a module of yours, which no other program has, and nothing was written: "
+            f"minegan-fast sample {run} --source FILE.py:FUNCTION makes its images, and says without --source how "
+            "Python does"
         ) from None
 
 
