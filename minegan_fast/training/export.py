@@ -93,9 +93,7 @@ def _export_source(name: str, mined: Mined, out: Path, to: str, critics: Critics
         raise ValueError(f"{name}: {error}") from None
 
 
-def _export(
-    mined: Mined, out: Path, to: str, critics: list[tuple[nn.Module | None, str]]
-) -> tuple[list[Path], list[str]]:
+def _export(mined: Mined, out: Path, to: str, critics: Critics) -> tuple[list[Path], list[str]]:
     """Writes one generator into an empty folder."""
     generator, left = (mined.generator, None) if is_bare(mined) else fold(mined)
     program = program_of(to, generator)
@@ -114,9 +112,7 @@ def _export(
     return [*files, out / "miner.safetensors", out / "miner.pt"], notes
 
 
-def _chosen(
-    program: Program, generator, critics: list[tuple[nn.Module | None, str]]
-) -> tuple[nn.Module | None, list[str]]:
+def _chosen(program: Program, generator, critics: Critics) -> tuple[nn.Module | None, list[str]]:
     """The first discriminator that the program has beside the generator, else a new one, and what to say of it."""
     notes = []
     for critic, origin in critics:
