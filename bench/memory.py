@@ -94,7 +94,8 @@ def one(name: str, device: str) -> dict:
         resolution, channels = map(int, written.stdout.split())
         images = torch.rand(64, channels, resolution, resolution) * 2 - 1
         settings = {"batch": batch, "mining_steps": 2, "finetune_steps": 3, "snapshot_every": 100, "critic_warmup": 0,
-                    "score_samples": 4, "views": 1, "r1_every": 2, "path_length_every": 2, "eval_samples": 128, "held_out": 0.25, "density": 0.05} | settings  # fmt: skip
+                    "score_samples": 4, "views": 1, "r1_every": 2, "path_length_every": 2, "eval_samples": 128,
+                    "held_out": 0.25, "density": 0.05} | settings  # fmt: skip
         mf.transfer(source, images, Path(folder) / "run", device=device, progress=False, **settings)
     (found,) = estimates
     if device == "cpu":

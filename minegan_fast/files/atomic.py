@@ -5,6 +5,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,6 +45,28 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+@contextmanager
+def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """Yields a temporary folder; what the block puts there lies in the folder `path` afterwards, which is made, with
+    its parents. If the block raises, nothing is left, and no folder is made. FileExistsError: `path` is a file, or a
+    folder with something in it."""
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        what = "is not empty" if path.is_dir() else "is a file"
+        raise FileExistsError(f"{path} {what}, and nothing was written: name a new folder")
+    # Within the nearest folder that exists: there it is on the disk of `path`, where a rename copies nothing.
+    above = next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
+    temporary = above / f".{path.name}.{secrets.token_hex(4)}.tmp"
+    temporary.mkdir()
+    try:
+        yield temporary
+        path.mkdir(parents=True, exist_ok=True)
+        for entry in sorted(temporary.iterdir()):
+            os.replace(entry, path / entry.name)
+    finally:
+        shutil.rmtree(temporary)
 
 
 def save_torch(path: str | os.PathLike, content: Any) -> None:

@@ -2,9 +2,9 @@
 
 from .biggan import BigGANDiscriminator, BigGANGenerator
 from .biggan_deep import BigGANDeepGenerator
-from .checkpoint import export_rosinality, has_discriminator, load_discriminator, load_generator, save_model
+from .checkpoint import has_discriminator, load_discriminator, load_generator, save_model
 from .dcgan import DCGANDiscriminator, DCGANGenerator
-from .exporting import export_biggan, export_nvidia
+from .exporting import export_biggan, export_nvidia, export_rosinality, export_stylegan
 from .inspection import convert, inspect
 from .pgan import PGANDiscriminator, PGANGenerator
 from .stylegan import StyleGANDiscriminator, StyleGANGenerator
@@ -26,6 +26,7 @@ __all__ = [
     "export_biggan",
     "export_nvidia",
     "export_rosinality",
+    "export_stylegan",
     "has_discriminator",
     "inspect",
     "load_discriminator",

@@ -15,11 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..files.atomic import save_tensors, save_torch
+from ..files.atomic import save_tensors
 from ..files.reading import Contents, read
 from .layouts import MODELS, Layout, State, describe, families, find, foreign
 from .network import Network, Origin
-from .stylegan2 import StyleGAN2Discriminator, StyleGAN2Generator
 
 _log = logging.getLogger(__name__)
 
@@ -59,30 +58,6 @@ def write_networks(path: str | Path, models: list[nn.Module], sources: dict[str,
         tensors |= {f"{role}.{name}": tensor for name, tensor in on_cpu(model).items()}
     metadata = {"format": "minegan_fast", "version": "1", "modules": json.dumps(modules)}
     save_tensors(path, tensors, metadata)
-    return path
-
-
-def export_rosinality(path: str | Path, generator: StyleGAN2Generator, discriminator: nn.Module | None = None) -> Path:
-    """Writes a StyleGAN2 as rosinality/stylegan2-pytorch does: {"g_ema", "latent_avg"[, "d"]}, a torch.save file.
-
-    Programs for that layout build RGB networks with latent_dim == style_dim and the channels of config-e or -f, and
-    load no others. Errors as in `save_model`.
-    """
-    path = writable(path)
-    for model, expected in ((generator, StyleGAN2Generator), (discriminator, StyleGAN2Discriminator)):
-        if not isinstance(model, expected) and not (model is None and expected is StyleGAN2Discriminator):
-            raise TypeError(f"the rosinality layout takes a {expected.__name__}, got a {type(model).__name__}")
-    both = [model for model in (generator, discriminator) if isinstance(model, Network)]
-    plain = any(model.config["architecture"] == "orig" for model in both)
-    if generator.num_classes or plain:
-        kind = 'of architecture "orig"' if plain else "with classes"
-        raise ValueError(f"the rosinality layout has no networks {kind}: take save_model (--to safetensors)")
-    state = on_cpu(generator)
-    state.pop("latent_avg", None)  # that program has it beside the network
-    content = {"g_ema": state, "latent_avg": generator.centre()[0].detach().cpu()}
-    if discriminator is not None:
-        content["d"] = on_cpu(discriminator)
-    save_torch(path, content)
     return path
 
 
@@ -138,6 +113,7 @@ def writable(path: str | Path) -> Path:
 
 
 def on_cpu(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict, in memory of the CPU."""
     return {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
 
 

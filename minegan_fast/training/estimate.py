@@ -114,10 +114,11 @@ def estimate_memory(
     several = isinstance(generator, Several)
     shaped, finite = (generator.resized, generator.finite) if several else (nn.Identity(), [True])
     held, available = memory_held(device), available_memory(device)
+    regular = bool(config.finetune_steps and path_length_weight(config, generator))
     with keep_random_state(device):
         mined = new_branches(config, generator, device)
         parts = [
-            list(_work(config, one, shaped, critic, kernel, features, device))
+            list(_work(config, one, shaped, critic, kernel, features, device, regular))
             for one in itertools.compress(mined, finite)
         ]
     work = [max(kind, key=lambda one: one.bytes(config.batch)) for kind in zip(*parts, strict=True)]
@@ -165,12 +166,15 @@ def _work(
     kernel: Any,
     features: Features,
     device: torch.device,
+    regular: bool,
 ) -> Iterator[Work]:
-    """The kinds of work of a run, with one generator; the last one is the making of a snapshot's images."""
+    """The kinds of work of a run, with one generator; the last one is the making of a snapshot's images. regular: with
+    path length."""
     dtype, generator = DTYPES[config.precision], cast(Generator, mined.generator)
     loss_name = next((loss for loss in (config.finetune_loss, config.mining_loss) if loss in LOSSES), "")
     judge: Any = nn.Identity() if critic is None else copy.deepcopy(critic)
-    begin_training(judge)
+    if critic is not None:
+        begin_training(judge)
 
     def autocast():
         return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
@@ -232,7 +236,7 @@ def _work(
                 yield Work(peak(lambda: scoring(1), device))
         if kernel is not None:
             yield counted(kernel_step, config.part)
-        if config.finetune_steps and path_length_weight(config, generator):
+        if regular:
             yield counted(path_length)
         yield counted(sampling)
 

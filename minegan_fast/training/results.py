@@ -23,6 +23,10 @@ from .result_files import SHARES, read_result
 from .sources import Checkpoints, choose_device, listed, source_critic
 
 
+class IsModuleError(ValueError):
+    """A result's generator is a module of the user's own, which only they can build."""
+
+
 def open_result(
     path: str | Path,
     which: str = "best",
@@ -97,7 +101,7 @@ def _reader(path: Path, source) -> Callable[[Path, int], nn.Module]:
             if i not in numbers:
                 raise
             which = "the generator" if len(sources) == 1 else f"source {i + 1} of {len(sources)}"
-            raise ValueError(
+            raise IsModuleError(
                 f"{which} of the run in {str(path)!r} is a module of yours: name the function that builds it (--source "
                 "FILE.py:FUNCTION; of several modules once for each, in their order), or in Python "
                 + _in_python(path, len(sources))

@@ -10,7 +10,7 @@ import minegan_fast
 from minegan_fast.cli import doctor
 from minegan_fast.training import estimate
 
-COMMANDS = ("demo", "transfer", "sample", "interpolate", "evaluate", "convert", "inspect", "doctor")
+COMMANDS = ("demo", "transfer", "sample", "interpolate", "evaluate", "convert", "export", "inspect", "doctor")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -18,9 +18,9 @@ def test_help_has_an_example_and_the_common_options(call, command):
     code, out, _ = call(command, "--help")
     assert code == 0
     assert f"Example: minegan-fast {command}" in out
-    if command not in ("convert", "inspect"):
+    if command not in ("convert", "export", "inspect"):
         assert "--device" in out
-    if command not in ("convert", "inspect", "doctor"):
+    if command not in ("convert", "export", "inspect", "doctor"):
         assert "--seed" in out
 
 
@@ -243,3 +243,23 @@ def test_the_choice_of_averaged_weights_is_said(call, tiny, tmp_path):
     said = "averaged weights (EMA) from 'g_ema' in training.pt, the layout of rosinality/stylegan2-pytorch; the raw"
     assert said in err
     assert said in out
+
+
+def test_export_names_its_files_and_refuses_in_one_line(call, transfer, run_settings, tmp_path):
+    assert call(*transfer)[0] == 0
+    run, delta = run_settings["out"], run_settings["out"] / "last" / "delta.safetensors"
+    code, out, err = call("export", run, tmp_path / "out", "--to", "nvidia", "--which", "last")
+    assert code == 0, err
+    for name in ("network.pkl", "miner.safetensors", "miner.pt"):
+        assert f"written: {tmp_path / 'out' / name}" in out
+        assert (tmp_path / "out" / name).is_file()
+    assert "note: the discriminator is" in out
+    code, _, err = call("export", delta, tmp_path / "d", "--to", "safetensors", "--source", run_settings["source"])
+    assert code == 0, err
+    code, out, err = call("export", run, tmp_path / "grey", "--to", "rosinality")
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert "images of 1 channels, and it has RGB; take nvidia or safetensors" in err
+    assert not (tmp_path / "grey").exists()
+    code, _, err = call("export", run, tmp_path / "out", "--to", "nvidia")
+    assert (code, err.count("\n")) == (1, 1)
+    assert "name a new folder" in err

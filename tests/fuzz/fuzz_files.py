@@ -52,7 +52,10 @@ def whole_files(folder: Path) -> dict[str, tuple[Path, Callable[[Path], object]]
     g = StyleGAN2Generator(8, 8, mapping_layers=1, latent_avg=True, **SIZES).eval()
     d = StyleGAN2Discriminator(8, **SIZES).eval()
     save_model(folder / "network.safetensors", g, d)
-    export_rosinality(folder / "public.pt", g, d)
+    rgb = SIZES | {"image_channels": 3}
+    export_rosinality(
+        folder / "public.pt", StyleGAN2Generator(8, 8, mapping_layers=1, **rgb), StyleGAN2Discriminator(8, **rgb)
+    )
     torch.save(
         {"g_ema": g.state_dict(), "args": argparse.Namespace(size=8)},
         folder / "legacy.pt",

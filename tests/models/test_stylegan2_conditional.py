@@ -138,7 +138,7 @@ def test_what_does_not_fit_is_named(tmp_path, generator):
         (lambda: StyleGAN2Generator(8, 4, channel_max=4)(torch.randn(3, 4), LABELS), "has no classes"),
         (lambda: StyleGAN2Discriminator(8, channel_max=4)(torch.randn(3, 3, 8, 8), LABELS), "has no classes"),
         (lambda: StyleGAN2Discriminator(8, num_classes=3, class_dim=2, mapping_layers=0), "no conditional discrim"),
-        (lambda: export_rosinality(tmp_path / "x", generator), "no networks with classes"),
+        (lambda: export_rosinality(tmp_path / "x", generator), "classes, and it has none"),
         (lambda: export_nvidia(tmp_path / "x", generator, critic()), "no networks with classes"),
     ):
         with pytest.raises(ValueError, match=message):

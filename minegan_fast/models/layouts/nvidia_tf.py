@@ -97,7 +97,9 @@ def _translated(state: State, rules: Rules, block: str) -> State:
     for name, tensor in state.items():
         if not re.fullmatch(r"(.*/)?(lod|resample_kernel)", name):
             rule = next((rule for rule in rules if re.fullmatch(rule[0], name)), None)
-            out |= {re.sub(rule[0], rule[1], name): rule[2](tensor)} if rule else {name: tensor}
+            # A bias without its 1 may be kept in float64, which loses no digits of it; the network has one dtype.
+            like = state.get(re.sub(r"/mod_bias$", "/mod_weight", name), tensor)
+            out |= {re.sub(rule[0], rule[1], name): rule[2](tensor).to(like.dtype)} if rule else {name: tensor}
     taps = state.get("synthesis/resample_kernel", state.get("resample_kernel", DEFAULT_TAPS))
     square = torch.outer(taps, taps) if taps.ndim == 1 else taps
     largest = highest(out, re.escape(block) + r"(\d+)\..*")
