@@ -4,10 +4,12 @@ import copy
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 from torch import Tensor, nn
 
+from ..files import hub
 from ..files.atomic import save_tensors
 from ..files.reading import Contents, read
 from .bank import MinerBank
@@ -16,6 +18,8 @@ from .miner import Miner
 from .originals import find_original
 
 FORMAT = "minegan_fast.miner"
+MINER = "miner.safetensors"  # its name in a folder, here and on the Hub
+LARGEST = 1 << 30  # bytes of a miner's file on the Hub
 
 
 def save_miner(path: str | Path, miner: Miner | Mined | MinerBank) -> None:
@@ -57,7 +61,8 @@ def load_bank(path: str | Path | Contents) -> MinerBank:
     if contents.metadata.get("format") != FORMAT or "miners" not in contents.metadata:
         return MinerBank.of([_miners(contents)[0]]).eval()
     with _named(contents):
-        bank = MinerBank(int(contents.metadata["miners"]), **json.loads(contents.metadata["config"]))
+        count = int(contents.metadata["miners"])
+        bank = MinerBank(count, **_config(contents.metadata["config"], contents.data, count))
         bank.load_state_dict(dict(contents.data))
         return bank.eval()
 
@@ -65,16 +70,19 @@ def load_bank(path: str | Path | Contents) -> MinerBank:
 def load_mined(path: str | Path | Contents, generator: nn.Module) -> Mined:
     """`generator` behind all the miners that the file holds, in eval mode.
 
-    path: also the folder of a run. Then a copy of `generator`, which is a network of the same class as the run's, gets
-        the weights of its best result.
+    path: also a place on the Hub, `hf://user/name`, of which `miner.safetensors` is read (`files.hub`). Also the folder
+        of a run: then a copy of `generator`, which is a network of the same class as the run's, gets the weights of its
+        best result.
 
     `originals` says what the files of the original code hold. Where the file names no prior, it is "none".
 
     ValueError: as in `load_miner`, or miners or weights do not fit the generator.
     """
-    if not isinstance(path, Contents) and (best := Path(path) / "best" / "miner.safetensors").is_file():
-        generator = with_weights(generator, best.with_name("generator.safetensors"))
-        path = best
+    if not isinstance(path, Contents):
+        path = hub.local(path, MINER, LARGEST)
+        if (best := path / "best" / MINER).is_file():
+            generator = with_weights(generator, best.with_name("generator.safetensors"))
+            path = best
     contents = _read(path)
     miners = _miners(contents)
     try:
@@ -138,6 +146,18 @@ def _named(contents: Contents) -> Iterator[None]:
         raise ValueError(f"{contents.path}: the miner in it is damaged ({reason}); write it again") from None
 
 
+def _config(text: str, tensors: dict[str, Tensor], miners: int = 1) -> dict:
+    """A miner's arguments from the metadata. ValueError: it would be larger than what the file holds of it."""
+    config = json.loads(text)
+    latent, depth = config["latent_dim"], config.get("depth", 2)
+    first, width, last = (config.get(name) or latent for name in ("input_dim", "width", "output_dim"))
+    if depth <= len(tensors):
+        sizes = [first, *[width] * (depth - 1), last]
+        if miners * sum(a * b for a, b in pairwise(sizes)) <= sum(t.numel() for t in tensors.values()):
+            return config
+    raise ValueError("it announces more weights than the file holds")
+
+
 def _own(contents: Contents) -> tuple[Miner, Miner | None, str, Tensor | None, str]:
     tensors, metadata = dict(contents.data), contents.metadata
     if "miners" in metadata:
@@ -145,10 +165,10 @@ def _own(contents: Contents) -> tuple[Miner, Miner | None, str, Tensor | None, s
     with _named(contents):
         constant = tensors.pop("constant", None)
         of_class = {name: tensors.pop(name) for name in list(tensors) if name.startswith("class_miner.")}
-        miner, class_miner = Miner(**json.loads(metadata["config"])), None
+        miner, class_miner = Miner(**_config(metadata["config"], tensors)), None
         miner.load_state_dict(tensors)
         if "class_config" in metadata:
-            class_miner = Miner(**json.loads(metadata["class_config"]))
+            class_miner = Miner(**_config(metadata["class_config"], of_class))
             class_miner.load_state_dict({name.partition(".")[2]: tensor for name, tensor in of_class.items()})
             class_miner.eval()
         return miner.eval(), class_miner, metadata.get("place", "z"), constant, metadata.get("prior", "none")

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ..files.atomic import atomic_path, save_tensors, save_torch
+from ..finetune.delta import DELTA
 from ..models import load_generator, save_model
 from .config import TransferConfig, load_config
 
@@ -25,7 +26,6 @@ except ImportError:  # Windows
     fcntl = None
 
 RESULTS = ("best", "last", "mined")
-DELTA = "delta.safetensors"
 
 
 class RunFolder:
