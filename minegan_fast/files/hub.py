@@ -27,9 +27,13 @@ class Place(NamedTuple):
     revision: str | None
     path: str
 
+    def is_file(self) -> bool:
+        """Whether the path is one of a file, by its suffix."""
+        return self.path.endswith(_FILES)
+
     def file(self, name: str) -> str:
         """The file that is named, or `name` in the folder that is."""
-        if self.path.endswith(_FILES):
+        if self.is_file():
             return self.path
         return f"{self.path}/{name}" if self.path else name
 
