@@ -27,6 +27,7 @@ class Hub(ThreadingHTTPServer):
         self.repos, self.blobs, self.seen, self.lies, self.broken = {}, {}, [], {}, None
         self.default_private = False
         self.address = f"http://127.0.0.1:{self.server_address[1]}"
+        self.store = f"http://localhost:{self.server_address[1]}/store"  # another host, as of the real one
 
     def files(self, repo: str, revision: str = "main") -> dict[str, bytes]:
         commits = self.repos[repo]["commits"]
@@ -83,7 +84,7 @@ class Handler(BaseHTTPRequestHandler):
                 return method(self, **found.groupdict())
         return self.refuse(404)
 
-    do_GET = do_HEAD = do_POST = do_PUT = handle_any
+    do_GET = do_HEAD = do_POST = do_PUT = handle_any  # noqa: N815 - names of http.server
 
     def create(self):
         said = json.loads(self.body)
@@ -158,7 +159,7 @@ class Handler(BaseHTTPRequestHandler):
             return
         objects = []
         for one in json.loads(self.body)["objects"]:
-            href = f"{self.server.address}/store/{one['oid']}"
+            href = f"{self.server.store}/{one['oid']}"
             actions = {"upload": {"href": href}, "verify": {"href": f"{href}/verify"}}
             objects.append(one | ({} if one["oid"] in self.server.blobs else {"actions": actions}))
         self.answer(200, {"transfer": "basic", "objects": objects}, Content_Type="application/vnd.git-lfs+json")
@@ -205,7 +206,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(200, content, ETag=f'"{git_id(content)}"', Content_Length=size, **about)
         oid = hashlib.sha256(content).hexdigest()
         self.server.blobs[oid] = content
-        about |= {"X_Linked_Size": size, "X_Linked_Etag": f'"{oid}"', "Location": f"{self.server.address}/store/{oid}"}
+        about |= {"X_Linked_Size": size, "X_Linked_Etag": f'"{oid}"', "Location": f"{self.server.store}/{oid}"}
         return self.answer(302, **about)
 
     def stored(self, oid):
@@ -234,8 +235,8 @@ ROUTES = [
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """A `Hub` that huggingface_hub takes for the real one, with a token and an empty cache. Skips without the client."""
-    constants = pytest.importorskip("huggingface_hub").constants
+    """A `Hub` that huggingface_hub takes for the real one, with a token and no cache; skips without the client."""
+    constants = pytest.importorskip("huggingface_hub.constants")
     server = Hub()
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()

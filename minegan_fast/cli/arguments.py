@@ -15,7 +15,8 @@ Result = Annotated[
     Path,
     typer.Argument(
         help="Folder of a run, a delta file (then with --source), a checkpoint of the original MineGAN, any "
-        "checkpoint that is read here: without a miner, as it was published; or hf://user/name, a result that was shared."
+        "checkpoint that is read here: without a miner, as it was published; or hf://user/name, a result that was "
+        "shared."
     ),
 ]
 Base = Annotated[

@@ -72,6 +72,8 @@ def check_repo(repo: str) -> str:
 def client() -> Any:
     """huggingface_hub. ImportError: it is not installed."""
     try:
+        for part in (".constants", ".errors"):  # it loads them when they are asked for
+            importlib.import_module(CLIENT + part)
         return importlib.import_module(CLIENT)
     except ImportError as error:
         raise ImportError(
@@ -101,7 +103,7 @@ def local(path: str | Path, name: str, most: int = MOST) -> Path:
             about = hub.HfApi().get_hf_file_metadata(url=url)
         _check_size(path, file, about.size, most)
         with _explained(hub, place, file):
-            found = hub.hf_hub_download(place.repo, file, revision=about.commit_hash or place.revision)
+            found = hub.hf_hub_download(place.repo, file, revision=place.revision)
     except ConnectionError as error:
         found = hub.try_to_load_from_cache(place.repo, file, revision=place.revision)
         if not isinstance(found, str):

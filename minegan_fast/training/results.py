@@ -40,9 +40,8 @@ def open_result(
     path: a run's folder, of a run on a module with that as `source`; a delta file, which needs its `source` and takes
         `miner` or the miner's file beside it; a checkpoint with a miner: a training file of the original MineGAN (for
         BigGAN the folder with G.pth and M.pth), or any checkpoint with `miner`; or a checkpoint without one, whose own
-        images it then gives (`drawing.bare`).
-        Or a place on the Hub, `hf://user/name`, which with a source is a delta, and without one a network, each with its
-        miner; or `hf://user/name/file`, any checkpoint.
+        images it then gives (`drawing.bare`). Or a place on the Hub: `hf://user/name`, with a source a delta and
+        without one a network, each with its miner, or `hf://user/name/file`, any checkpoint.
     labels: of which classes, for a checkpoint without a miner alone; none: of all.
     checkpoints: reads the files, and keeps what it read for the caller.
 

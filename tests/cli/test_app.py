@@ -10,7 +10,7 @@ import minegan_fast
 from minegan_fast.cli import doctor
 from minegan_fast.training import estimate
 
-COMMANDS = ("demo", "transfer", "sample", "interpolate", "evaluate", "convert", "inspect", "doctor")
+COMMANDS = ("demo", "transfer", "sample", "interpolate", "evaluate", "push", "convert", "inspect", "doctor")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
