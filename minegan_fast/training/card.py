@@ -55,6 +55,7 @@ class Facts:
     versions: dict[str, str] = field(default_factory=dict)
     families: list[str] = field(default_factory=list)
     picture: bool = False
+    resize: tuple[int, int] | None = None
 
 
 def text(value: object) -> str:
@@ -122,7 +123,8 @@ def _use(facts: Facts) -> str:
             lines += _loading(facts, base, f"G{number}")
             mined.append(f"mf.load_mined({json.dumps(f'hf://{facts.repo}/{base.folder}')}, G{number})")
         lines += ["mined = [", *(f"    {one}," for one in mined), "]"]
-        lines.append(f"G = mf.MultiGenerator([m.generator for m in mined], mined, names={json.dumps(names)})")
+        choice = "" if facts.resize is None else f", resize={facts.resize}"
+        lines.append(f"G = mf.MultiGenerator([m.generator for m in mined], mined, names={json.dumps(names)}{choice})")
         shares = [base.share[0] if base.share else 1 / len(names) for base in facts.bases]
         lines.append(f"G.take(torch.tensor({json.dumps(shares)}, dtype=torch.float64))")
         lines.append("images = G.eval().sample(16)")

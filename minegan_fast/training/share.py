@@ -95,6 +95,8 @@ def pack(
     if not whole and not any(result.rglob(DELTA)):
         facts.content = "miner"
     facts.licence, facts.origin, facts.settings = licence, base, _settings(settings)
+    if (result / SHARES).is_file() and (resize := json.loads((result / SHARES).read_text())["resize"]):
+        facts.resize = tuple(resize)
     facts.families = sorted({family for b in facts.bases if (family := _family(result / b.folder / GENERATOR))})
     row, grid = _snapshot(folder, which, settings)
     facts.step = row["step"]
