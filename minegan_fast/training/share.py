@@ -129,7 +129,7 @@ def _bases(folder: RunFolder, result: Path, settings: dict, whole: bool) -> list
     names = shares["names"] if shares else [""]
     found = []
     for i, (name, source) in enumerate(zip(names, sources, strict=True)):
-        one = Base(Path(source).name if source else "", "a module", "", name)
+        one = Base(_last(source) if source else "", "a module", "", name)
         if (delta := result / name / DELTA).is_file():
             one.fingerprint, one.kind = base_of(delta)
         elif source:
@@ -146,17 +146,18 @@ def _bases(folder: RunFolder, result: Path, settings: dict, whole: bool) -> list
 
 def _settings(settings: dict) -> dict[str, Any]:
     """As they are, but of paths the last part alone."""
-
-    def last(value):
-        if isinstance(value, list):
-            return [last(one) for one in value]
-        return re.split(r"[/\\]", value)[-1] if isinstance(value, str) else value
-
     return {
-        name: last(value) if name in PATHS else value
+        name: _last(value) if name in PATHS else value
         for name, value in settings.items()
         if value is not None and name not in LOCAL
     }
+
+
+def _last(value: Any) -> Any:
+    """Of a path here its last part, of a list those of all; another value, or a place on the Hub, as it is."""
+    if isinstance(value, list):
+        return [_last(one) for one in value]
+    return value if hub.is_named(value) or not isinstance(value, str) else re.split(r"[/\\]", value)[-1]
 
 
 def _family(path: Path) -> str:
@@ -264,8 +265,8 @@ def _real(folder: RunFolder, which: str, settings: dict, images):
     return held_out, "which were held out of the training"
 
 
-def _plain(name: str) -> str:
-    return text(re.split(r"[/\\]", str(name))[-1])
+def _plain(name: object) -> str:
+    return text(_last(str(name)))
 
 
 def _versions() -> dict[str, str]:

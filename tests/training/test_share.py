@@ -154,6 +154,22 @@ def test_a_module_of_the_users_own(tiny, hub, tmp_path):
     assert back(u).shape == (4, 1, 8, 8)
 
 
+def test_a_source_on_the_hub(tiny, hub, tmp_path, monkeypatch):
+    hub.commit("other/gans", {"small/tiny.safetensors": tiny["source"].read_bytes()})
+    source = "hf://other/gans/small/tiny.safetensors"
+    own = {"source": source, "images": str(tiny["images"]), "features": "pixels", "critic": str(tiny["critic"])}
+    settings = {**RUN, **own, "method": "minegan++", "density": 0.3, "out": tmp_path / "run"}
+    mf.transfer(**settings)
+    mf.transfer(**settings, resume=True)
+    push_run(tmp_path / "run", "user/name", which="last", samples=0)
+    readme = hub.files("user/name")["README.md"].decode()
+    images = made_by(readme, tmp_path, monkeypatch)  # where the source does not lie
+    torch.manual_seed(5)
+    assert torch.equal(images, open_result(tmp_path / "run", "last").sample(16))
+    assert f'"source": "{source}"' in readme
+    mf.transfer(**settings | {"source": str(tiny["source"])}, resume=True)
+
+
 def test_the_card_measures_again_with_intervals(run, tmp_path):
     pack(run, "user/x", tmp_path / "out", which="last", samples=20)
     readme = (tmp_path / "out" / "README.md").read_text()
