@@ -13,9 +13,8 @@ CLIENT = "huggingface_hub"
 MOST = 16 << 30  # bytes of a file that is read without knowing the network it is for
 _NAME = r"[A-Za-z0-9_](?:[\w.-]*[A-Za-z0-9_])?"
 _REPO = re.compile(rf"{_NAME}/{_NAME}", re.ASCII)
-# A Path makes one slash of two.
 _URI = re.compile(
-    r"hf:/{1,2}(?P<repo>[^/@]+/[^/@]+)(?:@(?P<revision>refs/(?:pr|convert)/[^/@]+|[^/@]+))?(?:/(?P<path>.+))?"
+    r"hf://(?P<repo>[^/@]+/[^/@]+)(?:@(?P<revision>refs/(?:pr|convert)/[^/@]+|[^/@]+))?(?:/(?P<path>.+))?"
 )
 _FILES = (".safetensors", ".pt", ".pth", ".pkl", ".bin", ".ckpt", ".model", ".tar")
 
@@ -43,20 +42,25 @@ def is_named(path: Any) -> bool:
     return isinstance(path, (str, Path)) and str(path).startswith("hf:/")
 
 
+def _written(path: str | Path) -> str:
+    """As it was written: a Path makes one slash of two."""
+    return re.sub("^hf:/(?!/)", "hf://", str(path))
+
+
 def parse(text: str | Path) -> Place:
     """The place that `hf://user/name`, `hf://user/name@revision` or `hf://user/name/path/in/it` names.
 
     A slash in a revision is written %2F, but for refs/pr/1. ValueError: another form.
     """
-    match = _URI.fullmatch(str(text))
+    text = _written(text)
+    match = _URI.fullmatch(text)
     if match is None:
         raise ValueError(
-            f"{str(text)!r} names no place on the Hub: write hf://user/name, with @revision and /path/in/it where "
-            "needed"
+            f"{text!r} names no place on the Hub: write hf://user/name, with @revision and /path/in/it where needed"
         )
     path, revision = (match["path"] or "").rstrip("/"), unquote(match["revision"] or "") or None
     if "\\" in path or any(part in ("", ".", "..") for part in path.split("/")) > (not path):
-        raise ValueError(f"{str(text)!r} names no file on the Hub: {path!r} is no path in a repository")
+        raise ValueError(f"{text!r} names no file on the Hub: {path!r} is no path in a repository")
     return Place(check_repo(match["repo"]), revision, path)
 
 
@@ -95,7 +99,7 @@ def local(path: str | Path, name: str, most: int = MOST) -> Path:
     """
     if not is_named(path):
         return Path(path)
-    place = parse(path)
+    place, path = parse(path), _written(path)
     hub, file = client(), place.file(name)
     try:
         with _explained(hub, place, file):
@@ -108,19 +112,27 @@ def local(path: str | Path, name: str, most: int = MOST) -> Path:
         found = hub.try_to_load_from_cache(place.repo, file, revision=place.revision)
         if not isinstance(found, str):
             raise
-        warnings.warn(f"{error}; taken is what was downloaded of {str(path)!r} before", stacklevel=2)
+        warnings.warn(f"{error}; taken is what was downloaded of {path!r} before", stacklevel=2)
     _check_size(path, file, Path(found).stat().st_size, most)
     return Path(found)
 
 
-def _check_size(path: str | Path, file: str, size: int | None, most: int) -> None:
+def _check_size(path: str, file: str, size: int | None, most: int) -> None:
     if size is None:
-        raise ValueError(f"the Hub does not say how large {file!r} of {str(path)!r} is, so it was not downloaded")
+        raise ValueError(f"the Hub does not say how large {file!r} of {path!r} is, so it was not downloaded")
     if size > most:
         raise ValueError(
-            f"{file!r} of {str(path)!r} has {size:,} bytes, and what it is to be has at most {most:,}: it is another "
+            f"{file!r} of {path!r} has {size:,} bytes, and what it is to be has at most {most:,}: it is another "
             "file than you look for, or of a larger network"
         )
+
+
+def logged_in() -> Any:
+    """The client, which has a token. ImportError, PermissionError: it is not here, or has none."""
+    hub = client()
+    if not hub.get_token():
+        raise PermissionError("you are not logged in to the Hub: run hf auth login, or set HF_TOKEN")
+    return hub
 
 
 def publish(folder: Path, repo: str, private: bool, message: str, stale: Sequence[str] = ()) -> str:
@@ -133,9 +145,7 @@ def publish(folder: Path, repo: str, private: bool, message: str, stale: Sequenc
     ImportError, PermissionError, ConnectionError; ValueError: the Hub refuses what is in the folder, or the repository
     is there already and public though `private`.
     """
-    hub, place = client(), Place(check_repo(repo), None, "")
-    if not hub.get_token():
-        raise PermissionError("you are not logged in to the Hub: run hf auth login, or set HF_TOKEN")
+    hub, place = logged_in(), Place(check_repo(repo), None, "")
     api = hub.HfApi(library_name="minegan_fast")
     with _explained(hub, place, ""):
         url = api.create_repo(repo, private=private or None, exist_ok=True)
@@ -182,13 +192,15 @@ def _in_words(error: Exception, hub: Any, place: Place, file: str) -> Exception:
         )
     if status == 401:
         return PermissionError("the Hub does not take the token: run hf auth login again, or set HF_TOKEN anew")
+    if status == 403 and file:
+        return PermissionError(f"the Hub does not give {file!r} of {repo!r} to you ({said})")
     if status == 403:
         return PermissionError(
             f"the token may not do that to {repo!r} ({said}): it needs the right to write, and USER must be you or an "
             "organisation of yours"
         )
     if (400 <= status < 500 and status != 429) or isinstance(error, ValueError):
-        return ValueError(f"the Hub refused ({said}); nothing was changed at {where}/{repo}")
+        return ValueError(f"the Hub refused ({said})" + ("" if file else f"; no commit was made at {where}/{repo}"))
     return ConnectionError(f"the Hub at {where} does not answer, or broke off ({type(error).__name__}: {said})")
 
 

@@ -90,7 +90,7 @@ def _front(facts: Facts) -> str:
 
 def _summary(facts: Facts) -> str:
     several = len(facts.bases) > 1
-    part = "" if facts.trained is None else f", {facts.trained:.1%} of the network's numbers"
+    part = "" if facts.trained is None else f", {100 * facts.trained:.1f} % of the network's numbers"
     one = {
         "network": "the adapted network, which needs no base",
         "delta": f"a delta: the rows of the generator that trained{part}, to be put onto its base",
@@ -159,7 +159,8 @@ def _bases(facts: Facts) -> str:
         row = [text(base.file) or "a module", text(base.kind), f"`{_word(base.fingerprint)}`"]
         if several and base.share:
             p, interval = base.share
-            row.append(f"{p:.0%}" + (f" ({interval[0]:.0%} to {interval[1]:.0%})" if interval else ""))
+            ends = f" ({100 * interval[0]:.0f} to {100 * interval[1]:.0f})" if interval else ""
+            row.append(f"{100 * p:.0f} %{ends}")
         rows.append(row)
     if several and all(base.share for base in facts.bases):
         columns.append("share of the images")

@@ -47,7 +47,7 @@ def push_run(run: str | Path, repo: str, private: bool = False, message: str = "
 
     Raises: as `pack` and `hub.publish`.
     """
-    hub.client()  # before the work
+    hub.logged_in()  # before the work
     with tempfile.TemporaryDirectory() as folder:
         notes = pack(run, repo, folder, **choices)
         return hub.publish(Path(folder), repo, private, message or "A result of minegan_fast", STALE), notes
