@@ -1,12 +1,14 @@
 """Where mining takes place: z, w, the class embedding, the learned constant; and the file that keeps all of it."""
 
 import copy
+import json
 
 import pytest
 import torch
 from torch import nn
 
-from minegan_fast.mining import Mined, Miner, load_mined, load_miner, save_miner
+from minegan_fast.files.atomic import save_tensors
+from minegan_fast.mining import Mined, Miner, MinerBank, load_bank, load_mined, load_miner, save_miner
 from minegan_fast.models import StyleGAN2Generator
 
 
@@ -194,3 +196,19 @@ def test_files_that_are_none(tmp_path):
 def test_what_does_not_fit_is_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_file_that_announces_a_larger_miner_than_it_holds_is_refused(tmp_path):
+    path = tmp_path / "miner.safetensors"
+    miner, bank = Miner(4, depth=3, width=5), MinerBank(2, 4)
+    save_miner(path, miner)
+    assert load_miner(path).config == miner.config
+    for change in ({"depth": 10**9}, {"width": 10**6}, {"input_dim": 10**9}):
+        metadata = {"format": "minegan_fast.miner", "config": json.dumps(miner.config | change)}
+        save_tensors(path, miner.state_dict(), metadata)
+        with pytest.raises(ValueError, match="announces more weights than the file holds"):
+            load_miner(path)
+    metadata = {"format": "minegan_fast.miner", "config": json.dumps(bank.config), "miners": "1000000000"}
+    save_tensors(path, bank.state_dict(), metadata)
+    with pytest.raises(ValueError, match="announces more weights than the file holds"):
+        load_bank(path)
