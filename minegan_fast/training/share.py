@@ -91,7 +91,7 @@ def pack(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{str(out)!r} is not empty: name a folder of its own, since all that is in it is shared")
     settings = load_config(folder.config)
-    facts = Facts(repo, "network" if whole else "delta", which, 0, _bases(folder, result, settings, whole))
+    facts = Facts(repo, "network" if whole else "delta", which, 0, _bases(folder, result, settings))
     if not whole and not any(result.rglob(DELTA)):
         facts.content = "miner"
     facts.licence, facts.origin, facts.settings = licence, base, _settings(settings)
@@ -100,9 +100,8 @@ def pack(
     facts.families = sorted({family for b in facts.bases if (family := _family(result / b.folder / GENERATOR))})
     row, grid = _snapshot(folder, which, settings)
     facts.step = row["step"]
-    notes = _sizes(result, facts)
     facts.warnings = _warnings(row)
-    _measure(facts, folder, settings, row, images, samples, device, seed)
+    notes = _sizes(result, facts) + _measure(facts, folder, settings, row, images, samples, device, seed)
     facts.versions = _versions()
 
     out.mkdir(parents=True, exist_ok=True)
@@ -122,7 +121,7 @@ def pack(
     return notes + facts.warnings
 
 
-def _bases(folder: RunFolder, result: Path, settings: dict, whole: bool) -> list[Base]:
+def _bases(folder: RunFolder, result: Path, settings: dict) -> list[Base]:
     """The networks that the run began with, told by the deltas, and where there is none by what the run keeps."""
     sources = listed(settings["source"])
     shares = json.loads((result / SHARES).read_text()) if (result / SHARES).is_file() else None
@@ -222,22 +221,22 @@ def _warnings(row: dict) -> list[str]:
     return found
 
 
-def _measure(facts: Facts, folder: RunFolder, settings: dict, row: dict, images, samples: int, device, seed) -> None:
-    """Sets the metrics: measured anew, with intervals, or where that cannot be those of the run, saying why."""
+def _measure(
+    facts: Facts, folder: RunFolder, settings: dict, row: dict, images, samples: int, device, seed: int
+) -> list[str]:
+    """Sets the metrics: measured anew, with intervals, or where that cannot be, those of the run. What only the user
+    should know, since it may name paths."""
     facts.metrics = {name: row[name] for name in MEASURES if name in row}
-    facts.judged = f"Measured by the run, on {_plain(row.get('judge', 'its'))} features"
+    facts.judged = f"Measured by the run, on {_plain(row.get('judge', 'its'))} features, without intervals."
     if samples == 0:
-        facts.judged += ", without intervals."
-        return
+        return []
     try:
         real, whose = _real(folder, facts.which, settings, images)
         report = evaluate_result(folder.path, facts.which, device, None, None, real, samples, None, seed, True)
     except (ValueError, OSError) as error:
         if images is not None:
             raise
-        facts.judged += ", without intervals."
-        facts.warnings.append(f"The metrics have no intervals, since they could not be measured again: {error}.")
-        return
+        return [f"the card has the run's own numbers, without intervals, which could not be measured again: {error}"]
     facts.metrics, facts.intervals = report["metrics"], report["intervals"]
     facts.warnings += report["notes"]
     facts.judged = (
@@ -245,6 +244,7 @@ def _measure(facts: Facts, folder: RunFolder, settings: dict, row: dict, images,
         f"{_plain(report['features'])} features. Diversity is in that of the real images. The intervals are the "
         "jackknife's; FID has none, since it rises where images are few."
     )
+    return []
 
 
 def _real(folder: RunFolder, which: str, settings: dict, images):

@@ -143,7 +143,8 @@ def test_a_module_of_the_users_own(tiny, hub, tmp_path):
     readme = hub.files("user/net")["README.md"].decode()
     assert "G = ...  # the network Net, with the weights of the base below" in readme
     assert fingerprint(source) in readme
-    assert any("no intervals" in note for note in notes)
+    assert any("without intervals" in note for note in notes)
+    assert str(tmp_path) not in readme
     assert "95 % interval" not in readme
     mf.load_delta(source, "hf://user/net")
     mined = mf.load_mined("hf://user/net", source)
@@ -200,7 +201,8 @@ def test_without_its_images_the_card_has_the_runs_numbers(run, tmp_path):
     last = [row for row in RunFolder(run).read_history() if "kid" in row][-1]
     readme = (tmp_path / "out" / "README.md").read_text()
     assert f"| kid | {last['kid']:.4g} |\n" in readme
-    assert any(note.startswith("The metrics have no intervals") for note in notes)
+    assert any("without intervals, which could not be measured again" in note for note in notes)
+    assert "nowhere" not in readme
     with pytest.raises(FileNotFoundError):
         pack(moved, "user/x", tmp_path / "again", which="last", images=tmp_path / "none")
 
