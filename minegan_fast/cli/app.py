@@ -1,4 +1,4 @@
-"""`minegan-fast demo | transfer | sample | interpolate | evaluate | export | convert | inspect | doctor`."""
+"""`minegan-fast demo | transfer | sample | interpolate | evaluate | export | push | convert | inspect | doctor`."""
 
 import dataclasses
 import inspect
@@ -21,6 +21,7 @@ from . import files, sampling
 from .arguments import Base, Device, MinerFile, Result, Seed, Which
 from .export import export
 from .modules import named_base, named_module
+from .push import push
 
 app = typer.Typer(
     help="Adapts a pretrained GAN to a few images: mining, then finetuning of the neurons that matter.",
@@ -344,6 +345,7 @@ def demo(
 app.command("convert")(files.convert)
 app.command("inspect")(files.inspect)
 app.command("export")(export)
+app.command("push")(push)
 
 
 @app.command()

@@ -14,8 +14,9 @@ Which = Annotated[
 Result = Annotated[
     Path,
     typer.Argument(
-        help="Folder of a run, a delta file (then with --source), a checkpoint of the original MineGAN, or any "
-        "checkpoint that is read here: without a miner, as it was published."
+        help="Folder of a run, a delta file (then with --source), a checkpoint of the original MineGAN, any "
+        "checkpoint that is read here: without a miner, as it was published; or hf://user/name, a result that was "
+        "shared."
     ),
 ]
 Base = Annotated[

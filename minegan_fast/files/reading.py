@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from . import hub
 from .pickle_names import DamagedError, RefusedError, Storage, Thing
 from .pickles import Unpickler
 from .plain import plain
@@ -58,13 +59,15 @@ def read(path: str | Path | Contents) -> Contents:
     it, a miner's for the generator too, for which it is no use without, `state_dict.pth` for all of them. A critic's
     file stands for itself alone.
 
+    `hf://user/name/file` is a file on the Hub, and `hf://user/name` the `generator.safetensors` there (`hub.local`).
+
     Raises:
         FileNotFoundError, ValueError: no such file; a file of another kind, a truncated one, a pickle that asks for
             code (named and refused).
     """
     if isinstance(path, Contents):
         return path
-    path = Path(path)
+    path = hub.local(path, "generator.safetensors")
     if path.is_dir():
         return _read_folder(path)
     contents = _read_file(path)

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import warnings
 from collections.abc import Sequence
 
@@ -10,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from ..files import hub
 from ..files.atomic import save_tensors
 from ..ops import write_rows
 from .distributed import unwrap
@@ -18,6 +20,8 @@ from .neurons import compact
 from .rows.freezing import Held
 
 FORMAT, VERSION = "minegan_fast.delta", "1"
+DELTA = "delta.safetensors"  # its name in a folder, here and on the Hub
+_REST = 64 << 20  # bytes of a delta beside its rows, of any network
 
 
 class _Loaded:
@@ -122,9 +126,16 @@ def is_delta(path: str | os.PathLike) -> bool:
         return False
 
 
-def _read(path) -> tuple[dict, dict[str, Tensor]]:
+def base_of(path: str | os.PathLike) -> tuple[str, str]:
+    """(fingerprint, class) of the network that a delta was trained from. ValueError: the file is no delta."""
+    metadata, _ = _read(path)
+    return metadata["base"], metadata.get("family", "model")
+
+
+def _read(path, most: int = hub.MOST) -> tuple[dict, dict[str, Tensor]]:
+    place = hub.local(path, DELTA, most) if hub.is_named(path) else path
     try:
-        with safe_open(path, "pt") as file:
+        with safe_open(place, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
     except SafetensorError as error:
@@ -133,7 +144,8 @@ def _read(path) -> tuple[dict, dict[str, Tensor]]:
         raise ValueError(f"{os.fspath(path)!r} holds no delta; write one with save_delta()")
     if metadata.get("version") != VERSION:
         raise ValueError(
-            f"{os.fspath(path)!r} has delta version {metadata.get('version')}, this library reads {VERSION}; update it"
+            f"{os.fspath(path)!r} has delta version {metadata.get('version')!r}, this library reads {VERSION}; update "
+            "it"
         )
     try:
         layers = json.loads(metadata["layers"])
@@ -153,6 +165,9 @@ def load_delta(
 ) -> None:
     """Adds scale·(trained - base) to the rows of a delta, in place; with scale 1 on bare rows it copies the bits.
 
+    path: the file; or on the Hub `hf://user/name`, with `@revision` and `/path/to/delta.safetensors` where needed,
+        which takes huggingface_hub. A file that is larger than a delta of this model can be is not downloaded.
+
     Several deltas may be loaded; rows that are in more than one add up. One that was trained on a model with deltas is
     loaded on top of these. A delta of several networks takes the list that its optimizer was given. Buffers, such as
     batch-norm statistics, are in no delta. ValueError, with the model unchanged, where the file is no delta, its base
@@ -161,42 +176,62 @@ def load_delta(
     """
     if not math.isfinite(scale):
         raise ValueError(f"scale must be finite, got {scale}")
-    metadata, tensors = _read(path)
     model = unwrap(model) if isinstance(model, nn.Module) else nn.ModuleList(model)
     parameters = dict(model.named_parameters())
+    # every row in float64, and its number
+    metadata, tensors = _read(path, 16 * sum(p.numel() for p in parameters.values()) + _REST)
+    wants = (
+        f"it was trained from a {_word(metadata.get('family', 'model'))} of fingerprint {_word(metadata['base'])[:12]}"
+    )
     layers = json.loads(metadata["layers"])
     loaded = model.__dict__.get(_KEY)
     if strict and loaded is not None and _bare_fingerprint(model, loaded) != loaded.base:
         loaded = None  # other weights are in the model since
     base = loaded.base if loaded is not None else fingerprint(model)
-    for name, axis in (member for members in layers.values() for member in members):
-        if name not in parameters:
-            raise ValueError(
-                f"{os.fspath(path)!r} changes {name!r}, which the model does not have; it is of another model"
-            )
-        shape = parameters[name].shape
-        one = list(compact(torch.empty(shape, device="meta"), axis).shape[1:]) if axis < max(len(shape), 1) else None
-        if list(tensors[name].shape[1:]) != one:
-            raise ValueError(
-                f"{name!r} has rows of shape {list(tensors[name].shape[1:])} in the delta, {one} in the model"
-            )
     for layer, members in layers.items():
-        name, axis = members[0]
-        rows, n = tensors[f"{layer}:rows"], parameters[name].shape[axis] if parameters[name].ndim else 1
-        if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < n:
-            raise ValueError(f"the delta changes rows of {layer!r} beyond its {n}; it is of another model")
+        rows = tensors[f"{layer}:rows"]
+        if rows.ndim != 1 or rows.dtype != torch.int64 or len(rows.unique()) < len(rows):
+            raise ValueError(f"{os.fspath(path)!r} is a damaged delta: the rows of {layer!r} are no list of rows")
+        for name, axis in members:
+            if name not in parameters:
+                raise ValueError(
+                    f"{os.fspath(path)!r} changes {name!r}, which the model does not have; it is of another model: "
+                    f"{wants}"
+                )
+            shape = parameters[name].shape
+            one = (
+                list(compact(torch.empty(shape, device="meta"), axis).shape[1:]) if axis < max(len(shape), 1) else None
+            )
+            if list(tensors[name].shape[1:]) != one:
+                raise ValueError(
+                    f"{name!r} has rows of shape {list(tensors[name].shape[1:])} in the delta, {one} in the model; "
+                    f"{wants}"
+                )
+            if len(tensors[name]) != len(rows):
+                raise ValueError(
+                    f"{os.fspath(path)!r} is a damaged delta: {len(rows)} rows of {name!r}, and values of "
+                    f"{len(tensors[name])}"
+                )
+            n = shape[axis] if shape else 1
+            if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < n:
+                raise ValueError(f"the delta changes rows of {layer!r} beyond its {n}; it is of another model: {wants}")
     # trained on the model as it is now, with the deltas that are loaded: its base are the present rows
     on_top = loaded is not None and base != metadata["base"] and fingerprint(model) == metadata["base"]
     if strict and base != metadata["base"] and not on_top:
         raise ValueError(
-            f"{os.fspath(path)!r} was trained on another base: its fingerprint is {metadata['base'][:12]}, the model's "
-            f"is {base[:12]}; load the {metadata.get('family', 'model')} that it was trained from, or pass strict=False"
+            f"{os.fspath(path)!r} was trained on another base: {wants}, and the model's fingerprint is {base[:12]}; "
+            "load the one that it was trained from, or pass strict=False"
         )
     if loaded is None:
         loaded = model.__dict__[_KEY] = _Loaded(base)
     for layer, members in layers.items():
         for name, axis in members:
             _add(parameters[name], loaded, name, axis, tensors[f"{layer}:rows"], tensors[name], scale, on_top)
+
+
+def _word(text: str) -> str:
+    """A name in a file of whoever, fit for a message."""
+    return re.sub(r"[^\w.]", "?", text)[:64]
 
 
 def _add(parameter, loaded, name, axis, rows, trained, scale, on_top):

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..files import hub
 from ..files.atomic import save_tensors
 from ..files.reading import Contents, read
 from .bank import MinerBank
@@ -17,6 +18,8 @@ from .miner import Miner
 from .originals import find_original
 
 FORMAT = "minegan_fast.miner"
+MINER = "miner.safetensors"  # its name in a folder, here and on the Hub
+LARGEST = 1 << 30  # bytes of a miner's file on the Hub
 
 
 def save_miner(path: str | Path, miner: Miner | Mined | MinerBank) -> None:
@@ -70,16 +73,19 @@ def load_bank(path: str | Path | Contents) -> MinerBank:
 def load_mined(path: str | Path | Contents, generator: nn.Module) -> Mined:
     """`generator` behind all the miners that the file holds, in eval mode.
 
-    path: also the folder of a run. Then a copy of `generator`, which is a network of the same class as the run's, gets
-        the weights of its best result.
+    path: also a place on the Hub, `hf://user/name`, of which `miner.safetensors` is read (`files.hub`). Also the folder
+        of a run: then a copy of `generator`, which is a network of the same class as the run's, gets the weights of its
+        best result.
 
     `originals` says what the files of the original code hold. Where the file names no prior, it is "none".
 
     ValueError: as in `load_miner`, or miners or weights do not fit the generator.
     """
-    if not isinstance(path, Contents) and (best := Path(path) / "best" / "miner.safetensors").is_file():
-        generator = with_weights(generator, best.with_name("generator.safetensors"))
-        path = best
+    if not isinstance(path, Contents):
+        path = hub.local(path, MINER, LARGEST)
+        if (best := path / "best" / MINER).is_file():
+            generator = with_weights(generator, best.with_name("generator.safetensors"))
+            path = best
     contents = _read(path)
     miners = _miners(contents)
     try:

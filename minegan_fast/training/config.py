@@ -13,6 +13,7 @@ from typing import Any, get_args
 
 from torch import nn
 
+from ..files import hub
 from ..files.atomic import atomic_path
 from ..finetune.evidence import CRITERIA
 from ..finetune.selection import SCOPES
@@ -376,7 +377,7 @@ class TransferConfig:
 def _are_paths(value: Any) -> bool:
     """Whether a setting names files, in full, and no choice such as "critic"."""
     named = value if isinstance(value, list) else [value]
-    return all(isinstance(one, str) and Path(one).is_absolute() for one in named)
+    return all(isinstance(one, str) and (Path(one).is_absolute() or hub.is_named(one)) for one in named)
 
 
 def load_config(path: str | Path) -> dict[str, Any]:

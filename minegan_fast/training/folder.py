@@ -17,6 +17,7 @@ from torch import nn
 
 from ..files.atomic import atomic_path, save_tensors, save_torch
 from ..files.reading import read
+from ..finetune.delta import DELTA
 from ..models import load_generator, save_model
 from .config import TransferConfig, load_config
 
@@ -26,7 +27,6 @@ except ImportError:  # Windows
     fcntl = None
 
 RESULTS = ("best", "last", "mined")
-DELTA = "delta.safetensors"
 
 
 class RunFolder:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..files import hub
 from ..models import has_discriminator, load_generator
 from .config import TransferConfig, check_names
 from .estimate import Estimate, estimate_seconds
@@ -54,9 +55,10 @@ def transfer(
     them).
 
     Args:
-        source: a checkpoint's path, or a generator module with `latent_dim` and `resolution` (copied, not changed). One
-            with `num_classes` > 0 takes (z, class embedding) and has `class_embeddings()` [num_classes, class_dim]. Or
-            a list of several, which are mined together: see below.
+        source: a checkpoint's path or its place on the Hub (`hf://user/name/file`), or a generator module with
+            `latent_dim` and `resolution` (copied, not changed). One with `num_classes` > 0 takes (z, class embedding)
+            and has `class_embeddings()` [num_classes, class_dim]. Or a list of several, which are mined together: see
+            below.
         images: a folder, or a tensor [N, C, R, R], float in [-1, 1] or uint8.
         out: the run's folder. A folder that holds a run is refused unless `resume`. A run that ended before its first
             snapshot does not count, and a new one takes its place. Where the file system has locks, a folder that
@@ -198,13 +200,15 @@ def _name(thing):
         thing = thing[0]
     if isinstance(thing, (list, tuple, nn.ModuleList)):
         return [_name(one) for one in thing]
+    if hub.is_named(thing):
+        return str(thing)
     return str(Path(thing).resolve()) if isinstance(thing, (str, Path)) else None
 
 
 def _has_critic(source, resize: int | None, checkpoints: Checkpoints) -> bool:
     """Whether a source's file holds a critic that can judge its generator's images, as large as they will be."""
     for one in listed(source):
-        if isinstance(one, (str, Path)) and Path(one).exists():
+        if isinstance(one, (str, Path)) and (hub.is_named(one) or Path(one).exists()):
             contents = checkpoints.open(one)
             if has_discriminator(contents):
                 generator = load_generator(contents)

@@ -2,18 +2,20 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
+from ..files import hub
 from ..finetune import load_delta
-from ..finetune.delta import is_delta
+from ..finetune.delta import DELTA, is_delta
 from ..mining import Mined, MultiGenerator, load_mined
-from ..mining.checkpoint import has_miner, with_weights
+from ..mining.checkpoint import LARGEST, MINER, has_miner, with_weights
 from ..models import load_discriminator, load_generator
 from .config import TransferConfig, load_config
 from .drawing import bare, is_bare
-from .evaluation import MEASURES, choose_features, generate, judge_name, measure
+from .evaluation import MEASURES, choose_features, generate, intervals, judge_name, measure
 from .folder import RESULTS, RunFolder
 from .generators import Several, as_generator, image_channels
 from .images import load_images
@@ -41,14 +43,18 @@ def open_result(
     path: a run's folder, of a run on modules with these as `source`, in their order; a delta file, which needs its
         `source` and takes `miner` or the miner's file beside it; a checkpoint with a miner: a training file of the
         original MineGAN (for BigGAN the folder with G.pth and M.pth), or any checkpoint with `miner`; or a checkpoint
-        without one, whose own images it then gives (`drawing.bare`).
+        without one, whose own images it then gives (`drawing.bare`). Or a place on the Hub: `hf://user/name`, with a
+        source a delta and without one a network, each with its miner, or `hf://user/name/file`, any checkpoint.
     labels: of which classes, for a checkpoint without a miner alone; none: of all.
     checkpoints: reads the files, and keeps what it read for the caller.
 
     ValueError/FileNotFoundError: no run there, none of that name, a delta without its source, no miner;
     labels where the class is mined.
     """
-    path, where, checkpoints = Path(path), choose_device(device), checkpoints or Checkpoints()
+    where, checkpoints = choose_device(device), checkpoints or Checkpoints()
+    if hub.is_named(path):
+        path, miner = _from_hub(path, source, miner)
+    path = Path(path)
     if path.suffix == ".safetensors" and not path.exists():
         raise FileNotFoundError(f"no file at {str(path)!r}: check the path; results from before stage 2 have no delta")
     if path.is_file() and source is not None:
@@ -116,6 +122,19 @@ def _in_python(path: Path, sources: int) -> str:
     return "the result of transfer(..., resume=True) samples from it"
 
 
+def _from_hub(path: str | Path, source, miner) -> tuple[Path, Any]:
+    """(file, miner) of what was shared as `hf://user/name`, or of the file that is named there."""
+    if hub.parse(path).is_file():
+        return hub.local(path, ""), miner
+    if miner is None:
+        miner = hub.local(path, MINER, LARGEST)
+    try:
+        return hub.local(path, DELTA if source is not None else "generator.safetensors"), miner
+    except FileNotFoundError:
+        way = "it may be a whole network, so leave --source out" if source is not None else "--source names its base"
+        raise FileNotFoundError(f"{str(path)!r} has no {'delta' if source is not None else 'network'}: {way}") from None
+
+
 def _is_folder_of_networks(path: Path) -> bool:
     """Whether it is a folder with a checkpoint in several files, rather than that of a run."""
     return path.is_dir() and not any((path / name).is_dir() for name in RESULTS) and any(path.glob("*.*"))
@@ -139,10 +158,13 @@ def _paths(source) -> list[str | Path]:
 
 
 @torch.no_grad()
-def evaluate_result(path, which, device, source, miner, images, samples: int, features, seed: int) -> dict:
+def evaluate_result(
+    path, which, device, source, miner, images, samples: int, features, seed: int, with_intervals: bool = False
+) -> dict:
     """Metrics of an adapted GAN against a folder: {"metrics": {...}, "generated", "real", "features", "seed", "notes"}.
 
-    notes: the warnings of the metrics, in which x are the generated images and y the real ones.
+    images: also a tensor of them. notes: the warnings of the metrics, in which x are the generated images and y the
+    real ones. with_intervals: also "intervals", of which each takes as many evaluations as there are images.
     """
     checkpoints = Checkpoints()
     sampler = open_result(path, which, device, source, miner, checkpoints)
@@ -173,11 +195,14 @@ def evaluate_result(path, which, device, source, miner, images, samples: int, fe
         judge = judge_name(extractor, features, loss_choice, config.adversarial)
         if judge != extractor.name:
             notes.append("the network that judges trained the run too, so its numbers flatter: judge with another")
-    return {
-        "metrics": measure(extractor(fake), extractor(real), MEASURES, notes),
+    x, y = extractor(fake), extractor(real)
+    values = measure(x, y, MEASURES, notes)
+    report = {
+        "metrics": values,
         "generated": len(fake),
         "real": len(real),
         "features": judge,
         "seed": seed,
         "notes": notes,
     }
+    return report | ({"intervals": intervals(x, y, values)} if with_intervals else {})

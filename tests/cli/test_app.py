@@ -10,7 +10,7 @@ import minegan_fast
 from minegan_fast.cli import doctor
 from minegan_fast.training import estimate
 
-COMMANDS = ("demo", "transfer", "sample", "interpolate", "evaluate", "convert", "export", "inspect", "doctor")
+COMMANDS = ("demo", "transfer", "sample", "interpolate", "evaluate", "push", "convert", "export", "inspect", "doctor")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
