@@ -13,6 +13,7 @@ import inspect
 import operator
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,9 +33,15 @@ PastSubclasses = torch._C.DisableTorchFunctionSubclass
 version_of: Callable[[Tensor], int] = operator.attrgetter("_version")
 """How often a tensor's memory was written to in place. RuntimeError for a tensor made in inference mode."""
 
+
+def descriptor(name: str) -> Any:
+    """What gets, sets and deletes an attribute of Tensor: `__torch_function__` is given its methods as the function."""
+    return inspect.getattr_static(Tensor, name)
+
+
 # Gradient, data and requires_grad of the tensor itself. A subclass may define them as properties of its own; these
 # getters and setters go past them.
-_grad, _data, _requires_grad = (inspect.getattr_static(Tensor, name) for name in ("grad", "data", "requires_grad"))
+_grad, _data, _requires_grad = map(descriptor, ("grad", "data", "requires_grad"))
 own_grad: Callable[[Tensor], Tensor | None] = _grad.__get__
 set_own_grad: Callable[[Tensor, Tensor | None], None] = _grad.__set__
 own_data: Callable[[Tensor], Tensor] = _data.__get__
@@ -43,6 +50,9 @@ own_requires_grad: Callable[[Tensor], bool] = _requires_grad.__get__
 
 fill_with_zeros: Callable[[list[Tensor]], None] = torch._foreach_zero_
 """Writes zeros into tensors, one at least; on a GPU in a few launches for all of them."""
+
+is_tracing: Callable[[], bool] = torch.jit.is_tracing
+"""Whether torch.jit.trace records what is called."""
 
 is_view = Tensor._is_view
 """Whether autograd takes the tensor for a view of another."""

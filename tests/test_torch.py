@@ -103,6 +103,33 @@ def test_views():
     assert not _torch.is_view(x.clone())
 
 
+def test_functions_that_a_subclass_is_asked_for_an_attribute():
+    seen = []
+
+    class Asked(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    x = torch.ones(2, 3).as_subclass(Asked)
+    for name in ("data", "grad", "requires_grad", "T"):
+        seen.clear()
+        getattr(x, name)
+        assert _torch.descriptor(name).__get__ in seen
+    seen.clear()
+    x.grad = None
+    del x.grad
+    assert seen == [_torch.descriptor("grad").__set__, _torch.descriptor("grad").__delete__]
+
+
+def test_tracing_tells_of_itself():
+    seen = []
+    torch.jit.trace(lambda x: seen.append(_torch.is_tracing()) or x + 1, torch.ones(2), check_trace=False)
+    assert seen == [True]
+    assert not _torch.is_tracing()
+
+
 def test_fill_with_zeros():
     tensors = [torch.ones(2, 3), torch.ones(3, 2).T.to(torch.float64), torch.ones(())]
     _torch.fill_with_zeros(tensors)

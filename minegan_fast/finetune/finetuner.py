@@ -245,7 +245,7 @@ class SparseFinetuner(UnscalingOptimizer):
                 leaves[self._group[name]].append(leaf)
             if leaf is not before:
                 old = self.state.pop(before, None)
-                if old and rows is not None and leaf is not None and leaf.link.rows is not None:
+                if old and rows is not None and leaf is not None:
                     self.state[leaf] = saving.carry(old, rows, leaf.link.rows, leaf)
         for i, group in enumerate(self.own_groups):
             group["params"][:] = leaves[i]

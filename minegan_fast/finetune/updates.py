@@ -91,7 +91,7 @@ def ema_model(state: Mapping, module: nn.Module) -> nn.Module:
         mean = state.get(source if link is None else link.leaf, {}).get("ema")
         if mean is None:
             continue
-        if link is None or link.rows is None:
+        if link is None or link.leaf is None:
             parameter.copy_(mean.view_as(parameter))
         else:
             write_rows(parameter, link.axis, link.rows, mean)

@@ -1,9 +1,11 @@
 """Arguments of a call of torch, which may stand in lists, tuples and dicts."""
 
+from typing import Any
+
 from torch import Tensor
 
 
-def map_tensors(f, x, kinds=Tensor, *arguments):
+def map_tensors(f, x, kinds: type | tuple[type, ...] = Tensor, *arguments) -> Any:
     """f(tensor, *arguments) in the place of every tensor of `kinds`, a class or a tuple of classes."""
     if isinstance(x, kinds):
         return f(x, *arguments)

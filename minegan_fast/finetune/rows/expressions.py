@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..._torch import apply_function
+from ..._torch import apply_function, descriptor
 from .link import Alias, Link
 
 
@@ -22,13 +22,13 @@ class Expression(NamedTuple):
     """A held weight, or what was computed from one row by row.
 
     weight: all rows, without a graph. trained: those of `rows` along the same `axis`, with the graph from
-        their leaf; None where none trains. links: of the held weights that it was computed from.
+        their leaf; None, and no rows, where none trains. links: of the held weights that it was computed from.
     factor: what both are still to be multiplied by, 0-d and differentiable, or None.
     """
 
     weight: Tensor
     trained: Tensor | None
-    rows: Tensor | None
+    rows: Tensor
     axis: int
     links: tuple[Link, ...]
     factor: Tensor | None = None
@@ -216,7 +216,7 @@ _RULES = {
     for owner in (torch.Tensor, torch)
     if hasattr(owner, name)
 }
-_TRANSPOSES = {torch.Tensor.T.__get__, torch.Tensor.mT.__get__}
+_TRANSPOSES = {descriptor(name).__get__ for name in ("T", "mT")}
 
 # Whose result may be a view of their argument, or the argument itself.
 SHARING = {func for func, rule in _RULES.items() if rule in (_cast, _moved, _indexed, _reshaped)} | _TRANSPOSES

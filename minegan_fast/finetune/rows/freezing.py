@@ -53,7 +53,7 @@ class Held:
         self.base: str | None = None
         self.ever: dict[str, Tensor] = {}
         self.hashes: dict[str, tuple[Tensor, Tensor]] = {}
-        self.tree: list[tuple[dict, str, nn.Module]] = []  # the modules' places in the model, at the last look
+        self.tree: list[tuple[dict, str, nn.Module | None]] = []  # the modules' places in the model, at the last look
 
     def begin(self):
         """Takes the fingerprint of the base: call it before anything trains."""
@@ -166,7 +166,7 @@ class Held:
         ddp.changed(self.model)
 
 
-def _tree(model: nn.Module) -> list[tuple[dict, str, nn.Module]]:
+def _tree(model: nn.Module) -> list[tuple[dict, str, nn.Module | None]]:
     """Every module below the model: the dictionary that lists it, as what, and itself."""
     return [(own_modules(m), name, child) for m in model.modules() for name, child in own_modules(m).items()]
 
@@ -191,7 +191,7 @@ def hold(parameter: nn.Parameter, axis: int, rows: Tensor | None) -> Link:
     if isinstance(parameter, HeldWeight):
         link = parameter.link
         link.sync()
-        if (link.rows is None) == (rows is None) and (rows is None or link.rows.tolist() == rows.tolist()):
+        if link.leaf is None if rows is None else link.leaf is not None and link.rows.tolist() == rows.tolist():
             return link
         wanted = link.wanted
         if rows is not None and link.leaf is not None and link.leaf.dtype != parameter.dtype:
@@ -212,14 +212,14 @@ def hold(parameter: nn.Parameter, axis: int, rows: Tensor | None) -> Link:
     parameter.requires_grad_(leaf is not None and wanted)
     link = Link(parameter, leaf, rows, axis)
     link.wanted, link.kind = wanted, kind
-    parameter.link = link
+    vars(parameter)["link"] = link
     parameter.__class__ = held_class(kind)
     if leaf is not None:
         leaf.link = link
     return link
 
 
-def loosen(parameter: nn.Parameter):
+def loosen(parameter: HeldWeight):
     """Gives back the plain parameter, its trained values in place, trainable again."""
     link = parameter.link
     link.sync()
@@ -228,5 +228,5 @@ def loosen(parameter: nn.Parameter):
     del parameter.link
     if link.leaf is not None:
         link.leaf.__class__ = nn.Parameter
-        del link.leaf.link
+        del vars(link.leaf)["link"]
     parameter.requires_grad_(True)

@@ -10,11 +10,11 @@ from ..neurons import compact
 
 
 class Tied(Protocol):
-    """A weight and the leaf of its `rows` along `axis`; None where none is selected. `Link` is it."""
+    """A weight and the leaf of its `rows` along `axis`; None and no rows where none is selected. `Link` is it."""
 
     weight: nn.Parameter
     leaf: nn.Parameter | None
-    rows: Tensor | None
+    rows: Tensor
     axis: int
 
 
@@ -53,18 +53,18 @@ class WholeGradient:
             return
         with PastSubclasses():
             arrived = own_grad(link.weight)
-            if self.whole is not None:
+            if self.whole is not None and self.known is not None:
                 rows = compact(self.whole, link.axis, link.rows)
                 if not torch.equal(rows, self.known):  # NaN is unlike itself: that only copies it again
-                    self._to_leaf(rows)
+                    self._to_leaf(link.leaf, rows)
             if arrived is not None:
                 set_own_grad(link.weight, None)
                 arrived = arrived.to_dense() if arrived.layout != torch.strided else arrived
                 old, rows = own_grad(link.leaf), compact(arrived, link.axis, link.rows).to(link.leaf.dtype)
                 set_own_grad(link.leaf, rows.contiguous() if old is None else old + rows)
 
-    def _to_leaf(self, rows: Tensor):
-        leaf, self.known = self.link.leaf, rows.clone()
+    def _to_leaf(self, leaf: nn.Parameter, rows: Tensor):
+        self.known = rows.clone()
         old = own_grad(leaf)
         if old is not None and not old.requires_grad:
             old.copy_(rows)  # in its place: it may be a view of DDP's bucket
@@ -82,8 +82,13 @@ class WholeGradient:
         with PastSubclasses(), torch.set_grad_enabled(graph):
             if grad is None:
                 self.forget()
-            elif self.whole is None or (graph and not torch.equal(grad.to(self.whole.dtype), self.known)):
-                self._show(spread(grad.to(link.weight.dtype), link.weight.detach(), link.axis, link.rows))
+            elif (
+                self.whole is None
+                or self.known is None
+                or (graph and not torch.equal(grad.to(self.whole.dtype), self.known))
+            ):
+                whole = spread(grad.to(link.weight.dtype), link.weight.detach(), link.axis, link.rows)
+                self._show(link.leaf, whole)
             else:
                 rows = grad.to(self.whole.dtype)
                 if not torch.equal(rows, self.known):
@@ -111,19 +116,20 @@ class WholeGradient:
                 "a weight that trains by rows was given a sparse gradient: make it dense with to_dense()"
             )
         with PastSubclasses(), torch.no_grad():
-            self._show(value)
+            rows = self._show(link.leaf, value)
             self.assigned = True
-            self._to_leaf(self.known)
+            self._to_leaf(link.leaf, rows)
         return None
 
-    def _show(self, whole: Tensor):
-        self.whole, self.known = whole, compact(whole.detach(), self.link.axis, self.link.rows).clone()
-        leaf = self.link.leaf
+    def _show(self, leaf: nn.Parameter, whole: Tensor) -> Tensor:
+        """Begins to show `whole`; returns its rows."""
+        self.whole, self.known = whole, (rows := compact(whole.detach(), self.link.axis, self.link.rows).clone())
         if not self.handles and leaf.requires_grad:  # what was written counts before another backward adds to it
             self.handles = [
                 leaf.register_hook(lambda grad: self.settle()),
                 leaf.register_post_accumulate_grad_hook(self._follow),
             ]
+        return rows
 
     def _follow(self, leaf: Tensor):
         self.read()

@@ -56,15 +56,15 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     return None
 
 
-def _takes(input, e: Expression | None, held: Expression | None = None) -> bool:
-    """Whether these are an ordinary input, a held weight and a bias that is ordinary or held."""
-    return e is not None and (held is None or held.factor is None) and expression_of(input) is None
+def _takes(input, held: Expression | None = None) -> bool:
+    """Whether a layer by rows has these: an ordinary input, and a bias that is ordinary or held."""
+    return (held is None or held.factor is None) and expression_of(input) is None
 
 
 def _layer(input, weight, bias, ndim: int):
     e = expression_of(weight)
     held = None if bias is None else expression_of(bias)
-    if not _takes(input, e, held) or e.weight.ndim != ndim:
+    if e is None or not _takes(input, held) or e.weight.ndim != ndim:
         return NotImplemented
 
     if ndim == 2:
@@ -94,9 +94,9 @@ def _matmul(a, b):
         _check_outputs(right, 1)
     if right is None:
         _check_outputs(left, 0)
-    if _takes(a, right) and right.weight.ndim == 2 and right.axis == 1:
+    if right is not None and _takes(a) and right.weight.ndim == 2 and right.axis == 1:
         return _run(Linear(), differentiable(a, right), right.transposed())
-    if _takes(b, left) and left.weight.ndim == 2 and left.axis == 0 and b.ndim in (1, 2):
+    if left is not None and _takes(b) and left.weight.ndim == 2 and left.axis == 0 and b.ndim in (1, 2):
         y = _run(Linear(), differentiable(b, left).t(), left)
         return y.t()
     return NotImplemented
@@ -117,7 +117,7 @@ def _addmm(input, mat1, mat2, *, beta=1, alpha=1):
     e, held = expression_of(mat2), expression_of(input)
     if expression_of(mat1) is None:
         _check_outputs(e, 1)
-    if (beta, alpha) != (1, 1) or input.ndim != 1 or not _takes(mat1, e, held):
+    if e is None or (beta, alpha) != (1, 1) or input.ndim != 1 or not _takes(mat1, held):
         return NotImplemented
     if e.weight.ndim != 2 or e.axis != 1:
         return NotImplemented
@@ -168,8 +168,9 @@ def modulated_rows(weight: Tensor) -> _ModulatedRows | None:
         e = expression_of(weight)
     if e is not None and e.weight.ndim == 5 and e.axis == 1 and len(e.weight) == 1:
         e = e.mapped(lambda w: w.squeeze(0), 0)
-    fits = e is not None and e.weight.ndim == 4 and e.axis == 0 and e.factor is None
-    return _ModulatedRows(e) if fits else None
+    if e is None or e.weight.ndim != 4 or e.axis != 0 or e.factor is not None:
+        return None
+    return _ModulatedRows(e)
 
 
 def _mv(a, b):

@@ -81,7 +81,7 @@ class Ledger:
 
     def __init__(self, links: list["Link"]):
         self.links = links
-        self.tensors = [t for link in links for t in (link.leaf, link.weight)]
+        self.tensors = [t for link in links for t in (link.leaf, link.weight) if t is not None]
         self.versions = [0] * len(self.tensors)
         self.accesses = -1
 
@@ -119,16 +119,18 @@ class Link:
     writes the leaf. Version counters tell which. They miss writes through `.data`, so an access to it counts as a
     suspicion, and so does what it gave for as long as that lives: the values decide.
 
-    The leaf of a half-precision weight is float32. The two are equal where the leaf rounds to the weight.
+    The leaf of a half-precision weight is float32. The two are equal where the leaf rounds to the weight. Where no row
+    trains there is no leaf, and `rows` is empty.
     """
 
     epoch = 0  # how often weights were held or given back
     accesses = 0  # to `.data` of any leaf or held weight; a Ledger that has seen this count can skip asking every link
 
     def __init__(self, weight: nn.Parameter, leaf: nn.Parameter | None, rows: Tensor | None, axis: int):
-        self.weight, self.leaf, self.rows, self.axis = weight, leaf, rows, axis
+        self.weight, self.leaf, self.axis = weight, leaf, axis
+        self.rows = weight.new_empty(0, dtype=torch.int64) if rows is None else rows
         self.wanted = True  # what requires_grad_() said last
-        self.kind = type(weight)
+        self.kind: type = type(weight)
         self.guessed = False  # the axis: nothing told where the neurons of a square matrix are
         self.places: list[tuple[dict, str]] = []  # the modules' dictionaries that list the weight, and as what
         self.gradient = WholeGradient(self)
@@ -181,40 +183,42 @@ class Link:
         with PastSubclasses():
             leaf_changed, weight_changed = version_of(self.leaf) != leaf_known, version_of(self.weight) != weight_known
         if weight_changed or leaf_changed or self.weight_accessed or self.leaf_accessed or self.lent:  # seldom
-            self._reconcile(weight_changed, leaf_changed)
+            self._reconcile(self.leaf, weight_changed, leaf_changed)
 
     @torch.no_grad()
-    def _reconcile(self, weight_changed: bool, leaf_changed: bool):
+    def _reconcile(self, leaf: nn.Parameter, weight_changed: bool, leaf_changed: bool):
         Link.accesses += 1  # what was written may lie elsewhere now, as after set_(): the next step looks
         with PastSubclasses():
             current = compact(self.weight, self.axis, self.rows)
-            if current.device != self.leaf.device or master_dtype(current.dtype) != self.leaf.dtype:
+            if current.device != leaf.device or master_dtype(current.dtype) != leaf.dtype:
                 return  # module.to() has converted one and comes to the other
-            equal = current == self.leaf.to(current.dtype)
+            equal = current == leaf.to(current.dtype)
             if not equal.all():
                 # A version is proof of a write, an access to .data a suspicion, and an old one the last.
                 lent = any(not of_leaf for _, of_leaf in self.lent.values())
                 suspected = self.weight_accessed or (lent and not self.leaf_accessed)
                 if weight_changed or (suspected and not leaf_changed):
-                    self._take(current, equal)
+                    self._take(leaf, current, equal)
                 else:
                     self.write()
         self.settle()
 
-    def _take(self, current: Tensor, equal: Tensor):
+    def _take(self, leaf: nn.Parameter, current: Tensor, equal: Tensor):
         """The leaf gets the weight's rows where they differ. Where a half-precision weight comes back to what it was,
         as when an average is swapped in and out, the leaf does too: it has more digits than the weight."""
-        values = current.to(self.leaf.dtype)
-        if current.dtype != self.leaf.dtype:
-            if self.masters is None or self.masters_left != version_of(self.leaf):  # the leaf has trained since
-                self.masters = self.leaf.clone()
+        values = current.to(leaf.dtype)
+        if current.dtype != leaf.dtype:
+            if self.masters is None or self.masters_left != version_of(leaf):  # the leaf has trained since
+                self.masters = leaf.clone()
             values = torch.where(self.masters.to(current.dtype) == current, self.masters, values)
-        self.leaf.copy_(torch.where(equal, self.leaf, values))
-        self.masters_left = version_of(self.leaf)
+        leaf.copy_(torch.where(equal, leaf, values))
+        self.masters_left = version_of(leaf)
 
     @torch.no_grad()
     def write(self):
         """Writes the leaf through to the weight."""
+        if self.leaf is None:
+            return
         with PastSubclasses():
             write_rows(self.weight, self.axis, self.rows, self.leaf)
         self.settle()
@@ -240,20 +244,21 @@ class Link:
         if self.leaf is None:
             return
         self.rows = self.rows.to(value.device)
-        self._move_leaf(value.device, master_dtype(value.dtype))
+        self._move(self.leaf, value.device, master_dtype(value.dtype))
         if converted:
             self.write()
             self.access(weight=True)
 
-    def _move_leaf(self, device: torch.device, dtype: torch.dtype):
-        leaf = own_data(self.leaf)
-        if leaf.device == device and leaf.dtype == dtype:
+    @staticmethod
+    def _move(leaf: nn.Parameter, device: torch.device, dtype: torch.dtype):
+        data = own_data(leaf)
+        if data.device == device and data.dtype == dtype:
             return
-        grad = own_grad(self.leaf)
-        set_own_grad(self.leaf, None)
-        set_own_data(self.leaf, leaf.to(device, dtype))
+        grad = own_grad(leaf)
+        set_own_grad(leaf, None)
+        set_own_data(leaf, data.to(device, dtype))
         if grad is not None:
-            set_own_grad(self.leaf, grad.to(device, dtype))
+            set_own_grad(leaf, grad.to(device, dtype))
 
     def in_place(self) -> bool:
         """Whether the modules still hold the weight, and it is still this one: swapping exchanges what tensors are."""
@@ -271,7 +276,7 @@ class Link:
         found = {id(d.get(n)): d.get(n) for d, n in self.places}
         (new, *others) = found.values()
         fits = not others and type(new) is nn.Parameter and new.shape == self.weight.shape
-        if not fits or self.weight.__dict__.get("link") is not self or not new.is_floating_point():
+        if new is None or not fits or self.weight.__dict__.get("link") is not self or not new.is_floating_point():
             raise RuntimeError(
                 f"{self.places[0][1]!r} of shape {list(self.weight.shape)} was replaced by another parameter while its "
                 "rows train (an assignment, swapped parameters, a parametrization, pruning, fully_shard): write into "
@@ -293,6 +298,8 @@ class Link:
     @torch.no_grad()
     def set_leaf(self, value: Tensor):
         """`leaf.data = value`. The rounding of the leaf to half precision moves it, and does not round it."""
+        if self.leaf is None:
+            return
         self.sync()
         plain, dtype = own_data(self.leaf), master_dtype(value.dtype)
         if dtype != value.dtype:

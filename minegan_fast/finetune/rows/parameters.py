@@ -21,7 +21,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..._torch import (
     PastSubclasses,
+    descriptor,
     is_in_torch_dispatch_mode,
+    is_tracing,
     is_view,
     own_data,
     own_grad,
@@ -93,7 +95,9 @@ class LeafParameter(nn.Parameter):
 
 
 # Getters that yield views of the values; all other attributes are read from the weight itself.
-VIEWS = {getattr(torch.Tensor, name) for name in ("T", "mT", "H", "mH", "real", "imag")}
+VIEWS = {descriptor(name) for name in ("T", "mT", "H", "mH", "real", "imag")}
+
+_DATA, _GRAD, _REQUIRES_GRAD = map(descriptor, ("data", "grad", "requires_grad"))
 
 
 class HeldWeight(nn.Parameter):
@@ -117,7 +121,7 @@ class HeldWeight(nn.Parameter):
                 return _in_python(func, args, kwargs)
             return func(*map_tensors(_traced, args, _TYPES), **map_tensors(_traced, kwargs, _TYPES))
         ddp.tell_active()
-        if torch.jit.is_tracing():  # which knows the weight, and no leaf
+        if is_tracing():  # which knows the weight, and no leaf
             with PastSubclasses():
                 return func(*args, **kwargs)
         if func in _ON_LEAF:
@@ -157,7 +161,7 @@ class RowWise(torch.Tensor):
     A write reaches whatever shares its memory: the weight that it is a view of, or the expression and all views of it.
     """
 
-    expression: Expression | None
+    expression: Expression  # until it is plain
     plain: torch.Tensor | None  # what it has become where someone wrote to it, or hooked it into the graph
     weight: HeldWeight | None = None  # whose memory this is
     base: "RowWise | None" = None  # whose memory this is, where that is no weight's; `view` leads there
@@ -184,11 +188,12 @@ class RowWise(torch.Tensor):
 
     def settle(self, use: str):
         """Becomes an ordinary tensor, together with all that share its memory."""
-        if self.base is not None and self.base.plain is None:
+        source = None if self.base is None else self.base.plain
+        if self.base is not None and source is None:
             return self.base.settle(use)
         with torch.enable_grad():
-            self.plain = self.expression.value(use).clone() if self.base is None else self.view(self.base.plain)
-        self.expression = None
+            self.plain = self.expression.value(use).clone() if source is None else self.view(source)
+        del self.expression
         for view in self.views:
             if (x := view()) is not None:
                 x.settle(use)
@@ -197,7 +202,7 @@ class RowWise(torch.Tensor):
     def reach(self, func, args, kwargs):
         """A write into the memory of the held weight, or a look at it."""
         (link,) = self.expression.links
-        if func == torch.Tensor.data.__get__:
+        if func == _DATA.__get__:
             return link.lend(own_data(self.expression.weight))
         name = func.__name__
         _refuse_write(self.weight, name)
@@ -213,11 +218,11 @@ class RowWise(torch.Tensor):
             if first is not None and first.plain is None:
                 if func in _SHAPELIKE:
                     return func(first.expression.weight, *args[1:], **kwargs)
-                if func == torch.Tensor.requires_grad.__get__:
+                if func == _REQUIRES_GRAD.__get__:
                     return first.expression.trained is not None or first.expression.factor is not None
                 name = getattr(func, "__name__", "")
                 writes = _is_in_place(name) or name == "__setitem__"
-                if first.weight is not None and (writes or func == torch.Tensor.data.__get__):
+                if first.weight is not None and (writes or func == _DATA.__get__):
                     return first.reach(func, args, kwargs)
                 if writes or (name in _CHANGING and getattr(func, "__self__", None) not in VIEWS):
                     first.settle(name)
@@ -275,14 +280,12 @@ def _settled(x):
     return x.plain if type(x) is RowWise and x.plain is not None else x
 
 
-def _ordinary(x, name: str) -> torch.Tensor:
+def _ordinary(x: HeldWeight | RowWise, name: str) -> torch.Tensor:
     """What a function that knows nothing of rows is given in the place of x."""
-    if type(x) is RowWise and x.plain is not None:
-        return x.plain
+    if isinstance(x, RowWise):
+        return x.expression.value(name) if x.plain is None else x.plain
     expression = expression_of(x)
     if expression is None or expression.trained is None or not torch.is_grad_enabled():
-        if not isinstance(x, HeldWeight):
-            return expression.value(name)
         x.link.sync()
         return x.link.alias()
     return expression.value(name)
@@ -395,15 +398,15 @@ _SHAPELIKE = {
 _CHANGING = {"retain_grad", "register_hook", "register_post_accumulate_grad_hook", "__get__", "__set__"}
 
 _SPECIAL = {
-    torch.Tensor.data.__get__: _get_data,
-    torch.Tensor.data.__set__: _set_data,
-    torch.Tensor.grad.__get__: _get_grad,
-    torch.Tensor.grad.__set__: lambda p, value: p.link.gradient.write(value),
-    torch.Tensor.grad.__delete__: lambda p: p.link.gradient.write(None),
+    _DATA.__get__: _get_data,
+    _DATA.__set__: _set_data,
+    _GRAD.__get__: _get_grad,
+    _GRAD.__set__: lambda p, value: p.link.gradient.write(value),
+    _GRAD.__delete__: lambda p: p.link.gradient.write(None),
     **dict.fromkeys((torch.Tensor.detach, torch.detach), _detach),
     torch.Tensor.view_as: _same(torch.Tensor.view_as),
     torch.Tensor.expand_as: _same(torch.Tensor.expand_as),
-    torch.Tensor.requires_grad.__set__: _require_grad,
+    _REQUIRES_GRAD.__set__: _require_grad,
     torch.Tensor.requires_grad_: _require_grad,
     torch.Tensor.register_hook: _hook(torch.Tensor.register_hook),
     torch.Tensor.register_post_accumulate_grad_hook: _hook(torch.Tensor.register_post_accumulate_grad_hook),

@@ -144,15 +144,15 @@ def _broadcast(t, ndim: int, batch: int):
 
 
 def _elementwise(func, a, b, *rest, **kwargs):
-    numbers = (a, b) if isinstance(a, Tensor) else (b, a)
-    if not isinstance(numbers[1], Tensor):
-        if _written(numbers[0]):
+    t, number = (a, b) if isinstance(a, Tensor) else (b, a)
+    if not isinstance(number, Tensor):
+        if not is_followed(t) or _written(t):
             return NotImplemented
-        scale = numbers[0].trail.scale if func in _SCALES and not (rest or kwargs) else None
+        scale = t.trail.scale if func in _SCALES and not (rest or kwargs) else None
         if scale is not None and func in _DIVIDES:
-            scale = scale / numbers[1] if numbers[0] is a and numbers[1] else None
+            scale = scale / number if t is a and number else None
         elif scale is not None:
-            scale = scale * numbers[1]
+            scale = scale * number
         return _derived(func, (a, b, *rest), kwargs, scale)
     t, x = (a, b) if is_followed(a) else (b, a)
     if not is_foreign(x) or not t.requires_grad or _written(t):
@@ -247,7 +247,8 @@ def _expand(func, t, *sizes):
     own = t.shape[0] if t.dim() == len(sizes) else 1
     if len(sizes) == 0 or own != 1 or sizes[0] in (-1, 1):
         return NotImplemented
-    return _broadcast(t, len(sizes), sizes[0]).expand(sizes)
+    every = _broadcast(t, len(sizes), sizes[0])
+    return NotImplemented if every is None else every.expand(sizes)
 
 
 _RULES = dict.fromkeys(_SCALES | _SUMS, _elementwise)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node, get_gradient_edge
 
 from ..._torch import after_pass, current_pass, own_grad, pass_reaches, set_own_grad
 from ..evidence import BY_SAMPLE, Evidence, check_dense
@@ -67,7 +68,7 @@ def collect(
         passes.close()
         for p, kind in kinds.items():
             p.__class__ = kind
-            del p.trail
+            del vars(p)["trail"]
         for handle in handles:
             handle.remove()
         if buffers is not None:
@@ -106,7 +107,7 @@ class Passes:
         self.reduction, self.samples = reduction, samples
         self.task, self.closed, self.pending, self.bytes, self.state = None, False, [], 0, {}
         self.uses: weakref.WeakSet = weakref.WeakSet()
-        self.sinks: dict[nn.Parameter, object] = {}
+        self.sinks: dict[nn.Parameter, Node] = {}
         self.by_batch: set[str] = set()
         self.distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         self._forget()
@@ -120,10 +121,9 @@ class Passes:
         """Makes the plain parameters ones that are followed; their classes so far."""
         kinds = {p: type(p) for p in self.members if type(p) is nn.Parameter}
         for p in kinds:
-            with torch.enable_grad():
-                self.sinks[p] = p.view_as(p).grad_fn.next_functions[0][0]
+            self.sinks[p] = get_gradient_edge(p).node
             p.__class__ = Sampled
-            p.trail = Trail((p,), self, 1.0)
+            vars(p)["trail"] = Trail((p,), self, 1.0)
         return kinds
 
     def exact(self, use: Use) -> bool:

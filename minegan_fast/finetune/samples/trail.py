@@ -2,7 +2,7 @@
 
 from collections.abc import MutableSet
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeGuard
 
 from torch import Tensor, nn
 
@@ -16,8 +16,10 @@ class Listener(Protocol):
     uses: nodes of the graph at which that happened. distributed: whether DDP waits for gradients.
     """
 
-    uses: MutableSet
     distributed: bool
+
+    @property
+    def uses(self) -> MutableSet: ...
 
     def exact(self, use) -> bool: ...
 
@@ -57,13 +59,13 @@ class Trail:
         return made[id(self)]
 
 
-class Followed:
+class Followed(Tensor):
     """A tensor with a trail."""
 
     trail: Trail
 
 
-def is_followed(x) -> bool:
+def is_followed(x) -> TypeGuard[Followed]:
     return isinstance(x, Followed)
 
 

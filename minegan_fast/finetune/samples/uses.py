@@ -66,6 +66,7 @@ class Use:
 
     def for_root(self, root: nn.Parameter, begin: int, end: int) -> tuple[Tensor, float]:
         """The samples' shares of the gradient of one root, [end - begin, *root.shape], and what to multiply them by."""
+        assert self.shares is not None  # it has fired
         shares = self.shares(begin, end)
         if self.trail.scale is not None:
             return shares.reshape(end - begin, *root.shape), self.trail.scale
