@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 
@@ -47,7 +48,8 @@ def chart(title: str, series: Mapping[str, Mapping[int, float]], stages: Sequenc
         steps = sorted({step for points in thinned.values() for step in points})
         pixels = [round(float(axes.transData.transform((step, values[0]))[0]), 2) for step in steps]
     svg = drawn.getvalue()
-    svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    svg = re.sub(r'<g id="[^"]*">', "<g>", svg).replace(_INK, "currentColor")  # the same ids are in every figure
     for number in range(len(thinned)):
         svg = svg.replace(_stand_in(number), f"var(--s{number % COLOURS + 1})")
     data = {
@@ -56,7 +58,8 @@ def chart(title: str, series: Mapping[str, Mapping[int, float]], stages: Sequenc
         "width": SIZE[0] * 72,
         "series": {name: [points.get(step) for step in steps] for name, points in thinned.items()},
     }
-    keys = "".join(f'<span class="key s{i % COLOURS + 1}">{escape(name)}</span>' for i, name in enumerate(thinned))
+    spans = [f'<span class="key s{i % COLOURS + 1}">{escape(name)}</span>' for i, name in enumerate(thinned)]
+    keys = "".join(spans) if len(spans) > 1 else ""
     if any(len(points) > len(thinned[name]) for name, points in series.items()):
         note = f"{note} At most {most} points of a curve are drawn.".strip()
     said = note and f'<p class="note">{escape(note)}</p>'

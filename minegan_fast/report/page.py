@@ -20,11 +20,12 @@ from .pictures import encoded
 GRIDS, NEIGHBOURS = 2_800_000, 500_000  # bytes for pictures, of the 5 MB that a page may have
 STEPS, SNAPSHOTS = 40, 300  # grids behind the slider, rows of the table
 METRICS = ("kid", "kid_train", "fid", "kmmd", "mv", "diversity")
-_NAMES = {"kid_train": "KID, training images", "kid": "KID", "fid": "FID", "kmmd": "KMMD"}
+_NAMES = {"kid_train": "KID, training images", "kid": "KID", "fid": "FID", "kmmd": "KMMD", "mv": "Mean variance"}
+_NAMES["diversity"] = "Diversity"
 _MEANING = {
-    "mv": "Mean variance of the features: higher is more diverse.",
-    "diversity": "Mean distance of two images' features, in that of the real ones: 1 is as diverse.",
-    "latents": "Of the mined latents: |z|²/d, 1 in the prior, and the effective dimension in that of the prior.",
+    "Mean variance": "Of the features: higher is more diverse.",
+    "Diversity": "Mean distance of two images' features, in that of the real ones: 1 is as diverse.",
+    "Latents": "Of the mined latents: |z|²/d, 1 in the prior, and the effective dimension in that of the prior.",
 }
 
 
@@ -168,7 +169,7 @@ def _curves(facts: Facts) -> str:
     for title, names in groups.items():
         found = {_label(name, title, facts): series[name] for name in names if name in series}
         if found:
-            drawn.append(chart(title, found, stages, _MEANING.get(title.lower(), "")))
+            drawn.append(chart(title, found, stages, _MEANING.get(title, "")))
     return "".join(drawn)
 
 
@@ -203,7 +204,7 @@ def _neighbours(facts: Facts) -> str:
     return (
         "<p>Left a generated image, right the training image nearest to it in pixels, the nearest pair first. The "
         "number is the distance in that of a training image from the nearest other one, at the median: near 0 it is a "
-        f'copy, near 1 as new as another training image.</p><div class="pairs">{pairs}</div>'
+        f'copy. Blurred images are nearer to everything.</p><div class="pairs">{pairs}</div>'
     )
 
 
@@ -220,7 +221,8 @@ def _settings(facts: Facts) -> str:
 
     if not facts.settings:
         return ""
-    return f"{_table([], rows(False), 'texts')}<details><summary>Defaults</summary>{_table([], rows(True), 'texts')}</details>"
+    given, own = (_table([], rows(default), "texts") for default in (False, True))
+    return f"{given}<details><summary>Defaults</summary>{own}</details>"
 
 
 def _table(head: list[str], rows: list[list[str]], kind: str = "numbers") -> str:

@@ -103,9 +103,9 @@ def gather(folder: RunFolder, target: ImageSet | None = None) -> Facts:
 
 def _marks(settings: dict, measured: list[dict], best: int) -> dict[int, str]:
     last, mining = measured[-1]["step"], settings["mining_steps"]
-    named = {"source": 0, "mined": mining if mining else None, "finetuned: last": last, "best": best}
+    named = {"source": 0, "mined": mining if mining else None, "finetuned": last, "best": best}
     if last <= mining:
-        del named["finetuned: last"]
+        named["last"] = named.pop("finetuned")
     marks: dict[int, str] = {}
     for name, step in named.items():
         if step in {row["step"] for row in measured}:
