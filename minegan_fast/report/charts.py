@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from html import escape
+from typing import Any
 
 POINTS, ALL = 1000, 20_000  # of a curve, of a figure: more are not to be told apart
 COLOURS = 8  # --s1 to --s8 in page.css
@@ -21,7 +22,7 @@ def chart(title: str, series: Mapping[str, Mapping[int, float]], stages: Sequenc
 
     most = max(20, min(POINTS, ALL // len(series)))
     thinned = {name: thin(points, most) for name, points in series.items()}
-    style = {
+    style: dict[Any, Any] = {
         "svg.fonttype": "none", "svg.hashsalt": title, "font.family": "sans-serif", "font.size": 9,
         **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK),
     }  # fmt: skip

@@ -45,7 +45,7 @@ def page(facts: Facts) -> str:
 
 
 def _own(name: str) -> str:
-    return files(__package__).joinpath(name).read_text(encoding="utf-8")
+    return files("minegan_fast.report").joinpath(name).read_text(encoding="utf-8")
 
 
 def _panels(facts: Facts) -> Iterator[str]:
