@@ -1,6 +1,5 @@
 """What a report shows, as plain data."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from numbers import Real
@@ -10,6 +9,8 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from ..finetune import Selection
+
+LARGEST = 1e300
 
 
 class Neighbour(NamedTuple):
@@ -54,10 +55,10 @@ class Facts:
 
 
 def series_of(history: Sequence[dict]) -> dict[str, dict[int, float]]:
-    """{name: {step: value}} of the finite numbers in a history."""
+    """{name: {step: value}} of the numbers in a history that are finite, and small enough for an axis."""
     found: dict[str, dict[int, float]] = {}
     for row in history:
         for name, value in row.items():
-            if name != "step" and isinstance(value, Real) and math.isfinite(value):
+            if name != "step" and isinstance(value, Real) and abs(value) < LARGEST:  # no NaN either
                 found.setdefault(name, {})[row["step"]] = float(value)
     return found

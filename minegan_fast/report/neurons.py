@@ -21,15 +21,15 @@ def neuron_map(selection: Selection, sources: Sequence[str]) -> str:
     """A table; of several sources, whose layers begin with "generators.", a part for each."""
     body = []
     counts = selection.counts()
-    source = None
+    parts = {f"generators.{i}.": source for i, source in enumerate(sources)}
+    shown = ""
     for layer, (trained, neurons) in counts.items():
-        name = layer
-        if sources:
-            _, number, name = layer.split(".", 2)
-            if number != source:
-                source, own = number, [c for other, c in counts.items() if other.split(".")[1] == number]
-                total = f"{sum(k for k, _ in own)} of {sum(n for _, n in own)}"
-                body.append(f'<tr><th colspan="3">{escape(sources[int(number)])}: {total}</th></tr>')
+        part = next((part for part in parts if layer.startswith(part)), "")
+        name = layer.removeprefix(part)
+        if part != shown:
+            shown, own = part, [c for other, c in counts.items() if other.startswith(part)]
+            total = f"{sum(k for k, _ in own)} of {sum(n for _, n in own)}"
+            body.append(f'<tr><th colspan="3">{escape(parts.get(part, ""))}: {total}</th></tr>')
         stretches = runs(selection.rows[layer].tolist() if layer in selection.rows else [])
         path = "".join(f"M{first} 0h{last - first + 1}v1H{first}z" for first, last in stretches)
         listed = ",".join(str(first) if first == last else f"{first}-{last}" for first, last in stretches)

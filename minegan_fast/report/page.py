@@ -3,21 +3,18 @@
 import base64
 import hashlib
 import json
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from html import escape
 from importlib.resources import files
-from pathlib import Path
 from string import Template
-
-from PIL import Image
 
 from .charts import chart, thin
 from .facts import Facts, series_of
 from .neurons import neuron_map
-from .pictures import encoded
+from .pictures import encoded, opened
 
-GRIDS, NEIGHBOURS = 2_800_000, 500_000  # bytes for pictures, of the 5 MB that a page may have
+LARGEST = 4_900_000  # bytes of all panels, of the 5 MB that a page may have
+GRIDS, NEIGHBOURS = 2_800_000, 500_000  # bytes for pictures, where the other panels leave as much
 STEPS, SNAPSHOTS = 40, 300  # grids behind the slider, rows of the table
 METRICS = ("kid", "kid_train", "fid", "kmmd", "mv", "diversity")
 _NAMES = {"kid_train": "KID, training images", "kid": "KID", "fid": "FID", "kmmd": "KMMD", "mv": "Mean variance"}
@@ -49,8 +46,7 @@ def _own(name: str) -> str:
 
 
 def _panels(facts: Facts) -> Iterator[str]:
-    panels = {
-        "Images": _grids,
+    panels: dict[str, Callable[[Facts], str | None]] = {
         "Metrics": _metrics,
         "Curves": _curves,
         "Sources": _shares,
@@ -60,8 +56,9 @@ def _panels(facts: Facts) -> Iterator[str]:
         "Settings": _settings,
         "Versions": lambda facts: _table([], [[escape(n), escape(v)] for n, v in facts.versions.items()], "texts"),
     }
-    for title, draw in panels.items():
-        content = draw(facts)
+    drawn = {title: draw(facts) for title, draw in panels.items()}
+    room = min(GRIDS, LARGEST - sum(len(content.encode()) for content in drawn.values() if content))
+    for title, content in {"Images": _grids(facts, room), **drawn}.items():
         if not content:
             if title not in facts.missing:
                 continue
@@ -81,16 +78,16 @@ def _summary(facts: Facts) -> str:
     return escape(f"{last} steps, the best snapshot is that of step {facts.best}.{compared}")
 
 
-def _grids(facts: Facts) -> str:
+def _grids(facts: Facts, room: int) -> str:
     steps = [step for step in facts.marks if step in facts.grids]
     others = [step for step in facts.grids if step not in facts.marks]
     every = -(-len(others) // STEPS) if others else 1
     files = {step: facts.grids[step] for step in sorted({*steps, *others[::every]})}
-    opened = {step: picture for step, file in files.items() if (picture := _opened(file)) is not None}
-    if not opened:
+    found = {step: picture for step, file in files.items() if (picture := opened(file)) is not None}
+    if not found:
         return ""
-    steps, shown = [step for step in steps if step in opened], [*opened]
-    pictures = dict(zip(shown, encoded([*opened.values()], GRIDS), strict=True))
+    steps, shown = [step for step in steps if step in found], [*found]
+    pictures = dict(zip(shown, encoded([*found.values()], room), strict=True))
     figures = "".join(
         f'<figure><img data-step="{step}" src="{pictures[step]}" alt="Images at step {step}">'
         f"<figcaption>{escape(facts.marks[step])}, step {step}</figcaption></figure>"
@@ -106,16 +103,6 @@ def _grids(facts: Facts) -> str:
     )
     note = "The same latents at every step." + (f" Every {_ordinal(every)} snapshot." if every > 1 else "")
     return f'<div class="grids">{figures}</div>{slider}<p class="note">{note}</p>{_json("grids", data)}'
-
-
-def _opened(file: Path) -> Image.Image | None:
-    """None: what is there is no picture, or one too large to be opened."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            return Image.open(file).convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError):
-        return None
 
 
 def _metrics(facts: Facts) -> str:

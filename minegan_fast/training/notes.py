@@ -3,6 +3,10 @@
 import importlib.metadata
 import json
 import platform
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +34,9 @@ class Notes:
         """Of a new run the first row, of a resumed one one more: by what it runs, and on which images."""
         if step == 0:
             self.path.unlink(missing_ok=True)
+        elif self.path.is_file() and not self.path.read_bytes().endswith(b"\n"):  # a kill cut the last line off
+            with open(self.path, "a") as file:
+                file.write("\n")
         held_out = 0 if prepared.held_out is None else len(prepared.held_out)
         target = {"shape": list(prepared.target.images.shape), "digest": contents["images"], "held_out": held_out}
         self.add(step, began={"versions": versions(prepared.device), "target": target})
@@ -40,10 +47,39 @@ class Notes:
         for line in self.path.read_bytes().splitlines() if self.path.is_file() else []:
             try:
                 row = json.loads(line)
-                found += [(int(row["step"]), row[kind])] if kind in row else []
-            except (ValueError, TypeError, KeyError):
+                if kind in row and _FITS[kind](row[kind]):
+                    found.append((int(row["step"]), row[kind]))
+            except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
                 continue
         return found
+
+
+def _began(row: Any) -> bool:
+    target, texts = row["target"], [*row["versions"].values(), row["target"]["digest"]]
+    numbers = [*target["shape"], target["held_out"]]
+    return len(numbers) == 5 and all(type(n) is int for n in numbers) and all(isinstance(t, str) for t in texts)
+
+
+def _intervals(row: Any) -> bool:
+    ends = [[low, high] for low, high in row["values"].values()]
+    return all(isinstance(end, Real) for pair in ends for end in pair) and {"generated", "real"} <= row.keys()
+
+
+_FITS = {"message": lambda row: isinstance(row, str), "began": _began, "intervals": _intervals}
+
+
+@contextmanager
+def heard() -> Iterator[list[str]]:
+    """Gives a list that holds, after the block, the texts of the warnings in it, which go on to who waits for them."""
+    texts: list[str] = []
+    caught: list[warnings.WarningMessage] = []
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            yield texts
+    finally:
+        texts += [str(one.message) for one in caught if issubclass(one.category, UserWarning)]
+        for one in caught:
+            warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
 
 
 def versions(device: torch.device) -> dict[str, str]:

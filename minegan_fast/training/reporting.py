@@ -1,8 +1,7 @@
 """`report.html` of a run, from what its folder holds."""
 
-import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from .. import metrics as m
 from ..files.atomic import atomic_path
 from ..finetune import Selection
 from ..ops.mmd import mmd2
-from ..report import Facts, Neighbour, page
+from ..report import Facts, Neighbour, page, series_of
 from .config import TransferConfig, load_config
 from .evaluation import MEASURES, generate
 from .folder import RunFolder
@@ -25,12 +24,13 @@ from .moved import located
 from .notes import Notes
 from .plots import tiles
 from .prepared import Prepared
-from .result_files import SHARES
+from .result_files import SHARES, read_shares
 
 LEVEL = 0.95
 GENERATED, REAL = 128, 500  # images of the intervals: the jackknife measures as often as there are images
 SHOWN = 16  # generated images whose neighbours are shown
 MANY = 5000  # training images, of which fewer pixels are compared
+PART = 64  # of them in floats at once
 _KID = partial(mmd2, kernel="polynomial")
 _JACKKNIFED: dict[str, Callable] = {"kid": _KID, "kid_train": _KID, "kmmd": m.kmmd, "mv": m.mean_variance}
 _JACKKNIFED["diversity"] = MEASURES["diversity"]
@@ -41,7 +41,8 @@ def write_report(run: str | Path, target: ImageSet | None = None) -> Path:
 
     target: the training images; None reads them from where the run had them, if they are what they were.
 
-    ValueError: no run there, or none that has measured anything yet.
+    A panel whose files are damaged or not there says so. ValueError: no run there, none that has measured anything yet,
+    or one whose settings are damaged.
     """
     folder = RunFolder(run)
     if not folder.config.is_file():
@@ -63,25 +64,26 @@ def conclude(prepared: Prepared, run: Path, step: int, mined) -> None:
         warnings.warn(
             f"the report could not be written ({type(error).__name__}: {error}); the run is whole, and minegan-fast "
             f"report {run} tries again",
-            stacklevel=2,
+            stacklevel=6,  # at who called transfer
         )
 
 
 def gather(folder: RunFolder, target: ImageSet | None = None) -> Facts:
     """What a report shows of a run's folder. ValueError: nothing has been measured there yet."""
-    settings, history, notes = load_config(folder.config), folder.read_history(), Notes(folder.log)
-    measured = [row for row in history if "kid" in row]
-    if not measured:
-        raise ValueError(f"the run in {str(folder.path)!r} has no snapshot yet: wait for its first one")
+    settings = TransferConfig(**load_config(folder.config)).to_dict()
+    history, notes = folder.read_history(), Notes(folder.log)
+    kid = series_of(history).get("kid")
+    if not kid:
+        why = f"{folder.history.name} is damaged or not there" if folder.newest() else "wait for its first snapshot"
+        raise ValueError(f"the run in {str(folder.path)!r} has measured nothing: {why}")
     began = [row for _, row in notes.read("began")]
-    held_out = began[-1]["target"]["held_out"] if began else True
-    last = measured[-1]["step"]
-    best = min(measured, key=lambda row: row["kid"])["step"] if held_out else last
-    facts = Facts(
-        folder.path.resolve().name, history, _marks(settings, measured, best), best, measured[-1].get("judge", "")
-    )
+    held_out = began[-1]["target"]["held_out"] if began else settings["held_out"]
+    best = min(kid, key=lambda step: kid[step]) if held_out else max(kid)
+    judge = str(next((row["judge"] for row in reversed(history) if "judge" in row), ""))
+    facts = Facts(folder.path.resolve().name, history, _marks(settings, kid, best), best, judge)
     pictures = (path for path in folder.samples.glob("*.png") if path.stem.isdecimal())
     facts.grids = {int(path.stem): path for path in sorted(pictures, key=lambda path: int(path.stem))}
+    _shares(folder, settings, facts)
     _selection(folder, facts)
     _intervals_of(facts, notes)
     facts.settings = {name: (value, value == default) for name, value, default in _settings(settings)}
@@ -91,39 +93,50 @@ def gather(folder: RunFolder, target: ImageSet | None = None) -> Facts:
             if value not in (known := facts.versions.get(name, "")).split(", then "):
                 facts.versions[name] = f"{known}, then {value}" if known else value
     if not began:
-        facts.missing["Versions"] = facts.missing["Messages"] = "The run has no log: an older version began it."
-    facts.missing.setdefault("Images", "The run has no sample grids.")
+        said = f"{folder.log.name} is damaged" if folder.log.is_file() else "an older version began it"
+        facts.missing["Versions"] = facts.missing["Messages"] = f"The run has no log: {said}."
+    facts.missing.setdefault("Images", "The run has no sample grids, or none that can be opened.")
     try:
         target = target or _target(folder, settings, began)
         facts.neighbours = neighbours(facts.grids.get(best), settings["grid"], target)
-    except (ValueError, OSError) as error:
-        facts.missing["Nearest training images"] = f"Not compared: {error}."
+    except (ValueError, OSError, Image.DecompressionBombError) as error:
+        facts.missing["Nearest training images"] = f"Not compared: {str(error).rstrip('.')}."
     return facts
 
 
-def _marks(settings: dict, measured: list[dict], best: int) -> dict[int, str]:
-    last, mining = measured[-1]["step"], settings["mining_steps"]
+def _marks(settings: dict, measured: Collection[int], best: int) -> dict[int, str]:
+    last, mining = max(measured), settings["mining_steps"]
     named = {"source": 0, "mined": mining if mining else None, "finetuned": last, "best": best}
     if last <= mining:
         named["last"] = named.pop("finetuned")
     marks: dict[int, str] = {}
     for name, step in named.items():
-        if step in {row["step"] for row in measured}:
+        if step in measured:
             marks[step] = f"{marks[step]}, {name}" if step in marks else name
     return dict(sorted(marks.items()))
 
 
+def _shares(folder: RunFolder, settings: dict, facts: Facts) -> None:
+    if not isinstance(settings["source"], list):
+        return
+    try:
+        found = read_shares(folder.best / SHARES)
+    except (ValueError, OSError) as error:
+        facts.missing["Sources"] = f"No shares: {error}."
+        return
+    intervals = [None] * len(found.names) if found.interval is None else found.interval.tolist()
+    facts.sources = found.names
+    facts.shares = dict(zip(found.names, zip(found.p.tolist(), intervals, strict=True), strict=True))
+
+
 def _selection(folder: RunFolder, facts: Facts) -> None:
-    shares = next((f for f in (folder.best, folder.last) if (f / SHARES).is_file()), None)
-    if shares is not None:
-        found = json.loads((shares / SHARES).read_text())
-        facts.sources = found["names"]
-        intervals = found["interval"] or [None] * len(facts.sources)
-        facts.shares = dict(zip(facts.sources, zip(found["p"], intervals, strict=True), strict=True))
     if not folder.selection.is_file():
         facts.missing["Neurons"] = "No neurons were selected: stage 2 has not begun, or there is none."
         return
-    facts.selection = Selection.load(folder.selection)
+    try:
+        facts.selection = Selection.load(folder.selection)
+    except (ValueError, OSError) as error:
+        facts.missing["Neurons"] = f"Not to be read: {error}."
 
 
 def _intervals_of(facts: Facts, notes: Notes) -> None:
@@ -207,7 +220,12 @@ def neighbours(grid: Path | None, count: int, target: ImageSet) -> list[Neighbou
     side = min(resolution, 32 if N <= MANY else 8)
 
     def vectors(images: Tensor) -> Tensor:
-        return F.adaptive_avg_pool2d(images.float(), side).flatten(1).double() / side / channels**0.5
+        parts = images.split(PART)
+        return (
+            torch.cat([F.adaptive_avg_pool2d(p.float(), side).flatten(1).double() for p in parts])
+            / side
+            / channels**0.5
+        )
 
     drawn = torch.stack([torch.frombuffer(bytearray(s.tobytes()), dtype=torch.uint8) for s in samples])
     x = vectors(drawn.view(-1, resolution, resolution, channels).permute(0, 3, 1, 2))

@@ -22,7 +22,7 @@ from .folder import RunFolder, read_generator
 from .generators import networks, source_of
 from .miners import Network, branches, latents_of, shares
 from .moved import keep_source
-from .notes import Notes
+from .notes import Notes, heard
 from .plots import loss_curves, save_grid
 from .prepared import Prepared
 from .progress import Progress
@@ -141,7 +141,7 @@ class Run:
         self.best_row: dict = {}
         self.history: list[dict] = []
         self.warned: set[str] = set()
-        with self.processes.together():
+        with self.processes.together(), heard() as warned:
             # The first process alone measures.
             self.real = prepared.features(prepared.reference) if self.processes.first else torch.empty(0)
             seen = spaced(prepared.target.images, self.config.eval_samples)
@@ -155,11 +155,16 @@ class Run:
         self.processes.check_equal(self.step, f"the processes see different snapshots in {str(folder.path)!r}")
         self.processes.from_first(lambda: folder.begin(self.config, self.history))
         self.resumed, self.asked_to_resume = bool(restored), resume
-        notes = Notes(folder.log)
-        self.processes.from_first(lambda: notes.begin(self.step, prepared, self.contents))
-        keep = notes.message if self.processes.first else None
+        self.notes = Notes(folder.log)
+        self.processes.from_first(lambda: self._begin_notes([*prepared.warned, *warned]))
+        keep = self.notes.message if self.processes.first else None
         shows = progress and self.processes.first
         self.progress = Progress(self.config.total_steps, enabled=shows, done=self.step, keep=keep)
+
+    def _begin_notes(self, warned: list[str]) -> None:
+        self.notes.begin(self.step, self.prepared, self.contents)
+        for text in warned:
+            self.notes.message(self.step, text)
 
     def train(self) -> TransferResult:
         """Both stages, or what is left of them."""
@@ -399,11 +404,12 @@ class Run:
     def _result(self) -> TransferResult:
         self.history = self.processes.from_first(lambda: self.history)
         if self.best_step == 0 and self.processes.first:
-            warnings.warn(
+            text = (
                 "by held-out KID no snapshot was better than the source itself, so best/ holds it: train longer, hold "
-                "more images out, or look at last/",
-                stacklevel=5,
+                "more images out, or look at last/"
             )
+            self.notes.message(self.step, text)
+            warnings.warn(text, stacklevel=5)
         like = networks(self.prepared.generator)
         device, sleep = self.prepared.device, self.prepared.sleep
         mined = read_result(self.folder.best, lambda path, i: read_generator(path, like[i]), device, sleep)
