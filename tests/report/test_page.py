@@ -1,5 +1,6 @@
 """A page of facts: its size, its texts, and what stands in for data that are not there."""
 
+import json
 import re
 
 import pytest
@@ -11,7 +12,7 @@ from minegan_fast.finetune import Selection
 from minegan_fast.report import Facts, Neighbour, page, series_of
 from minegan_fast.report.charts import thin
 from minegan_fast.report.neurons import runs
-from minegan_fast.report.pictures import encoded
+from minegan_fast.report.pictures import encoded, opened
 
 EVIL = "</title><script>alert(1)</script>\"'&$x$"
 
@@ -64,6 +65,32 @@ def test_small_pictures_keep_their_pixels_and_large_ones_fit():
     uri = encoded([noise(16)], 10_000)[0]
     assert uri.startswith("data:image/png;base64,")
     assert sum(map(len, encoded([noise(600)] * 3, 60_000))) <= 60_000
+
+
+def test_large_grids_are_shrunk_and_what_is_none_is_passed_over(tmp_path):
+    noise(1500).resize((3000, 1500)).save(tmp_path / "large.png")
+    noise(8).save(tmp_path / "small.png")
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")
+    assert opened(tmp_path / "large.png").size == (1024, 512)
+    assert opened(tmp_path / "small.png").tobytes() == Image.open(tmp_path / "small.png").tobytes()
+    assert opened(tmp_path / "bomb.png") is None
+    assert opened(tmp_path) is None
+
+
+def test_grids_get_what_other_panels_leave(history, tmp_path):
+    for step in range(12):
+        noise(640).save(tmp_path / f"{step}.png")
+    rows, sizes = {}, {}
+    for i in range(64):
+        for layer in range(26):
+            name = f"generators.{i}.layers.{layer}"
+            sizes[name], rows[name] = (512, 1), torch.randperm(512)[:256].sort().values
+    facts = Facts("run", history, {0: "source"}, 0, grids={step: tmp_path / f"{step}.png" for step in range(12)})
+    facts.selection, facts.sources = Selection(rows, sizes), [f"GAN {i}" for i in range(64)]
+    text = page(facts)
+    assert len(text.encode()) < 5_000_000
+    assert len([a for a, _ in Page(text).all("tr", kind="layer")]) == 64 * 26
+    assert len(json.loads(Page(text).all("script", id="grids")[0][1])["steps"]) == 12
 
 
 def test_panels_without_data_say_so(history, tmp_path):

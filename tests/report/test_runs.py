@@ -207,8 +207,9 @@ def test_a_report_that_fails_is_a_warning(tiny, tmp_path, monkeypatch):
     (tmp_path / "run" / "report.html").write_text("old")
     with pytest.warns(
         UserWarning, match=r"report could not be written .RuntimeError: no room for it.; the run is whole"
-    ):
+    ) as warned:
         result = mf.transfer(**settings, out=tmp_path / "run")
+    assert [w.filename for w in warned if "report could not" in str(w.message)] == [__file__]
     assert result.step in {row["step"] for row in result.history}
     assert (tmp_path / "run" / "report.html").read_text() == "old"
     assert not list((tmp_path / "run").glob(".report*"))

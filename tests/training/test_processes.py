@@ -19,6 +19,7 @@ from minegan_fast.finetune import Selection
 from minegan_fast.training import DoesNotFit
 from minegan_fast.training.estimate import Estimate, Work
 from minegan_fast.training.folder import RunFolder
+from minegan_fast.training.notes import Notes
 from minegan_fast.training.processes import Processes
 from minegan_fast.training.sources import choose_device
 
@@ -91,6 +92,13 @@ def test_a_run_on_two_processes_is_that_on_one(two):
         other = results[1][name]
         assert torch.equal(samples, other[0])
         assert (step, history) == other[1:]
+
+
+@pytest.mark.parametrize("name", ["two", "still mixture spread", "still winner spread"])
+def test_one_report_is_written(two, name):
+    """By the first process: the second one wrote nothing at all, as the processes themselves have asked."""
+    assert f"<h1>{name}</h1>" in (two / name / "report.html").read_text()
+    assert len(Notes(two / name / "log.jsonl").read("intervals")) == 1
 
 
 def test_the_kernel_distance_is_that_of_all_samples(two):
