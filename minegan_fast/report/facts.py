@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,6 +58,6 @@ def series_of(history: Sequence[dict]) -> dict[str, dict[int, float]]:
     found: dict[str, dict[int, float]] = {}
     for row in history:
         for name, value in row.items():
-            if name != "step" and isinstance(value, Real) and abs(value) < LARGEST:  # no NaN either
+            if name != "step" and isinstance(value, (int, float)) and abs(value) < LARGEST:  # no NaN either
                 found.setdefault(name, {})[row["step"]] = float(value)
     return found
