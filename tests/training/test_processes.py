@@ -193,7 +193,7 @@ def test_all_ranks_have_the_same_state(two, variant):
 
 def test_the_program_under_torchrun(two, settings, tmp_path):
     arguments = ["transfer", settings["source"], settings["images"], "--out", str(tmp_path / "run")]
-    for name in settings.keys() - {"source", "images", "progress"}:
+    for name in settings.keys() - {"source", "images", "progress", "report"}:
         arguments += [f"--{name.replace('_', '-')}", str(settings[name])]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "minegan_fast"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": recipe_ranks.LOOPBACK}
@@ -203,6 +203,8 @@ def test_the_program_under_torchrun(two, settings, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("step ") == 1, "the first process alone prints the result"
     assert done.stderr.count("2 processes, 4 images of a step each") == 1
+    assert len(Notes(tmp_path / "run" / "log.jsonl").read("intervals")) == 1, "the first process alone reports"
+    assert (tmp_path / "run" / "report.html").is_file()
     one, other = weights(tmp_path / "run"), weights(two / "two")
     assert all(torch.equal(one[name], other[name]) for name in one)
 
