@@ -158,7 +158,7 @@ def main(rank: int, port: int, folder: str, tiny: dict, settings: dict):
 
     if rank:
         sys.addaudithook(watch)
-    result = mf.transfer(**settings, out=folder / "two")
+    result = mf.transfer(**settings | {"report": True}, out=folder / "two")
     assert not dist.is_initialized()
     resumed = mf.transfer(**settings, out=folder / "one then two", resume=True)
     mf.transfer(**settings | {"finetune_steps": 3}, out=folder / "two then one")
@@ -202,7 +202,7 @@ def main(rank: int, port: int, folder: str, tiny: dict, settings: dict):
         if not name.startswith("still"):
             continue
         spread = settings | changes | {"spread": True}
-        mf.transfer(**spread, out=folder / f"{name} spread")
+        mf.transfer(**spread | {"report": True}, out=folder / f"{name} spread")
         mf.transfer(**spread | {"mining_steps": 1, "finetune_steps": 0}, out=folder / f"{name} spread then one")
         mf.transfer(**spread, out=folder / f"{name} one then spread", resume=True)
     assert dist.is_initialized(), "a group that the caller made is the caller's"

@@ -23,6 +23,7 @@ FLOORS = (
     {"collectives", "files", "ops"},
     {"layers", "metrics"},
     {"data", "finetune", "mining", "models"},
+    {"report"},
     {"training"},
     {"cli"},
 )

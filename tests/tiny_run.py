@@ -21,6 +21,7 @@ RUN = {
     "augment": "translation",
     "held_out": 0.25,
     "progress": False,
+    "report": False,
 }
 
 

@@ -1,4 +1,4 @@
-"""`minegan-fast demo | transfer | sample | interpolate | evaluate | export | push | convert | inspect | doctor`."""
+"""`minegan-fast demo | transfer | sample | interpolate | evaluate | report | push | export | convert | inspect | doctor`"""
 
 import dataclasses
 import inspect
@@ -22,6 +22,7 @@ from .arguments import Base, Device, MinerFile, Result, Seed, Which
 from .export import export
 from .modules import named_base, named_module
 from .push import push
+from .report import report_run
 
 app = typer.Typer(
     help="Adapts a pretrained GAN to a few images: mining, then finetuning of the neurons that matter.",
@@ -212,7 +213,7 @@ returns the network with its weights: any module with latent_dim, resolution and
 take it again.
 
 The folder then holds best/ and last/ (generator, miner, delta), samples/, history.jsonl, losses.png, events/ for
-TensorBoard, config.json, and the snapshots that --resume goes on from.
+TensorBoard, config.json, report.html with all of it on one page, and the snapshots that --resume goes on from.
 """
 
 
@@ -346,6 +347,7 @@ app.command("convert")(files.convert)
 app.command("inspect")(files.inspect)
 app.command("export")(export)
 app.command("push")(push)
+app.command("report")(report_run)
 
 
 @app.command()

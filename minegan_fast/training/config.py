@@ -33,7 +33,7 @@ METRICS = ("fid", "kid", "kmmd", "mv", "diversity")
 OF_THE_SELECTION = ("density", "budget", "criterion", "scope", "policy", "affine")
 FREE_ON_RESUME = (
     "device", "cuda_graphs", "offload", "spread", "mining_steps", "finetune_steps", "snapshot_every", "patience",
-    "keep", "log_every",
+    "keep", "log_every", "report",
 )  # fmt: skip
 # Of these the contents count, which the run compares, and not where they lie.
 PATHS = ("source", "images", "critic", "held_out", "features", "loss_features")
@@ -190,6 +190,7 @@ class TransferConfig:
     keep: int = setting(2, "Newest snapshots that stay on the disk.")
     grid: int = setting(64, "Images in a sample grid.")
     log_every: int = setting(10, "Steps between rows of history.jsonl.")
+    report: bool = setting(True, "Write report.html at the end.")
     resize: int | None = setting(
         None, "Resolution of the images of several sources, where theirs differ; default: they must not."
     )

@@ -32,10 +32,11 @@ RESULTS = ("best", "last", "mined")
 class RunFolder:
     """The paths in a run's folder.
 
-    It holds `config.json`, `history.jsonl`, `losses.png`, `selection.safetensors`, `samples/`, `snapshots/`, `events/`,
-    `source/` with the networks that the run read from files, as they were, and three results, each with generator,
-    miner and delta: `last/`, `best/` by held-out KID, and `mined/`, which is the state after stage 1. Of several
-    sources a result has a folder for each with these files, and `shares.json`.
+    It holds `config.json`, `history.jsonl`, `log.jsonl` with what the run said, `losses.png`, `report.html`,
+    `selection.safetensors`, `samples/`, `snapshots/`, `events/`, `source/` with the networks that the run read from
+    files, as they were, and three results, each with generator, miner and delta: `last/`, `best/` by held-out KID, and
+    `mined/`, which is the state after stage 1. Of several sources a result has a folder for each with these files, and
+    `shares.json`.
     """
 
     def __init__(self, path: str | Path):
@@ -43,6 +44,8 @@ class RunFolder:
         self.config = self.path / "config.json"
         self.history = self.path / "history.jsonl"
         self.curves = self.path / "losses.png"
+        self.log = self.path / "log.jsonl"
+        self.report = self.path / "report.html"
         self.samples = self.path / "samples"
         self.snapshots = self.path / "snapshots"
         self.events = self.path / "events"

@@ -37,6 +37,18 @@ def image_grid(images: Tensor, columns: int | None = None, *, scale: int | None 
     return grid
 
 
+def tiles(grid: Image.Image, count: int, resolution: int) -> list[Image.Image]:
+    """The images of `image_grid` of `count` images, whose columns were None, at their own resolution. ValueError: the
+    picture is too small for them."""
+    columns = math.ceil(math.sqrt(count))
+    size = (grid.width + _GAP) // columns
+    if min(size, (grid.height + _GAP) // math.ceil(count / columns)) <= _GAP:
+        raise ValueError(f"a picture of {grid.width} x {grid.height} pixels is no grid of {count} images")
+    corners = [(column * size, row * size) for row, column in (divmod(i, columns) for i in range(count))]
+    cut = [grid.crop((left, top, left + size - _GAP, top + size - _GAP)) for left, top in corners]
+    return [tile.resize((resolution, resolution), Image.Resampling.NEAREST) for tile in cut]
+
+
 def save_grid(path: str | os.PathLike, images: Tensor, columns: int | None = None, *, scale: int | None = None) -> None:
     """Writes `image_grid(images, columns)` to `path`; the suffix names the format."""
     grid = image_grid(images, columns, scale=scale)

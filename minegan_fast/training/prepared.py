@@ -71,12 +71,13 @@ class Prepared:
         features, judge: what measures the metrics, and its name, which says so where it also trained the run.
         kernel: the kernel distance to the target, where a loss needs it.
         why_eager: why the steps are not captured although the configuration asks for it; empty where nothing is wrong.
-        notes: lines that tell a user what was chosen.
+        notes: lines that tell a user what was chosen. warned: the warnings of the preparation.
         estimate: of the memory that the run will need.
     """
 
     def __init__(self, config: TransferConfig, materials: Materials, processes: Processes, checkpoints: Checkpoints):
         self.config, self.processes = config, processes
+        self.warned: list[str] = []
         if config.batch % processes.size:
             raise ValueError(
                 f"batch {config.batch} cannot be divided among {processes.size} processes: take a multiple of "

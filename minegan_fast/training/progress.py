@@ -47,16 +47,25 @@ class Progress:
     Steps count those of the whole run that are done; a resumed run gives `done` and goes on from there. Tensors are
     read only when something is drawn, so no step waits for a CUDA stream. A terminal that fails (closed pipe, odd
     encoding) ends the display, never the run. console: a rich console; None is standard error. enabled=False prints
-    nothing.
+    nothing. keep: gets (step, message) of every `log`, printed or not.
     """
 
-    def __init__(self, total_steps: int, enabled: bool = True, console: Console | None = None, *, done: int = 0):
+    def __init__(
+        self,
+        total_steps: int,
+        enabled: bool = True,
+        console: Console | None = None,
+        *,
+        done: int = 0,
+        keep: Callable[[int, str], None] | None = None,
+    ):
         self._total = total_steps
         self._console = (console or _Stderr(stderr=True)) if enabled else None
         self._live: Live | None = None
         self._stages: list[_Stage] = []
         self._values: dict[str, float | Tensor | str] = {}
         self._step = done
+        self._keep = keep
         self._samples: deque[tuple[float, int]] = deque(maxlen=_SAMPLES)
         self._next_draw = 0.0
 
@@ -109,6 +118,8 @@ class Progress:
 
     def log(self, message: str) -> None:
         """Prints a line that stays, above the bars."""
+        if self._keep:
+            self._keep(self._step, message)
         self._print(message)
 
     def _start(self) -> None:

@@ -15,6 +15,7 @@ from .config import TransferConfig, check_names
 from .estimate import Estimate, estimate_seconds
 from .evaluation import NAMED
 from .methods import KERNEL
+from .notes import heard
 from .prepared import NAMED_LOSS_FEATURES, Materials, Prepared
 from .processes import join
 from .randomness import keep_random_state
@@ -98,9 +99,10 @@ def transfer(
             label, or "207,208": where the class miner starts; by default at the distribution of all classes'
             embeddings), miner_depth, miner_width, r1_gamma, r1_every, path_length_weight, path_length_every,
             gradient_penalty_weight, augment, ema_decay, ewc_weight, precision ("fp32" | "bf16" | "fp16"), eval_samples,
-            keep, grid, log_every, cuda_graphs (capture the steps on one GPU, on which the target images then lie too:
-            the same steps to rounding, prepared by the host once; each kind of step runs three times as it is before,
-            and so do all steps from then on where one cannot be captured, with the reason in the run's output).
+            keep, grid, log_every, report (False: no report.html at the end), cuda_graphs (capture the steps on one GPU,
+            on which the target images then lie too: the same steps to rounding, prepared by the host once; each kind of
+            step runs three times as it is before, and so do all steps from then on where one cannot be captured, with
+            the reason in the run's output).
 
     Returns a `TransferResult`; the folder holds the same and more (see README).
 
@@ -185,8 +187,9 @@ def _prepared(config: TransferConfig, materials: Materials, checkpoints: Checkpo
     """What a run needs, on every process, or the same error on all of them."""
     cuda = torch.cuda.is_available() if config.device is None else config.device.startswith("cuda")
     with join(cuda) as processes:
-        with processes.together():
+        with processes.together(), heard() as warned:
             prepared = Prepared(config, materials, processes, checkpoints)
+        prepared.warned = warned
         message = "the processes were given different settings or see different images"
         processes.check_equal(prepared.identity(), message)
         with torch.cuda.device(prepared.device) if prepared.device.type == "cuda" else nullcontext():

@@ -3,10 +3,10 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..files.atomic import atomic_path
 from ..finetune import SparseFinetuner
@@ -62,15 +62,24 @@ def read_result(
 
     if not (folder / SHARES).is_file():
         return read(folder, 0)
-    names, p, resize = _shares(folder / SHARES)
+    names, p, resize, _ = read_shares(folder / SHARES)
     mined = [read(folder / name, i) for i, name in enumerate(names)]
     found = MultiGenerator([m.generator for m in mined], mined, resize=resize, names=names, offload=sleep)
     found.take(p)
     return found.eval()
 
 
-def _shares(path: Path) -> tuple[list[str], torch.Tensor, int | None]:
-    """(names, p, resize). ValueError: the file is damaged."""
+class Shares(NamedTuple):
+    """Of several sources. p: float64 [K]. interval: float64 [K, 2], or None. resize: of the images, or None."""
+
+    names: list[str]
+    p: Tensor
+    resize: int | None
+    interval: Tensor | None
+
+
+def read_shares(path: Path) -> Shares:
+    """What `write_result` wrote as `shares.json`. ValueError: the file is damaged."""
     try:
         shares = json.loads(path.read_bytes())
         names, p = shares["names"], torch.tensor(shares["p"], dtype=torch.float64)
@@ -80,7 +89,11 @@ def _shares(path: Path) -> tuple[list[str], torch.Tensor, int | None]:
         plain = all(isinstance(name, str) and name == Path(name).name != ".." for name in names)
         if not plain or p.shape != (len(names),) or not (p.isfinite().all() and (p >= 0).all() and p.sum() > 0):
             raise ValueError("names and shares do not fit")
-        return names, p, resize
+        if (interval := shares.get("interval")) is not None:
+            interval = torch.tensor(interval, dtype=torch.float64)
+            if interval.shape != (len(names), 2):
+                raise ValueError("names and intervals do not fit")
+        return Shares(names, p, resize, interval)
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RuntimeError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ValueError(f"{path} is damaged ({reason}): write the result again, or copy it again") from None

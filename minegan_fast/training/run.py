@@ -22,10 +22,12 @@ from .folder import RunFolder, read_generator
 from .generators import networks, source_of
 from .miners import Network, branches, latents_of, shares
 from .moved import keep_source
+from .notes import Notes, heard
 from .plots import loss_curves, save_grid
 from .prepared import Prepared
 from .progress import Progress
 from .randomness import derived_seed, keep_and_set_random_state, keep_random_state
+from .reporting import conclude, spaced
 from .result_files import read_result, write_result
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -99,7 +101,10 @@ def execute(prepared: Prepared, out: Path, resume: bool, progress: bool) -> Tran
     with ExitStack() as claim:  # the first process holds it
         processes.from_first(lambda: claim.enter_context(folder.claimed(config, resume)))
         with _explained(prepared, folder), keep_random_state(prepared.device):
-            return Run(prepared, folder, resume, progress).train()
+            result = Run(prepared, folder, resume, progress).train()
+            if config.report:
+                processes.from_first(lambda: conclude(prepared, folder.path, result.step, result.mined))
+            return result
 
 
 @contextmanager
@@ -136,9 +141,12 @@ class Run:
         self.best_row: dict = {}
         self.history: list[dict] = []
         self.warned: set[str] = set()
-        with self.processes.together():
+        with self.processes.together(), heard() as warned:
             # The first process alone measures.
             self.real = prepared.features(prepared.reference) if self.processes.first else torch.empty(0)
+            seen = spaced(prepared.target.images, self.config.eval_samples)
+            told_apart = self.processes.first and prepared.held_out is not None
+            self.seen = prepared.features(seen) if told_apart else None
             restored = folder.load_snapshot(PARTS) if resume else None
             if restored:
                 self._restore(*restored)
@@ -147,7 +155,16 @@ class Run:
         self.processes.check_equal(self.step, f"the processes see different snapshots in {str(folder.path)!r}")
         self.processes.from_first(lambda: folder.begin(self.config, self.history))
         self.resumed, self.asked_to_resume = bool(restored), resume
-        self.progress = Progress(self.config.total_steps, enabled=progress and self.processes.first, done=self.step)
+        self.notes = Notes(folder.log)
+        self.processes.from_first(lambda: self._begin_notes([*prepared.warned, *warned]))
+        keep = self.notes.message if self.processes.first else None
+        shows = progress and self.processes.first
+        self.progress = Progress(self.config.total_steps, enabled=shows, done=self.step, keep=keep)
+
+    def _begin_notes(self, warned: list[str]) -> None:
+        self.notes.begin(self.step, self.prepared, self.contents)
+        for text in warned:
+            self.notes.message(self.step, text)
 
     def train(self) -> TransferResult:
         """Both stages, or what is left of them."""
@@ -263,7 +280,10 @@ class Run:
         config, folder, sampler = self.config, self.folder, self.trainer.result()
         fake = generate(sampler, config.eval_samples, config.seed)
         names = dict.fromkeys((*config.metrics, "kid", "diversity"))
-        values = measure(self.prepared.features(fake), self.real, names)
+        features = self.prepared.features(fake)
+        values = measure(features, self.real, names)
+        if self.seen is not None:
+            values["kid_train"] = measure(features, self.seen, ("kid",))["kid"]
         values |= self._health(sampler, values["diversity"])
         self._record(values | {"judge": self.prepared.judge})
         self.progress.update(self.step, self._shown(values))
@@ -384,11 +404,12 @@ class Run:
     def _result(self) -> TransferResult:
         self.history = self.processes.from_first(lambda: self.history)
         if self.best_step == 0 and self.processes.first:
-            warnings.warn(
+            text = (
                 "by held-out KID no snapshot was better than the source itself, so best/ holds it: train longer, hold "
-                "more images out, or look at last/",
-                stacklevel=5,
+                "more images out, or look at last/"
             )
+            self.notes.message(self.step, text)
+            warnings.warn(text, stacklevel=5)
         like = networks(self.prepared.generator)
         device, sleep = self.prepared.device, self.prepared.sleep
         mined = read_result(self.folder.best, lambda path, i: read_generator(path, like[i]), device, sleep)

@@ -26,6 +26,7 @@ def transfer(run_settings):
     settings = {**run_settings}
     arguments = ["transfer", settings.pop("source"), settings.pop("images")]
     settings.pop("progress")
+    settings.pop("report")
     for name, value in settings.items():
         arguments += [f"--{name.replace('_', '-')}", value]
-    return [str(a) for a in arguments]
+    return [*map(str, arguments), "--no-report"]

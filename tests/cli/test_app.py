@@ -10,7 +10,9 @@ import minegan_fast
 from minegan_fast.cli import doctor
 from minegan_fast.training import estimate
 
-COMMANDS = ("demo", "transfer", "sample", "interpolate", "evaluate", "push", "convert", "export", "inspect", "doctor")
+COMMANDS = (
+    "demo", "transfer", "sample", "interpolate", "evaluate", "report", "push", "convert", "export", "inspect", "doctor",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -18,9 +20,9 @@ def test_help_has_an_example_and_the_common_options(call, command):
     code, out, _ = call(command, "--help")
     assert code == 0
     assert f"Example: minegan-fast {command}" in out
-    if command not in ("convert", "export", "inspect"):
+    if command not in ("report", "convert", "export", "inspect"):
         assert "--device" in out
-    if command not in ("convert", "export", "inspect", "doctor"):
+    if command not in ("report", "convert", "export", "inspect", "doctor"):
         assert "--seed" in out
 
 
@@ -38,6 +40,13 @@ def test_transfer_sample_evaluate(call, transfer, run_settings, tmp_path):
 
     code, _, err = call("sample", run, "--out", tmp_path / "s", "--by-source")
     assert (code, err) == (1, "error: --by-source is for a run with several sources, and this one has one\n")
+
+    assert not (run / "report.html").exists()
+    code, out, err = call("report", run)
+    assert (code, out, err) == (0, f"written: {run / 'report.html'}\n", "")
+    assert "<h1>run</h1>" in (run / "report.html").read_text()
+    code, _, err = call("report", tmp_path)
+    assert (code, err) == (1, f"error: no run in {str(tmp_path)!r}: give the folder that transfer wrote\n")
 
     delta = run / "last" / "delta.safetensors"
     assert call("sample", delta, "--source", run_settings["source"], "--out", tmp_path / "d", "-n", 2)[0] == 0

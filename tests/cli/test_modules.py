@@ -55,7 +55,7 @@ def gan(tmp_path):
 
 def options(settings, *sources):
     """The command line of a tiny run on these sources, without a critic of a file."""
-    leave = ("source", "critic", "progress", "out", "images")
+    leave = ("source", "critic", "progress", "report", "out", "images")
     rest = [x for n, v in settings.items() if n not in leave for x in (f"--{n.replace('_', '-')}", v)]
     where = sources if len(sources) == 1 else [x for source in sources for x in ("--source", source)]
     images = [settings["images"]] if len(sources) == 1 else ["--images", settings["images"]]

@@ -63,10 +63,12 @@ print(killed)
 
 
 def contents(folder: Path) -> dict[str, object]:
-    """All that a run leaves, times and event files aside."""
+    """All that a run leaves, times, event files and what it said of being resumed aside."""
     found: dict[str, object] = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and "events" not in p.parts):
         name = str(path.relative_to(folder))
+        if name == "log.jsonl":
+            continue
         if path.suffix == ".pt":
             found[name] = plain(torch.load(path, weights_only=True))
         elif name == "history.jsonl":

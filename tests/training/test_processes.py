@@ -19,6 +19,7 @@ from minegan_fast.finetune import Selection
 from minegan_fast.training import DoesNotFit
 from minegan_fast.training.estimate import Estimate, Work
 from minegan_fast.training.folder import RunFolder
+from minegan_fast.training.notes import Notes
 from minegan_fast.training.processes import Processes
 from minegan_fast.training.sources import choose_device
 
@@ -91,6 +92,13 @@ def test_a_run_on_two_processes_is_that_on_one(two):
         other = results[1][name]
         assert torch.equal(samples, other[0])
         assert (step, history) == other[1:]
+
+
+@pytest.mark.parametrize("name", ["two", "still mixture spread", "still winner spread"])
+def test_one_report_is_written(two, name):
+    """By the first process: the second one wrote nothing at all, as the processes themselves have asked."""
+    assert f"<h1>{name}</h1>" in (two / name / "report.html").read_text()
+    assert len(Notes(two / name / "log.jsonl").read("intervals")) == 1
 
 
 def test_the_kernel_distance_is_that_of_all_samples(two):
@@ -185,7 +193,7 @@ def test_all_ranks_have_the_same_state(two, variant):
 
 def test_the_program_under_torchrun(two, settings, tmp_path):
     arguments = ["transfer", settings["source"], settings["images"], "--out", str(tmp_path / "run")]
-    for name in settings.keys() - {"source", "images", "progress"}:
+    for name in settings.keys() - {"source", "images", "progress", "report"}:
         arguments += [f"--{name.replace('_', '-')}", str(settings[name])]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "minegan_fast"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": recipe_ranks.LOOPBACK}
@@ -195,6 +203,8 @@ def test_the_program_under_torchrun(two, settings, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("step ") == 1, "the first process alone prints the result"
     assert done.stderr.count("2 processes, 4 images of a step each") == 1
+    assert len(Notes(tmp_path / "run" / "log.jsonl").read("intervals")) == 1, "the first process alone reports"
+    assert (tmp_path / "run" / "report.html").is_file()
     one, other = weights(tmp_path / "run"), weights(two / "two")
     assert all(torch.equal(one[name], other[name]) for name in one)
 

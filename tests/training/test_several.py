@@ -185,7 +185,8 @@ def test_the_program(files, tiny, monkeypatch, capsys, tmp_path):
 
     run = tmp_path / "run"
     short = {**RUN, "mining_steps": 2, "finetune_steps": 0, "snapshot_every": 2}
-    options = [f"--{name.replace('_', '-')}={value}" for name, value in short.items() if name != "progress"]
+    words = {name: value for name, value in short.items() if name not in ("progress", "report")}
+    options = ["--no-report", *(f"--{name.replace('_', '-')}={value}" for name, value in words.items())]
     source = [option for path in files for option in ("--source", path)]
     said = call("transfer", *source, "--images", tiny["images"], "--out", run, *options)
     assert "kernel distance of critic features" in said, "the first file has a critic"
