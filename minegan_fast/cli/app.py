@@ -1,4 +1,4 @@
-"""`minegan-fast demo | transfer | sample | interpolate | evaluate | report | push | export | convert | inspect | doctor`"""
+"""`minegan-fast demo | transfer | sample | interpolate | evaluate | report | push | export | convert | ...`."""
 
 import dataclasses
 import inspect
