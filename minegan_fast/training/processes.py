@@ -119,7 +119,12 @@ def join(cuda: bool) -> Iterator[Processes]:
     """The processes of this run: those of torch.distributed where the caller has initialised it, else those that
     torchrun (or whatever sets RANK and WORLD_SIZE) has started; a group that is made here is destroyed afterwards."""
     if dist.is_available() and dist.is_initialized():
-        yield Processes(dist.get_rank(), dist.get_world_size())
+        try:
+            yield Processes(dist.get_rank(), dist.get_world_size())
+        except Exception as error:
+            if _is_loss(error):
+                raise _portable(error) from error
+            raise
     elif dist.is_available() and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         from torch.distributed.distributed_c10d import PrefixStore  # not in a torch without torch.distributed
 
@@ -172,7 +177,13 @@ def _first_error(store, error: Exception) -> Exception:
 def _portable(error: Exception) -> Exception:
     """The error in a form that can be sent. For a lost connection it is one of ours: the messages of the backends name
     neither cause nor remedy."""
-    if isinstance(error, dist.DistError) or "/gloo/" in str(error):
-        reason = str(error).splitlines()[0]
-        return RuntimeError(f"another process of this run was lost ({reason}); the run goes on with --resume")
-    return portable(error)
+    if not _is_loss(error):
+        return portable(error)
+    return RuntimeError(
+        "another process of this run was lost: what that one printed last may say why, or the system's log, if it was "
+        "killed for want of memory; the run goes on from its last snapshot with --resume (resume=True)"
+    )
+
+
+def _is_loss(error: Exception) -> bool:
+    return isinstance(error, dist.DistError) or "/gloo/" in str(error)

@@ -20,7 +20,7 @@ from minegan_fast.training import DoesNotFit
 from minegan_fast.training.estimate import Estimate, Work
 from minegan_fast.training.folder import RunFolder
 from minegan_fast.training.notes import Notes
-from minegan_fast.training.processes import Processes
+from minegan_fast.training.processes import Processes, join
 from minegan_fast.training.sources import choose_device
 
 pytestmark = pytest.mark.skipif(
@@ -251,3 +251,16 @@ def test_memory_is_that_of_a_part_of_the_batch():
     two.check(10)
     with pytest.raises(DoesNotFit, match="batch 10 would fit"):
         two.check(12)
+
+
+def test_a_lost_process_is_named_in_our_words(tmp_path):
+    """In a group of the caller's too. The message is that of gloo when its peer has gone."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        with pytest.raises(RuntimeError, match="another process of this run was lost") as found, join(False):
+            raise RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer")
+        assert "gloo" not in str(found.value)
+        with pytest.raises(RuntimeError, match="^another fault$"), join(False):
+            raise RuntimeError("another fault")
+    finally:
+        torch.distributed.destroy_process_group()
