@@ -260,7 +260,7 @@ def test_a_lost_process_is_named_in_our_words(tmp_path):
         with pytest.raises(RuntimeError, match="another process of this run was lost") as found, join(False):
             raise RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer")
         assert "gloo" not in str(found.value)
-        with pytest.raises(RuntimeError, match="^another fault$"), join(False):
+        with pytest.raises(RuntimeError, match="another fault"), join(False):
             raise RuntimeError("another fault")
     finally:
         torch.distributed.destroy_process_group()
