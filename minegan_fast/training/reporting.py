@@ -1,8 +1,7 @@
 """`report.html` of a run, from what its folder holds."""
 
 import warnings
-from collections.abc import Callable, Collection
-from functools import partial
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,9 @@ from torch.nn import functional as F
 from .. import metrics as m
 from ..files.atomic import atomic_path
 from ..finetune import Selection
-from ..ops.mmd import mmd2
 from ..report import Facts, Neighbour, page, series_of
 from .config import TransferConfig, load_config
-from .evaluation import MEASURES, generate
+from .evaluation import generate, intervals
 from .folder import RunFolder
 from .images import ImageSet, load_images, to_pil
 from .moved import located
@@ -31,9 +29,6 @@ GENERATED, REAL = 128, 500  # images of the intervals: the jackknife measures as
 SHOWN = 16  # generated images whose neighbours are shown
 MANY = 5000  # training images, of which fewer pixels are compared
 PART = 64  # of them in floats at once
-_KID = partial(mmd2, kernel="polynomial")
-_JACKKNIFED: dict[str, Callable] = {"kid": _KID, "kid_train": _KID, "kmmd": m.kmmd, "mv": m.mean_variance}
-_JACKKNIFED["diversity"] = MEASURES["diversity"]
 
 
 def write_report(run: str | Path, target: ImageSet | None = None) -> Path:
@@ -166,18 +161,11 @@ def _intervals(prepared: Prepared, mined, history: list[dict], step: int) -> dic
     row = next(row for row in reversed(history) if row["step"] == step and "kid" in row)
     x = prepared.features(generate(mined, min(GENERATED, config.eval_samples), config.seed))
     y = prepared.features(spaced(prepared.reference, REAL))
-    values = {}
-    for name, metric in _JACKKNIFED.items():
-        if name not in row:
-            continue
-        other = prepared.features(spaced(prepared.target.images, REAL)) if name == "kid_train" else y
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the snapshot has said it
-            try:
-                low, high = m.bootstrap(metric, x, None if name == "mv" else other, level=LEVEL, method="jackknife")
-            except ValueError:  # too few images
-                continue
-        values[name] = [row[name] - (high - low) / 2, row[name] + (high - low) / 2]
+    values = intervals(x, y, row, LEVEL)
+    if "kid_train" in row:
+        trained = prepared.features(spaced(prepared.target.images, REAL))
+        found = intervals(x, trained, {"kid": row["kid_train"]}, LEVEL)
+        values |= {"kid_train": found["kid"]} if found else {}
     return {"values": values, "generated": len(x), "real": len(y)}
 
 
