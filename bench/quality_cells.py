@@ -88,7 +88,7 @@ def run_cell(cell: Cell, places: Places, rates: dict[str, float], **overrides) -
         try:
             result = mf.transfer(
                 source(cell.family), **materials, **settings, held_out=0.0, metrics=(), keep=1, grid=SHOWN,
-                eval_samples=planned.SAMPLES[cell.family], progress=False, device="cpu",
+                eval_samples=planned.SAMPLES[cell.family], progress=False, report=False, device="cpu",
             )  # fmt: skip
         except TrainingDiverged as error:
             diverged = str(error).partition(";")[0]

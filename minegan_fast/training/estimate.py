@@ -19,7 +19,7 @@ from ..mining import Mined, device_bytes
 from .augment import diff_augment
 from .config import TransferConfig
 from .critics import begin_training, critic_r1
-from .evaluation import Features, at_once
+from .evaluation import at_once
 from .footprint import peak, without_gradients
 from .generators import Generator, Several, image_channels, networks, placed
 from .kernel_loss import KernelLoss
@@ -102,7 +102,6 @@ def estimate_memory(
     generator: Generator,
     critic: nn.Module | None,
     kernel: KernelLoss | None,
-    features: Features,
     device: torch.device,
     processes: int = 1,
 ) -> Estimate:
@@ -118,7 +117,7 @@ def estimate_memory(
     with keep_random_state(device):
         mined = new_branches(config, generator, device)
         parts = [
-            list(_work(config, one, shaped, critic, kernel, features, device, regular))
+            list(_work(config, one, shaped, critic, kernel, device, regular))
             for one in itertools.compress(mined, finite)
         ]
     work = [max(kind, key=lambda one: one.bytes(config.batch)) for kind in zip(*parts, strict=True)]
@@ -164,7 +163,6 @@ def _work(
     shaped: Callable[[Tensor], Tensor],
     critic: Any,
     kernel: Any,
-    features: Features,
     device: torch.device,
     regular: bool,
 ) -> Iterator[Work]:
@@ -219,7 +217,7 @@ def _work(
 
     @torch.no_grad()
     def sampling(count: int) -> None:
-        features(images(latents(count)))
+        images(latents(count))  # what the features take was taken when they looked at the real images
 
     def counted(step: Callable[[int], None], most: int | None = None) -> Work:
         few, more = (peak(lambda count=count: step(count), device) for count in COUNTED)

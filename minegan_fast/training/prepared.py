@@ -148,7 +148,7 @@ class Prepared:
         self.why_eager = obstacle(config, self.device, processes) if config.cuda_graphs else ""
         self.notes = list(self._notes(notes))
         self.estimate = estimate_memory(
-            config, self.generator, self.critic, self.kernel, self.features, self.device, processes.size
+            config, self.generator, self.critic, self.kernel, self.device, processes.size
         )
 
     def _open(self, materials: Materials, checkpoints: Checkpoints, needed: bool) -> tuple[Networks, nn.Module | None]:

@@ -334,13 +334,16 @@ def test_critic_of_images_with_other_channels(run_settings, tmp_path):
         mf.transfer(**{**run_settings, "critic": tmp_path / "d.safetensors"})
 
 
-def test_class_conditional_sources_are_refused(run_settings, tiny):
-    tiny["generator"].num_classes = 10
-    try:
-        with pytest.raises(ValueError, match="class-conditional"):
-            mf.transfer(**{**run_settings, "source": tiny["generator"]})
-    finally:
-        del tiny["generator"].num_classes
+class WithoutEmbeddings(torch.nn.Module):
+    latent_dim, resolution, image_channels, num_classes = 4, 8, 1, 10
+
+    def forward(self, z, y):
+        return z.mean(1).view(-1, 1, 1, 1).expand(-1, 1, 8, 8)
+
+
+def test_class_conditional_sources_without_embeddings_are_refused(run_settings):
+    with pytest.raises(ValueError, match="class-conditional"):
+        mf.transfer(**{**run_settings, "source": WithoutEmbeddings()})
 
 
 def test_another_projects_safetensors(run_settings, tmp_path):
