@@ -75,8 +75,10 @@ def source_of(layer: str) -> int:
 def placed(network: nn.Module, device: torch.device | None) -> Iterator[None]:
     """A block in which the network is on the device, None: where it is; afterwards it is where it was."""
     before = next((t.device for t in (*network.parameters(), *network.buffers())), None)
-    if device is not None:
-        network.to(device)
+    if device is None or before in (None, device):  # `to` would count as a write to every held weight
+        yield
+        return
+    network.to(device)
     try:
         yield
     finally:

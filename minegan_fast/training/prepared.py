@@ -147,9 +147,7 @@ class Prepared:
         self.judge = judge_name(self.features, materials.features, loss_choice, own_critic)
         self.why_eager = obstacle(config, self.device, processes) if config.cuda_graphs else ""
         self.notes = list(self._notes(notes))
-        self.estimate = estimate_memory(
-            config, self.generator, self.critic, self.kernel, self.device, processes.size
-        )
+        self.estimate = estimate_memory(config, self.generator, self.critic, self.kernel, self.device, processes.size)
 
     def _open(self, materials: Materials, checkpoints: Checkpoints, needed: bool) -> tuple[Networks, nn.Module | None]:
         """(the networks, a pretrained critic whose features may judge images, also where no critic trains).
