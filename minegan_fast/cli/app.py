@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import __version__
+from ..files.lines import one_line
 from ..training.config import TransferConfig, load_config
 from ..training.sources import Checkpoints, listed
 from . import files, sampling
@@ -77,8 +78,8 @@ def main() -> None:
 
 
 def _line(error: Exception) -> str:
-    """What an error says, in one line without control characters, which the names in a file can hold."""
-    said = " ".join("".join(c if c.isprintable() else " " for c in str(error)).split())
+    """What an error says."""
+    said = one_line(str(error))
     said = said if len(said) <= LONGEST else f"{said[:LONGEST]} ..."
     if said and isinstance(error, (ValueError, OSError, RuntimeError, ImportError)):
         return said

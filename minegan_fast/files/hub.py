@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
+from .lines import one_line
+
 CLIENT = "huggingface_hub"
 MOST = 16 << 30  # bytes of a file that is read without knowing the network it is for
 _NAME = r"[A-Za-z0-9_](?:[\w.-]*[A-Za-z0-9_])?"
@@ -59,7 +61,7 @@ def parse(text: str | Path) -> Place:
             f"{text!r} names no place on the Hub: write hf://user/name, with @revision and /path/in/it where needed"
         )
     path, revision = (match["path"] or "").rstrip("/"), unquote(match["revision"] or "") or None
-    if "\\" in path or any(part in ("", ".", "..") for part in path.split("/")) > (not path):
+    if path and ("\\" in path or any(part in ("", ".", "..") for part in path.split("/"))):
         raise ValueError(f"{text!r} names no file on the Hub: {path!r} is no path in a repository")
     return Place(check_repo(match["repo"]), revision, path)
 
@@ -205,6 +207,5 @@ def _in_words(error: Exception, hub: Any, place: Place, file: str) -> Exception:
 
 
 def _one_line(text: str) -> str:
-    """What another machine says, fit for a line of a terminal."""
-    text = "".join(c if c.isprintable() else " " for c in text)
-    return " ".join(text.split())[:300]
+    """What another machine says, no longer than an error may be."""
+    return one_line(text)[:300]

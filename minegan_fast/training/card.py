@@ -5,6 +5,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..files.lines import one_line
+
 PICTURE = "samples.png"
 UNKNOWN = "unknown"  # the Hub's word for a licence that nobody has stated
 # Marks of Markdown and HTML anywhere, those of a list or rule at the start, and what makes an address a link.
@@ -55,13 +57,12 @@ class Facts:
     versions: dict[str, str] = field(default_factory=dict)
     families: list[str] = field(default_factory=list)
     picture: bool = False
-    resize: tuple[int, int] | None = None
+    resize: int | None = None
 
 
 def text(value: object) -> str:
     """As it reads, on one line, whatever Markdown or HTML it looks like."""
-    line = " ".join("".join(c if c.isprintable() else " " for c in str(value)).split())
-    return _SPECIAL.sub(lambda found: _HTML.get(found[0], "\\" + found[0]), line)
+    return _SPECIAL.sub(lambda found: _HTML.get(found[0], "\\" + found[0]), one_line(str(value)))
 
 
 def card(facts: Facts) -> str:

@@ -148,12 +148,11 @@ def _bytes(network: nn.Module) -> int:
 
 def _bytes_in_stage_1(config: TransferConfig, generator: Generator, processes: int) -> int:
     """What the device holds of generators that are in the memory of the host: of the process that holds most."""
-    each, trainable = networks(generator), [p for p in generator.parameters() if p.requires_grad]
-    generator.requires_grad_(False)  # as they will be
-    own = max(device_bytes(each, config.offload is not None, processes if config.spread else 1))
-    measured = device_bytes(each, offload=True)[0] if config.spread else 0  # a copy of all, of which two are awake
-    for parameter in trainable:
-        parameter.requires_grad_()
+    each = networks(generator)
+    with without_gradients(generator):
+        generator.requires_grad_(False)  # as they will be
+        own = max(device_bytes(each, config.offload is not None, processes if config.spread else 1))
+        measured = device_bytes(each, offload=True)[0] if config.spread else 0  # a copy of all, of which two are awake
     return own + measured
 
 
@@ -201,7 +200,7 @@ def _work(
             loss = generator_loss(loss_name, judge(diff_augment(images(u), config.augment)))
         torch.autograd.grad(loss, u)  # what the selected rows get is counted with the networks
 
-    def scoring(_) -> None:
+    def scoring() -> None:
         with autocast():
             loss = generator_loss(loss_name, judge(images(latents(1))))
         loss.backward(inputs=[p for p in generator.parameters() if p.requires_grad])
@@ -231,7 +230,7 @@ def _work(
             judge.requires_grad_(False)
             yield counted(generator_step)
             if config.finetune_steps:
-                yield Work(peak(lambda: scoring(1), device))
+                yield Work(peak(scoring, device))
         if kernel is not None:
             yield counted(kernel_step, config.part)
         if regular:

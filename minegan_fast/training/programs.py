@@ -72,7 +72,18 @@ class Program(Generic[G, D]):
         return "minegan_fast.load_generator reads network.safetensors"
 
 
-class Rosinality(Program[StyleGAN2Generator, StyleGAN2Discriminator]):
+class Styled(Program[G, D]):
+    """A program whose generators and discriminators have one table of channels, as the StyleGANs have."""
+
+    def check_critic(self, critic: D, generator: G) -> None:
+        if critic.config["channels"] != generator.config["channels"]:
+            raise ValueError("its channels are not the generator's")
+
+    def fresh(self, generator: G) -> D:
+        return cast(D, new_critic(as_generator(generator), 0))
+
+
+class Rosinality(Styled[StyleGAN2Generator, StyleGAN2Discriminator]):
     name, families, critic = "rosinality/stylegan2-pytorch", ("stylegan2",), StyleGAN2Discriminator
 
     def check(self, generator: StyleGAN2Generator, left: Mined | None) -> None:
@@ -88,11 +99,7 @@ class Rosinality(Program[StyleGAN2Generator, StyleGAN2Discriminator]):
     def check_critic(self, critic: StyleGAN2Discriminator, generator: StyleGAN2Generator) -> None:
         if critic.config["architecture"] != "resnet":
             raise ValueError("that program has the residual discriminator alone")
-        if critic.config["channels"] != generator.config["channels"]:
-            raise ValueError("its channels are not the generator's")
-
-    def fresh(self, generator: StyleGAN2Generator) -> StyleGAN2Discriminator:
-        return cast(StyleGAN2Discriminator, new_critic(as_generator(generator), 0))
+        super().check_critic(critic, generator)
 
     def write(self, folder: Path, generator: StyleGAN2Generator, critic: StyleGAN2Discriminator | None) -> list[Path]:
         return [export_rosinality(folder / "network.pt", generator, critic)]
@@ -109,7 +116,7 @@ class Rosinality(Program[StyleGAN2Generator, StyleGAN2Discriminator]):
         return _channels(generator).get(64, 512) // 256
 
 
-class RosinalityStyleGAN(Program[StyleGANGenerator, StyleGANDiscriminator]):
+class RosinalityStyleGAN(Styled[StyleGANGenerator, StyleGANDiscriminator]):
     name, families, critic = "rosinality/style-based-gan-pytorch", ("stylegan",), StyleGANDiscriminator
 
     def check(self, generator: StyleGANGenerator, left: Mined | None) -> None:
@@ -121,13 +128,6 @@ class RosinalityStyleGAN(Program[StyleGANGenerator, StyleGANDiscriminator]):
                 "sizes are others, minegan_fast.models.export_stylegan writes the file"
             )
 
-    def check_critic(self, critic: StyleGANDiscriminator, generator: StyleGANGenerator) -> None:
-        if critic.config["channels"] != generator.config["channels"]:
-            raise ValueError("its channels are not the generator's")
-
-    def fresh(self, generator: StyleGANGenerator) -> StyleGANDiscriminator:
-        return cast(StyleGANDiscriminator, new_critic(as_generator(generator), 0))
-
     def write(self, folder: Path, generator: StyleGANGenerator, critic: StyleGANDiscriminator | None) -> list[Path]:
         return [export_stylegan(folder / "network.model", generator, critic)]
 
@@ -138,15 +138,8 @@ class RosinalityStyleGAN(Program[StyleGANGenerator, StyleGANDiscriminator]):
         return f"its model.py builds the generator by StyledGenerator(512, {layers}), and shows it with {shown}"
 
 
-class Nvidia(Program[StyleGAN2Generator, StyleGAN2Discriminator]):
+class Nvidia(Styled[StyleGAN2Generator, StyleGAN2Discriminator]):
     name, families, critic = "NVlabs/stylegan2-ada-pytorch", ("stylegan2",), StyleGAN2Discriminator
-
-    def check_critic(self, critic: StyleGAN2Discriminator, generator: StyleGAN2Generator) -> None:
-        if critic.config["channels"] != generator.config["channels"]:
-            raise ValueError("its channels are not the generator's")
-
-    def fresh(self, generator: StyleGAN2Generator) -> StyleGAN2Discriminator:
-        return cast(StyleGAN2Discriminator, new_critic(as_generator(generator), 0))
 
     def write(self, folder: Path, generator: StyleGAN2Generator, critic: StyleGAN2Discriminator | None) -> list[Path]:
         return [export_nvidia(folder / "network.pkl", generator, cast(StyleGAN2Discriminator, critic))]

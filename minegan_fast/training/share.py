@@ -26,7 +26,7 @@ from .generators import Generator, Several, as_generator
 from .miners import branches
 from .moved import located
 from .names import short_names
-from .result_files import SHARES
+from .result_files import SHARES, read_shares
 from .results import evaluate_result, open_result
 from .run import ASTRAY, COLLAPSED
 from .sources import listed, open_images
@@ -95,8 +95,8 @@ def pack(
     if not whole and not any(result.rglob(DELTA)):
         facts.content = "miner"
     facts.licence, facts.origin, facts.settings = licence, base, _settings(settings)
-    if (result / SHARES).is_file() and (resize := json.loads((result / SHARES).read_text())["resize"]):
-        facts.resize = tuple(resize)
+    if (result / SHARES).is_file():
+        facts.resize = read_shares(result / SHARES).resize
     facts.families = sorted({family for b in facts.bases if (family := _family(result / b.folder / GENERATOR))})
     row, grid = _snapshot(folder, which, settings)
     facts.step = row["step"]
@@ -124,8 +124,8 @@ def pack(
 def _bases(folder: RunFolder, result: Path, settings: dict) -> list[Base]:
     """The networks that the run began with, told by the deltas, and where there is none by what the run keeps."""
     sources = listed(settings["source"])
-    shares = json.loads((result / SHARES).read_text()) if (result / SHARES).is_file() else None
-    names = shares["names"] if shares else [""]
+    shares = read_shares(result / SHARES) if (result / SHARES).is_file() else None
+    names = shares.names if shares else [""]
     found = []
     for i, (name, source) in enumerate(zip(names, sources, strict=True)):
         one = Base(_last(source) if source else "", "a module", "", name)
@@ -137,8 +137,7 @@ def _bases(folder: RunFolder, result: Path, settings: dict) -> list[Base]:
                 network = load_generator(kept)
                 one.fingerprint, one.kind = fingerprint(network), type(network).__name__
         if shares:
-            interval = shares["interval"][i] if shares["interval"] else None
-            one.share = shares["p"][i], interval
+            one.share = float(shares.p[i]), None if shares.interval is None else shares.interval[i].tolist()
         found.append(one)
     return found
 

@@ -114,6 +114,25 @@ def test_several_sources(several, hub, monkeypatch, whole):
     assert torch.equal(images, open_result(several, "last").sample(16))
 
 
+def test_several_sources_of_one_size(several, hub, monkeypatch, tmp_path):
+    run = RunFolder(shutil.copytree(several, tmp_path / "run"))
+    shares = run.last / "shares.json"
+    shares.write_text(json.dumps(json.loads(shares.read_text()) | {"resize": 16}))
+    push_run(run.path, "user/large", which="last", samples=0)
+    images = made_by(hub.files("user/large")["README.md"].decode(), several.parent, monkeypatch)
+    assert images.shape[2:] == (16, 16)
+    torch.manual_seed(5)
+    assert torch.equal(images, open_result(run.path, "last").sample(16))
+
+
+def test_damaged_shares_are_not_shared(several, tmp_path):
+    run = RunFolder(shutil.copytree(several, tmp_path / "run"))
+    (run.last / "shares.json").write_text('{"names": ["cats"]}')
+    with pytest.raises(ValueError, match=r"shares\.json is damaged"):
+        pack(run.path, "user/pets", tmp_path / "out", which="last", samples=0)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_miner_alone_goes_before_the_source(run, tiny, hub, monkeypatch):
     push_run(run, "user/mined", which="mined", samples=0)
     files = hub.files("user/mined")
